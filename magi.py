@@ -1,0 +1,1430 @@
+"""MAGI-1 in one file: autoregressive video generation, chunk by chunk.
+
+This is the whole system of "MAGI-1: Autoregressive Video Generation at Scale" (Sand AI, arXiv 2505.13211):
+a transformer VAE, a T5 text hook, a diffusion transformer with block-causal attention, the sampler that keeps
+up to four one-second chunks in flight at different noise levels, and the training objectives. It loads the
+official checkpoints (through convert_weights.py) and equals the official code on every recorded run.
+
+    prompt --T5--> text (L, 4096) -------------------------------+
+                                                                 v
+    image | video --VAE.encode--> prefix latents --> [ chunk pipeline: DiT, guidance, Euler step ]* --> latents
+    noise(seed, chunk) -------------------------------^                                                   |
+    frames, one second at a time <------------------------------- VAE.decode <---------------------------+
+
+Time runs from t = 0 (pure noise) to t = 1 (clean): x_t = (1-t) noise + t data, the network predicts the velocity
+v = data - noise, and an Euler step is x += v dt. A **chunk** is 24 frames = 6 latent frames. A chunk sees itself
+and earlier chunks, never later ones; when it is a quarter done the next one starts, so a video streams out while
+its later chunks are still noise. Text, image and video to video are one model: they differ only in how many clean
+frames stand before the noise.
+
+Symbols, the same everywhere:
+    B batch   T latent frames   H W latent height, width   C channels   N tokens   D model width   L text length
+    Hq Hkv query and key/value heads   hd head width   n chunks in one forward   c tokens in a chunk = 6 (H/2)(W/2)
+    Video is (B, 3, frames, height, width) in [-1, 1]; latents are (B, 16, T, H, W); tokens are ordered t, h, w.
+
+Contents
+    1  Configs and presets      the model zoo as one literal table
+    2  Shared parts             norms, timestep features, rotary positions, attention: the readable reference
+    3  VAE                      ViT encoder and decoder, tiling
+    4  Text                     caption cleaning, T5, special tokens, null text
+    5  DiT                      fp8 linear, parallel self- and cross-attention, layer, model
+    6  KV cache                 the ring of clean chunks that can still be read
+    7  Schedule                 time grid, stages, attention ranges: pure functions
+    8  Guidance                 three branches and their weights; what need not be computed
+    9  Sampler                  the generator that ties 5-8 together
+    10 Training objectives      flow matching over chunks, the VAE loss
+    11 Loading and the pipeline folders on disk; the one object a user holds
+
+Left out on purpose: multi-GPU parallelism, CPU offload of the cache (a ring of a few chunks needs none), CUDA
+graphs, and reading media files (sample.py does that). Fast kernels live in kernels.py, behind the same signatures
+as section 2.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import html
+import itertools
+import json
+import math
+import re
+import urllib.parse
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from einops import rearrange, repeat
+from torch import Tensor, nn
+
+# ----------------------------------------------------------------------------------------------------------------
+# 1  Configs and presets
+# ----------------------------------------------------------------------------------------------------------------
+# Three frozen dataclasses say everything about a model and a run. They check themselves when they are made, so a
+# bad number is refused in milliseconds, not after an hour of sampling.
+
+SCALE_FACTOR = 0.18215     # latents are divided by about their standard deviation, as in latent diffusion
+CHUNK = 6                  # latent frames in a chunk: 24 video frames, one second
+FRAMES_PER_LATENT = 4      # the VAE's temporal compression
+SPECIAL_TOKENS = ("static", "dynamic", "borderness", "hq", "3d", "2d", "duration")    # in the order of prepending
+NEGATIVE_TOKENS = ("caption", "logo", "trans", "borderness")                          # likewise
+
+
+@dataclass(frozen=True)
+class VAEConfig:
+    """The ViT-VAE (report section 2.1). Defaults are the released model: 613.76 M parameters."""
+
+    video_size: int = 256         # native height and width in pixels: sets the position table
+    video_length: int = 16        # native number of frames, likewise
+    patch_size: int = 8           # pixels per latent in height and width
+    patch_length: int = 4         # frames per latent frame
+    in_chans: int = 3
+    z_chans: int = 16             # latent channels
+    embed_dim: int = 1024
+    depth: int = 24               # blocks in the encoder, and again in the decoder
+    num_heads: int = 16
+    mlp_ratio: float = 4.0
+    qkv_bias: bool = True
+    ln_in_attn: bool = True       # normalise q, k and v per head instead of the block's input
+    use_final_proj: bool = False  # spare channels per pixel for narrow models: Linear + LayerNorm before the shuffle
+
+    def __post_init__(self):
+        _require(self.video_size % self.patch_size == 0 and self.video_length % self.patch_length == 0,
+                 f"video_size {self.video_size} and video_length {self.video_length} must be multiples of the patch "
+                 f"({self.patch_length} frames, {self.patch_size} px)")
+        _require(self.use_final_proj or self.embed_dim % self.patch_volume == 0,
+                 f"embed_dim {self.embed_dim} must be a multiple of {self.patch_volume}, or set use_final_proj")
+
+    @property
+    def patch_volume(self) -> int:
+        return self.patch_length * self.patch_size**2
+
+    @property
+    def out_features(self) -> int:
+        """Channels of a token before the pixel shuffle: a whole number for each pixel of its patch."""
+        return 4 * self.patch_volume if self.use_final_proj else self.embed_dim
+
+
+@dataclass(frozen=True)
+class DiTConfig:
+    """The diffusion transformer (report section 2.2). Defaults are the 4.5B model."""
+
+    num_layers: int = 34
+    hidden_size: int = 3072       # D
+    num_heads: int = 24           # Hq
+    num_kv_heads: int = 8         # Hkv: grouped-query attention
+    head_dim: int = 128           # hd
+    ffn_size: int = 12288
+    gated_ffn: bool = False       # SwiGLU instead of GELU
+    in_channels: int = 16         # twice latent_channels: the latent is fed in twice (24B)
+    out_channels: int = 16        # likewise; only the first latent_channels are kept
+    latent_channels: int = 16
+    x_scale: float = 1.0          # input times this, output divided by it
+    patch_size: int = 2           # latent pixels per token side
+    text_dim: int = 4096          # width of the T5 embeddings
+    text_length: int = 800        # L, padded and truncated
+    null_length: int = 50         # how many rows of the null table are unmasked
+    norm_eps: float = 1e-6
+    dtype: str = "bfloat16"       # of the blocks; embedders, most norms and the head stay float32
+    fp8: bool = False             # e4m3 weights in every layer but the first and last
+
+    def __post_init__(self):
+        _require(self.dtype in ("float32", "bfloat16", "float16"),
+                 f"dtype {self.dtype!r} is not one of float32, bfloat16, float16")
+        _require(self.num_heads % self.num_kv_heads == 0,
+                 f"num_heads {self.num_heads} must be a multiple of num_kv_heads {self.num_kv_heads}")
+        _require(self.head_dim % 8 == 0, f"head_dim {self.head_dim} must be a multiple of 8 (rotary bands)")
+        _require(self.num_heads * self.head_dim % 8 == 0 and self.hidden_size % 4 == 0,
+                 f"num_heads * head_dim must be a multiple of 8 and hidden_size ({self.hidden_size}) of 4")
+        for name in ("in_channels", "out_channels"):
+            _require(getattr(self, name) in (self.latent_channels, 2 * self.latent_channels),
+                     f"{name} {getattr(self, name)} must be latent_channels ({self.latent_channels}) or twice that")
+        _require(2 <= self.null_length <= self.text_length, f"null_length {self.null_length} must be in [2, "
+                 f"{self.text_length}]")
+
+    @property
+    def cond_size(self) -> int:
+        return self.hidden_size // 4
+
+    @property
+    def torch_dtype(self) -> torch.dtype:
+        return getattr(torch, self.dtype)
+
+
+@dataclass(frozen=True)
+class SamplerConfig:
+    """One run: schedule, attention ranges, guidance, tokens, size (report sections 2.4 and 3).
+
+    Raises ValueError, naming the value and the fix, for anything that cannot run.
+    """
+
+    num_steps: int = 64                                       # Euler steps per chunk
+    window: int = 4                                           # chunks in flight at most
+    kv_ranges: tuple[int, ...] = (5, 4, 3, 2)                 # chunks seen, itself included, as it gets cleaner
+    clean_kv_range: int = 1                                   # the same for clean chunks; -1: last of kv_ranges
+    kv_ranges_at: tuple[tuple[int, tuple[int, ...]], ...] = ()  # (generated chunk, its own kv_ranges): shot transitions
+    clean_t: float = 0.9999                                   # the t that clean chunks are shown with
+    distilled: bool = False                                   # one branch, guidance distilled in
+    cfg_t: tuple[float, ...] = (0.0, 0.0217, 0.1, 0.3, 0.999)   # guidance buckets by t ...
+    prev_scales: tuple[float, ...] = (1.5, 1.5, 1.5, 1.0, 1.0)  # ... w_prev of each: towards the history
+    text_scales: tuple[float, ...] = (7.5, 7.5, 7.5, 0.0, 0.0)  # ... w_text of each: towards the caption
+    nearly_clean_t: float = 0.3                               # distilled: from this t on, the oldest chunk is blended
+    nearly_clean_blend: float = 0.7                           # ... this much with history, the rest run alone
+    shortcut_mode: str = "8,16,16"                            # step sizes of the 12-step grid, or "16,16,8"
+    special_tokens: tuple[str, ...] = ("hq", "duration")      # put in front of every caption
+    negative_tokens: tuple[str, ...] = ()                     # put in front of the null text
+    num_frames: int | None = 96                               # video frames to generate; None: until stopped
+    height: int = 720
+    width: int = 720
+    fps: int = 24
+    seed: int = 1234
+
+    def __post_init__(self):
+        n, w, r = self.num_steps, self.window, len(self.kv_ranges)
+        _require(w >= 1, f"window {w} must be at least 1")
+        _require(n >= 1 and n % w == 0, f"steps {n} must be a multiple of the window {w}: "
+                 f"try {max(w, round(n / w) * w)}")
+        for where, ranges in (("kv_ranges", self.kv_ranges), *((f"kv_ranges of chunk {k}", v)
+                                                               for k, v in self.kv_ranges_at)):
+            _require(all(v >= 1 for v in ranges), f"{where} {ranges} must all be at least 1")
+            _require(not ranges or n % len(ranges) == 0, f"steps {n} must be a multiple of the number of {where} "
+                     f"({len(ranges)}): try {math.lcm(w, r or 1) * max(1, round(n / math.lcm(w, r or 1)))}")
+        _require(self.clean_kv_range >= 1 or self.clean_kv_range == -1,
+                 f"clean_kv_range {self.clean_kv_range} must be at least 1, or -1")
+        _require(len(self.cfg_t) == len(self.prev_scales) == len(self.text_scales) >= 1
+                 and list(self.cfg_t) == sorted(self.cfg_t) and self.cfg_t[0] <= 0,
+                 f"guidance tables must have one length and rise from t = 0: cfg_t {self.cfg_t}, prev_scales "
+                 f"{self.prev_scales}, text_scales {self.text_scales}")
+        _require(self.shortcut_mode in ("8,16,16", "16,16,8"),
+                 f"shortcut_mode {self.shortcut_mode!r} is not '8,16,16' or '16,16,8'")
+        for kind, known in (("special_tokens", SPECIAL_TOKENS), ("negative_tokens", NEGATIVE_TOKENS)):
+            for name in getattr(self, kind):
+                _require(name in known, f"unknown {kind[:-1].replace('_', ' ')} {name!r}: choose from "
+                         f"{', '.join(known)}")
+        _require(self.num_frames is None or self.num_frames >= 1,
+                 f"num_frames {self.num_frames} must be at least 1")
+        for name in ("height", "width"):
+            v = getattr(self, name)
+            _require(v >= 32 and v % 16 == 0, f"{name} {v} must be a multiple of 16, at least 32: "
+                     f"the nearest is {max(32, round(v / 16) * 16)}")
+        _require(self.fps > 0, f"fps {self.fps} must be positive")
+        _require(0 <= self.seed < 2**63, f"seed {self.seed} must be in [0, 2**63)")
+
+
+def _require(ok: bool, message: str) -> None:
+    if not ok:
+        raise ValueError(message)
+
+
+def _zoo(dit: dict, **sampler) -> SimpleNamespace:
+    return SimpleNamespace(dit=DiTConfig(**dit), sampler=SamplerConfig(**sampler))
+
+
+_24B = dict(num_layers=48, hidden_size=6144, num_heads=48, ffn_size=16384, gated_ffn=True, in_channels=32,
+            out_channels=32, x_scale=0.1)
+_TINY = dict(num_layers=6, hidden_size=192, num_heads=6, num_kv_heads=2, head_dim=32, ffn_size=768, text_dim=128,
+             text_length=64, null_length=8, dtype="float32")
+_HD = dict(height=720, width=1280)
+# fmt: off
+PRESETS = {                                                      # the model zoo (model card)
+    "4.5B-base":        _zoo({},                   num_steps=64),
+    "4.5B-distill":     _zoo({},                   num_steps=16, distilled=True),
+    "4.5B-distill-fp8": _zoo(dict(fp8=True),       num_steps=16, distilled=True),
+    "24B-base":         _zoo(_24B,                 num_steps=32, **_HD),
+    "24B-distill":      _zoo(_24B,                 num_steps=16, distilled=True, **_HD),
+    "24B-distill-fp8":  _zoo(_24B | dict(fp8=True), num_steps=16, distilled=True, **_HD),
+    "tiny":             _zoo(_TINY,                num_steps=16, height=64, width=64),
+}
+VAE_PRESETS = {
+    "magi": VAEConfig(),
+    "tiny": VAEConfig(video_size=64, embed_dim=256, depth=2, num_heads=4, use_final_proj=True),
+}
+# fmt: on
+
+
+# ----------------------------------------------------------------------------------------------------------------
+# 2  Shared parts
+# ----------------------------------------------------------------------------------------------------------------
+# What both transformers are made of. The functions gathered in TORCH_OPS are the specification: they run anywhere,
+# and kernels.py offers the same names with the same signatures in Triton.
+
+
+class LayerNorm1p(nn.LayerNorm):
+    """LayerNorm whose weight is stored as its distance from one, so that weight decay pulls towards identity."""
+
+    def reset_parameters(self):
+        nn.init.zeros_(self.weight)
+        nn.init.zeros_(self.bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Normalise the last axis in the dtype of the weights (float32 for most norms of the DiT)."""
+        return F.layer_norm(x.to(self.weight.dtype), self.normalized_shape, self.weight + 1, self.bias, self.eps)
+
+
+def timestep_features(t: Tensor, dim: int = 256) -> Tensor:
+    """Sinusoidal features of a time in [0, 1]: (...) -> (..., dim), [cos | sin], float32 (Vaswani et al. 2017)."""
+    freqs = torch.exp(-math.log(10000) * torch.arange(dim // 2, device=t.device, dtype=torch.float32) / (dim // 2))
+    angles = t.float()[..., None] * freqs * 1000
+    return torch.cat([angles.cos(), angles.sin()], dim=-1)
+
+
+def rotary_angles(bands: Tensor, frames: Tensor, height: int, width: int) -> Tensor:
+    """Angles of the 3D rotary embedding (RoFormer, on three axes).
+
+    bands (hd/8,) are learned frequencies shared by the axes; frames (T,) are absolute latent frame indices; height
+    and width are counted in patches. Returns (T*height*width, 3*hd/8), axes in the order t, h, w.
+    """
+    def centred(size: int) -> Tensor:
+        # Centre the axis, then stretch it so that every resolution and aspect ratio is measured against the same
+        # 16x16 grid: a model trained at one size then sees familiar angles at another.
+        i = torch.arange(size, device=bands.device, dtype=torch.float32) - (size - 1) / 2
+        return i * (size / math.sqrt(height * width / 256) - 1) / (size - 1)
+
+    grid = torch.meshgrid(frames.to(bands), centred(height), centred(width), indexing="ij")
+    positions = torch.stack(grid, dim=-1).reshape(-1, 3, 1)                          # (N, 3, 1)
+    return (positions * bands).flatten(1)                                            # (N, 3 * hd/8)
+
+
+def apply_rotary(x: Tensor, angles: Tensor) -> Tensor:
+    """Rotate the pairs (j, j + m) of the first 2m = 3/4 hd head dimensions; the rest carries no position.
+
+    x (B, N, heads, hd) float32, angles (N, m) -> same shape as x.
+    """
+    m = angles.shape[-1]
+    cos, sin = angles.cos()[:, None], angles.sin()[:, None]                          # (N, 1, m)
+    a, b, rest = x.split([m, m, x.shape[-1] - 2 * m], dim=-1)
+    return torch.cat([a * cos - b * sin, b * cos + a * sin, rest], dim=-1)
+
+
+def attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tensor:
+    """softmax(q k^T / sqrt(hd)) v with grouped-query heads: query head i reads kv head i // (Hq / Hkv).
+
+    q (B, N, Hq, hd), k and v (B, M, Hkv, hd), mask (B, 1 or N, M) True where a key may be read -> (B, N, Hq, hd).
+    """
+    q, k, v = (u.transpose(1, 2) for u in (q, k, v))
+    mask = mask[:, None] if mask is not None else None
+    return F.scaled_dot_product_attention(q, k, v, mask, enable_gqa=q.shape[1] != k.shape[1]).transpose(1, 2)
+
+
+def block_attention(q: Tensor, k: Tensor, v: Tensor, ranges: Tensor, cached: tuple[Tensor, Tensor] | None = None
+                    ) -> Tensor:
+    """Block-causal self-attention: chunk i of the queries reads the key tokens [start_i, end_i) and no others.
+
+    q (B, N, Hq, hd), k and v (B, N, Hkv, hd), ranges (n, 2) on the CPU, or (B, n, 2) where they differ within a
+    training batch; cached = earlier (k, v) that stand in front of the others on the key axis.
+    """
+    if cached is not None:
+        k, v = torch.cat([cached[0], k], dim=1), torch.cat([cached[1], v], dim=1)
+    if ranges.dim() == 2:
+        # A range is contiguous and unmasked inside, so no mask tensor is needed: one dense attention per chunk.
+        out = [attention(chunk, k[:, start:end], v[:, start:end])
+               for chunk, (start, end) in zip(q.chunk(len(ranges), dim=1), ranges.tolist(), strict=True)]
+        return torch.cat(out, dim=1)
+    key = torch.arange(k.shape[1], device=k.device)
+    mask = (key >= ranges[..., :1]) & (key < ranges[..., 1:])                        # (B, n, M)
+    return attention(q, k, v, mask.repeat_interleave(q.shape[1] // mask.shape[1], dim=1))
+
+
+def norm_rotary(x: Tensor, norm: LayerNorm1p, angles: Tensor) -> Tensor:
+    """QK-norm then rotary, in float32: (B, N, heads, hd) -> same, in x's dtype."""
+    return apply_rotary(norm(x), angles).to(x.dtype)
+
+
+def gated_residual(x: Tensor, gate: Tensor, branch: Tensor, norm: LayerNorm1p) -> Tensor:
+    """x + LN1(gate * branch), in float32: x and branch (B, N, D), gate (B, n, D) with one row per chunk."""
+    gate = gate.float().repeat_interleave(x.shape[1] // gate.shape[1], dim=1)
+    return (x.float() + norm(gate * branch.float())).to(x.dtype)
+
+
+def fp8_matmul(x: Tensor, weight: Tensor, divide: Tensor, scale: Tensor) -> Tensor:
+    """Quantise x / divide to e4m3, multiply by the e4m3 weight (out, in), scale the product: (..., in) -> (..., out).
+
+    The product is exact in float32, whatever the device: this is the reference for the fp8 kernels.
+    """
+    x8 = (x.float() / divide).clamp(-448, 448).to(torch.bfloat16).to(torch.float8_e4m3fn)   # 448 = largest e4m3
+    return (F.linear(x8.float(), weight.float()) * scale).to(torch.bfloat16)
+
+
+TORCH_OPS = SimpleNamespace(name="torch", attention=attention, block_attention=block_attention,
+                            norm_rotary=norm_rotary, gated_residual=gated_residual, fp8_matmul=fp8_matmul)
+
+
+def get_ops(backend: str) -> SimpleNamespace:
+    """The operations of a backend: "torch" (anywhere) or "triton" (kernels.py, on a GPU)."""
+    _require(backend in ("torch", "triton"), f"backend {backend!r} is not 'torch' or 'triton'")
+    if backend == "torch":
+        return TORCH_OPS
+    import kernels                                       # Triton is imported only when it is asked for
+
+    return kernels.TRITON_OPS
+
+
+# ----------------------------------------------------------------------------------------------------------------
+# 3  VAE
+# ----------------------------------------------------------------------------------------------------------------
+# A plain ViT on both sides (report section 2.1): 4 frames x 8 x 8 pixels become one token, `depth` blocks of full
+# attention, 16 latent channels. There are no convolutions to stream through, so it is fast, and anything larger
+# than its native size is cut into overlapping tiles.
+
+
+class VAEBlock(nn.Module):
+    """Pre-norm transformer block; with ln_in_attn q, k and v are normalised per head instead of the input."""
+
+    def __init__(self, cfg: VAEConfig):
+        super().__init__()
+        d, hidden = cfg.embed_dim, int(cfg.embed_dim * cfg.mlp_ratio)
+        self.num_heads = cfg.num_heads
+        self.norm1 = nn.Identity() if cfg.ln_in_attn else nn.LayerNorm(d)
+        self.ln_in_attn = cfg.ln_in_attn
+        self.qkv = nn.Linear(d, 3 * d, bias=cfg.qkv_bias)
+        self.proj = nn.Linear(d, d)
+        self.norm2 = nn.LayerNorm(d)
+        self.fc1 = nn.Linear(d, hidden)
+        self.fc2 = nn.Linear(hidden, d)
+
+    def forward(self, x: Tensor) -> Tensor:                                          # (B, N, D)
+        q, k, v = rearrange(self.qkv(self.norm1(x)), "b n (three h d) -> three b n h d", three=3, h=self.num_heads)
+        if self.ln_in_attn:
+            # eps is added to the standard deviation, not to the variance: F.layer_norm would differ
+            q, k, v = ((u - u.mean(-1, keepdim=True)) / (u.std(-1, correction=0, keepdim=True) + 1e-5)
+                       for u in (q, k, v))
+        x = x + self.proj(attention(q, k, v).flatten(2))                             # (B, N, D)
+        return x + self.fc2(F.gelu(self.fc1(self.norm2(x))))
+
+
+class VAETransformer(nn.Module):
+    """What encoder and decoder share: class token, learned positions, blocks, final LayerNorm."""
+
+    def __init__(self, cfg: VAEConfig):
+        super().__init__()
+        self.grid = (cfg.video_length // cfg.patch_length, *[cfg.video_size // cfg.patch_size] * 2)   # native (T, H, W)
+        self.cls_token = nn.Parameter(torch.zeros(1, 1, cfg.embed_dim))
+        self.pos_embed = nn.Parameter(torch.randn(1, 1 + math.prod(self.grid), cfg.embed_dim) * 0.02)
+        self.blocks = nn.ModuleList(VAEBlock(cfg) for _ in range(cfg.depth))
+        self.norm = nn.LayerNorm(cfg.embed_dim)
+
+    def positions(self, size: tuple[int, int, int]) -> Tensor:
+        """The position table resampled to another (T, H, W); the class token's entry has no place to resample."""
+        if size == self.grid:
+            return self.pos_embed
+        table = self.pos_embed[:, 1:].reshape(1, *self.grid, -1).permute(0, 4, 1, 2, 3)
+        table = F.interpolate(table.float(), size, mode="trilinear", align_corners=False).to(self.pos_embed.dtype)
+        return torch.cat([self.pos_embed[:, :1], table.flatten(2).transpose(1, 2)], dim=1)
+
+    def transform(self, x: Tensor) -> Tensor:                                        # (B, D, T, H, W)
+        tokens = torch.cat([self.cls_token.expand(len(x), -1, -1), x.flatten(2).transpose(1, 2)], dim=1)
+        tokens = tokens + self.positions(tuple(x.shape[2:]))                         # (B, 1 + T*H*W, D)
+        for block in self.blocks:
+            tokens = block(tokens)
+        return self.norm(tokens)[:, 1:]                                              # (B, T*H*W, D)
+
+
+class VAEEncoder(VAETransformer):
+    def __init__(self, cfg: VAEConfig):
+        super().__init__(cfg)
+        patch = (cfg.patch_length, cfg.patch_size, cfg.patch_size)
+        self.patch_embed = nn.Conv3d(cfg.in_chans, cfg.embed_dim, patch, patch)
+        self.last_layer = nn.Linear(cfg.embed_dim, 2 * cfg.z_chans)
+
+    def forward(self, video: Tensor) -> tuple[Tensor, Tensor]:                       # (B, 3, frames, height, width)
+        x = self.patch_embed(video)                                                  # (B, D, T, H, W)
+        T, H, W = x.shape[2:]
+        moments = rearrange(self.last_layer(self.transform(x)), "b (t h w) c -> b c t h w", t=T, h=H, w=W)
+        mean, logvar = moments.chunk(2, dim=1)                                       # each (B, 16, T, H, W)
+        return mean, logvar.clamp(-30, 20)
+
+
+class VAEDecoder(VAETransformer):
+    def __init__(self, cfg: VAEConfig):
+        super().__init__(cfg)
+        self.patch = dict(pt=cfg.patch_length, ph=cfg.patch_size, pw=cfg.patch_size)
+        self.proj_in = nn.Linear(cfg.z_chans, cfg.embed_dim)
+        width = cfg.out_features
+        self.final = nn.Sequential(nn.Linear(cfg.embed_dim, width), nn.LayerNorm(width)) \
+            if cfg.use_final_proj else nn.Identity()
+        # The shuffle leaves each pixel a few channels; a 3x3x3 convolution over them hides the seams of the patches.
+        self.last_layer = nn.Conv3d(width // cfg.patch_volume, cfg.in_chans, 3, padding=1)
+
+    def forward(self, latent: Tensor) -> Tensor:                                     # (B, 16, T, H, W)
+        T, H, W = latent.shape[2:]
+        x = self.proj_in(latent.movedim(1, -1)).movedim(-1, 1)                       # (B, D, T, H, W)
+        x = self.final(self.transform(x))                                            # (B, T*H*W, 4*4*8*8)
+        x = rearrange(x, "b (t h w) (pt ph pw c) -> b c (t pt) (h ph) (w pw)", t=T, h=H, w=W, **self.patch)
+        return self.last_layer(x)                                                    # (B, 3, frames, height, width)
+
+
+class VAE(nn.Module):
+    """Video autoencoder, 8x8x4. Latents are unscaled here: multiply by SCALE_FACTOR before the DiT.
+
+    `tile` is (frames, height, width) in pixels, None for no tiling; `overlap` is the share of a tile's height and
+    width that it has in common with its neighbour (frames never overlap).
+    """
+
+    def __init__(self, cfg: VAEConfig):
+        super().__init__()
+        self.cfg = cfg
+        self.patch = (cfg.patch_length, cfg.patch_size, cfg.patch_size)
+        self.encoder = VAEEncoder(cfg)
+        self.decoder = VAEDecoder(cfg)
+
+    def moments(self, video: Tensor) -> tuple[Tensor, Tensor]:
+        """(B, 3, frames, height, width) -> mean and log-variance (B, 16, T, H, W), without tiling."""
+        frames, height, width = video.shape[2:]
+        pt, p, _ = self.patch
+        _require(frames == 1 or frames % pt == 0, f"cannot encode {frames} frames: give 1 or a multiple of {pt}")
+        _require(height % p == 0 and width % p == 0, f"cannot encode {height}x{width}: give multiples of {p}")
+        if frames == 1:                              # an image is a still clip; its first latent frame says it all
+            video = repeat(video, "b c 1 h w -> b c t h w", t=pt)
+        return self.encoder(video)
+
+    def encode(self, video: Tensor, tile: tuple[int, int, int] | None = (12, 256, 256), overlap: float = 0.25) -> Tensor:
+        """(B, 3, frames, height, width) in [-1, 1] -> mean latent (B, 16, T, H, W). frames: 1 or a multiple of 4."""
+        if tile is None:
+            return self.moments(video)[0]
+        return _tiled(lambda x: self.moments(x)[0], video, self.patch, (1, 1, 1), tile, overlap, blend_blended=True)
+
+    def decode(self, latent: Tensor, tile: tuple[int, int, int] | None = (12, 256, 256), overlap: float = 0.25) -> Tensor:
+        """(B, 16, T, H, W) -> video (B, 3, 4T, 8H, 8W). Always 4 frames per latent frame: cut an image to one."""
+        if tile is None:
+            return self.decoder(latent)
+        return _tiled(self.decoder, latent, (1, 1, 1), self.patch, tile, overlap, blend_blended=False)
+
+
+def _tiled(fn: Callable, x: Tensor, unit_in: tuple, unit_out: tuple, tile: tuple, overlap: float,
+           blend_blended: bool) -> Tensor:
+    """Apply fn tile by tile and blend the seams. Sizes are counted in latent pixels, so encoding (unit_in = patch)
+    and decoding (unit_out = patch) are one piece of code.
+
+    Faithful to the official code in two ways one would not guess: tiles start at every stride even where the one
+    before already reaches the edge, and a tile is blended against its neighbour as that was before (decoding) or
+    after (encoding) its own blending.
+    """
+    patch = [max(a, b) for a, b in zip(unit_in, unit_out, strict=True)]
+    _require(all(t > 0 and t % p == 0 for t, p in zip(tile, patch, strict=True)) and 0 <= overlap < 1,
+             f"tile {tuple(tile)} must be positive multiples of {tuple(patch)} and overlap {overlap} in [0, 1)")
+    tile = [t // p for t, p in zip(tile, patch, strict=True)]
+    stride = [tile[0], *(max(1, int(s * (1 - overlap))) for s in tile[1:])]
+    size = [-(-s // u) for s, u in zip(x.shape[2:], unit_in, strict=True)]
+    if all(s <= t for s, t in zip(size, tile, strict=True)):
+        return fn(x)
+
+    def cut(start: Sequence[int]) -> Tensor:
+        return x[(..., *(slice(a * u, (a + n) * u) for a, n, u in zip(start, tile, unit_in, strict=True)))]
+
+    pieces = []
+    for t in range(0, size[0], stride[0]):
+        rows: list[list[Tensor]] = []                # finished rows, each tile as its neighbours will blend with it
+        strips = []
+        for h in range(0, size[1], stride[1]):
+            row, strip = [], []
+            for w in range(0, size[2], stride[2]):
+                plain = out = fn(cut((t, h, w)))
+                if rows:
+                    out = _blend(rows[-1][len(row)], out, (tile[1] - stride[1]) * unit_out[1], dim=-2)
+                if row:
+                    out = _blend(row[-1], out, (tile[2] - stride[2]) * unit_out[2], dim=-1)
+                row.append(out if blend_blended else plain)
+                strip.append(out[..., :stride[1] * unit_out[1], :stride[2] * unit_out[2]])
+            rows.append(row)
+            strips.append(torch.cat(strip, dim=-1))
+        pieces.append(torch.cat(strips, dim=-2))
+    return torch.cat(pieces, dim=2)
+
+
+def _blend(old: Tensor, new: Tensor, width: int, dim: int) -> Tensor:
+    """Fade from the end of `old` into the start of `new` over `width` pixels along dim; returns the new tile."""
+    width = min(width, old.shape[dim], new.shape[dim])
+    if width == 0:
+        return new
+    ramp = torch.arange(width, device=new.device, dtype=new.dtype) / width
+    ramp = ramp.reshape(-1, *[1] * (-1 - dim))
+    head = new.narrow(dim, 0, width)
+    tail = old.narrow(dim, old.shape[dim] - width, width)
+    return torch.cat([tail * (1 - ramp) + head * ramp, new.narrow(dim, width, new.shape[dim] - width)], dim=dim)
+
+
+# ----------------------------------------------------------------------------------------------------------------
+# 4  Text
+# ----------------------------------------------------------------------------------------------------------------
+# First the caption is cleaned, by rules made for web alt texts. The odd ones are kept too: a different spelling is
+# a different token sequence. Their order is part of the definition:
+#   - lower case comes first, so most mojibake is already beyond ftfy's repair ("Ã¶" has become "ã¶");
+#   - "+" and "%20" are decoded even in prose, so "a+b" is "a b"; the second pass does it again ("%2520");
+#   - what step 3 drops leaves its blanks behind, and a blank at either end disarms the rules anchored there.
+#     The second pass strips before it starts, so they bite then: "page 3 'x'" ends as "x".
+# From step 2 on letters are a-zA-Z, lower case or not: entities bring capitals back ("&#65;" is "A").
+
+# fmt: off
+_LETTER      = "[a-zA-Z]"
+_DOMAINS     = "com|co|ru|net|org|edu|gov|it"
+_FILE_TYPES  = "png|jpg|jpeg|bmp|webp|eps|pdf|apk|mp4"
+_DASHES      = (r"-\u058a\u05be\u1400\u1806\u2010-\u2015\u2e17\u2e1a\u2e3a\u2e3b\u2e40\u301c\u3030\u30a0"
+                r"\ufe31\ufe32\ufe58\ufe63\uff0d")
+_HYPHENATION = re.compile("[-_]")
+# fmt: on
+
+
+def _web_address(scheme: str) -> str:
+    """The scheme with its slashes, or a bare host with its path; each is dropped on its own."""
+    return rf"\b(?:{scheme}:(?:/{{1,3}}|[a-z0-9%])|[a-z0-9.-]+\.(?:{_DOMAINS})[\w/-]*\b/?(?!@))"
+
+
+# fmt: off
+# Step 1, on the markup: these need the angle brackets and the addresses whole.
+_MARKUP_RULES = [(re.compile(pattern), new) for pattern, new in [
+    (r"<person>",                                "person"),  # CC12M writes this for names; no HTML tag
+    (_web_address("https?"),                     ""),        # query strings survive: "?x=1"
+    (_web_address("www"),                        ""),        # "www:", with a colon; "www.a.it" has gone above
+]]
+
+# Step 2, on the plain text: web debris, and one spelling for each kind of punctuation.
+_TEXT_RULES = [(re.compile(pattern), new) for pattern, new in [
+    (r"@\w+\b",                                  ""),        # nicknames
+    (r"[\u31c0-\u9fff]+",                        ""),        # CJK, seven adjoining blocks; kana, hangul stay
+    (rf"[{_DASHES}]+",                           "-"),       # U+2212, the minus sign, is not among them
+    (r"[`\u00b4\u00ab\u00bb\u201c\u201d\u00a8]", '"'),       # ` acute, guillemets, curly pair, diaeresis
+    (r"[\u2018\u2019]",                          "'"),       # curly apostrophes
+    (r"&quot;?",                                 ""),        # entities that were escaped twice
+    (r"&amp",                                    ""),        # leaves its semicolon behind
+    (r"\d{1,3}(?:\.\d{1,3}){3}",                 " "),       # IPv4
+    (r"\d:\d\d\s+$",                             ""),        # article ids; also "5:30" before a dropped @nick
+    (r"\\n",                                     " "),       # a newline that was escaped: two characters
+    (r"#\d{1,3}\b",                              ""),        # "#123"; four digits stay
+    (r"#\d{5,}\b",                               ""),        # "#12345"
+    (r"\b\d{6,}\b",                              ""),        # stock numbers
+    (rf"\S+\.(?:{_FILE_TYPES})",                 ""),        # file names, with all that is glued in front
+    (r"""["']{2,}""",                            '"'),       # shouting: ""sale""
+    (r"\.{2,}",                                  " "),       # ellipses
+    (r"[#®•©™&@·º½¾¿¡§~)(\][}{|\\/*]+",          " "),       # ***sale***, #sale
+    (r"\s+\.\s+",                                " "),       # a full stop left alone
+]]
+
+# Step 3, on the repaired text: catalogue codes, shop phrases, then the ends of the string.
+_FINAL_RULES = [(re.compile(pattern), new) for pattern, new in [
+    (rf"\b{_LETTER}{{1,3}}\d{{3,15}}\b",         ""),        # jc6640
+    (rf"\b{_LETTER}+\d+{_LETTER}+\b",            ""),        # jc6640vc
+    (rf"\b\d+{_LETTER}+\d+\b",                   ""),        # 6640vc231
+    (r"(?:worldwide\s+)?(?:free\s+)?shipping",   ""),
+    (r"(?:free\s)?download(?:\sfree)?",          ""),
+    (r"\bclick\b\s(?:for|on)\s\w+",              ""),
+    (rf"\b(?:{_FILE_TYPES})(?:\simages?)?",      ""),        # no boundary behind: "pdfs" keeps its "s"
+    (r"\bpage\s+\d+\b",                          ""),
+    (rf"\b\d*(?:{_LETTER}+\d+){{2}}[a-zA-Z\d]*\b", " "),     # j2d1a2a
+    (r"\b\d+\.?\d*[x\u0445\u00d7]\d+\.?\d*\b",   ""),        # 1920x1080, also with Cyrillic x or a times sign
+    (r"\b\s+:\s+",                               ": "),
+    (r"(\D[,./])\b",                             r"\1 "),    # the blank that was forgotten; "50,000" is safe
+    (r"\s+",                                     " "),
+    (r"""^["']([\w\W]+)["']$""",                 r"\1"),     # enclosing quotes, which need not match
+    (r"^['_,\-:;]",                              ""),
+    (r"['_,\-:+]$",                              ""),
+    (r"^\.\S+$",                                 ""),        # the whole caption is a file ending
+]]
+# fmt: on
+
+
+def clean_caption(caption: str) -> str:
+    """The pre-processing of captions for T5 that the official code applies, twice in a row, to each prompt.
+
+    The rules descend from DeepFloyd IF and PixArt.  The second pass is not idle: it cleans what the first one
+    laid bare (entities inside entities, ends freed of blanks).
+
+    >>> clean_caption("A <b>RED</b> ball&mdash;as on https://www.example.com/ball, 1920x1080 ...")
+    'a red ball-as on'
+    """
+    import ftfy
+    from bs4 import BeautifulSoup
+
+    def apply(rules: list[tuple[re.Pattern, str]], text: str) -> str:
+        for pattern, new in rules:
+            text = pattern.sub(new, text)
+        return text
+
+    for _ in range(2):
+        caption = apply(_MARKUP_RULES, urllib.parse.unquote_plus(caption).strip().lower())
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # bs4 takes a caption such as "a/b" for a path, and says so
+            caption = BeautifulSoup(caption, features="html.parser").text
+        caption = apply(_TEXT_RULES, caption)
+        if len(_HYPHENATION.findall(caption)) > 3:  # "this-is-my-little-cat", but not "two-word"
+            caption = _HYPHENATION.sub(" ", caption)
+        caption = html.unescape(html.unescape(ftfy.fix_text(caption))).strip()
+        caption = apply(_FINAL_RULES, caption).strip()
+    return caption
+
+
+class T5:
+    """A T5 encoder folder (config.json, weights, spiece.model), read offline.
+
+    The XXL encoder has 4.7 B parameters and is needed once per prompt, so the pipeline calls it, keeps the output
+    (about 6.5 MB a prompt) and frees the model. dtype defaults to bfloat16: 9.5 GB, not the 19 GB of float32.
+    """
+
+    def __init__(self, folder: str | Path, length: int = 800, device="cpu", dtype: torch.dtype = torch.bfloat16):
+        from sentencepiece import SentencePieceProcessor
+        from transformers import T5EncoderModel
+
+        self.length, self.device = length, device
+        self.tokenizer = SentencePieceProcessor(model_file=str(Path(folder) / "spiece.model"))
+        self.model = T5EncoderModel.from_pretrained(folder, dtype=dtype, local_files_only=True).to(device).eval()
+
+    def tokenize(self, captions: Sequence[str]) -> tuple[Tensor, Tensor]:
+        """Captions -> token ids (n, L) and 0/1 mask (n, L). An empty caption has no token at all: its mask is zero."""
+        ids = torch.zeros(len(captions), self.length, dtype=torch.long)              # T5 pads with 0
+        mask = torch.zeros_like(ids)
+        for row, caption in enumerate(captions):
+            pieces = self.tokenizer.encode(caption) + [1] if caption else []         # T5 ends with </s> = 1
+            if len(pieces) > self.length:
+                warnings.warn(f"the prompt has {len(pieces)} tokens; only the first {self.length} are used: "
+                              f"{caption[:40]!r}...", stacklevel=2)
+                pieces = pieces[: self.length - 1] + [1]
+            ids[row, : len(pieces)] = torch.tensor(pieces, dtype=torch.long)
+            mask[row, : len(pieces)] = 1
+        return ids, mask
+
+    @torch.no_grad()
+    def __call__(self, captions: Sequence[str], clean: bool = True) -> tuple[Tensor, Tensor]:
+        """Captions -> last hidden state (n, L, text_dim) float32 and mask (n, L), on the CPU."""
+        ids, mask = self.tokenize([clean_caption(c) if clean else c for c in captions])
+        # Only the filled columns are computed: padding is masked, so it cannot change them.
+        used = max(1, int(mask.sum(1).max()))
+        hidden = self.model(ids[:, :used].to(self.device), mask[:, :used].to(self.device)).last_hidden_state
+        return F.pad(hidden.float().cpu(), (0, 0, 0, self.length - used)), mask
+
+
+# Learned vectors in the width of the text steer what captions cannot: quality, how long the video goes on, a still
+# or lively start. They stand in front of the caption. Name in the config -> name in the file:
+_TOKEN_FILE_NAMES = {
+    "static": "static_first_frames_token", "dynamic": "dynamic_first_frames_token", "borderness": "borderness_token",
+    "hq": "hq_token", "3d": "three_d_model_token", "2d": "two_d_anime_token",
+    "caption": "caption_token", "logo": "logo_token", "trans": "trans_token",
+}
+
+
+def prepend_tokens(text: Tensor, mask: Tensor, tokens: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+    """Put each (1, C) token in front in turn, so the last one comes first; cut to the length text (L, C) had."""
+    L = len(text)
+    return (torch.cat([*reversed(tokens), text])[:L],
+            torch.cat([mask.new_ones(len(tokens)), mask])[:L])
+
+
+def token_vectors(names: Sequence[str], order: Sequence[str], table: dict[str, Tensor], remaining: float = 1
+                  ) -> list[Tensor]:
+    """The vectors of the named tokens, in the official order of prepending (SPECIAL_TOKENS or NEGATIVE_TOKENS).
+
+    remaining: how many chunks are left, this one included. It picks the duration token, clamped to 8:
+    duration_token_1 says "this is the last second".
+    """
+    out = []
+    for name in order:
+        if name in names:
+            key = f"duration_token_{int(min(remaining, 8))}" if name == "duration" else _TOKEN_FILE_NAMES[name]
+            _require(key in table, f"special token {name!r} needs {key!r}, but this model's table has only "
+                     f"{', '.join(sorted(table)) or 'nothing'}")
+            out.append(table[key])
+    return out
+
+
+# ----------------------------------------------------------------------------------------------------------------
+# 5  DiT
+# ----------------------------------------------------------------------------------------------------------------
+# Report section 2.2. What sets it apart from a plain DiT: self- and cross-attention run in parallel on one
+# normalised input and share one output projection; q and k are normalised; the timestep acts only through two
+# tanh gates per layer, each followed by a norm (no shift, no input modulation).
+
+
+class FP8Linear(nn.Module):
+    """A linear layer with e4m3 weights, in the official checkpoint's two kinds.
+
+    "tensor" (q, k, v, qx, fc1): one input scale, stored once per input channel. "channel" (Wo, fc2): the input is
+    first divided by a smoothing scale per channel, which moves outliers from the activations into the weights.
+    """
+
+    def __init__(self, in_features: int, out_features: int, kind: str):
+        super().__init__()
+        _require(kind in ("tensor", "channel"), f"fp8 kind {kind!r} is not 'tensor' or 'channel'")
+        self.register_buffer("weight", torch.zeros(out_features, in_features, dtype=torch.float8_e4m3fn))
+        self.register_buffer("weight_scale", torch.ones(1))
+        self.register_buffer("input_scale", torch.ones(in_features if kind == "tensor" else 1))
+        self.register_buffer("smooth_scale", torch.ones(1, in_features) if kind == "channel" else None)
+
+    def forward(self, x: Tensor, ops: SimpleNamespace = TORCH_OPS) -> Tensor:        # (..., in) -> (..., out), bf16
+        divide = self.input_scale if self.smooth_scale is None else self.smooth_scale
+        return ops.fp8_matmul(x, self.weight, divide, self.input_scale[0] * self.weight_scale)
+
+
+def _linear(cfg: DiTConfig, fp8: bool, n_in: int, n_out: int, kind: str) -> nn.Module:
+    return FP8Linear(n_in, n_out, kind) if fp8 else nn.Linear(n_in, n_out, bias=False, dtype=cfg.torch_dtype)
+
+
+@dataclass
+class Context:
+    """What every layer of one forward shares; made by DiT.forward."""
+
+    angles: Tensor                                 # (N, 3 hd/8) rotary angles
+    text: Tensor                                   # (B*n, L', D) text of each chunk
+    text_mask: Tensor                              # (B*n, L') bool
+    ranges: Tensor                                 # (n, 2) or (B, n, 2): key tokens each chunk reads, cached ones first
+    chunks: Sequence[int]                          # absolute index of each chunk
+    cache: KVCache | None                          # read: keys of chunks before chunks[0]
+    write: Sequence[int]                           # chunks whose keys go to the cache
+    ops: SimpleNamespace
+
+
+class ParallelAttention(nn.Module):
+    """Self-attention over the chunk's range and cross-attention to the chunk's own text, side by side."""
+
+    def __init__(self, cfg: DiTConfig, index: int, fp8: bool):
+        super().__init__()
+        D, hd, Hq, Hkv = cfg.hidden_size, cfg.head_dim, cfg.num_heads, cfg.num_kv_heads
+        self.index, self.head_dim = index, hd
+        model, full = cfg.torch_dtype, torch.float32
+        self.norm = nn.LayerNorm(D, cfg.norm_eps, dtype=model)
+        self.q = _linear(cfg, fp8, D, Hq * hd, "tensor")
+        self.k = _linear(cfg, fp8, D, Hkv * hd, "tensor")
+        self.v = _linear(cfg, fp8, D, Hkv * hd, "tensor")
+        self.qx = _linear(cfg, fp8, D, Hq * hd, "tensor")
+        self.kvx = nn.Linear(D, 2 * Hkv * hd, bias=False, dtype=model)
+        self.out = _linear(cfg, fp8, 2 * Hq * hd, D, "channel")
+        self.q_norm, self.k_norm = (LayerNorm1p(hd, cfg.norm_eps, dtype=full) for _ in range(2))
+        self.qx_norm, self.kx_norm = (LayerNorm1p(hd, cfg.norm_eps, dtype=model) for _ in range(2))
+
+    def forward(self, x: Tensor, ctx: Context) -> Tensor:                            # (B, N, D)
+        attn = torch.cat(self.attend(x, ctx), dim=-1)                                # (B, N, 2*Hq*hd)
+        # The checkpoints were trained 8-way tensor parallel: each rank's slice of Wo saw its own heads' self- and
+        # cross-attention side by side, so the features must be dealt out in that order.
+        attn = rearrange(attn, "b n (two rank f) -> b n (rank two f)", two=2, rank=8)
+        if isinstance(self.out, FP8Linear):
+            return self.out(attn, ctx.ops)
+        return F.linear(attn.float(), self.out.weight.float())                       # (B, N, D) float32
+
+    def attend(self, x: Tensor, ctx: Context) -> tuple[Tensor, Tensor]:
+        """Self- and cross-attention before the projection, each (B, N, Hq*hd)."""
+        B, N, _ = x.shape
+        ops, heads = ctx.ops, lambda u: u.unflatten(-1, (-1, self.head_dim))         # (..., heads, hd)
+        h = self.norm(x)
+        q, k, v, qx = (heads(_project(layer, h, ops)) for layer in (self.q, self.k, self.v, self.qx))
+
+        q, k = ops.norm_rotary(q, self.q_norm, ctx.angles), ops.norm_rotary(k, self.k_norm, ctx.angles)
+        cached = ctx.cache.read(self.index, before=ctx.chunks[0]) if ctx.cache is not None else None
+        own = ops.block_attention(q, k, v, ctx.ranges, cached)                       # (B, N, Hq, hd)
+        for i, chunk in enumerate(ctx.chunks):
+            if chunk in ctx.write:
+                ctx.cache.write(self.index, chunk, *(u.chunk(len(ctx.chunks), dim=1)[i] for u in (k, v)))
+
+        kx, vx = rearrange(self.kvx(ctx.text), "bn l (h two d) -> two bn l h d", two=2, d=self.head_dim)
+        qx, kx = self.qx_norm(qx).to(x.dtype), self.kx_norm(kx).to(x.dtype)
+        qx = qx.reshape(len(ctx.text), -1, *qx.shape[2:])                            # (B*n, c, Hq, hd)
+        cross = ops.attention(qx, kx, vx, ctx.text_mask[:, None])
+        return own.reshape(B, N, -1), cross.reshape(B, N, -1)
+
+
+def _project(layer: nn.Module, x: Tensor, ops: SimpleNamespace) -> Tensor:
+    return layer(x, ops) if isinstance(layer, FP8Linear) else layer(x)
+
+
+class FeedForward(nn.Module):
+    """LayerNorm, then GELU or SwiGLU."""
+
+    def __init__(self, cfg: DiTConfig, fp8: bool):
+        super().__init__()
+        self.gated = cfg.gated_ffn
+        self.norm = nn.LayerNorm(cfg.hidden_size, cfg.norm_eps, dtype=cfg.torch_dtype)
+        self.fc1 = _linear(cfg, fp8, cfg.hidden_size, cfg.ffn_size * (2 if cfg.gated_ffn else 1), "tensor")
+        self.fc2 = _linear(cfg, fp8, cfg.ffn_size, cfg.hidden_size, "channel")
+
+    def forward(self, x: Tensor, ops: SimpleNamespace) -> Tensor:                    # (B, N, D)
+        h = _project(self.fc1, self.norm(x), ops)                                    # (B, N, FFN or 2 FFN)
+        if self.gated:
+            gate, value = h.chunk(2, dim=-1)
+            h = F.silu(gate) * value
+        else:
+            h = F.gelu(h)
+        return _project(self.fc2, h, ops)
+
+
+class DiTLayer(nn.Module):
+    def __init__(self, cfg: DiTConfig, index: int):
+        super().__init__()
+        fp8 = cfg.fp8 and 0 < index < cfg.num_layers - 1        # the first and last layers are too sensitive to quantise
+        self.gates = nn.Linear(cfg.cond_size, 2 * cfg.hidden_size, dtype=cfg.torch_dtype)
+        self.attn = ParallelAttention(cfg, index, fp8)
+        self.attn_post_norm = LayerNorm1p(cfg.hidden_size, cfg.norm_eps, dtype=torch.float32)
+        self.ffn = FeedForward(cfg, fp8)
+        self.ffn_post_norm = LayerNorm1p(cfg.hidden_size, cfg.norm_eps, dtype=torch.float32)
+
+    def forward(self, x: Tensor, cond: Tensor, ctx: Context) -> Tensor:              # (B, N, D), (B, n, D/4)
+        # tanh is a softcap at 1: however noisy the timestep, a gate can neither explode nor change more than sign
+        gate1, gate2 = self.gates(F.silu(cond)).tanh().chunk(2, dim=-1)              # each (B, n, D)
+        x = ctx.ops.gated_residual(x, gate1, self.attn(x, ctx), self.attn_post_norm)
+        return ctx.ops.gated_residual(x, gate2, self.ffn(x, ctx.ops), self.ffn_post_norm)
+
+
+class DiT(nn.Module):
+    """Velocity of the noisy chunks given the clean ones (report section 2.2).
+
+    Weights: embedders, head and most norms in float32, the blocks in cfg.dtype. Build it under
+    torch.device("meta") to look at shapes without memory; `from magi import DiT` works on its own.
+    """
+
+    def __init__(self, cfg: DiTConfig, ops: SimpleNamespace = TORCH_OPS):
+        super().__init__()
+        self.cfg, self.ops = cfg, ops
+        D, cond, p = cfg.hidden_size, cfg.cond_size, cfg.patch_size
+        self.patch_embed = nn.Conv3d(cfg.in_channels, D, (1, p, p), (1, p, p), bias=False)
+        self.time_embed = nn.Sequential(nn.Linear(256, cond), nn.SiLU(), nn.Linear(cond, cond))
+        self.null_text = nn.Parameter(torch.randn(cfg.text_length, cfg.text_dim) * 0.02)
+        self.text_proj = nn.Linear(cfg.text_dim, D)
+        self.flag_proj = nn.Linear(cfg.text_dim, cond)
+        bands = cfg.head_dim // 8
+        self.rope_bands = nn.Parameter(10000.0 ** (-torch.arange(bands) / bands))
+        self.layers = nn.ModuleList(DiTLayer(cfg, i) for i in range(cfg.num_layers))
+        self.final_norm = LayerNorm1p(D, cfg.norm_eps)
+        self.final_linear = nn.Linear(D, p * p * cfg.out_channels, bias=False)
+
+    def condition(self, t: Tensor, conditional: Tensor, step_size: float | None = None) -> Tensor:
+        """What the gates see of each chunk: its time, and one bit that says whether it has a caption.
+
+        t (B, n), conditional (B, n) bool, step_size: d of a distilled model -> (B, n, D/4) float32.
+        """
+        embed = lambda u: self.time_embed(timestep_features(u).to(self.cfg.torch_dtype).float())    # noqa: E731
+        flags = self.flag_proj(self.null_text[-2:])                     # row -2: conditional, row -1: unconditional
+        cond = embed(t) + torch.where(conditional[..., None], flags[0], flags[1])
+        return cond if step_size is None else cond + embed(torch.full_like(t, step_size))
+
+    def forward(self, x: Tensor, t: Tensor, text: Tensor, text_mask: Tensor, *, chunks: Sequence[int] | None = None,
+                first_seen: Sequence[int] | Tensor | None = None, conditional: bool | Tensor = True,
+                step_size: float | None = None, cache: KVCache | None = None, write: Sequence[int] = ()) -> Tensor:
+        """One evaluation of the velocity for n chunks at once.
+
+        x           (B, 16, T, H, W)   noisy latents, T a multiple of n
+        t           (B, n)             time of each chunk
+        text        (B, n, L, C)       text of each chunk; text_mask (B, n, L), nonzero where valid
+        chunks      n absolute chunk indices, rising; default 0 .. n-1
+        first_seen  (n,) or (B, n): the first chunk each attends to (itself: no history); default: all there is
+        conditional one flag, or (B, n) bool
+        step_size   d, for distilled models only
+        cache       clean chunks to read; those listed in `write` are stored there
+        Returns the velocity, (B, 16, T, H, W) float32. Raises ValueError if a range reaches a chunk that is neither
+        in this forward nor in the cache.
+        """
+        cfg, (B, n) = self.cfg, t.shape
+        _, _, T, H, W = x.shape
+        p = cfg.patch_size
+        _require(T % n == 0 and H % p == 0 and W % p == 0 and min(H, W) >= 2 * p,
+                 f"latent (T, H, W) = {(T, H, W)} does not divide into {n} chunks of {p}x{p} patches, at least 2x2")
+        chunks = list(range(n)) if chunks is None else list(chunks)
+        have = sorted({*(cache.chunks(chunks[0]) if cache is not None else ()), *chunks})
+        first_seen = [have[0]] * n if first_seen is None else first_seen
+        ranges = token_ranges(chunks, first_seen, have, (T // n) * (H // p) * (W // p))
+        if not torch.is_tensor(conditional):
+            conditional = torch.full((B, n), bool(conditional), device=x.device)
+
+        if cfg.in_channels == 2 * cfg.latent_channels:
+            x = torch.cat([x, x], dim=1)                                             # (B, 32, T, H, W)
+        tokens = self.patch_embed(x.float() * cfg.x_scale)                           # (B, D, T, H/2, W/2)
+        tokens = rearrange(tokens, "b d t h w -> b (t h w) d").to(cfg.torch_dtype)   # (B, N, D)
+        cond = self.condition(t, conditional, step_size).to(cfg.torch_dtype)         # (B, n, D/4)
+
+        longest = max(1, int(text_mask.sum(-1).max()))       # columns beyond the longest text hold nothing valid
+        order = text_mask.bool().flatten(0, 1)
+        if not order[:, :longest].sum() == order.sum():      # ... if the valid ones come first; keep all otherwise
+            longest = order.shape[1]
+        text = F.silu(self.text_proj(text.flatten(0, 1)[:, :longest].float())).to(cfg.torch_dtype)   # (B*n, L', D)
+
+        frames = torch.cat([torch.arange(k * (T // n), (k + 1) * (T // n), device=x.device) for k in chunks])
+        ctx = Context(angles=rotary_angles(self.rope_bands, frames, H // p, W // p),
+                      text=text, text_mask=order[:, :longest],
+                      ranges=ranges.to(x.device) if ranges.dim() == 3 else ranges, chunks=chunks, cache=cache,
+                      write=write, ops=self.ops)
+        for layer in self.layers:
+            tokens = layer(tokens, cond, ctx)
+
+        out = self.final_linear(self.final_norm(tokens))                             # (B, N, 1*2*2*C)
+        out = rearrange(out, "b (t h w) (ph pw c) -> b c t (h ph) (w pw)", t=T, h=H // p, ph=p, pw=p)
+        return out[:, : cfg.latent_channels].float() / cfg.x_scale
+
+
+def token_ranges(chunks: Sequence[int], first_seen: Sequence[int] | Tensor, have: Sequence[int], c: int) -> Tensor:
+    """Key tokens [start, end) that each chunk reads, on the axis [cached chunks, chunks of this forward].
+
+    first_seen (n,), or (B, n) in training; have: absolute indices of all chunks on that axis, rising, c tokens each.
+    """
+    have, own, first = torch.tensor(have), torch.tensor(chunks), torch.as_tensor(first_seen).cpu()
+    start, end = torch.searchsorted(have, first), torch.searchsorted(have, own) + 1
+    complete = (end - start == own - first + 1) & (first <= own)         # one place for each chunk of the range
+    _require(bool(complete.all()), f"chunks {chunks} attend back to chunks {first.tolist()}, but only chunks "
+             f"{have.tolist()} are in this forward or in the cache")
+    return torch.stack([start * c, (end * c).expand_as(start)], dim=-1)
+
+
+# ----------------------------------------------------------------------------------------------------------------
+# 6  KV cache
+# ----------------------------------------------------------------------------------------------------------------
+
+
+class KVCache:
+    """Keys and values of clean chunks, one tensor pair per layer, oldest chunk first.
+
+    Only chunks within `reach` of the oldest chunk in flight are ever read again, so older ones are dropped and
+    memory does not grow with the video (reach None: keep everything, for "all history" runs).
+    """
+
+    def __init__(self, reach: int | None):
+        self.reach = reach
+        self.layers: dict[int, dict[int, tuple[Tensor, Tensor]]] = {}       # layer -> chunk -> (k, v)
+
+    def write(self, layer: int, chunk: int, k: Tensor, v: Tensor) -> None:
+        """Store one chunk's k and v, (B, c, Hkv, hd). Copied: a view would keep the whole forward's keys alive."""
+        self.layers.setdefault(layer, {})[chunk] = (k.clone(), v.clone())
+
+    def chunks(self, before: int) -> list[int]:
+        """Stored chunks older than `before`."""
+        return sorted(k for k in next(iter(self.layers.values()), {}) if k < before)
+
+    def read(self, layer: int, before: int) -> tuple[Tensor, Tensor] | None:
+        """k and v of the stored chunks older than `before`, joined, (B, chunks*c, Hkv, hd); None if there are none."""
+        stored = self.layers.get(layer, {})
+        pairs = [stored[k] for k in sorted(stored) if k < before]
+        return tuple(torch.cat(u, dim=1) for u in zip(*pairs, strict=True)) if pairs else None
+
+    def evict(self, oldest: int) -> None:
+        """Drop what no forward whose oldest chunk is `oldest` or later can read."""
+        if self.reach is None:
+            return
+        for stored in self.layers.values():
+            for chunk in [k for k in stored if k < oldest - self.reach]:
+                del stored[chunk]
+
+    @property
+    def bytes(self) -> int:
+        return sum(u.numel() * u.element_size() for stored in self.layers.values() for kv in stored.values() for u in kv)
+
+
+# ----------------------------------------------------------------------------------------------------------------
+# 7  Schedule
+# ----------------------------------------------------------------------------------------------------------------
+# Report section 2.4. Everything here is a pure function of the config: print it, plot it, test it alone.
+#
+#     window 4, 3 chunks      stage   0     1     2     3     4     5
+#     (a row is a chunk,      chunk 0 .00   .02   .10   .30   out
+#     a number the t it       chunk 1       .00   .02   .10   .30   out
+#     starts the stage with)  chunk 2             .00   .02   .10   .30
+
+
+def timestep_grid(num_steps: int, shortcut_mode: str = "8,16,16") -> Tensor:
+    """The n + 1 times of a chunk from 0 (noise) to 1 (clean), float32: half of them lie below t = 0.1.
+
+    s = i/n, u = s^2, t = u w / (1 - (1-w) u) with w = 1/3. n = 12 is a thinned 16-step grid (see `step_sizes`).
+    """
+    if num_steps == 12:
+        offsets = (0, 2, 3) if shortcut_mode == "8,16,16" else (0, 1, 2)
+        s = torch.tensor([(4 * quarter + k) / 16 for quarter in range(4) for k in offsets] + [1.0])
+    else:
+        s = torch.linspace(0, 1, num_steps + 1)
+    return shift_time(s**2)
+
+
+def shift_time(u: Tensor, w: float = 1 / 3) -> Tensor:
+    """Push times in [0, 1] towards the noise, where the layout of a video is decided: u w / (1 - (1-w) u)."""
+    return u * w / (1 - (1 - w) * u)
+
+
+def step_sizes(num_steps: int, shortcut_mode: str = "8,16,16") -> list[float]:
+    """d of each step for a distilled model: n/2, so 64, 32, 16, 8 steps give 32, 16, 8, 4.
+
+    The 12-step grid takes one double step and two single steps of a 16-step grid in each quarter.
+    """
+    if num_steps == 12:
+        return [8 / k for k in ((2, 1, 1) if shortcut_mode == "8,16,16" else (1, 1, 2))] * 4
+    return [num_steps / 2] * num_steps
+
+
+@dataclass(frozen=True)
+class Stage:
+    """Between two entries to the pipeline: which chunks are in flight, and how far each has come."""
+
+    index: int
+    chunks: tuple[int, ...]              # absolute indices, oldest (cleanest) first
+    own_stage: tuple[int, ...]           # of each chunk: 0 .. window-1
+    refresh: int | None                  # the chunk that has just left; its clean keys are computed in step 0
+
+
+def stages(num_chunks: int | None, prefix_chunks: int = 0, window: int = 4) -> Iterator[Stage]:
+    """The stages of a run of `num_chunks` chunks (prefix ones included; None: for ever), one new chunk in each."""
+    K, P = math.inf if num_chunks is None else num_chunks, prefix_chunks
+    for s in itertools.count() if num_chunks is None else range(max(0, K - P) and K - P + window - 1):
+        chunks = tuple(range(max(P, P + s - window + 1), int(min(K, P + s + 1))))
+        yield Stage(s, chunks, tuple(s - (c - P) for c in chunks), chunks[0] - 1 if s >= window else None)
+
+
+def kv_range(cfg: SamplerConfig, grid_index: int, chunk: int | None = None) -> float:
+    """How many chunks a noisy chunk sees, itself included, at a step of its own time grid; inf: all there are.
+
+    `chunk` counts generated chunks: it selects an exception of cfg.kv_ranges_at.
+    """
+    ranges = dict(cfg.kv_ranges_at).get(chunk, cfg.kv_ranges)
+    return ranges[grid_index * len(ranges) // cfg.num_steps] if ranges else math.inf
+
+
+def clean_range(cfg: SamplerConfig, prefix: bool) -> float:
+    """How many chunks a clean chunk sees: one being refreshed, or (prefix) one given from outside."""
+    if not cfg.kv_ranges and not prefix:
+        return math.inf                                  # "all history" holds for refreshed chunks whatever is set
+    if cfg.clean_kv_range == -1:
+        return cfg.kv_ranges[-1] if cfg.kv_ranges else 8
+    return cfg.clean_kv_range
+
+
+def cache_reach(cfg: SamplerConfig) -> int | None:
+    """How many chunks before the oldest one in a forward can still be read: the length of the ring. None: all."""
+    tables = [cfg.kv_ranges, *(ranges for _, ranges in cfg.kv_ranges_at)]
+    if not all(tables):
+        return None
+    return max(*itertools.chain(*tables), clean_range(cfg, prefix=False)) - 1
+
+
+def shot_transition(cfg: SamplerConfig, chunk: int, kind: str = "cut") -> SamplerConfig:
+    """Let generated chunk `chunk` look away from its past for part of its life (report section 3.3).
+
+    "cut": no history while it is noisy, so the scene is laid out anew, but identities come back later.
+    "restyle": history while noisy but none when clean, so the layout stays and details change.
+    """
+    _require(kind in ("cut", "restyle"), f"transition {kind!r} is not 'cut' or 'restyle'")
+    _require(chunk >= 1, f"transition at chunk {chunk}: the first chunk has no history, choose 1 or later")
+    _require(len(cfg.kv_ranges) >= 2, f"a transition needs at least two kv_ranges, not {cfg.kv_ranges}")
+    half = len(cfg.kv_ranges) // 2
+    alone = (1,) * half
+    ranges = alone + cfg.kv_ranges[half:] if kind == "cut" else cfg.kv_ranges[: -half] + alone
+    return dataclasses.replace(cfg, kv_ranges_at=(*cfg.kv_ranges_at, (chunk, ranges)))
+
+
+# ----------------------------------------------------------------------------------------------------------------
+# 8  Guidance
+# ----------------------------------------------------------------------------------------------------------------
+# Report section 2.4. A base model is evaluated in three ways and the velocities are combined:
+#
+#     v = (1 - w_prev) v(x | nothing) + (w_prev - w_text) v(x | previous) + w_text v(x | previous, text)
+#
+# w_prev pulls towards the history, w_text towards the caption; both depend on the chunk's own t. Half of the work
+# is multiplied by zero, and skipped here: `needed` says which chunks a branch must compute.
+
+
+def guidance_scales(cfg: SamplerConfig, t: float) -> tuple[float, float]:
+    """(w_prev, w_text) at time t: the last bucket that starts at or before t, edges within 1e-7."""
+    bucket = max((i for i, edge in enumerate(cfg.cfg_t) if t >= edge - 1e-7), default=0)
+    return cfg.prev_scales[bucket], cfg.text_scales[bucket]
+
+
+def needed(wanted: Sequence[int], chunks: Sequence[int], first_seen: Sequence[int]) -> list[int]:
+    """The chunks of a forward that must be computed for the `wanted` ones to be right: also every chunk whose keys
+    they read, directly or through another (layer after layer, a chunk depends on all it can reach)."""
+    if not wanted:
+        return []
+    first = dict(zip(chunks, first_seen, strict=True))
+    low, high = min(wanted), max(wanted)
+    while (reached := min(first[c] for c in chunks if low <= c <= high)) < low and low > chunks[0]:
+        low = max(reached, chunks[0])
+    return [c for c in chunks if low <= c <= high]
+
+
+# ----------------------------------------------------------------------------------------------------------------
+# 9  Sampler
+# ----------------------------------------------------------------------------------------------------------------
+# The chunk pipeline (report section 2.4). A clean chunk must be seen clean: when it has left the pipeline, the next
+# forward carries it once more in front, at t = 0.9999 and with null text, only to compute the keys and values that
+# later chunks will read from the cache.
+
+
+@dataclass(frozen=True)
+class Progress:
+    """Reported after every step: for progress bars."""
+
+    step: int                            # steps done
+    total: int | None                    # steps in all, None: endless
+    chunk: int                           # generated chunk that will be finished next
+    cache_bytes: int
+    tokens: int                          # DiT tokens computed so far, over all branches
+
+
+def chunk_noise(seed: int, chunk: int, shape: Sequence[int]) -> Tensor:
+    """Gaussian noise of one chunk, from (seed, chunk index) alone: a longer video begins like a shorter one.
+
+    SeedSequence mixes the two numbers so that neighbouring seeds and chunks share nothing; drawn on the CPU, so the
+    same seed gives the same video on every device.
+    """
+    mixed = np.random.SeedSequence([seed, chunk]).generate_state(1, np.uint64)[0]
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(int(mixed >> 1)))
+
+
+class TextConditions:
+    """The text each chunk is shown in each branch."""
+
+    def __init__(self, dit: DiT, text: Tensor, mask: Tensor, cfg: SamplerConfig, table: dict[str, Tensor],
+                 num_chunks: int | None, prefix_chunks: int):
+        null = dit.null_text.float()
+        self.cfg, self.P, self.K = cfg, prefix_chunks, math.inf if num_chunks is None else num_chunks
+        self.text, self.mask = (text[None], mask[None]) if text.dim() == 2 else (text, mask)
+        self.table = {name: v.to(null) for name, v in table.items()}
+        L, C = null.shape
+        _require(self.text.dim() == 3 and self.text.shape[1:] == (L, C) and self.mask.shape == self.text.shape[:2],
+                 f"text {tuple(text.shape)} and text_mask {tuple(mask.shape)} must be ({L}, {C}) and ({L},), or that "
+                 f"for each chunk")
+        self.text, self.mask = self.text.to(null), self.mask.to(null.device)
+        negative = token_vectors(cfg.negative_tokens, NEGATIVE_TOKENS, self.table)
+        rows, _ = prepend_tokens(null, self.mask[0], negative)
+        self.null = rows, (torch.arange(L, device=null.device) < dit.cfg.null_length).to(self.mask)
+        token_vectors(cfg.special_tokens, SPECIAL_TOKENS, self.table)   # find a missing vector before the first step
+
+    def caption(self, chunk: int) -> tuple[Tensor, Tensor]:
+        """Special tokens and caption of a noisy chunk; null text where the caption is empty."""
+        i = min(chunk - self.P, len(self.text) - 1)                     # the last caption goes on
+        if not self.mask[i].any():
+            return self.null
+        tokens = token_vectors(self.cfg.special_tokens, SPECIAL_TOKENS, self.table, remaining=self.K - chunk)
+        return prepend_tokens(self.text[i], self.mask[i], tokens)
+
+    def stack(self, chunks: Sequence[int], captioned: bool, clean: int | None) -> tuple[Tensor, Tensor]:
+        """Text (1, n, L, C) and mask (1, n, L) of one forward; the clean chunk always carries null text."""
+        pairs = [self.caption(c) if captioned and c != clean else self.null for c in chunks]
+        return tuple(torch.stack(u)[None] for u in zip(*pairs, strict=True))
+
+
+def sample(dit: DiT, text: Tensor, text_mask: Tensor, sampler: SamplerConfig, *,
+           special_tokens: dict[str, Tensor] | None = None, prefix: Tensor | None = None, noise: Tensor | None = None,
+           skip: bool = True, progress: Callable[[Progress], None] | None = None) -> Iterator[tuple[int, Tensor]]:
+    """Generate a video chunk by chunk; yields (index of the generated chunk, its latents) as each becomes clean.
+
+    text (L, C) and text_mask (L,), or (chunks, L, C) and (chunks, L) with one caption per chunk, the last going on.
+    special_tokens: name -> (1, C). prefix: clean latents (16, T, H, W) that come first. noise (16, 6 K, H, W)
+    replaces the seeded noise, prefix chunks counted. skip=False also computes what is multiplied by zero.
+    Yields whole chunks (16, <= 6, H, W), float32, without their prefix frames, except that the first chunk of an
+    image run (a prefix of one frame) keeps it. Raises ValueError for inputs that do not fit.
+    """
+    cfg, device = sampler, dit.null_text.device
+    H, W = (prefix if prefix is not None else noise).shape[2:] if prefix is not None or noise is not None \
+        else (cfg.height // 8, cfg.width // 8)
+    frames = 0 if prefix is None else prefix.shape[1]
+    P = frames // CHUNK
+    K = None if cfg.num_frames is None else math.ceil((cfg.num_frames // FRAMES_PER_LATENT + frames) / CHUNK)
+    shape = (dit.cfg.latent_channels, CHUNK, H, W)
+    _require(prefix is None or prefix.dim() == 4 and len(prefix) == shape[0] and frames >= 1,
+             f"prefix must be ({shape[0]}, T >= 1, H, W), not {None if prefix is None else tuple(prefix.shape)}")
+    _require(noise is None or K is not None and noise.shape == (shape[0], K * CHUNK, H, W),
+             f"noise must be {(shape[0], (K or 0) * CHUNK, H, W)} for a run of {K} chunks, "
+             f"not {None if noise is None else tuple(noise.shape)}")
+    texts = TextConditions(dit, text, text_mask, cfg, special_tokens or {}, K, P)
+    run = _Run(dit, cfg, texts, KVCache(cache_reach(cfg)), skip)
+    grid, d = timestep_grid(cfg.num_steps, cfg.shortcut_mode).to(device), step_sizes(cfg.num_steps, cfg.shortcut_mode)
+    per_stage = cfg.num_steps // cfg.window
+    prefix = prefix.to(device, torch.float32) if prefix is not None else None
+
+    def pasted(c: int, x: Tensor) -> Tensor:
+        """Prefix frames that fill only part of a chunk stand over its latents at all times."""
+        given = prefix[None, :, c * CHUNK : (c + 1) * CHUNK] if prefix is not None else x[:, :, :0]
+        return torch.cat([given, x[:, :, given.shape[2] :]], dim=2)
+
+    if P:
+        run.prefill(torch.stack([prefix[:, c * CHUNK : (c + 1) * CHUNK] for c in range(P)]), d[0])
+    x: dict[int, Tensor] = {}                                           # latents of the chunks in flight, (1, 16, 6, H, W)
+    for stage in stages(K, P, cfg.window):
+        for c in stage.chunks:
+            if c not in x:
+                fresh = chunk_noise(cfg.seed, c - P, shape) if noise is None else noise[:, c * CHUNK : (c + 1) * CHUNK]
+                x[c] = pasted(c, fresh[None].to(device, torch.float32))
+        for j in range(per_stage):
+            at = {c: m * per_stage + j for c, m in zip(stage.chunks, stage.own_stage, strict=True)}
+            refresh = stage.refresh if j == 0 else None
+            velocity = run.velocity(x, {c: grid[i] for c, i in at.items()}, at, refresh, d[j])
+            for c, i in at.items():
+                x[c] = pasted(c, x[c] + velocity[c] * (grid[i + 1] - grid[i]))
+            if refresh is not None:
+                del x[refresh]                                          # its keys are in the cache now
+                run.cache.evict(stage.chunks[0])
+            if progress:
+                total = None if K is None else (K - P + cfg.window - 1) * per_stage
+                progress(Progress(stage.index * per_stage + j + 1, total, stage.chunks[0] - P, run.cache.bytes,
+                                  run.tokens))
+        if stage.own_stage[0] == cfg.window - 1:                        # the oldest chunk is clean
+            c = stage.chunks[0]
+            skip_frames = 0 if frames == 1 else max(0, frames - c * CHUNK)
+            yield c - P, x[c][0, :, skip_frames:]
+
+
+class _Run:
+    """The forwards of one sampling run: what is computed in which branch, and the cache between them."""
+
+    def __init__(self, dit: DiT, cfg: SamplerConfig, texts: TextConditions, cache: KVCache, skip: bool):
+        self.dit, self.cfg, self.texts, self.cache, self.skip = dit, cfg, texts, cache, skip
+        self.tokens = 0
+
+    def forward(self, x: Sequence[Tensor], t: Sequence[Tensor], chunks: Sequence[int], first: Sequence[int],
+                captioned: bool, conditional: bool, clean: int | None = None, d: float = 0, write=()) -> dict[int, Tensor]:
+        text, mask = self.texts.stack(chunks, captioned, clean)
+        x = torch.cat(list(x), dim=2)                                                # (1, 16, 6 n, H, W)
+        self.tokens += x[0, 0].numel() // self.dit.cfg.patch_size**2
+        v = self.dit(x, torch.stack(list(t))[None], text, mask, chunks=chunks, first_seen=first, cache=self.cache,
+                     conditional=conditional, step_size=d if self.cfg.distilled else None, write=write)
+        return dict(zip(chunks, v.chunk(len(chunks), dim=2), strict=True))
+
+    def clean_t(self) -> Tensor:
+        return torch.tensor(self.cfg.clean_t, device=self.dit.null_text.device)
+
+    def prefill(self, prefix: Tensor, d: float) -> None:
+        """Run the whole prefix chunks (P, 16, 6, H, W) once, together, to fill the cache."""
+        chunks, span = range(len(prefix)), clean_range(self.cfg, prefix=True)
+        self.forward(prefix[:, None], [self.clean_t()] * len(prefix), chunks, [int(max(0, c - span + 1)) for c in chunks],
+                     captioned=False, conditional=self.cfg.distilled, d=d, write=chunks)
+        self.cache.evict(len(prefix))
+
+    def velocity(self, x: dict[int, Tensor], t: dict[int, Tensor], at: dict[int, int], refresh: int | None,
+                 d: float) -> dict[int, Tensor]:
+        """Guided velocity of every chunk in flight: `t` and `at` are each chunk's time and grid index."""
+        cfg, P = self.cfg, self.texts.P
+        first = {c: int(max(0, c - kv_range(cfg, i, c - P) + 1)) for c, i in at.items()}
+        if refresh is not None:
+            t = {refresh: self.clean_t(), **t}
+            first = {refresh: int(max(0, refresh - clean_range(cfg, prefix=False) + 1)), **first}
+        chunks = list(first)                                            # rising: the clean one leads
+        write = [refresh] if refresh is not None else []
+
+        def branch(wanted: Sequence[int], alone: bool = False, **kw) -> dict[int, Tensor]:
+            if not self.skip:
+                wanted = chunks
+            some = list(wanted) if alone else needed(wanted, chunks, list(first.values()))
+            if not some:
+                return {}
+            return self.forward([x[c] for c in some], [t[c] for c in some], some,
+                                some if alone else [first[c] for c in some], clean=refresh, d=d, **kw)
+
+        if cfg.distilled:
+            v = branch(chunks, captioned=True, conditional=True, write=write)
+            oldest = min(at)
+            if t[oldest] >= cfg.nearly_clean_t - 1e-7:
+                # Nearly clean, the oldest chunk leans on itself: history would carry its errors along the video.
+                alone = self.forward([x[oldest]], [t[oldest]], [oldest], [oldest], captioned=True, conditional=True, d=d)
+                v[oldest] = cfg.nearly_clean_blend * v[oldest] + (1 - cfg.nearly_clean_blend) * alone[oldest]
+            return v
+
+        scales = {c: guidance_scales(cfg, float(t[c])) for c in at}
+        if self.skip:       # with nothing before it, a chunk's first two branches are one: take w_prev = 1
+            scales = {c: (1.0 if first[c] == c else w_prev, w_text) for c, (w_prev, w_text) in scales.items()}
+        texted = branch([c for c in at if scales[c][1] != 0], captioned=True, conditional=True)
+        previous = branch([*write, *(c for c in at if scales[c][0] != scales[c][1])], captioned=False,
+                          conditional=False, write=write)
+        nothing = branch([c for c in at if scales[c][0] != 1], alone=True, captioned=False, conditional=False)
+        return {c: sum(w * v[c] for w, v in ((1 - w_prev, nothing), (w_prev - w_text, previous), (w_text, texted))
+                       if c in v and w != 0) for c, (w_prev, w_text) in scales.items()}
+
+
+# ----------------------------------------------------------------------------------------------------------------
+# 10  Training objectives
+# ----------------------------------------------------------------------------------------------------------------
+# Report sections 2.3 and 2.1. The official project ships none of this. What the report leaves open is ours and is
+# named so in TrainingConfig.
+
+
+@dataclass(frozen=True)
+class TrainingConfig:
+    """How a clip is corrupted for the flow-matching objective. All of it is our choice but for the timestep law,
+    the 5 % noise and the null text of clean chunks."""
+
+    image_share: float = 0.15         # clips that begin with one clean frame (image to video)
+    video_share: float = 0.35         # clips that begin with more: whole clean chunks and part of the next
+    pipeline_share: float = 0.5       # clips whose times are a moment of the sampler's pipeline; the rest: the law
+    null_share: float = 0.15          # clips that lose their captions, for the branches without text
+    clean_noise: float = 0.05         # clean chunks carry up to this much noise: generated history is not perfect
+    ranges_share: float = 0.9         # clips trained under the sampler's attention ranges; the rest see only themselves
+
+
+def timestep_law(*shape: int, generator: torch.Generator | None = None) -> Tensor:
+    """Training times: logit-normal (m 0, s 0.5), shifted towards the noise; about 70 % lie below t = 0.3."""
+    return shift_time(torch.sigmoid(0.5 * torch.randn(*shape, generator=generator)))
+
+
+def draw_times(batch: int, n: int, clean: Tensor, cfg: TrainingConfig, sampler: SamplerConfig,
+               generator: torch.Generator | None = None) -> tuple[Tensor, Tensor]:
+    """Times (B, n), non-increasing along each clip, and which chunks are clean (B, n) bool.
+
+    clean (B,) whole chunks are given. A share of the clips take a moment of the pipeline, a random one: there the
+    chunks are exactly one stage apart, and those that have left it are clean as well. The others sort draws from
+    the law, which leaves its marginal as it is.
+    """
+    law = timestep_law(batch, n, generator=generator).sort(dim=1, descending=True).values
+    later = torch.arange(n) - clean[:, None]                             # (B, n) 0 = first noisy chunk
+    head = torch.rand(batch, 1, generator=generator) * (sampler.window - 1 + n - clean[:, None])
+    stage = head - later                                                 # how many stages each chunk has gone through
+    moment = shift_time((stage / sampler.window).clamp(0, 1) ** 2)
+    # A chunk that would not have started yet still gets some time, or its place in the batch would be wasted.
+    moment = torch.where(stage < 0, law, moment).cummin(dim=1).values
+    use = torch.rand(batch, 1, generator=generator) < cfg.pipeline_share
+    is_clean = (later < 0) | use & (stage >= sampler.window)
+    return torch.where(is_clean, sampler.clean_t, torch.where(use, moment, law)), is_clean
+
+
+def flow_matching_loss(dit: DiT, latents: Tensor, text: Tensor, text_mask: Tensor, cfg: TrainingConfig = TrainingConfig(),
+                       sampler: SamplerConfig = SamplerConfig(), generator: torch.Generator | None = None) -> Tensor:
+    """E || v_theta(x_i^{t_i} | t_i, text, {x_j, j < i}) - (data_i - noise_i) ||^2 over noisy chunks (report 2.3).
+
+    latents (B, 16, T, H, W), scaled, T = 6 n; text (B, n, L, C) with its special tokens, text_mask (B, n, L): one
+    caption per chunk. Text, image and video to video are one objective: they differ in how many clean frames lead.
+    Gradients flow through the clean chunks too (stopping them hurts much, says the report). Draws come from
+    `generator` (on the CPU); the scalar loss is a mean over the elements that count.
+    """
+    (B, _, T, H, W), n = latents.shape, latents.shape[2] // CHUNK
+    _require(T % CHUNK == 0 and text.shape[:2] == (B, n), f"{T} latent frames and text for {tuple(text.shape[:2])} "
+             f"(batch, chunks): give {CHUNK} frames per chunk and a caption for each")
+    rand = lambda *shape: torch.rand(*shape, generator=generator)        # noqa: E731
+
+    # How many frames are given: none, one (an image) or many (a video).
+    task = rand(B)
+    given = torch.where(task < cfg.image_share, 1, (2 + rand(B) * max(1, T - CHUNK - 1)).long())
+    given = torch.where(task < cfg.image_share + cfg.video_share, given, 0).clamp(max=max(1, T - CHUNK))
+    t, is_clean = draw_times(B, n, given // CHUNK, cfg, sampler, generator)
+
+    # Noise each chunk to its t; clean chunks a little, whatever t the model is told; given frames not at all.
+    level = torch.where(is_clean, 1 - cfg.clean_noise * rand(B, n), t)   # share of data in x
+    frame = lambda u: u.repeat_interleave(CHUNK, dim=1).to(latents.device)[:, None, :, None, None]   # noqa: E731
+    pasted = torch.arange(T) < given[:, None]                            # (B, T)
+    noise = torch.randn(latents.shape, generator=generator).to(latents)
+    x = (1 - frame(level)) * noise + frame(level) * latents
+    part = (pasted & ~is_clean.repeat_interleave(CHUNK, 1)).to(latents.device)[:, None, :, None, None]
+    x = torch.where(part, latents, x)
+
+    # Text: clean chunks are always shown null text, as the cache's are; some clips lose theirs altogether.
+    nulled = is_clean | (rand(B, 1) < cfg.null_share)
+    drop = nulled.to(text.device)[..., None]
+    null_mask = (torch.arange(text.shape[2], device=text.device) < dit.cfg.null_length).to(text_mask)
+    text = torch.where(drop[..., None], dit.null_text.to(text), text)
+    text_mask = torch.where(drop, null_mask, text_mask)
+
+    # Attention ranges as in the sampler, by each chunk's own t; some clips see no history, for the third branch.
+    R = len(sampler.kv_ranges)
+    edges = shift_time((torch.arange(1, R) / R) ** 2)
+    reach = torch.tensor(sampler.kv_ranges or (n,))[torch.bucketize(t, edges, right=True)]
+    reach = torch.where(is_clean | (rand(B, 1) >= cfg.ranges_share), 1, reach)
+    first_seen = (torch.arange(n) - reach + 1).clamp(min=0)
+
+    v = dit(x, t.to(latents.device), text, text_mask, first_seen=first_seen, conditional=~nulled.to(latents.device))
+    counts = (~is_clean).repeat_interleave(CHUNK, 1) & ~pasted           # (B, T)
+    weight = counts.to(v)[:, None, :, None, None].expand_as(v)
+    return (weight * (v - (latents - noise)) ** 2).sum() / weight.sum().clamp(min=1)
+
+
+def vae_loss(vae: VAE, video: Tensor, weight: Tensor | None = None, kl_weight: float = 1e-6,
+             generator: torch.Generator | None = None) -> tuple[Tensor, Tensor]:
+    """L1 + KL (report 2.1, without its LPIPS and GAN terms): video (B, 3, frames, h, w) -> loss, reconstruction.
+
+    weight (B, 1, frames, h, w) makes some pixels count more; the mean of |error| * weight is taken as it is.
+    """
+    mean, logvar = vae.moments(video)
+    noise = torch.randn(mean.shape, generator=generator).to(mean)
+    recon = vae.decoder(mean + noise * (0.5 * logvar).exp())
+    if video.shape[2] == 1:
+        recon = recon[:, :, :1]
+    error = (recon.float() - video).abs()
+    kl = 0.5 * (mean.float() ** 2 + logvar.float().exp() - 1 - logvar.float())
+    return (error if weight is None else error * weight).mean() + kl_weight * kl.mean(), recon
