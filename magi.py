@@ -5,22 +5,24 @@ a transformer VAE, a T5 text hook, a diffusion transformer with block-causal att
 up to four one-second chunks in flight at different noise levels, and the training objectives. It loads the
 official checkpoints (through convert_weights.py) and equals the official code on every recorded run.
 
-    prompt --T5--> text (L, 4096) -------------------------------+
-                                                                 v
-    image | video --VAE.encode--> prefix latents --> [ chunk pipeline: DiT, guidance, Euler step ]* --> latents
-    noise(seed, chunk) -------------------------------^                                                   |
-    frames, one second at a time <------------------------------- VAE.decode <---------------------------+
+    prompt --T5--> text (L, 4096) ----------------------------+
+                                                              v
+    image, video --VAE.encode--> prefix latents --> [ chunk pipeline: DiT, guidance, Euler step ]*
+    noise (seed, chunk) ------------------------------^       |
+                                                              +--> latents --VAE.decode--> a second of frames
 
-Time runs from t = 0 (pure noise) to t = 1 (clean): x_t = (1-t) noise + t data, the network predicts the velocity
-v = data - noise, and an Euler step is x += v dt. A **chunk** is 24 frames = 6 latent frames. A chunk sees itself
-and earlier chunks, never later ones; when it is a quarter done the next one starts, so a video streams out while
-its later chunks are still noise. Text, image and video to video are one model: they differ only in how many clean
-frames stand before the noise.
+Time runs from t = 0 (pure noise) to t = 1 (clean): x_t = (1-t) noise + t data, the network predicts the
+velocity v = data - noise, and an Euler step is x += v dt. A **chunk** is 24 frames = 6 latent frames. A chunk
+sees itself and earlier chunks, never later ones; when it is a quarter done the next one starts, so a video
+streams out while its later chunks are still noise. Text, image and video to video are one model: they differ
+only in how many clean frames stand before the noise.
 
 Symbols, the same everywhere:
-    B batch   T latent frames   H W latent height, width   C channels   N tokens   D model width   L text length
-    Hq Hkv query and key/value heads   hd head width   n chunks in one forward   c tokens in a chunk = 6 (H/2)(W/2)
-    Video is (B, 3, frames, height, width) in [-1, 1]; latents are (B, 16, T, H, W); tokens are ordered t, h, w.
+    B batch   T latent frames   H W latent height, width   C channels   N tokens   D model width
+    L text length   Hq Hkv query and key/value heads   hd head width   n chunks in one forward
+    c tokens in a chunk = 6 (H/2)(W/2)
+    Video is (B, 3, frames, height, width) in [-1, 1]; latents are (B, 16, T, H, W);
+    tokens are ordered t, h, w.
 
 Contents
     1  Configs and presets      the model zoo as one literal table
@@ -36,8 +38,8 @@ Contents
     11 Loading and the pipeline folders on disk; the one object a user holds
 
 Left out on purpose: multi-GPU parallelism, CPU offload of the cache (a ring of a few chunks needs none), CUDA
-graphs, and reading media files (sample.py does that). Fast kernels live in kernels.py, behind the same signatures
-as section 2.
+graphs, and reading media files (sample.py does that). Fast kernels live in kernels.py, behind the same
+signatures as section 2.
 """
 
 from __future__ import annotations
@@ -52,6 +54,7 @@ import urllib.parse
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -61,17 +64,17 @@ import torch.nn.functional as F
 from einops import rearrange, repeat
 from torch import Tensor, nn
 
-# ----------------------------------------------------------------------------------------------------------------
+# ----------------------------------------------------------------------------------------------------------
 # 1  Configs and presets
-# ----------------------------------------------------------------------------------------------------------------
-# Three frozen dataclasses say everything about a model and a run. They check themselves when they are made, so a
-# bad number is refused in milliseconds, not after an hour of sampling.
+# ----------------------------------------------------------------------------------------------------------
+# Three frozen dataclasses say everything about a model and a run. They check themselves when they are made,
+# so a bad number is refused in milliseconds, not after an hour of sampling.
 
 SCALE_FACTOR = 0.18215     # latents are divided by about their standard deviation, as in latent diffusion
 CHUNK = 6                  # latent frames in a chunk: 24 video frames, one second
 FRAMES_PER_LATENT = 4      # the VAE's temporal compression
-SPECIAL_TOKENS = ("static", "dynamic", "borderness", "hq", "3d", "2d", "duration")    # in the order of prepending
-NEGATIVE_TOKENS = ("caption", "logo", "trans", "borderness")                          # likewise
+SPECIAL_TOKENS = ("static", "dynamic", "borderness", "hq", "3d", "2d", "duration")  # in order of prepending
+NEGATIVE_TOKENS = ("caption", "logo", "trans", "borderness")                  # likewise
 
 
 @dataclass(frozen=True)
@@ -90,14 +93,16 @@ class VAEConfig:
     mlp_ratio: float = 4.0
     qkv_bias: bool = True
     ln_in_attn: bool = True       # normalise q, k and v per head instead of the block's input
-    use_final_proj: bool = False  # spare channels per pixel for narrow models: Linear + LayerNorm before the shuffle
+    use_final_proj: bool = False  # for narrow models: spare channels per pixel, through Linear + LayerNorm
+                                  # before the shuffle
 
     def __post_init__(self):
         _require(self.video_size % self.patch_size == 0 and self.video_length % self.patch_length == 0,
-                 f"video_size {self.video_size} and video_length {self.video_length} must be multiples of the patch "
-                 f"({self.patch_length} frames, {self.patch_size} px)")
+                 f"video_size {self.video_size} and video_length {self.video_length} must be multiples of "
+                 f"the patch ({self.patch_length} frames, {self.patch_size} px)")
         _require(self.use_final_proj or self.embed_dim % self.patch_volume == 0,
-                 f"embed_dim {self.embed_dim} must be a multiple of {self.patch_volume}, or set use_final_proj")
+                 f"embed_dim {self.embed_dim} must be a multiple of {self.patch_volume}, "
+                 f"or set use_final_proj")
 
     @property
     def patch_volume(self) -> int:
@@ -142,7 +147,8 @@ class DiTConfig:
                  f"num_heads * head_dim must be a multiple of 8 and hidden_size ({self.hidden_size}) of 4")
         for name in ("in_channels", "out_channels"):
             _require(getattr(self, name) in (self.latent_channels, 2 * self.latent_channels),
-                     f"{name} {getattr(self, name)} must be latent_channels ({self.latent_channels}) or twice that")
+                     f"{name} {getattr(self, name)} must be latent_channels ({self.latent_channels}) "
+                     f"or twice that")
         _require(2 <= self.null_length <= self.text_length, f"null_length {self.null_length} must be in [2, "
                  f"{self.text_length}]")
 
@@ -164,15 +170,15 @@ class SamplerConfig:
 
     num_steps: int = 64                                       # Euler steps per chunk
     window: int = 4                                           # chunks in flight at most
-    kv_ranges: tuple[int, ...] = (5, 4, 3, 2)                 # chunks seen, itself included, as it gets cleaner
-    clean_kv_range: int = 1                                   # the same for clean chunks; -1: last of kv_ranges
-    kv_ranges_at: tuple[tuple[int, tuple[int, ...]], ...] = ()  # (generated chunk, its own kv_ranges): shot transitions
+    kv_ranges: tuple[int, ...] = (5, 4, 3, 2)                 # chunks seen, with itself, as it gets cleaner
+    clean_kv_range: int = 1                                   # the same for clean ones; -1: last of kv_ranges
+    kv_ranges_at: tuple[tuple[int, tuple[int, ...]], ...] = ()  # shot transitions: (generated chunk, ranges)
     clean_t: float = 0.9999                                   # the t that clean chunks are shown with
     distilled: bool = False                                   # one branch, guidance distilled in
     cfg_t: tuple[float, ...] = (0.0, 0.0217, 0.1, 0.3, 0.999)   # guidance buckets by t ...
     prev_scales: tuple[float, ...] = (1.5, 1.5, 1.5, 1.0, 1.0)  # ... w_prev of each: towards the history
     text_scales: tuple[float, ...] = (7.5, 7.5, 7.5, 0.0, 0.0)  # ... w_text of each: towards the caption
-    nearly_clean_t: float = 0.3                               # distilled: from this t on, the oldest chunk is blended
+    nearly_clean_t: float = 0.3                               # distilled: from this t, the oldest is blended
     nearly_clean_blend: float = 0.7                           # ... this much with history, the rest run alone
     shortcut_mode: str = "8,16,16"                            # step sizes of the 12-step grid, or "16,16,8"
     special_tokens: tuple[str, ...] = ("hq", "duration")      # put in front of every caption
@@ -191,8 +197,9 @@ class SamplerConfig:
         for where, ranges in (("kv_ranges", self.kv_ranges), *((f"kv_ranges of chunk {k}", v)
                                                                for k, v in self.kv_ranges_at)):
             _require(all(v >= 1 for v in ranges), f"{where} {ranges} must all be at least 1")
-            _require(not ranges or n % len(ranges) == 0, f"steps {n} must be a multiple of the number of {where} "
-                     f"({len(ranges)}): try {math.lcm(w, r or 1) * max(1, round(n / math.lcm(w, r or 1)))}")
+            _require(not ranges or n % len(ranges) == 0,
+                     f"steps {n} must be a multiple of the number of {where} ({len(ranges)}): "
+                     f"try {math.lcm(w, r or 1) * max(1, round(n / math.lcm(w, r or 1)))}")
         _require(self.clean_kv_range >= 1 or self.clean_kv_range == -1,
                  f"clean_kv_range {self.clean_kv_range} must be at least 1, or -1")
         _require(len(self.cfg_t) == len(self.prev_scales) == len(self.text_scales) >= 1
@@ -226,8 +233,8 @@ def _zoo(dit: dict, **sampler) -> SimpleNamespace:
 
 _24B = dict(num_layers=48, hidden_size=6144, num_heads=48, ffn_size=16384, gated_ffn=True, in_channels=32,
             out_channels=32, x_scale=0.1)
-_TINY = dict(num_layers=6, hidden_size=192, num_heads=6, num_kv_heads=2, head_dim=32, ffn_size=768, text_dim=128,
-             text_length=64, null_length=8, dtype="float32")
+_TINY = dict(num_layers=6, hidden_size=192, num_heads=6, num_kv_heads=2, head_dim=32, ffn_size=768,
+             text_dim=128, text_length=64, null_length=8, dtype="float32")
 _HD = dict(height=720, width=1280)
 # fmt: off
 PRESETS = {                                                      # the model zoo (model card)
@@ -246,15 +253,15 @@ VAE_PRESETS = {
 # fmt: on
 
 
-# ----------------------------------------------------------------------------------------------------------------
+# ----------------------------------------------------------------------------------------------------------
 # 2  Shared parts
-# ----------------------------------------------------------------------------------------------------------------
-# What both transformers are made of. The functions gathered in TORCH_OPS are the specification: they run anywhere,
-# and kernels.py offers the same names with the same signatures in Triton.
+# ----------------------------------------------------------------------------------------------------------
+# What both transformers are made of. The functions gathered in TORCH_OPS are the specification: they run
+# anywhere, and kernels.py offers the same names with the same signatures in Triton.
 
 
 class LayerNorm1p(nn.LayerNorm):
-    """LayerNorm whose weight is stored as its distance from one, so that weight decay pulls towards identity."""
+    """LayerNorm whose weight is stored as its distance from one: weight decay pulls towards identity."""
 
     def reset_parameters(self):
         nn.init.zeros_(self.weight)
@@ -262,12 +269,14 @@ class LayerNorm1p(nn.LayerNorm):
 
     def forward(self, x: Tensor) -> Tensor:
         """Normalise the last axis in the dtype of the weights (float32 for most norms of the DiT)."""
-        return F.layer_norm(x.to(self.weight.dtype), self.normalized_shape, self.weight + 1, self.bias, self.eps)
+        return F.layer_norm(x.to(self.weight.dtype), self.normalized_shape, self.weight + 1, self.bias,
+                            self.eps)
 
 
 def timestep_features(t: Tensor, dim: int = 256) -> Tensor:
-    """Sinusoidal features of a time in [0, 1]: (...) -> (..., dim), [cos | sin], float32 (Vaswani et al. 2017)."""
-    freqs = torch.exp(-math.log(10000) * torch.arange(dim // 2, device=t.device, dtype=torch.float32) / (dim // 2))
+    """Sinusoidal features of t in [0, 1]: (...) -> (..., dim), [cos | sin], float32 (Vaswani et al. 2017)."""
+    freqs = torch.exp(-math.log(10000) * torch.arange(dim // 2, device=t.device, dtype=torch.float32)
+                      / (dim // 2))
     angles = t.float()[..., None] * freqs * 1000
     return torch.cat([angles.cos(), angles.sin()], dim=-1)
 
@@ -275,18 +284,18 @@ def timestep_features(t: Tensor, dim: int = 256) -> Tensor:
 def rotary_angles(bands: Tensor, frames: Tensor, height: int, width: int) -> Tensor:
     """Angles of the 3D rotary embedding (RoFormer, on three axes).
 
-    bands (hd/8,) are learned frequencies shared by the axes; frames (T,) are absolute latent frame indices; height
-    and width are counted in patches. Returns (T*height*width, 3*hd/8), axes in the order t, h, w.
+    bands (hd/8,) are learned frequencies shared by the axes; frames (T,) are absolute latent frame indices;
+    height and width are counted in patches. Returns (T*height*width, 3*hd/8), axes in the order t, h, w.
     """
     def centred(size: int) -> Tensor:
-        # Centre the axis, then stretch it so that every resolution and aspect ratio is measured against the same
-        # 16x16 grid: a model trained at one size then sees familiar angles at another.
+        # Centre the axis, then stretch it so that every resolution and aspect ratio is measured against the
+        # same 16x16 grid: a model trained at one size then sees familiar angles at another.
         i = torch.arange(size, device=bands.device, dtype=torch.float32) - (size - 1) / 2
         return i * (size / math.sqrt(height * width / 256) - 1) / (size - 1)
 
     grid = torch.meshgrid(frames.to(bands), centred(height), centred(width), indexing="ij")
-    positions = torch.stack(grid, dim=-1).reshape(-1, 3, 1)                          # (N, 3, 1)
-    return (positions * bands).flatten(1)                                            # (N, 3 * hd/8)
+    positions = torch.stack(grid, dim=-1).reshape(-1, 3, 1)                  # (N, 3, 1)
+    return (positions * bands).flatten(1)                                    # (N, 3 * hd/8)
 
 
 def apply_rotary(x: Tensor, angles: Tensor) -> Tensor:
@@ -295,38 +304,49 @@ def apply_rotary(x: Tensor, angles: Tensor) -> Tensor:
     x (B, N, heads, hd) float32, angles (N, m) -> same shape as x.
     """
     m = angles.shape[-1]
-    cos, sin = angles.cos()[:, None], angles.sin()[:, None]                          # (N, 1, m)
+    cos, sin = angles.cos()[:, None], angles.sin()[:, None]                  # (N, 1, m)
     a, b, rest = x.split([m, m, x.shape[-1] - 2 * m], dim=-1)
     return torch.cat([a * cos - b * sin, b * cos + a * sin, rest], dim=-1)
 
 
-def attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tensor:
+def plain_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tensor:
     """softmax(q k^T / sqrt(hd)) v with grouped-query heads: query head i reads kv head i // (Hq / Hkv).
 
-    q (B, N, Hq, hd), k and v (B, M, Hkv, hd), mask (B, 1 or N, M) True where a key may be read -> (B, N, Hq, hd).
+    q (B, N, Hq, hd), k and v (B, M, Hkv, hd), mask (B, 1 or N, M) True where a key may be read -> (B, N, Hq,
+    hd). The formula as it stands. On a CPU its bf16 backward pass is also the fastest: tiny/train.py uses it.
     """
+    k, v = (u.repeat_interleave(q.shape[2] // k.shape[2], dim=2) for u in (k, v))
+    scores = torch.einsum("bnhd, bmhd -> bhnm", q * q.shape[-1] ** -0.5, k)
+    if mask is not None:
+        scores = scores.masked_fill(~mask[:, None], -math.inf)
+    return torch.einsum("bhnm, bmhd -> bnhd", scores.softmax(dim=-1), v)
+
+
+def attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tensor:
+    """The same through PyTorch's fused attention, which never holds the N x M scores."""
     q, k, v = (u.transpose(1, 2) for u in (q, k, v))
     mask = mask[:, None] if mask is not None else None
     return F.scaled_dot_product_attention(q, k, v, mask, enable_gqa=q.shape[1] != k.shape[1]).transpose(1, 2)
 
 
-def block_attention(q: Tensor, k: Tensor, v: Tensor, ranges: Tensor, cached: tuple[Tensor, Tensor] | None = None
-                    ) -> Tensor:
-    """Block-causal self-attention: chunk i of the queries reads the key tokens [start_i, end_i) and no others.
+def block_attention(q: Tensor, k: Tensor, v: Tensor, ranges: Tensor,
+                    cached: tuple[Tensor, Tensor] | None = None, attend: Callable = attention) -> Tensor:
+    """Block-causal self-attention: chunk i of the queries reads key tokens [start_i, end_i) and no others.
 
-    q (B, N, Hq, hd), k and v (B, N, Hkv, hd), ranges (n, 2) on the CPU, or (B, n, 2) where they differ within a
-    training batch; cached = earlier (k, v) that stand in front of the others on the key axis.
+    q (B, N, Hq, hd), k and v (B, N, Hkv, hd), ranges (n, 2) on the CPU, or (B, n, 2) where they differ within
+    a training batch; cached = earlier (k, v) that stand in front of the others on the key axis.
     """
     if cached is not None:
         k, v = torch.cat([cached[0], k], dim=1), torch.cat([cached[1], v], dim=1)
     if ranges.dim() == 2:
-        # A range is contiguous and unmasked inside, so no mask tensor is needed: one dense attention per chunk.
-        out = [attention(chunk, k[:, start:end], v[:, start:end])
+        # A range is contiguous and unmasked inside, so no mask tensor is needed: one dense attention per
+        # chunk.
+        out = [attend(chunk, k[:, start:end], v[:, start:end])
                for chunk, (start, end) in zip(q.chunk(len(ranges), dim=1), ranges.tolist(), strict=True)]
         return torch.cat(out, dim=1)
     key = torch.arange(k.shape[1], device=k.device)
-    mask = (key >= ranges[..., :1]) & (key < ranges[..., 1:])                        # (B, n, M)
-    return attention(q, k, v, mask.repeat_interleave(q.shape[1] // mask.shape[1], dim=1))
+    mask = (key >= ranges[..., :1]) & (key < ranges[..., 1:])                # (B, n, M)
+    return attend(q, k, v, mask.repeat_interleave(q.shape[1] // mask.shape[1], dim=1))
 
 
 def norm_rotary(x: Tensor, norm: LayerNorm1p, angles: Tensor) -> Tensor:
@@ -341,34 +361,38 @@ def gated_residual(x: Tensor, gate: Tensor, branch: Tensor, norm: LayerNorm1p) -
 
 
 def fp8_matmul(x: Tensor, weight: Tensor, divide: Tensor, scale: Tensor) -> Tensor:
-    """Quantise x / divide to e4m3, multiply by the e4m3 weight (out, in), scale the product: (..., in) -> (..., out).
+    """Quantise x / divide to e4m3, multiply by the e4m3 weight (out, in), scale: (..., in) -> (..., out).
 
     The product is exact in float32, whatever the device: this is the reference for the fp8 kernels.
     """
-    x8 = (x.float() / divide).clamp(-448, 448).to(torch.bfloat16).to(torch.float8_e4m3fn)   # 448 = largest e4m3
+    x8 = (x.float() / divide).clamp(-448, 448).to(torch.bfloat16).to(torch.float8_e4m3fn)  # 448: e4m3's max
     return (F.linear(x8.float(), weight.float()) * scale).to(torch.bfloat16)
 
 
 TORCH_OPS = SimpleNamespace(name="torch", attention=attention, block_attention=block_attention,
                             norm_rotary=norm_rotary, gated_residual=gated_residual, fp8_matmul=fp8_matmul)
+PLAIN_OPS = SimpleNamespace(**vars(TORCH_OPS) | dict(
+    name="plain", attention=plain_attention,
+    block_attention=partial(block_attention, attend=plain_attention)))
 
 
 def get_ops(backend: str) -> SimpleNamespace:
-    """The operations of a backend: "torch" (anywhere) or "triton" (kernels.py, on a GPU)."""
-    _require(backend in ("torch", "triton"), f"backend {backend!r} is not 'torch' or 'triton'")
-    if backend == "torch":
-        return TORCH_OPS
-    import kernels                                       # Triton is imported only when it is asked for
+    """The operations of a backend: "torch", "plain" (attention spelt out) or "triton" (kernels.py, GPU)."""
+    _require(backend in ("torch", "plain", "triton"),
+             f"backend {backend!r} is not 'torch', 'plain' or 'triton'")
+    if backend != "triton":
+        return TORCH_OPS if backend == "torch" else PLAIN_OPS
+    import kernels  # Triton is imported only when it is asked for
 
     return kernels.TRITON_OPS
 
 
-# ----------------------------------------------------------------------------------------------------------------
+# ----------------------------------------------------------------------------------------------------------
 # 3  VAE
-# ----------------------------------------------------------------------------------------------------------------
-# A plain ViT on both sides (report section 2.1): 4 frames x 8 x 8 pixels become one token, `depth` blocks of full
-# attention, 16 latent channels. There are no convolutions to stream through, so it is fast, and anything larger
-# than its native size is cut into overlapping tiles.
+# ----------------------------------------------------------------------------------------------------------
+# A plain ViT on both sides (report section 2.1): 4 frames x 8 x 8 pixels become one token, `depth` blocks of
+# full attention, 16 latent channels. There are no convolutions to stream through, so it is fast, and anything
+# larger than its native size is cut into overlapping tiles.
 
 
 class VAEBlock(nn.Module):
@@ -386,109 +410,118 @@ class VAEBlock(nn.Module):
         self.fc1 = nn.Linear(d, hidden)
         self.fc2 = nn.Linear(hidden, d)
 
-    def forward(self, x: Tensor) -> Tensor:                                          # (B, N, D)
-        q, k, v = rearrange(self.qkv(self.norm1(x)), "b n (three h d) -> three b n h d", three=3, h=self.num_heads)
+    def forward(self, x: Tensor, ops: SimpleNamespace) -> Tensor:            # (B, N, D)
+        q, k, v = rearrange(self.qkv(self.norm1(x)), "b n (three h d) -> three b n h d",
+                            three=3, h=self.num_heads)
         if self.ln_in_attn:
             # eps is added to the standard deviation, not to the variance: F.layer_norm would differ
             q, k, v = ((u - u.mean(-1, keepdim=True)) / (u.std(-1, correction=0, keepdim=True) + 1e-5)
                        for u in (q, k, v))
-        x = x + self.proj(attention(q, k, v).flatten(2))                             # (B, N, D)
+        x = x + self.proj(ops.attention(q, k, v).flatten(2))                     # (B, N, D)
         return x + self.fc2(F.gelu(self.fc1(self.norm2(x))))
 
 
 class VAETransformer(nn.Module):
     """What encoder and decoder share: class token, learned positions, blocks, final LayerNorm."""
 
-    def __init__(self, cfg: VAEConfig):
+    def __init__(self, cfg: VAEConfig, ops: SimpleNamespace):
         super().__init__()
-        self.grid = (cfg.video_length // cfg.patch_length, *[cfg.video_size // cfg.patch_size] * 2)   # native (T, H, W)
+        self.ops = ops
+        self.grid = (cfg.video_length // cfg.patch_length,                   # native (T, H, W)
+                     *[cfg.video_size // cfg.patch_size] * 2)
         self.cls_token = nn.Parameter(torch.zeros(1, 1, cfg.embed_dim))
         self.pos_embed = nn.Parameter(torch.randn(1, 1 + math.prod(self.grid), cfg.embed_dim) * 0.02)
         self.blocks = nn.ModuleList(VAEBlock(cfg) for _ in range(cfg.depth))
         self.norm = nn.LayerNorm(cfg.embed_dim)
 
     def positions(self, size: tuple[int, int, int]) -> Tensor:
-        """The position table resampled to another (T, H, W); the class token's entry has no place to resample."""
+        """The position table resampled to another (T, H, W); the class token has no place to resample."""
         if size == self.grid:
             return self.pos_embed
         table = self.pos_embed[:, 1:].reshape(1, *self.grid, -1).permute(0, 4, 1, 2, 3)
-        table = F.interpolate(table.float(), size, mode="trilinear", align_corners=False).to(self.pos_embed.dtype)
+        table = F.interpolate(table.float(), size, mode="trilinear",
+                              align_corners=False).to(self.pos_embed.dtype)
         return torch.cat([self.pos_embed[:, :1], table.flatten(2).transpose(1, 2)], dim=1)
 
-    def transform(self, x: Tensor) -> Tensor:                                        # (B, D, T, H, W)
+    def transform(self, x: Tensor) -> Tensor:                                # (B, D, T, H, W)
         tokens = torch.cat([self.cls_token.expand(len(x), -1, -1), x.flatten(2).transpose(1, 2)], dim=1)
-        tokens = tokens + self.positions(tuple(x.shape[2:]))                         # (B, 1 + T*H*W, D)
+        tokens = tokens + self.positions(tuple(x.shape[2:]))                 # (B, 1 + T*H*W, D)
         for block in self.blocks:
-            tokens = block(tokens)
-        return self.norm(tokens)[:, 1:]                                              # (B, T*H*W, D)
+            tokens = block(tokens, self.ops)
+        return self.norm(tokens)[:, 1:]                                      # (B, T*H*W, D)
 
 
 class VAEEncoder(VAETransformer):
-    def __init__(self, cfg: VAEConfig):
-        super().__init__(cfg)
+    def __init__(self, cfg: VAEConfig, ops: SimpleNamespace):
+        super().__init__(cfg, ops)
         patch = (cfg.patch_length, cfg.patch_size, cfg.patch_size)
         self.patch_embed = nn.Conv3d(cfg.in_chans, cfg.embed_dim, patch, patch)
         self.last_layer = nn.Linear(cfg.embed_dim, 2 * cfg.z_chans)
 
-    def forward(self, video: Tensor) -> tuple[Tensor, Tensor]:                       # (B, 3, frames, height, width)
-        x = self.patch_embed(video)                                                  # (B, D, T, H, W)
+    def forward(self, video: Tensor) -> tuple[Tensor, Tensor]:               # (B, 3, frames, height, width)
+        x = self.patch_embed(video)                                          # (B, D, T, H, W)
         T, H, W = x.shape[2:]
         moments = rearrange(self.last_layer(self.transform(x)), "b (t h w) c -> b c t h w", t=T, h=H, w=W)
-        mean, logvar = moments.chunk(2, dim=1)                                       # each (B, 16, T, H, W)
+        mean, logvar = moments.chunk(2, dim=1)                               # each (B, 16, T, H, W)
         return mean, logvar.clamp(-30, 20)
 
 
 class VAEDecoder(VAETransformer):
-    def __init__(self, cfg: VAEConfig):
-        super().__init__(cfg)
+    def __init__(self, cfg: VAEConfig, ops: SimpleNamespace):
+        super().__init__(cfg, ops)
         self.patch = dict(pt=cfg.patch_length, ph=cfg.patch_size, pw=cfg.patch_size)
         self.proj_in = nn.Linear(cfg.z_chans, cfg.embed_dim)
         width = cfg.out_features
         self.final = nn.Sequential(nn.Linear(cfg.embed_dim, width), nn.LayerNorm(width)) \
             if cfg.use_final_proj else nn.Identity()
-        # The shuffle leaves each pixel a few channels; a 3x3x3 convolution over them hides the seams of the patches.
+        # The shuffle leaves each pixel a few channels; a 3x3x3 convolution over them hides the seams of the
+        # patches.
         self.last_layer = nn.Conv3d(width // cfg.patch_volume, cfg.in_chans, 3, padding=1)
 
-    def forward(self, latent: Tensor) -> Tensor:                                     # (B, 16, T, H, W)
+    def forward(self, latent: Tensor) -> Tensor:                             # (B, 16, T, H, W)
         T, H, W = latent.shape[2:]
-        x = self.proj_in(latent.movedim(1, -1)).movedim(-1, 1)                       # (B, D, T, H, W)
-        x = self.final(self.transform(x))                                            # (B, T*H*W, 4*4*8*8)
+        x = self.proj_in(latent.movedim(1, -1)).movedim(-1, 1)               # (B, D, T, H, W)
+        x = self.final(self.transform(x))                                    # (B, T*H*W, 4*4*8*8)
         x = rearrange(x, "b (t h w) (pt ph pw c) -> b c (t pt) (h ph) (w pw)", t=T, h=H, w=W, **self.patch)
-        return self.last_layer(x)                                                    # (B, 3, frames, height, width)
+        return self.last_layer(x)                                            # (B, 3, frames, height, width)
 
 
 class VAE(nn.Module):
     """Video autoencoder, 8x8x4. Latents are unscaled here: multiply by SCALE_FACTOR before the DiT.
 
-    `tile` is (frames, height, width) in pixels, None for no tiling; `overlap` is the share of a tile's height and
-    width that it has in common with its neighbour (frames never overlap).
+    `tile` is (frames, height, width) in pixels, None for no tiling; `overlap` is the share of a tile's height
+    and width that it has in common with its neighbour (frames never overlap).
     """
 
-    def __init__(self, cfg: VAEConfig):
+    def __init__(self, cfg: VAEConfig, ops: SimpleNamespace = TORCH_OPS):
         super().__init__()
         self.cfg = cfg
         self.patch = (cfg.patch_length, cfg.patch_size, cfg.patch_size)
-        self.encoder = VAEEncoder(cfg)
-        self.decoder = VAEDecoder(cfg)
+        self.encoder = VAEEncoder(cfg, ops)
+        self.decoder = VAEDecoder(cfg, ops)
 
     def moments(self, video: Tensor) -> tuple[Tensor, Tensor]:
         """(B, 3, frames, height, width) -> mean and log-variance (B, 16, T, H, W), without tiling."""
         frames, height, width = video.shape[2:]
         pt, p, _ = self.patch
-        _require(frames == 1 or frames % pt == 0, f"cannot encode {frames} frames: give 1 or a multiple of {pt}")
+        _require(frames == 1 or frames % pt == 0,
+                 f"cannot encode {frames} frames: give 1 or a multiple of {pt}")
         _require(height % p == 0 and width % p == 0, f"cannot encode {height}x{width}: give multiples of {p}")
-        if frames == 1:                              # an image is a still clip; its first latent frame says it all
+        if frames == 1:                      # an image is a still clip; its first latent frame says it all
             video = repeat(video, "b c 1 h w -> b c t h w", t=pt)
         return self.encoder(video)
 
-    def encode(self, video: Tensor, tile: tuple[int, int, int] | None = (12, 256, 256), overlap: float = 0.25) -> Tensor:
-        """(B, 3, frames, height, width) in [-1, 1] -> mean latent (B, 16, T, H, W). frames: 1 or a multiple of 4."""
+    def encode(self, video: Tensor, tile: tuple[int, int, int] | None = (12, 256, 256),
+               overlap: float = 0.25) -> Tensor:
+        """(B, 3, frames, height, width) in [-1, 1], 1 or 4T frames -> mean latent (B, 16, T, H, W)."""
         if tile is None:
             return self.moments(video)[0]
-        return _tiled(lambda x: self.moments(x)[0], video, self.patch, (1, 1, 1), tile, overlap, blend_blended=True)
+        return _tiled(lambda x: self.moments(x)[0], video, self.patch, (1, 1, 1), tile, overlap,
+                      blend_blended=True)
 
-    def decode(self, latent: Tensor, tile: tuple[int, int, int] | None = (12, 256, 256), overlap: float = 0.25) -> Tensor:
-        """(B, 16, T, H, W) -> video (B, 3, 4T, 8H, 8W). Always 4 frames per latent frame: cut an image to one."""
+    def decode(self, latent: Tensor, tile: tuple[int, int, int] | None = (12, 256, 256),
+               overlap: float = 0.25) -> Tensor:
+        """(B, 16, T, H, W) -> video (B, 3, 4T, 8H, 8W). 4 frames for each latent frame: cut an image to 1."""
         if tile is None:
             return self.decoder(latent)
         return _tiled(self.decoder, latent, (1, 1, 1), self.patch, tile, overlap, blend_blended=False)
@@ -496,16 +529,17 @@ class VAE(nn.Module):
 
 def _tiled(fn: Callable, x: Tensor, unit_in: tuple, unit_out: tuple, tile: tuple, overlap: float,
            blend_blended: bool) -> Tensor:
-    """Apply fn tile by tile and blend the seams. Sizes are counted in latent pixels, so encoding (unit_in = patch)
-    and decoding (unit_out = patch) are one piece of code.
+    """Apply fn tile by tile and blend the seams. Sizes are counted in latent pixels, so encoding (unit_in =
+    patch) and decoding (unit_out = patch) are one piece of code.
 
-    Faithful to the official code in two ways one would not guess: tiles start at every stride even where the one
-    before already reaches the edge, and a tile is blended against its neighbour as that was before (decoding) or
-    after (encoding) its own blending.
+    Faithful to the official code in two ways one would not guess: tiles start at every stride even where the
+    one before already reaches the edge, and a tile is blended against its neighbour as that was before
+    (decoding) or after (encoding) its own blending.
     """
     patch = [max(a, b) for a, b in zip(unit_in, unit_out, strict=True)]
     _require(all(t > 0 and t % p == 0 for t, p in zip(tile, patch, strict=True)) and 0 <= overlap < 1,
-             f"tile {tuple(tile)} must be positive multiples of {tuple(patch)} and overlap {overlap} in [0, 1)")
+             f"tile {tuple(tile)} must be positive multiples of {tuple(patch)} "
+             f"and overlap {overlap} in [0, 1)")
     tile = [t // p for t, p in zip(tile, patch, strict=True)]
     stride = [tile[0], *(max(1, int(s * (1 - overlap))) for s in tile[1:])]
     size = [-(-s // u) for s, u in zip(x.shape[2:], unit_in, strict=True)]
@@ -517,7 +551,7 @@ def _tiled(fn: Callable, x: Tensor, unit_in: tuple, unit_out: tuple, tile: tuple
 
     pieces = []
     for t in range(0, size[0], stride[0]):
-        rows: list[list[Tensor]] = []                # finished rows, each tile as its neighbours will blend with it
+        rows: list[list[Tensor]] = []        # finished rows, each tile as its neighbours will blend with it
         strips = []
         for h in range(0, size[1], stride[1]):
             row, strip = [], []
@@ -536,7 +570,7 @@ def _tiled(fn: Callable, x: Tensor, unit_in: tuple, unit_out: tuple, tile: tuple
 
 
 def _blend(old: Tensor, new: Tensor, width: int, dim: int) -> Tensor:
-    """Fade from the end of `old` into the start of `new` over `width` pixels along dim; returns the new tile."""
+    """Fade the end of `old` into the start of `new` over `width` pixels along dim; returns the new tile."""
     width = min(width, old.shape[dim], new.shape[dim])
     if width == 0:
         return new
@@ -544,14 +578,15 @@ def _blend(old: Tensor, new: Tensor, width: int, dim: int) -> Tensor:
     ramp = ramp.reshape(-1, *[1] * (-1 - dim))
     head = new.narrow(dim, 0, width)
     tail = old.narrow(dim, old.shape[dim] - width, width)
-    return torch.cat([tail * (1 - ramp) + head * ramp, new.narrow(dim, width, new.shape[dim] - width)], dim=dim)
+    return torch.cat([tail * (1 - ramp) + head * ramp,
+                      new.narrow(dim, width, new.shape[dim] - width)], dim=dim)
 
 
-# ----------------------------------------------------------------------------------------------------------------
+# ----------------------------------------------------------------------------------------------------------
 # 4  Text
-# ----------------------------------------------------------------------------------------------------------------
-# First the caption is cleaned, by rules made for web alt texts. The odd ones are kept too: a different spelling is
-# a different token sequence. Their order is part of the definition:
+# ----------------------------------------------------------------------------------------------------------
+# First the caption is cleaned, by rules made for web alt texts. The odd ones are kept too: a different
+# spelling is a different token sequence. Their order is part of the definition:
 #   - lower case comes first, so most mojibake is already beyond ftfy's repair ("Ã¶" has become "ã¶");
 #   - "+" and "%20" are decoded even in prose, so "a+b" is "a b"; the second pass does it again ("%2520");
 #   - what step 3 drops leaves its blanks behind, and a blank at either end disarms the rules anchored there.
@@ -656,56 +691,66 @@ def clean_caption(caption: str) -> str:
     return caption
 
 
+def tokenize(tokenizer, captions: Sequence[str], length: int) -> tuple[Tensor, Tensor]:
+    """Captions -> T5 token ids (n, L) and 0/1 mask (n, L), truncated to L with a warning.
+
+    tokenizer: a SentencePieceProcessor. An empty caption has no token at all: its mask is zero.
+    """
+    ids = torch.zeros(len(captions), length, dtype=torch.long)               # T5 pads with 0
+    mask = torch.zeros_like(ids)
+    for row, caption in enumerate(captions):
+        pieces = tokenizer.encode(caption) + [1] if caption else []          # T5 ends with </s> = 1
+        if len(pieces) > length:
+            warnings.warn(f"the prompt has {len(pieces)} tokens; only the first {length} are used: "
+                          f"{caption[:40]!r}...", stacklevel=2)
+            pieces = pieces[: length - 1] + [1]
+        ids[row, : len(pieces)] = torch.tensor(pieces, dtype=torch.long)
+        mask[row, : len(pieces)] = 1
+    return ids, mask
+
+
 class T5:
     """A T5 encoder folder (config.json, weights, spiece.model), read offline.
 
-    The XXL encoder has 4.7 B parameters and is needed once per prompt, so the pipeline calls it, keeps the output
-    (about 6.5 MB a prompt) and frees the model. dtype defaults to bfloat16: 9.5 GB, not the 19 GB of float32.
+    The XXL encoder has 4.7 B parameters and is needed once per prompt, so the pipeline calls it, keeps the
+    output (about 13 MB a prompt) and frees the model. dtype defaults to bfloat16: 9.5 GB, not the 19 GB of
+    float32.
     """
 
-    def __init__(self, folder: str | Path, length: int = 800, device="cpu", dtype: torch.dtype = torch.bfloat16):
+    def __init__(self, folder: str | Path, length: int = 800, device="cpu",
+                 dtype: torch.dtype = torch.bfloat16):
         from sentencepiece import SentencePieceProcessor
         from transformers import T5EncoderModel
 
-        self.length, self.device = length, device
+        self.length = length
         self.tokenizer = SentencePieceProcessor(model_file=str(Path(folder) / "spiece.model"))
-        self.model = T5EncoderModel.from_pretrained(folder, dtype=dtype, local_files_only=True).to(device).eval()
-
-    def tokenize(self, captions: Sequence[str]) -> tuple[Tensor, Tensor]:
-        """Captions -> token ids (n, L) and 0/1 mask (n, L). An empty caption has no token at all: its mask is zero."""
-        ids = torch.zeros(len(captions), self.length, dtype=torch.long)              # T5 pads with 0
-        mask = torch.zeros_like(ids)
-        for row, caption in enumerate(captions):
-            pieces = self.tokenizer.encode(caption) + [1] if caption else []         # T5 ends with </s> = 1
-            if len(pieces) > self.length:
-                warnings.warn(f"the prompt has {len(pieces)} tokens; only the first {self.length} are used: "
-                              f"{caption[:40]!r}...", stacklevel=2)
-                pieces = pieces[: self.length - 1] + [1]
-            ids[row, : len(pieces)] = torch.tensor(pieces, dtype=torch.long)
-            mask[row, : len(pieces)] = 1
-        return ids, mask
+        self.model = T5EncoderModel.from_pretrained(folder, dtype=dtype,
+                                                    local_files_only=True).to(device).eval()
 
     @torch.no_grad()
     def __call__(self, captions: Sequence[str], clean: bool = True) -> tuple[Tensor, Tensor]:
         """Captions -> last hidden state (n, L, text_dim) float32 and mask (n, L), on the CPU."""
-        ids, mask = self.tokenize([clean_caption(c) if clean else c for c in captions])
-        # Only the filled columns are computed: padding is masked, so it cannot change them.
-        used = max(1, int(mask.sum(1).max()))
-        hidden = self.model(ids[:, :used].to(self.device), mask[:, :used].to(self.device)).last_hidden_state
-        return F.pad(hidden.float().cpu(), (0, 0, 0, self.length - used)), mask
+        ids, mask = tokenize(self.tokenizer, [clean_caption(c) if clean else c for c in captions],
+                             self.length)
+        used = max(1, int(mask.sum(1).max()))            # filled columns only: masked padding changes nothing
+        ids, short = ids[:, :used].to(self.model.device), mask[:, :used].to(self.model.device)
+        hidden = self.model(ids, attention_mask=short).last_hidden_state.float().cpu()
+        # What stands where the mask is zero is never read; zeros there make a result the same in any batch.
+        return F.pad(hidden * mask[:, :used, None], (0, 0, 0, self.length - used)), mask
 
 
-# Learned vectors in the width of the text steer what captions cannot: quality, how long the video goes on, a still
-# or lively start. They stand in front of the caption. Name in the config -> name in the file:
+# Learned vectors in the width of the text steer what captions cannot: quality, how long the video goes on, a
+# still or lively start. They stand in front of the caption. Name in the config -> name in the file:
 _TOKEN_FILE_NAMES = {
-    "static": "static_first_frames_token", "dynamic": "dynamic_first_frames_token", "borderness": "borderness_token",
-    "hq": "hq_token", "3d": "three_d_model_token", "2d": "two_d_anime_token",
+    "static": "static_first_frames_token", "dynamic": "dynamic_first_frames_token",
+    "borderness": "borderness_token", "hq": "hq_token",
+    "3d": "three_d_model_token", "2d": "two_d_anime_token",
     "caption": "caption_token", "logo": "logo_token", "trans": "trans_token",
 }
 
 
 def prepend_tokens(text: Tensor, mask: Tensor, tokens: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
-    """Put each (1, C) token in front in turn, so the last one comes first; cut to the length text (L, C) had."""
+    """Put each (1, C) token in front in turn, so the last comes first; cut to the length text (L, C) had."""
     L = len(text)
     return (torch.cat([*reversed(tokens), text])[:L],
             torch.cat([mask.new_ones(len(tokens)), mask])[:L])
@@ -713,7 +758,7 @@ def prepend_tokens(text: Tensor, mask: Tensor, tokens: Sequence[Tensor]) -> tupl
 
 def token_vectors(names: Sequence[str], order: Sequence[str], table: dict[str, Tensor], remaining: float = 1
                   ) -> list[Tensor]:
-    """The vectors of the named tokens, in the official order of prepending (SPECIAL_TOKENS or NEGATIVE_TOKENS).
+    """The vectors of the named tokens, in the official order of prepending (SPECIAL_ or NEGATIVE_TOKENS).
 
     remaining: how many chunks are left, this one included. It picks the duration token, clamped to 8:
     duration_token_1 says "this is the last second".
@@ -721,16 +766,17 @@ def token_vectors(names: Sequence[str], order: Sequence[str], table: dict[str, T
     out = []
     for name in order:
         if name in names:
-            key = f"duration_token_{int(min(remaining, 8))}" if name == "duration" else _TOKEN_FILE_NAMES[name]
+            key = f"duration_token_{int(min(remaining, 8))}" if name == "duration" \
+                else _TOKEN_FILE_NAMES[name]
             _require(key in table, f"special token {name!r} needs {key!r}, but this model's table has only "
                      f"{', '.join(sorted(table)) or 'nothing'}")
             out.append(table[key])
     return out
 
 
-# ----------------------------------------------------------------------------------------------------------------
+# ----------------------------------------------------------------------------------------------------------
 # 5  DiT
-# ----------------------------------------------------------------------------------------------------------------
+# ----------------------------------------------------------------------------------------------------------
 # Report section 2.2. What sets it apart from a plain DiT: self- and cross-attention run in parallel on one
 # normalised input and share one output projection; q and k are normalised; the timestep acts only through two
 # tanh gates per layer, each followed by a norm (no shift, no input modulation).
@@ -739,8 +785,9 @@ def token_vectors(names: Sequence[str], order: Sequence[str], table: dict[str, T
 class FP8Linear(nn.Module):
     """A linear layer with e4m3 weights, in the official checkpoint's two kinds.
 
-    "tensor" (q, k, v, qx, fc1): one input scale, stored once per input channel. "channel" (Wo, fc2): the input is
-    first divided by a smoothing scale per channel, which moves outliers from the activations into the weights.
+    "tensor" (q, k, v, qx, fc1): one input scale, stored once per input channel. "channel" (Wo, fc2): the
+    input is first divided by a smoothing scale per channel, which moves outliers from the activations into
+    the weights.
     """
 
     def __init__(self, in_features: int, out_features: int, kind: str):
@@ -751,7 +798,7 @@ class FP8Linear(nn.Module):
         self.register_buffer("input_scale", torch.ones(in_features if kind == "tensor" else 1))
         self.register_buffer("smooth_scale", torch.ones(1, in_features) if kind == "channel" else None)
 
-    def forward(self, x: Tensor, ops: SimpleNamespace = TORCH_OPS) -> Tensor:        # (..., in) -> (..., out), bf16
+    def forward(self, x: Tensor, ops: SimpleNamespace = TORCH_OPS) -> Tensor:  # (..., in) -> (..., out), bf16
         divide = self.input_scale if self.smooth_scale is None else self.smooth_scale
         return ops.fp8_matmul(x, self.weight, divide, self.input_scale[0] * self.weight_scale)
 
@@ -764,13 +811,13 @@ def _linear(cfg: DiTConfig, fp8: bool, n_in: int, n_out: int, kind: str) -> nn.M
 class Context:
     """What every layer of one forward shares; made by DiT.forward."""
 
-    angles: Tensor                                 # (N, 3 hd/8) rotary angles
-    text: Tensor                                   # (B*n, L', D) text of each chunk
-    text_mask: Tensor                              # (B*n, L') bool
-    ranges: Tensor                                 # (n, 2) or (B, n, 2): key tokens each chunk reads, cached ones first
-    chunks: Sequence[int]                          # absolute index of each chunk
-    cache: KVCache | None                          # read: keys of chunks before chunks[0]
-    write: Sequence[int]                           # chunks whose keys go to the cache
+    angles: Tensor                 # (N, 3 hd/8) rotary angles
+    text: Tensor                   # (B*n, L', D) text of each chunk
+    text_mask: Tensor              # (B*n, L') bool
+    ranges: Tensor                 # (n, 2) or (B, n, 2): key tokens each chunk reads, cached ones first
+    chunks: Sequence[int]          # absolute index of each chunk
+    cache: KVCache | None          # read: keys of chunks before chunks[0]
+    write: Sequence[int]           # chunks whose keys go to the cache
     ops: SimpleNamespace
 
 
@@ -792,32 +839,32 @@ class ParallelAttention(nn.Module):
         self.q_norm, self.k_norm = (LayerNorm1p(hd, cfg.norm_eps, dtype=full) for _ in range(2))
         self.qx_norm, self.kx_norm = (LayerNorm1p(hd, cfg.norm_eps, dtype=model) for _ in range(2))
 
-    def forward(self, x: Tensor, ctx: Context) -> Tensor:                            # (B, N, D)
-        attn = torch.cat(self.attend(x, ctx), dim=-1)                                # (B, N, 2*Hq*hd)
-        # The checkpoints were trained 8-way tensor parallel: each rank's slice of Wo saw its own heads' self- and
-        # cross-attention side by side, so the features must be dealt out in that order.
+    def forward(self, x: Tensor, ctx: Context) -> Tensor:                    # (B, N, D)
+        attn = torch.cat(self.attend(x, ctx), dim=-1)                        # (B, N, 2*Hq*hd)
+        # The checkpoints were trained 8-way tensor parallel: each rank's slice of Wo saw its own heads' self-
+        # and cross-attention side by side, so the features must be dealt out in that order.
         attn = rearrange(attn, "b n (two rank f) -> b n (rank two f)", two=2, rank=8)
         if isinstance(self.out, FP8Linear):
             return self.out(attn, ctx.ops)
-        return F.linear(attn.float(), self.out.weight.float())                       # (B, N, D) float32
+        return F.linear(attn.float(), self.out.weight.float())               # (B, N, D) float32
 
     def attend(self, x: Tensor, ctx: Context) -> tuple[Tensor, Tensor]:
         """Self- and cross-attention before the projection, each (B, N, Hq*hd)."""
         B, N, _ = x.shape
-        ops, heads = ctx.ops, lambda u: u.unflatten(-1, (-1, self.head_dim))         # (..., heads, hd)
+        ops, heads = ctx.ops, lambda u: u.unflatten(-1, (-1, self.head_dim))  # (..., heads, hd)
         h = self.norm(x)
         q, k, v, qx = (heads(_project(layer, h, ops)) for layer in (self.q, self.k, self.v, self.qx))
 
         q, k = ops.norm_rotary(q, self.q_norm, ctx.angles), ops.norm_rotary(k, self.k_norm, ctx.angles)
         cached = ctx.cache.read(self.index, before=ctx.chunks[0]) if ctx.cache is not None else None
-        own = ops.block_attention(q, k, v, ctx.ranges, cached)                       # (B, N, Hq, hd)
+        own = ops.block_attention(q, k, v, ctx.ranges, cached)               # (B, N, Hq, hd)
         for i, chunk in enumerate(ctx.chunks):
             if chunk in ctx.write:
                 ctx.cache.write(self.index, chunk, *(u.chunk(len(ctx.chunks), dim=1)[i] for u in (k, v)))
 
         kx, vx = rearrange(self.kvx(ctx.text), "bn l (h two d) -> two bn l h d", two=2, d=self.head_dim)
         qx, kx = self.qx_norm(qx).to(x.dtype), self.kx_norm(kx).to(x.dtype)
-        qx = qx.reshape(len(ctx.text), -1, *qx.shape[2:])                            # (B*n, c, Hq, hd)
+        qx = qx.reshape(len(ctx.text), -1, *qx.shape[2:])                    # (B*n, c, Hq, hd)
         cross = ops.attention(qx, kx, vx, ctx.text_mask[:, None])
         return own.reshape(B, N, -1), cross.reshape(B, N, -1)
 
@@ -836,8 +883,8 @@ class FeedForward(nn.Module):
         self.fc1 = _linear(cfg, fp8, cfg.hidden_size, cfg.ffn_size * (2 if cfg.gated_ffn else 1), "tensor")
         self.fc2 = _linear(cfg, fp8, cfg.ffn_size, cfg.hidden_size, "channel")
 
-    def forward(self, x: Tensor, ops: SimpleNamespace) -> Tensor:                    # (B, N, D)
-        h = _project(self.fc1, self.norm(x), ops)                                    # (B, N, FFN or 2 FFN)
+    def forward(self, x: Tensor, ops: SimpleNamespace) -> Tensor:            # (B, N, D)
+        h = _project(self.fc1, self.norm(x), ops)                            # (B, N, FFN or 2 FFN)
         if self.gated:
             gate, value = h.chunk(2, dim=-1)
             h = F.silu(gate) * value
@@ -849,16 +896,17 @@ class FeedForward(nn.Module):
 class DiTLayer(nn.Module):
     def __init__(self, cfg: DiTConfig, index: int):
         super().__init__()
-        fp8 = cfg.fp8 and 0 < index < cfg.num_layers - 1        # the first and last layers are too sensitive to quantise
+        fp8 = cfg.fp8 and 0 < index < cfg.num_layers - 1     # first and last layer: too sensitive to quantise
         self.gates = nn.Linear(cfg.cond_size, 2 * cfg.hidden_size, dtype=cfg.torch_dtype)
         self.attn = ParallelAttention(cfg, index, fp8)
         self.attn_post_norm = LayerNorm1p(cfg.hidden_size, cfg.norm_eps, dtype=torch.float32)
         self.ffn = FeedForward(cfg, fp8)
         self.ffn_post_norm = LayerNorm1p(cfg.hidden_size, cfg.norm_eps, dtype=torch.float32)
 
-    def forward(self, x: Tensor, cond: Tensor, ctx: Context) -> Tensor:              # (B, N, D), (B, n, D/4)
-        # tanh is a softcap at 1: however noisy the timestep, a gate can neither explode nor change more than sign
-        gate1, gate2 = self.gates(F.silu(cond)).tanh().chunk(2, dim=-1)              # each (B, n, D)
+    def forward(self, x: Tensor, cond: Tensor, ctx: Context) -> Tensor:      # (B, N, D), (B, n, D/4)
+        # tanh is a softcap at 1: however noisy the timestep, a gate can neither explode nor change more than
+        # sign
+        gate1, gate2 = self.gates(F.silu(cond)).tanh().chunk(2, dim=-1)      # each (B, n, D)
         x = ctx.ops.gated_residual(x, gate1, self.attn(x, ctx), self.attn_post_norm)
         return ctx.ops.gated_residual(x, gate2, self.ffn(x, ctx.ops), self.ffn_post_norm)
 
@@ -890,32 +938,34 @@ class DiT(nn.Module):
 
         t (B, n), conditional (B, n) bool, step_size: d of a distilled model -> (B, n, D/4) float32.
         """
-        embed = lambda u: self.time_embed(timestep_features(u).to(self.cfg.torch_dtype).float())    # noqa: E731
-        flags = self.flag_proj(self.null_text[-2:])                     # row -2: conditional, row -1: unconditional
+        embed = lambda u: self.time_embed(timestep_features(u).to(self.cfg.torch_dtype).float())
+        flags = self.flag_proj(self.null_text[-2:])          # row -2: conditional, row -1: unconditional
         cond = embed(t) + torch.where(conditional[..., None], flags[0], flags[1])
         return cond if step_size is None else cond + embed(torch.full_like(t, step_size))
 
-    def forward(self, x: Tensor, t: Tensor, text: Tensor, text_mask: Tensor, *, chunks: Sequence[int] | None = None,
-                first_seen: Sequence[int] | Tensor | None = None, conditional: bool | Tensor = True,
-                step_size: float | None = None, cache: KVCache | None = None, write: Sequence[int] = ()) -> Tensor:
+    def forward(self, x: Tensor, t: Tensor, text: Tensor, text_mask: Tensor, *,
+                chunks: Sequence[int] | None = None, first_seen: Sequence[int] | Tensor | None = None,
+                conditional: bool | Tensor = True, step_size: float | None = None,
+                cache: KVCache | None = None, write: Sequence[int] = ()) -> Tensor:
         """One evaluation of the velocity for n chunks at once.
 
         x           (B, 16, T, H, W)   noisy latents, T a multiple of n
         t           (B, n)             time of each chunk
         text        (B, n, L, C)       text of each chunk; text_mask (B, n, L), nonzero where valid
         chunks      n absolute chunk indices, rising; default 0 .. n-1
-        first_seen  (n,) or (B, n): the first chunk each attends to (itself: no history); default: all there is
-        conditional one flag, or (B, n) bool
+        first_seen  (n,) or (B, n): the first chunk each attends to (itself: no history); default: all there
+        is conditional one flag, or (B, n) bool
         step_size   d, for distilled models only
         cache       clean chunks to read; those listed in `write` are stored there
-        Returns the velocity, (B, 16, T, H, W) float32. Raises ValueError if a range reaches a chunk that is neither
-        in this forward nor in the cache.
+        Returns the velocity, (B, 16, T, H, W) float32. Raises ValueError if a range reaches a chunk that is
+        neither in this forward nor in the cache.
         """
         cfg, (B, n) = self.cfg, t.shape
         _, _, T, H, W = x.shape
         p = cfg.patch_size
         _require(T % n == 0 and H % p == 0 and W % p == 0 and min(H, W) >= 2 * p,
-                 f"latent (T, H, W) = {(T, H, W)} does not divide into {n} chunks of {p}x{p} patches, at least 2x2")
+                 f"latent (T, H, W) = {(T, H, W)} does not divide into {n} chunks of {p}x{p} patches, "
+                 f"at least 2x2")
         chunks = list(range(n)) if chunks is None else list(chunks)
         have = sorted({*(cache.chunks(chunks[0]) if cache is not None else ()), *chunks})
         first_seen = [have[0]] * n if first_seen is None else first_seen
@@ -924,16 +974,18 @@ class DiT(nn.Module):
             conditional = torch.full((B, n), bool(conditional), device=x.device)
 
         if cfg.in_channels == 2 * cfg.latent_channels:
-            x = torch.cat([x, x], dim=1)                                             # (B, 32, T, H, W)
-        tokens = self.patch_embed(x.float() * cfg.x_scale)                           # (B, D, T, H/2, W/2)
-        tokens = rearrange(tokens, "b d t h w -> b (t h w) d").to(cfg.torch_dtype)   # (B, N, D)
-        cond = self.condition(t, conditional, step_size).to(cfg.torch_dtype)         # (B, n, D/4)
+            x = torch.cat([x, x], dim=1)                                     # (B, 32, T, H, W)
+        # A convolution whose stride is its kernel is a linear layer on patches, and faster as one.
+        patches = rearrange(x.float() * cfg.x_scale, "b c t (h p) (w q) -> b (t h w) (c p q)", p=p, q=p)
+        tokens = F.linear(patches, self.patch_embed.weight.flatten(1)).to(cfg.torch_dtype)  # (B, N, D)
+        cond = self.condition(t, conditional, step_size).to(cfg.torch_dtype)  # (B, n, D/4)
 
-        longest = max(1, int(text_mask.sum(-1).max()))       # columns beyond the longest text hold nothing valid
+        longest = max(1, int(text_mask.sum(-1).max()))       # columns beyond it hold nothing valid ...
         order = text_mask.bool().flatten(0, 1)
-        if not order[:, :longest].sum() == order.sum():      # ... if the valid ones come first; keep all otherwise
+        if not order[:, :longest].sum() == order.sum():      # ... if the valid ones come first; else keep all
             longest = order.shape[1]
-        text = F.silu(self.text_proj(text.flatten(0, 1)[:, :longest].float())).to(cfg.torch_dtype)   # (B*n, L', D)
+        text = F.silu(self.text_proj(
+            text.flatten(0, 1)[:, :longest].float())).to(cfg.torch_dtype)    # (B*n, L', D)
 
         frames = torch.cat([torch.arange(k * (T // n), (k + 1) * (T // n), device=x.device) for k in chunks])
         ctx = Context(angles=rotary_angles(self.rope_bands, frames, H // p, W // p),
@@ -943,42 +995,42 @@ class DiT(nn.Module):
         for layer in self.layers:
             tokens = layer(tokens, cond, ctx)
 
-        out = self.final_linear(self.final_norm(tokens))                             # (B, N, 1*2*2*C)
+        out = self.final_linear(self.final_norm(tokens))                     # (B, N, 1*2*2*C)
         out = rearrange(out, "b (t h w) (ph pw c) -> b c t (h ph) (w pw)", t=T, h=H // p, ph=p, pw=p)
         return out[:, : cfg.latent_channels].float() / cfg.x_scale
 
 
-def token_ranges(chunks: Sequence[int], first_seen: Sequence[int] | Tensor, have: Sequence[int], c: int) -> Tensor:
+def token_ranges(chunks: Sequence[int], first_seen: Sequence[int] | Tensor, have: Sequence[int],
+                 c: int) -> Tensor:
     """Key tokens [start, end) that each chunk reads, on the axis [cached chunks, chunks of this forward].
 
-    first_seen (n,), or (B, n) in training; have: absolute indices of all chunks on that axis, rising, c tokens each.
+    first_seen (n,), or (B, n) in training; have: absolute indices of all chunks on that axis, rising, c
+    tokens each.
     """
     have, own, first = torch.tensor(have), torch.tensor(chunks), torch.as_tensor(first_seen).cpu()
     start, end = torch.searchsorted(have, first), torch.searchsorted(have, own) + 1
-    complete = (end - start == own - first + 1) & (first <= own)         # one place for each chunk of the range
+    complete = (end - start == own - first + 1) & (first <= own)       # one place for each chunk of the range
     _require(bool(complete.all()), f"chunks {chunks} attend back to chunks {first.tolist()}, but only chunks "
              f"{have.tolist()} are in this forward or in the cache")
     return torch.stack([start * c, (end * c).expand_as(start)], dim=-1)
 
 
-# ----------------------------------------------------------------------------------------------------------------
+# ----------------------------------------------------------------------------------------------------------
 # 6  KV cache
-# ----------------------------------------------------------------------------------------------------------------
+# ----------------------------------------------------------------------------------------------------------
 
 
 class KVCache:
-    """Keys and values of clean chunks, one tensor pair per layer, oldest chunk first.
+    """Keys and values of clean chunks: a ring, because the sampler evicts what can no longer be read.
 
-    Only chunks within `reach` of the oldest chunk in flight are ever read again, so older ones are dropped and
-    memory does not grow with the video (reach None: keep everything, for "all history" runs).
+    So memory does not grow with the video. Which chunks those are is the schedule's business (`oldest_read`).
     """
 
-    def __init__(self, reach: int | None):
-        self.reach = reach
+    def __init__(self):
         self.layers: dict[int, dict[int, tuple[Tensor, Tensor]]] = {}       # layer -> chunk -> (k, v)
 
     def write(self, layer: int, chunk: int, k: Tensor, v: Tensor) -> None:
-        """Store one chunk's k and v, (B, c, Hkv, hd). Copied: a view would keep the whole forward's keys alive."""
+        """Store one chunk's k and v, (B, c, Hkv, hd), copied: a view keeps the whole forward's keys alive."""
         self.layers.setdefault(layer, {})[chunk] = (k.clone(), v.clone())
 
     def chunks(self, before: int) -> list[int]:
@@ -986,27 +1038,26 @@ class KVCache:
         return sorted(k for k in next(iter(self.layers.values()), {}) if k < before)
 
     def read(self, layer: int, before: int) -> tuple[Tensor, Tensor] | None:
-        """k and v of the stored chunks older than `before`, joined, (B, chunks*c, Hkv, hd); None if there are none."""
+        """k and v of the stored chunks older than `before`, joined, (B, chunks*c, Hkv, hd); None if none."""
         stored = self.layers.get(layer, {})
         pairs = [stored[k] for k in sorted(stored) if k < before]
         return tuple(torch.cat(u, dim=1) for u in zip(*pairs, strict=True)) if pairs else None
 
-    def evict(self, oldest: int) -> None:
-        """Drop what no forward whose oldest chunk is `oldest` or later can read."""
-        if self.reach is None:
-            return
+    def evict(self, before: float) -> None:
+        """Drop the chunks older than `before`."""
         for stored in self.layers.values():
-            for chunk in [k for k in stored if k < oldest - self.reach]:
+            for chunk in [k for k in stored if k < before]:
                 del stored[chunk]
 
     @property
     def bytes(self) -> int:
-        return sum(u.numel() * u.element_size() for stored in self.layers.values() for kv in stored.values() for u in kv)
+        return sum(u.numel() * u.element_size()
+                   for stored in self.layers.values() for kv in stored.values() for u in kv)
 
 
-# ----------------------------------------------------------------------------------------------------------------
+# ----------------------------------------------------------------------------------------------------------
 # 7  Schedule
-# ----------------------------------------------------------------------------------------------------------------
+# ----------------------------------------------------------------------------------------------------------
 # Report section 2.4. Everything here is a pure function of the config: print it, plot it, test it alone.
 #
 #     window 4, 3 chunks      stage   0     1     2     3     4     5
@@ -1018,7 +1069,8 @@ class KVCache:
 def timestep_grid(num_steps: int, shortcut_mode: str = "8,16,16") -> Tensor:
     """The n + 1 times of a chunk from 0 (noise) to 1 (clean), float32: half of them lie below t = 0.1.
 
-    s = i/n, u = s^2, t = u w / (1 - (1-w) u) with w = 1/3. n = 12 is a thinned 16-step grid (see `step_sizes`).
+    s = i/n, u = s^2, t = u w / (1 - (1-w) u) with w = 1/3. n = 12 is a thinned 16-step grid (see
+    `step_sizes`).
     """
     if num_steps == 12:
         offsets = (0, 2, 3) if shortcut_mode == "8,16,16" else (0, 1, 2)
@@ -1054,7 +1106,7 @@ class Stage:
 
 
 def stages(num_chunks: int | None, prefix_chunks: int = 0, window: int = 4) -> Iterator[Stage]:
-    """The stages of a run of `num_chunks` chunks (prefix ones included; None: for ever), one new chunk in each."""
+    """The stages of a run of `num_chunks` chunks (prefix included; None: for ever), a new chunk in each."""
     K, P = math.inf if num_chunks is None else num_chunks, prefix_chunks
     for s in itertools.count() if num_chunks is None else range(max(0, K - P) and K - P + window - 1):
         chunks = tuple(range(max(P, P + s - window + 1), int(min(K, P + s + 1))))
@@ -1062,7 +1114,7 @@ def stages(num_chunks: int | None, prefix_chunks: int = 0, window: int = 4) -> I
 
 
 def kv_range(cfg: SamplerConfig, grid_index: int, chunk: int | None = None) -> float:
-    """How many chunks a noisy chunk sees, itself included, at a step of its own time grid; inf: all there are.
+    """How many chunks a noisy chunk sees, itself included, at a step of its own time grid; inf: all.
 
     `chunk` counts generated chunks: it selects an exception of cfg.kv_ranges_at.
     """
@@ -1073,18 +1125,28 @@ def kv_range(cfg: SamplerConfig, grid_index: int, chunk: int | None = None) -> f
 def clean_range(cfg: SamplerConfig, prefix: bool) -> float:
     """How many chunks a clean chunk sees: one being refreshed, or (prefix) one given from outside."""
     if not cfg.kv_ranges and not prefix:
-        return math.inf                                  # "all history" holds for refreshed chunks whatever is set
+        return math.inf                      # "all history" holds for refreshed chunks whatever is set
     if cfg.clean_kv_range == -1:
         return cfg.kv_ranges[-1] if cfg.kv_ranges else 8
     return cfg.clean_kv_range
 
 
-def cache_reach(cfg: SamplerConfig) -> int | None:
-    """How many chunks before the oldest one in a forward can still be read: the length of the ring. None: all."""
-    tables = [cfg.kv_ranges, *(ranges for _, ranges in cfg.kv_ranges_at)]
-    if not all(tables):
-        return None
-    return max(*itertools.chain(*tables), clean_range(cfg, prefix=False)) - 1
+def oldest_read(cfg: SamplerConfig, stage: Stage, prefix_chunks: int = 0, num_chunks: int | None = None
+                ) -> float:
+    """The oldest chunk that this stage or a later one can still read: the cache may forget what came before.
+
+    As a chunk gets cleaner it sees fewer chunks, but others follow. With ranges 5, 4, 3, 2 the two cancel in
+    a window of 4: one clean chunk is all that is ever kept. In a window of 1 it is four.
+    """
+    P, exceptions = prefix_chunks, dict(cfg.kv_ranges_at)
+    end = math.inf if num_chunks is None else num_chunks
+    later = [c for c in (stage.chunks[-1] + 1, *(P + k for k in exceptions)) if stage.chunks[-1] < c < end]
+    reads = [stage.refresh - clean_range(cfg, prefix=False) + 1] if stage.refresh is not None else []
+    for chunk, m in [*zip(stage.chunks, stage.own_stage, strict=True), *((c, 0) for c in later)]:
+        ranges = exceptions.get(chunk - P, cfg.kv_ranges)
+        left = ranges[m * len(ranges) // cfg.window :] or (math.inf,)       # what it has yet to go through
+        reads.append(chunk + 1 - max(*left, clean_range(cfg, prefix=False)))
+    return min(reads)
 
 
 def shot_transition(cfg: SamplerConfig, chunk: int, kind: str = "cut") -> SamplerConfig:
@@ -1102,15 +1164,15 @@ def shot_transition(cfg: SamplerConfig, chunk: int, kind: str = "cut") -> Sample
     return dataclasses.replace(cfg, kv_ranges_at=(*cfg.kv_ranges_at, (chunk, ranges)))
 
 
-# ----------------------------------------------------------------------------------------------------------------
+# ----------------------------------------------------------------------------------------------------------
 # 8  Guidance
-# ----------------------------------------------------------------------------------------------------------------
+# ----------------------------------------------------------------------------------------------------------
 # Report section 2.4. A base model is evaluated in three ways and the velocities are combined:
 #
 #     v = (1 - w_prev) v(x | nothing) + (w_prev - w_text) v(x | previous) + w_text v(x | previous, text)
 #
-# w_prev pulls towards the history, w_text towards the caption; both depend on the chunk's own t. Half of the work
-# is multiplied by zero, and skipped here: `needed` says which chunks a branch must compute.
+# w_prev pulls towards the history, w_text towards the caption; both depend on the chunk's own t. Half of the
+# work is multiplied by zero, and skipped here: `needed` says which chunks a branch must compute.
 
 
 def guidance_scales(cfg: SamplerConfig, t: float) -> tuple[float, float]:
@@ -1120,8 +1182,8 @@ def guidance_scales(cfg: SamplerConfig, t: float) -> tuple[float, float]:
 
 
 def needed(wanted: Sequence[int], chunks: Sequence[int], first_seen: Sequence[int]) -> list[int]:
-    """The chunks of a forward that must be computed for the `wanted` ones to be right: also every chunk whose keys
-    they read, directly or through another (layer after layer, a chunk depends on all it can reach)."""
+    """The chunks of a forward that must be computed for the `wanted` ones to be right: also every chunk whose
+    keys they read, directly or through another (layer after layer, a chunk depends on all it can reach)."""
     if not wanted:
         return []
     first = dict(zip(chunks, first_seen, strict=True))
@@ -1131,12 +1193,12 @@ def needed(wanted: Sequence[int], chunks: Sequence[int], first_seen: Sequence[in
     return [c for c in chunks if low <= c <= high]
 
 
-# ----------------------------------------------------------------------------------------------------------------
+# ----------------------------------------------------------------------------------------------------------
 # 9  Sampler
-# ----------------------------------------------------------------------------------------------------------------
-# The chunk pipeline (report section 2.4). A clean chunk must be seen clean: when it has left the pipeline, the next
-# forward carries it once more in front, at t = 0.9999 and with null text, only to compute the keys and values that
-# later chunks will read from the cache.
+# ----------------------------------------------------------------------------------------------------------
+# The chunk pipeline (report section 2.4). A clean chunk must be seen clean: when it has left the pipeline,
+# the next forward carries it once more in front, at t = 0.9999 and with null text, only to compute the keys
+# and values that later chunks will read from the cache.
 
 
 @dataclass(frozen=True)
@@ -1153,8 +1215,8 @@ class Progress:
 def chunk_noise(seed: int, chunk: int, shape: Sequence[int]) -> Tensor:
     """Gaussian noise of one chunk, from (seed, chunk index) alone: a longer video begins like a shorter one.
 
-    SeedSequence mixes the two numbers so that neighbouring seeds and chunks share nothing; drawn on the CPU, so the
-    same seed gives the same video on every device.
+    SeedSequence mixes the two numbers so that neighbouring seeds and chunks share nothing; drawn on the CPU,
+    so the same seed gives the same video on every device.
     """
     mixed = np.random.SeedSequence([seed, chunk]).generate_state(1, np.uint64)[0]
     return torch.randn(*shape, generator=torch.Generator().manual_seed(int(mixed >> 1)))
@@ -1170,14 +1232,15 @@ class TextConditions:
         self.text, self.mask = (text[None], mask[None]) if text.dim() == 2 else (text, mask)
         self.table = {name: v.to(null) for name, v in table.items()}
         L, C = null.shape
-        _require(self.text.dim() == 3 and self.text.shape[1:] == (L, C) and self.mask.shape == self.text.shape[:2],
-                 f"text {tuple(text.shape)} and text_mask {tuple(mask.shape)} must be ({L}, {C}) and ({L},), or that "
-                 f"for each chunk")
+        _require(self.text.dim() == 3 and self.text.shape[1:] == (L, C)
+                 and self.mask.shape == self.text.shape[:2],
+                 f"text {tuple(text.shape)} and text_mask {tuple(mask.shape)} must be ({L}, {C}) and ({L},), "
+                 f"or that for each chunk")
         self.text, self.mask = self.text.to(null), self.mask.to(null.device)
         negative = token_vectors(cfg.negative_tokens, NEGATIVE_TOKENS, self.table)
         rows, _ = prepend_tokens(null, self.mask[0], negative)
         self.null = rows, (torch.arange(L, device=null.device) < dit.cfg.null_length).to(self.mask)
-        token_vectors(cfg.special_tokens, SPECIAL_TOKENS, self.table)   # find a missing vector before the first step
+        token_vectors(cfg.special_tokens, SPECIAL_TOKENS, self.table)  # find a missing one before the start
 
     def caption(self, chunk: int) -> tuple[Tensor, Tensor]:
         """Special tokens and caption of a noisy chunk; null text where the caption is empty."""
@@ -1194,15 +1257,16 @@ class TextConditions:
 
 
 def sample(dit: DiT, text: Tensor, text_mask: Tensor, sampler: SamplerConfig, *,
-           special_tokens: dict[str, Tensor] | None = None, prefix: Tensor | None = None, noise: Tensor | None = None,
-           skip: bool = True, progress: Callable[[Progress], None] | None = None) -> Iterator[tuple[int, Tensor]]:
-    """Generate a video chunk by chunk; yields (index of the generated chunk, its latents) as each becomes clean.
+           special_tokens: dict[str, Tensor] | None = None, prefix: Tensor | None = None,
+           noise: Tensor | None = None, skip: bool = True,
+           progress: Callable[[Progress], None] | None = None) -> Iterator[tuple[int, Tensor]]:
+    """Generate a video chunk by chunk; yields (generated chunk's index, its latents) as each becomes clean.
 
-    text (L, C) and text_mask (L,), or (chunks, L, C) and (chunks, L) with one caption per chunk, the last going on.
-    special_tokens: name -> (1, C). prefix: clean latents (16, T, H, W) that come first. noise (16, 6 K, H, W)
-    replaces the seeded noise, prefix chunks counted. skip=False also computes what is multiplied by zero.
-    Yields whole chunks (16, <= 6, H, W), float32, without their prefix frames, except that the first chunk of an
-    image run (a prefix of one frame) keeps it. Raises ValueError for inputs that do not fit.
+    text (L, C) and text_mask (L,), or (chunks, L, C) and (chunks, L) with one caption per chunk, the last
+    going on. special_tokens: name -> (1, C). prefix: clean latents (16, T, H, W) that come first. noise (16,
+    6 K, H, W) replaces the seeded noise, prefix chunks counted. skip=False also computes what is multiplied
+    by zero. Yields whole chunks (16, <= 6, H, W), float32, without their prefix frames, except that the first
+    chunk of an image run (a prefix of one frame) keeps it. Raises ValueError for inputs that do not fit.
     """
     cfg, device = sampler, dit.null_text.device
     H, W = (prefix if prefix is not None else noise).shape[2:] if prefix is not None or noise is not None \
@@ -1212,13 +1276,15 @@ def sample(dit: DiT, text: Tensor, text_mask: Tensor, sampler: SamplerConfig, *,
     K = None if cfg.num_frames is None else math.ceil((cfg.num_frames // FRAMES_PER_LATENT + frames) / CHUNK)
     shape = (dit.cfg.latent_channels, CHUNK, H, W)
     _require(prefix is None or prefix.dim() == 4 and len(prefix) == shape[0] and frames >= 1,
-             f"prefix must be ({shape[0]}, T >= 1, H, W), not {None if prefix is None else tuple(prefix.shape)}")
+             f"prefix must be ({shape[0]}, T >= 1, H, W), "
+             f"not {None if prefix is None else tuple(prefix.shape)}")
     _require(noise is None or K is not None and noise.shape == (shape[0], K * CHUNK, H, W),
              f"noise must be {(shape[0], (K or 0) * CHUNK, H, W)} for a run of {K} chunks, "
              f"not {None if noise is None else tuple(noise.shape)}")
     texts = TextConditions(dit, text, text_mask, cfg, special_tokens or {}, K, P)
-    run = _Run(dit, cfg, texts, KVCache(cache_reach(cfg)), skip)
-    grid, d = timestep_grid(cfg.num_steps, cfg.shortcut_mode).to(device), step_sizes(cfg.num_steps, cfg.shortcut_mode)
+    run = _Run(dit, cfg, texts, KVCache(), skip)
+    grid, d = (timestep_grid(cfg.num_steps, cfg.shortcut_mode).to(device),
+               step_sizes(cfg.num_steps, cfg.shortcut_mode))
     per_stage = cfg.num_steps // cfg.window
     prefix = prefix.to(device, torch.float32) if prefix is not None else None
 
@@ -1229,11 +1295,13 @@ def sample(dit: DiT, text: Tensor, text_mask: Tensor, sampler: SamplerConfig, *,
 
     if P:
         run.prefill(torch.stack([prefix[:, c * CHUNK : (c + 1) * CHUNK] for c in range(P)]), d[0])
-    x: dict[int, Tensor] = {}                                           # latents of the chunks in flight, (1, 16, 6, H, W)
+    x: dict[int, Tensor] = {}                            # latents of the chunks in flight, (1, 16, 6, H, W)
     for stage in stages(K, P, cfg.window):
+        run.cache.evict(oldest_read(cfg, stage, P, K))
         for c in stage.chunks:
             if c not in x:
-                fresh = chunk_noise(cfg.seed, c - P, shape) if noise is None else noise[:, c * CHUNK : (c + 1) * CHUNK]
+                fresh = chunk_noise(cfg.seed, c - P, shape) if noise is None \
+                    else noise[:, c * CHUNK : (c + 1) * CHUNK]
                 x[c] = pasted(c, fresh[None].to(device, torch.float32))
         for j in range(per_stage):
             at = {c: m * per_stage + j for c, m in zip(stage.chunks, stage.own_stage, strict=True)}
@@ -1242,13 +1310,12 @@ def sample(dit: DiT, text: Tensor, text_mask: Tensor, sampler: SamplerConfig, *,
             for c, i in at.items():
                 x[c] = pasted(c, x[c] + velocity[c] * (grid[i + 1] - grid[i]))
             if refresh is not None:
-                del x[refresh]                                          # its keys are in the cache now
-                run.cache.evict(stage.chunks[0])
+                del x[refresh]                           # its keys are in the cache now
             if progress:
                 total = None if K is None else (K - P + cfg.window - 1) * per_stage
-                progress(Progress(stage.index * per_stage + j + 1, total, stage.chunks[0] - P, run.cache.bytes,
-                                  run.tokens))
-        if stage.own_stage[0] == cfg.window - 1:                        # the oldest chunk is clean
+                progress(Progress(stage.index * per_stage + j + 1, total, stage.chunks[0] - P,
+                                  run.cache.bytes, run.tokens))
+        if stage.own_stage[0] == cfg.window - 1:         # the oldest chunk is clean
             c = stage.chunks[0]
             skip_frames = 0 if frames == 1 else max(0, frames - c * CHUNK)
             yield c - P, x[c][0, :, skip_frames:]
@@ -1262,12 +1329,14 @@ class _Run:
         self.tokens = 0
 
     def forward(self, x: Sequence[Tensor], t: Sequence[Tensor], chunks: Sequence[int], first: Sequence[int],
-                captioned: bool, conditional: bool, clean: int | None = None, d: float = 0, write=()) -> dict[int, Tensor]:
+                captioned: bool, conditional: bool, clean: int | None = None, d: float = 0,
+                write=()) -> dict[int, Tensor]:
         text, mask = self.texts.stack(chunks, captioned, clean)
-        x = torch.cat(list(x), dim=2)                                                # (1, 16, 6 n, H, W)
+        x = torch.cat(list(x), dim=2)                                        # (1, 16, 6 n, H, W)
         self.tokens += x[0, 0].numel() // self.dit.cfg.patch_size**2
-        v = self.dit(x, torch.stack(list(t))[None], text, mask, chunks=chunks, first_seen=first, cache=self.cache,
-                     conditional=conditional, step_size=d if self.cfg.distilled else None, write=write)
+        v = self.dit(x, torch.stack(list(t))[None], text, mask, chunks=chunks, first_seen=first,
+                     cache=self.cache, conditional=conditional,
+                     step_size=d if self.cfg.distilled else None, write=write)
         return dict(zip(chunks, v.chunk(len(chunks), dim=2), strict=True))
 
     def clean_t(self) -> Tensor:
@@ -1276,9 +1345,9 @@ class _Run:
     def prefill(self, prefix: Tensor, d: float) -> None:
         """Run the whole prefix chunks (P, 16, 6, H, W) once, together, to fill the cache."""
         chunks, span = range(len(prefix)), clean_range(self.cfg, prefix=True)
-        self.forward(prefix[:, None], [self.clean_t()] * len(prefix), chunks, [int(max(0, c - span + 1)) for c in chunks],
+        self.forward(prefix[:, None], [self.clean_t()] * len(prefix), chunks,
+                     [int(max(0, c - span + 1)) for c in chunks],
                      captioned=False, conditional=self.cfg.distilled, d=d, write=chunks)
-        self.cache.evict(len(prefix))
 
     def velocity(self, x: dict[int, Tensor], t: dict[int, Tensor], at: dict[int, int], refresh: int | None,
                  d: float) -> dict[int, Tensor]:
@@ -1304,8 +1373,10 @@ class _Run:
             v = branch(chunks, captioned=True, conditional=True, write=write)
             oldest = min(at)
             if t[oldest] >= cfg.nearly_clean_t - 1e-7:
-                # Nearly clean, the oldest chunk leans on itself: history would carry its errors along the video.
-                alone = self.forward([x[oldest]], [t[oldest]], [oldest], [oldest], captioned=True, conditional=True, d=d)
+                # Nearly clean, the oldest chunk leans on itself: history would carry its errors along the
+                # video.
+                alone = self.forward([x[oldest]], [t[oldest]], [oldest], [oldest],
+                                     captioned=True, conditional=True, d=d)
                 v[oldest] = cfg.nearly_clean_blend * v[oldest] + (1 - cfg.nearly_clean_blend) * alone[oldest]
             return v
 
@@ -1316,28 +1387,29 @@ class _Run:
         previous = branch([*write, *(c for c in at if scales[c][0] != scales[c][1])], captioned=False,
                           conditional=False, write=write)
         nothing = branch([c for c in at if scales[c][0] != 1], alone=True, captioned=False, conditional=False)
-        return {c: sum(w * v[c] for w, v in ((1 - w_prev, nothing), (w_prev - w_text, previous), (w_text, texted))
-                       if c in v and w != 0) for c, (w_prev, w_text) in scales.items()}
+        return {c: sum(w * v[c] for w, v in ((1 - w_prev, nothing), (w_prev - w_text, previous),
+                                             (w_text, texted)) if c in v and w != 0)
+                for c, (w_prev, w_text) in scales.items()}
 
 
-# ----------------------------------------------------------------------------------------------------------------
+# ----------------------------------------------------------------------------------------------------------
 # 10  Training objectives
-# ----------------------------------------------------------------------------------------------------------------
-# Report sections 2.3 and 2.1. The official project ships none of this. What the report leaves open is ours and is
-# named so in TrainingConfig.
+# ----------------------------------------------------------------------------------------------------------
+# Report sections 2.3 and 2.1. The official project ships none of this. What the report leaves open is ours
+# and is named so in TrainingConfig.
 
 
 @dataclass(frozen=True)
 class TrainingConfig:
-    """How a clip is corrupted for the flow-matching objective. All of it is our choice but for the timestep law,
-    the 5 % noise and the null text of clean chunks."""
+    """How a clip is corrupted for the flow-matching objective. All of it is our choice but for the timestep
+    law, the 5 % noise and the null text of clean chunks."""
 
     image_share: float = 0.15         # clips that begin with one clean frame (image to video)
     video_share: float = 0.35         # clips that begin with more: whole clean chunks and part of the next
-    pipeline_share: float = 0.5       # clips whose times are a moment of the sampler's pipeline; the rest: the law
+    pipeline_share: float = 0.5       # clips timed as a moment of the sampler's pipeline; the rest: the law
     null_share: float = 0.15          # clips that lose their captions, for the branches without text
-    clean_noise: float = 0.05         # clean chunks carry up to this much noise: generated history is not perfect
-    ranges_share: float = 0.9         # clips trained under the sampler's attention ranges; the rest see only themselves
+    clean_noise: float = 0.05         # most noise a clean chunk carries: generated history is not perfect
+    ranges_share: float = 0.9         # clips under the sampler's kv_ranges; the rest see only themselves
 
 
 def timestep_law(*shape: int, generator: torch.Generator | None = None) -> Tensor:
@@ -1349,14 +1421,14 @@ def draw_times(batch: int, n: int, clean: Tensor, cfg: TrainingConfig, sampler: 
                generator: torch.Generator | None = None) -> tuple[Tensor, Tensor]:
     """Times (B, n), non-increasing along each clip, and which chunks are clean (B, n) bool.
 
-    clean (B,) whole chunks are given. A share of the clips take a moment of the pipeline, a random one: there the
-    chunks are exactly one stage apart, and those that have left it are clean as well. The others sort draws from
-    the law, which leaves its marginal as it is.
+    clean (B,) whole chunks are given. A share of the clips take a moment of the pipeline, a random one: there
+    the chunks are exactly one stage apart, and those that have left it are clean as well. The others sort
+    draws from the law, which leaves its marginal as it is.
     """
     law = timestep_law(batch, n, generator=generator).sort(dim=1, descending=True).values
     later = torch.arange(n) - clean[:, None]                             # (B, n) 0 = first noisy chunk
     head = torch.rand(batch, 1, generator=generator) * (sampler.window - 1 + n - clean[:, None])
-    stage = head - later                                                 # how many stages each chunk has gone through
+    stage = head - later                                                 # stages a chunk has gone through
     moment = shift_time((stage / sampler.window).clamp(0, 1) ** 2)
     # A chunk that would not have started yet still gets some time, or its place in the batch would be wasted.
     moment = torch.where(stage < 0, law, moment).cummin(dim=1).values
@@ -1365,19 +1437,21 @@ def draw_times(batch: int, n: int, clean: Tensor, cfg: TrainingConfig, sampler: 
     return torch.where(is_clean, sampler.clean_t, torch.where(use, moment, law)), is_clean
 
 
-def flow_matching_loss(dit: DiT, latents: Tensor, text: Tensor, text_mask: Tensor, cfg: TrainingConfig = TrainingConfig(),
-                       sampler: SamplerConfig = SamplerConfig(), generator: torch.Generator | None = None) -> Tensor:
-    """E || v_theta(x_i^{t_i} | t_i, text, {x_j, j < i}) - (data_i - noise_i) ||^2 over noisy chunks (report 2.3).
+def flow_matching_loss(dit: DiT, latents: Tensor, text: Tensor, text_mask: Tensor,
+                       cfg: TrainingConfig = TrainingConfig(), sampler: SamplerConfig = SamplerConfig(),
+                       generator: torch.Generator | None = None) -> Tensor:
+    """E || v_theta(x_i^{t_i} | t_i, text, {x_j, j < i}) - (data_i - noise_i) ||^2 over noisy chunks.
 
-    latents (B, 16, T, H, W), scaled, T = 6 n; text (B, n, L, C) with its special tokens, text_mask (B, n, L): one
-    caption per chunk. Text, image and video to video are one objective: they differ in how many clean frames lead.
-    Gradients flow through the clean chunks too (stopping them hurts much, says the report). Draws come from
-    `generator` (on the CPU); the scalar loss is a mean over the elements that count.
+    latents (B, 16, T, H, W), scaled, T = 6 n; text (B, n, L, C) with its special tokens, text_mask (B, n, L):
+    one caption per chunk. Text, image and video to video are one objective (report 2.3): they differ in how
+    many clean frames lead. Gradients flow through the clean chunks too (stopping them hurts much, says the
+    report). Draws come from `generator` (on the CPU); the scalar loss is a mean over the elements that count.
     """
-    (B, _, T, H, W), n = latents.shape, latents.shape[2] // CHUNK
-    _require(T % CHUNK == 0 and text.shape[:2] == (B, n), f"{T} latent frames and text for {tuple(text.shape[:2])} "
-             f"(batch, chunks): give {CHUNK} frames per chunk and a caption for each")
-    rand = lambda *shape: torch.rand(*shape, generator=generator)        # noqa: E731
+    (B, _, T, _, _), n = latents.shape, latents.shape[2] // CHUNK
+    _require(T % CHUNK == 0 and text.shape[:2] == (B, n),
+             f"{T} latent frames and text for {tuple(text.shape[:2])} (batch, chunks): "
+             f"give {CHUNK} frames per chunk and a caption for each")
+    rand = lambda *shape: torch.rand(*shape, generator=generator)
 
     # How many frames are given: none, one (an image) or many (a video).
     task = rand(B)
@@ -1387,7 +1461,7 @@ def flow_matching_loss(dit: DiT, latents: Tensor, text: Tensor, text_mask: Tenso
 
     # Noise each chunk to its t; clean chunks a little, whatever t the model is told; given frames not at all.
     level = torch.where(is_clean, 1 - cfg.clean_noise * rand(B, n), t)   # share of data in x
-    frame = lambda u: u.repeat_interleave(CHUNK, dim=1).to(latents.device)[:, None, :, None, None]   # noqa: E731
+    frame = lambda u: u.repeat_interleave(CHUNK, dim=1).to(latents.device)[:, None, :, None, None]
     pasted = torch.arange(T) < given[:, None]                            # (B, T)
     noise = torch.randn(latents.shape, generator=generator).to(latents)
     x = (1 - frame(level)) * noise + frame(level) * latents
@@ -1401,14 +1475,16 @@ def flow_matching_loss(dit: DiT, latents: Tensor, text: Tensor, text_mask: Tenso
     text = torch.where(drop[..., None], dit.null_text.to(text), text)
     text_mask = torch.where(drop, null_mask, text_mask)
 
-    # Attention ranges as in the sampler, by each chunk's own t; some clips see no history, for the third branch.
+    # Attention ranges as in the sampler, by each chunk's own t; some clips see no history, for the third
+    # branch.
     R = len(sampler.kv_ranges)
     edges = shift_time((torch.arange(1, R) / R) ** 2)
     reach = torch.tensor(sampler.kv_ranges or (n,))[torch.bucketize(t, edges, right=True)]
     reach = torch.where(is_clean | (rand(B, 1) >= cfg.ranges_share), 1, reach)
     first_seen = (torch.arange(n) - reach + 1).clamp(min=0)
 
-    v = dit(x, t.to(latents.device), text, text_mask, first_seen=first_seen, conditional=~nulled.to(latents.device))
+    v = dit(x, t.to(latents.device), text, text_mask, first_seen=first_seen,
+            conditional=~nulled.to(latents.device))
     counts = (~is_clean).repeat_interleave(CHUNK, 1) & ~pasted           # (B, T)
     weight = counts.to(v)[:, None, :, None, None].expand_as(v)
     return (weight * (v - (latents - noise)) ** 2).sum() / weight.sum().clamp(min=1)
@@ -1416,7 +1492,7 @@ def flow_matching_loss(dit: DiT, latents: Tensor, text: Tensor, text_mask: Tenso
 
 def vae_loss(vae: VAE, video: Tensor, weight: Tensor | None = None, kl_weight: float = 1e-6,
              generator: torch.Generator | None = None) -> tuple[Tensor, Tensor]:
-    """L1 + KL (report 2.1, without its LPIPS and GAN terms): video (B, 3, frames, h, w) -> loss, reconstruction.
+    """L1 + KL (report 2.1, without LPIPS and GAN terms): video (B, 3, frames, h, w) -> loss, reconstruction.
 
     weight (B, 1, frames, h, w) makes some pixels count more; the mean of |error| * weight is taken as it is.
     """
@@ -1428,3 +1504,204 @@ def vae_loss(vae: VAE, video: Tensor, weight: Tensor | None = None, kl_weight: f
     error = (recon.float() - video).abs()
     kl = 0.5 * (mean.float() ** 2 + logvar.float().exp() - 1 - logvar.float())
     return (error if weight is None else error * weight).mean() + kl_weight * kl.mean(), recon
+
+
+# ----------------------------------------------------------------------------------------------------------
+# 11  Loading and the pipeline
+# ----------------------------------------------------------------------------------------------------------
+# One folder per model: config.json and model.safetensors (or numbered shards with the usual index). A DiT
+# folder also holds special_tokens.safetensors; the VAE and T5 folders stand beside it unless said otherwise:
+#
+#     tiny/base/  config.json {"dit": ..., "sampler": ...}  model.safetensors  special_tokens.safetensors
+#     tiny/vae/   config.json {"vae": ...}                  model.safetensors
+#     tiny/t5/    config.json (transformers)                model.safetensors  spiece.model
+
+
+def read_config(folder: str | Path, part: str, kind: type) -> VAEConfig | DiTConfig | SamplerConfig:
+    """One dataclass of a folder's config.json. Raises ValueError if the file or a key is not as expected."""
+    file = Path(folder) / "config.json"
+    _require(file.is_file(), f"no model in {str(folder)!r}: {file} does not exist")
+    try:
+        values = json.loads(file.read_text())[part]
+        return kind(**{k: _tuples(v) for k, v in values.items()})
+    except (json.JSONDecodeError, KeyError, TypeError, AttributeError) as error:
+        raise ValueError(f"{file} is not a config with a valid {part!r} part: {error}") from None
+
+
+def _tuples(v):
+    return tuple(_tuples(u) for u in v) if isinstance(v, list) else v
+
+
+def weight_files(folder: str | Path) -> list[Path]:
+    """The safetensors files of a folder: model.safetensors, or all that its index names."""
+    folder = Path(folder)
+    index = folder / "model.safetensors.index.json"
+    files = sorted({folder / name for name in json.loads(index.read_text())["weight_map"].values()}) \
+        if index.is_file() else [folder / "model.safetensors"]
+    for file in files:
+        _require(file.is_file(), f"{file} is missing: download or convert the model again")
+    return files
+
+
+def check_weights(folder: str | Path, module: nn.Module) -> None:
+    """Compare the headers of a folder's files with a module (on the meta device will do), reading no weights.
+
+    Raises ValueError, naming the first differences, if a file is corrupt or a name, shape or fp8 type
+    differs.
+    """
+    from safetensors import SafetensorError, safe_open
+
+    expected = {k: (tuple(v.shape), v.dtype == torch.float8_e4m3fn) for k, v in module.state_dict().items()}
+    found = {}
+    for file in weight_files(folder):
+        try:
+            with safe_open(file, "pt") as f:
+                for name in f.keys():
+                    part = f.get_slice(name)
+                    found[name] = tuple(part.get_shape()), part.get_dtype() == "F8_E4M3"
+        except (SafetensorError, OSError) as error:
+            raise ValueError(f"{file} is truncated or corrupt ({error}): "
+                             f"download or convert it again") from None
+    for problem, names in (("lacks", expected.keys() - found.keys()),
+                           ("has unknown", found.keys() - expected.keys()),
+                           ("has other shapes or types for", [k for k in expected if k in found
+                                                              and found[k] != expected[k]])):
+        _require(not names, f"the checkpoint in {str(folder)!r} does not fit its config: it {problem} "
+                 f"{len(names)} tensor(s), such as {next(iter(sorted(names)), None)!r}")
+
+
+def load_module(module: Callable[[], nn.Module], folder: str | Path, device="cpu") -> nn.Module:
+    """Build a module without memory, check the folder against it, read the weights straight to the device.
+
+    Weights take the dtype the module gives them: official files store norms in bf16 that are computed in
+    float32.
+    """
+    from safetensors.torch import load_file
+
+    with torch.device("meta"):
+        model = module()
+    check_weights(folder, model)
+    dtypes = {k: v.dtype for k, v in model.state_dict().items()}
+    for file in weight_files(folder):
+        weights = {k: v.to(dtypes[k]) for k, v in load_file(file, device=str(device)).items()}
+        model.load_state_dict(weights, strict=False, assign=True)
+    return model.eval().requires_grad_(False)
+
+
+def fit_frames(frames: np.ndarray, height: int, width: int, how: str = "crop") -> Tensor:
+    """uint8 (frames, h, w, 3) -> (1, 3, frames, height, width) in [-1, 1].
+
+    "crop" keeps the aspect ratio and cuts the sides, "pad" keeps it and adds black, "stretch" (the official
+    code's way) does not keep it.
+    """
+    _require(how in ("crop", "pad", "stretch"), f"fit {how!r} is not 'crop', 'pad' or 'stretch'")
+    x = torch.from_numpy(np.ascontiguousarray(frames)).movedim(-1, 1).float()  # (frames, 3, h, w)
+    h, w = x.shape[-2:]
+    scale = {"crop": max, "pad": min}.get(how, lambda *_: None)(height / h, width / w)
+    size = (height, width) if scale is None else (round(h * scale), round(w * scale))
+    if size != (h, w):
+        x = F.interpolate(x, size, mode="bicubic", antialias=True, align_corners=False).clamp(0, 255)
+    top, left = (height - size[0]) // 2, (width - size[1]) // 2              # negative: cut instead of add
+    x = F.pad(x, (left, width - size[1] - left, top, height - size[0] - top))
+    return rearrange(x / 127.5 - 1, "t c h w -> 1 c t h w")
+
+
+class MAGI:
+    """The one object a user holds: text, image and video to video, streamed chunk by chunk.
+
+    >>> pipe = load("tiny/base")                                             # doctest: +SKIP
+    >>> for frames in pipe("a red ball bounces", num_frames=96):             # doctest: +SKIP
+    ...     show(frames)                 # uint8 (<= 24, height, width, 3), as soon as each second is clean
+    """
+
+    def __init__(self, dit: DiT, vae: VAE, sampler: SamplerConfig, special_tokens: dict[str, Tensor],
+                 encode_text: Callable[[Sequence[str]], tuple[Tensor, Tensor]]):
+        self.dit, self.vae, self.sampler, self.special_tokens = dit, vae, sampler, special_tokens
+        self.encode_text = encode_text                   # captions -> text (n, L, C), mask (n, L)
+
+    @property
+    def device(self) -> torch.device:
+        return self.dit.null_text.device
+
+    def __call__(self, prompt: str | Sequence[str] | tuple[Tensor, Tensor], *,
+                 image: np.ndarray | None = None, video: np.ndarray | None = None, prefix_frames: int = 32,
+                 fit: str = "crop", progress: Callable[[Progress], None] | None = None,
+                 **settings) -> Iterator[np.ndarray]:
+        """Yield uint8 frames (<= 24, height, width, 3), exactly num_frames in all, one chunk at a time.
+
+        prompt is one caption, a list with one per chunk (the last goes on), or the (text, mask) that
+        encode_text gave. image uint8 (h, w, 3): the video starts with it. video uint8 (frames, h, w, 3): the
+        result goes on after its last frames, of which `prefix_frames` are shown to the model. settings
+        replace fields of the sampler's config, such as num_frames, seed, num_steps, height, width. Raises
+        ValueError for bad ones.
+        """
+        cfg = dataclasses.replace(self.sampler, **settings)
+        given = prefix_clip(image, video, prefix_frames)
+        text, mask = self.encode_text([prompt] if isinstance(prompt, str) else prompt) \
+            if isinstance(prompt, str) or isinstance(prompt[0], str) else prompt
+        return self._frames(cfg, text, mask, given, fit, image is not None, progress)
+
+    @torch.inference_mode()
+    def _frames(self, cfg: SamplerConfig, text: Tensor, mask: Tensor, given: np.ndarray | None, fit: str,
+                is_image: bool, progress: Callable | None) -> Iterator[np.ndarray]:
+        prefix = None
+        if given is not None:
+            pixels = fit_frames(given, cfg.height, cfg.width, fit).to(self.device)
+            prefix = self.vae.encode(pixels)[0].float() * SCALE_FACTOR       # (16, T, H, W)
+        left = cfg.num_frames if cfg.num_frames is not None else math.inf
+        if cfg.num_frames is not None:       # whole latent frames; an image's own is among those emitted
+            latents = math.ceil(cfg.num_frames / FRAMES_PER_LATENT) - is_image
+            cfg = dataclasses.replace(cfg, num_frames=max(1, latents * FRAMES_PER_LATENT))
+        for _, latent in sample(self.dit, text, mask, cfg, special_tokens=self.special_tokens, prefix=prefix,
+                                progress=progress):
+            frames = self.vae.decode(latent[None] / SCALE_FACTOR)[0].float()  # (3, 4 T, height, width)
+            frames = ((frames.clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8)
+            frames = frames[:, : int(min(left, frames.shape[1]))].permute(1, 2, 3, 0).cpu().numpy()
+            left -= len(frames)
+            yield frames
+
+
+def prefix_clip(image: np.ndarray | None, video: np.ndarray | None, prefix_frames: int) -> np.ndarray | None:
+    """The frames the model is shown: an image as a one-frame clip, or the last of a video, in fours."""
+    _require(image is None or video is None, "give an image or a video, not both")
+    if image is not None:
+        return image[None]
+    if video is None:
+        return None
+    _require(prefix_frames >= FRAMES_PER_LATENT and prefix_frames % FRAMES_PER_LATENT == 0,
+             f"prefix_frames {prefix_frames} must be a positive multiple of {FRAMES_PER_LATENT}: try "
+             f"{max(1, round(prefix_frames / FRAMES_PER_LATENT)) * FRAMES_PER_LATENT}")
+    _require(len(video) >= FRAMES_PER_LATENT,
+             f"the video has {len(video)} frames, at least {FRAMES_PER_LATENT} are needed")
+    return video[-min(prefix_frames, len(video) // FRAMES_PER_LATENT * FRAMES_PER_LATENT):]
+
+
+def load(folder: str | Path, *, vae: str | Path | None = None, t5: str | Path | None = None, device="cpu",
+         dtype: str | None = None, backend: str = "torch", t5_device=None) -> MAGI:
+    """Load a model folder; vae and t5 default to its neighbours. dtype overrides that of the DiT's blocks.
+
+    Everything is checked before a weight is read. T5 is read when a prompt comes, used once and freed.
+    """
+    folder = Path(folder)
+    vae, t5 = Path(vae or folder.parent / "vae"), Path(t5 or folder.parent / "t5")
+    ops = get_ops(backend)
+    cfg, sampler = read_config(folder, "dit", DiTConfig), read_config(folder, "sampler", SamplerConfig)
+    vae_cfg = read_config(vae, "vae", VAEConfig)
+    for name in ("config.json", "spiece.model"):
+        _require((t5 / name).is_file(), f"no text encoder in {str(t5)!r}: {t5 / name} does not exist")
+    if dtype is not None:
+        cfg = dataclasses.replace(cfg, dtype=dtype)
+    for build, where in ((lambda: DiT(cfg), folder), (lambda: VAE(vae_cfg), vae)):
+        with torch.device("meta"):
+            check_weights(where, build())
+
+    from safetensors.torch import load_file
+
+    tokens = folder / "special_tokens.safetensors"
+    special_tokens = {k: v.float() for k, v in load_file(tokens).items()} if tokens.is_file() else {}
+
+    def encode_text(captions: Sequence[str]) -> tuple[Tensor, Tensor]:
+        return T5(t5, cfg.text_length, t5_device or device)(captions)        # the encoder dies with this line
+
+    return MAGI(load_module(lambda: DiT(cfg, ops), folder, device),
+                load_module(lambda: VAE(vae_cfg, ops), vae, device), sampler, special_tokens, encode_text)

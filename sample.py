@@ -1,0 +1,564 @@
+"""Make videos with MAGI-1 from the command line.
+
+    python sample.py --prompt "a red ball bounces"                        text to video, out.mp4
+    python sample.py --mode i2v --image ball.png --prompt "it bounces"    a picture comes to life
+    python sample.py --mode v2v --video clip.mp4 --num_frames inf         goes on after a video until Ctrl-C
+    python sample.py --prompt "a red ball" --prompt "a blue ball"         one prompt per second of video
+
+magi.py makes the frames; here is what surrounds them: flags, media files, checks, a progress bar. Each second
+of video is written as soon as it is clean, so the output plays while it grows and outlives Ctrl-C or kill -9.
+Bad input gets one line on stderr and exit code 2 before a weight is read; 1 is a later failure, 130 Ctrl-C.
+
+Contents: 1 Flags, 2 Reading, 3 Writing, 4 Checking, 5 Running.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import dataclasses
+import io
+import json
+import math
+import os
+import re
+import signal
+import sys
+import tempfile
+import time
+import warnings
+from collections import deque
+from fractions import Fraction
+from functools import partial
+from pathlib import Path
+
+import av
+import imageio.v3 as iio
+import numpy as np
+from PIL import Image
+from tqdm import tqdm
+
+# torch and magi take seconds to import, so functions import them: --help and a mistyped flag answer at once.
+
+# ------------------------------------------------------------------------------------------------------------
+# 1  Flags
+# ------------------------------------------------------------------------------------------------------------
+# A flag that is left out is None, and its value comes from --config_file or from the model's own config.json.
+# Hyphens and underscores are the same. Other names for flags, most of them the official code's:
+
+OTHER_NAMES = {
+    "image_path": "image", "prefix_video_path": "video", "output_path": "out", "output": "out",
+    "num_steps": "steps", "window_size": "window", "frames": "num_frames", "text_scales": "text_scale",
+    "prev_scales": "prev_scale", "kv_ranges": "kv_range", "clean_chunk_kvrange": "clean_kv_range",
+}  # fmt: skip
+
+
+class Parser(argparse.ArgumentParser):
+    """argparse that raises ValueError, where it would print its usage and leave."""
+
+    def error(self, message: str):
+        quotes = " (a prompt of several words needs quotes)" if message.startswith("unrecognized") else ""
+        raise ValueError(f"{message}{quotes}; see --help")
+
+
+def number(text: str) -> float:
+    if not math.isfinite(value := float(text)):
+        raise ValueError
+    return value
+
+
+def frame_count(text: str) -> float:
+    return math.inf if text == "inf" else int(text)
+
+
+def chunks_seen(text: str) -> str | int:
+    return text if text == "all" else int(text)
+
+
+def chunk_and_kind(text: str) -> tuple[int, str]:
+    chunk, _, kind = text.partition(":")
+    return int(chunk), kind or "cut"
+
+
+def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
+    """The flags, under the names of SamplerConfig's fields where there is one."""
+    parser = Parser(prog="sample.py", allow_abbrev=False, usage="python sample.py --prompt TEXT [more flags]",
+                    formatter_class=argparse.RawDescriptionHelpFormatter,
+                    description="\n".join(__doc__.splitlines()[:7]),
+                    epilog="The official --image_path, --prefix_video_path and --output_path work too.")
+    many = dict(nargs="+", metavar="X")
+    # fmt: off
+    flag = parser.add_argument_group("what to make").add_argument
+    flag("--mode", choices=["t2v", "i2v", "v2v"], help="text, image, video to video; default: by the input")
+    flag("--prompt", action="append", metavar="TEXT", help="again for the next second; the last one goes on")
+    flag("--image", metavar="FILE", help="i2v: the first frame")
+    flag("--video", metavar="FILE", help="v2v: the result goes on where this ends")
+    flag("--out", type=Path, default="out.mp4", metavar="FILE",
+         help=".mp4, .gif, or .png for a contact sheet; default: out.mp4")
+    flag("--fit", choices=["crop", "stretch", "pad"], default="crop", help="of the input; default: crop")
+    flag("--prefix_frames", type=int, default=32, metavar="N",
+         help="v2v: how many of its last frames the model sees; default: 32")
+
+    flag = parser.add_argument_group("the video (default: as the model's config says)").add_argument
+    flag("--num_frames", type=frame_count, metavar="N", help="24 are a second; inf: until Ctrl-C")
+    flag("--height", type=int, metavar="PX", help="a multiple of 16")
+    flag("--width", type=int, metavar="PX", help="a multiple of 16")
+    flag("--fps", type=int, metavar="N", help="frames per second")
+    flag("--seed", type=int, metavar="N", help="another seed, another video")
+
+    flag = parser.add_argument_group("sampling (likewise)").add_argument
+    flag("--steps", dest="num_steps", type=int, metavar="N", help="per chunk; a chunk is one second of video")
+    flag("--window", type=int, metavar="N", help="chunks in flight at once; fewer need less memory")
+    flag("--kv_range", dest="kv_ranges", type=chunks_seen, **many,
+         help="chunks seen, itself included, while a chunk gets cleaner, like 5 4 3 2; or: all")
+    flag("--clean_kv_range", type=int, metavar="N", help="for clean chunks; -1: the last of --kv_range")
+    flag("--transition", action="append", type=chunk_and_kind, metavar="CHUNK[:KIND]", default=[],
+         help="change the scene at this chunk, 1 is the second one; KIND: cut (default) or restyle")
+    flag("--text_scale", dest="text_scales", type=number, help="pull of the prompt: a number or table", **many)
+    flag("--prev_scale", dest="prev_scales", type=number, help="pull of the chunks before", **many)
+    flag("--cfg_t", type=number, help="where the entries of such tables begin, from 0 to 1", **many)
+    flag("--special_tokens", help="hq duration static dynamic borderness 3d 2d; or: none", **many)
+    flag("--negative_tokens", help="caption logo trans borderness; or: none", **many)
+
+    flag = parser.add_argument_group("the model").add_argument
+    flag("--model", type=Path, default=Path(__file__).resolve().parent / "tiny" / "base", metavar="FOLDER",
+         help="default: tiny/base beside sample.py")
+    flag("--vae", type=Path, metavar="FOLDER", help="default: vae beside the model")
+    flag("--t5", type=Path, metavar="FOLDER", help="default: t5 beside the model")
+    flag("--config_file", metavar="JSON", help="an official config: its runtime_config replaces the model's")
+    flag("--save_text", type=Path, metavar="FILE", help="save the encoded prompt (.safetensors) ...")
+    flag("--text", metavar="FILE", help="... and use it instead of --prompt; needs no T5")
+    flag("--device", help="cuda, cuda:1, cpu, mps; default: cuda if there is one")
+    flag("--dtype", choices=["float32", "bfloat16", "float16"], help="of the transformer's blocks")
+    flag("--backend", choices=["torch", "plain", "triton"], default="torch", help="default: torch")
+    # fmt: on
+
+    def canonical(match: re.Match) -> str:
+        name = match[1].replace("-", "_")
+        return "--" + OTHER_NAMES.get(name, name)
+
+    argv = sys.argv[1:] if argv is None else argv
+    return parser.parse_args([re.sub(r"^--([\w-]+)", canonical, word) for word in argv])
+
+
+# ------------------------------------------------------------------------------------------------------------
+# 2  Reading
+# ------------------------------------------------------------------------------------------------------------
+
+
+def require(ok: object, message: str) -> None:
+    if not ok:
+        raise ValueError(message)
+
+
+def out_of_memory(error: Exception) -> bool:
+    return isinstance(error, MemoryError) or isinstance(error, RuntimeError) and "memory" in str(error)
+
+
+@contextlib.contextmanager
+def reading(what: str, path: str | Path):
+    """Every library fails in its own way: turn that into one ValueError that names the file."""
+    require(Path(path).exists(), f"{what} {str(path)!r} does not exist: check the path")
+    try:
+        yield
+    except Exception as error:
+        if out_of_memory(error):
+            raise
+        raise ValueError(f"cannot read {what} {str(path)!r}, damaged or of another kind: {error}") from None
+
+
+def read_image(path: str) -> np.ndarray:
+    """uint8 (h, w, 3), upright as the camera noted; grey becomes RGB, transparency is dropped."""
+    with reading("image", path):
+        return iio.imread(path, plugin="pillow", index=0, mode="RGB", rotate=True)
+
+
+def read_video(path: str, fps: int, count: int) -> np.ndarray:
+    """The last `count` frames at `fps`, fewer if it is shorter: uint8 (frames, h, w, 3).
+
+    Times are counted back from the last frame, where the result goes on; each takes the frame nearest to it.
+    Only frames that can still be chosen are kept, however long the video is.
+    """
+    recent: deque[tuple[float, av.VideoFrame]] = deque()
+    with reading("video", path), av.open(path) as file:
+        require(file.streams.video, "it has no pictures")
+        stream = file.streams.video[0]
+        stream.thread_type = "AUTO"
+        for i, frame in enumerate(file.decode(stream)):
+            now = float(i / (stream.average_rate or fps)) if frame.time is None else frame.time
+            recent.append((now, frame))
+            while len(recent) > 1 and recent[1][0] <= now - (count - 1) / fps:
+                recent.popleft()
+        require(recent, "it has no frames")
+        times = np.array([t for t, _ in recent])
+        n = min(count, round((times[-1] - times[0]) * fps) + 1)
+        nearest = [np.abs(times - (times[-1] - k / fps)).argmin() for k in reversed(range(n))]
+        chosen = [recent[i][1] for i in nearest]
+        return np.stack([np.rot90(f.to_ndarray(format="rgb24"), round(f.rotation / 90)) for f in chosen])
+
+
+# ------------------------------------------------------------------------------------------------------------
+# 3  Writing
+# ------------------------------------------------------------------------------------------------------------
+# A writer takes chunk after chunk, uint8 (frames, height, width, 3). When write() returns, they are in the file
+# and the file is whole. Nothing is left to finish, so there is nothing that a crash could lose.
+
+
+class Mp4Writer:
+    """H.264 in a fragmented mp4, one fragment per chunk.
+
+    A muxer keeps the newest frame until it sees the next, to know how long it lasts: with one muxer for the whole
+    video, a crash would cost a frame. So each chunk has its own, and its fragment is appended.
+    """
+
+    # frag_discont: a fragment starts at the time of its frames; avoid_negative_ts would move that to zero
+    OPTIONS = {"movflags": "empty_moov+frag_custom+frag_discont+default_base_moof+skip_trailer",
+               "avoid_negative_ts": "disabled"}
+
+    def __init__(self, path: Path, fps: int):
+        self.path, self.fps, self.chunks, self.frames = path, fps, 0, 0
+
+    def write(self, frames: np.ndarray) -> None:
+        piece = io.BytesIO()
+        index = {"fragment_index": str(self.chunks + 1)}
+        with av.open(piece, "w", format="mp4", options=self.OPTIONS | index) as file:
+            stream = file.add_stream("libx264", rate=self.fps, options={"crf": "16", "bf": "0"})
+            stream.height, stream.width, stream.pix_fmt = *frames.shape[1:3], "yuv420p"
+            stream.codec_context.colorspace = 6      # BT.601, as PyAV converts; HD without a tag would pass for 709
+            for i, pixels in enumerate(frames):
+                frame = av.VideoFrame.from_ndarray(pixels, format="rgb24")
+                frame.pts = self.frames + i
+                file.mux(stream.encode(frame))
+            file.mux(stream.encode())
+        data = piece.getvalue()
+        start = data.index(b"moof") - 4 if self.chunks else 0                # the header is written once
+        with self.path.open("ab" if self.chunks else "wb") as file:
+            file.write(data[start:])
+        self.chunks, self.frames = self.chunks + 1, self.frames + len(frames)
+
+
+class RewritingWriter:
+    """For formats that cannot grow: each chunk, all is written anew and put in the old file's place."""
+
+    def __init__(self, save, path: Path, fps: int):
+        self.save, self.path, self.fps, self.frames = save, path, fps, []
+
+    def write(self, frames: np.ndarray) -> None:
+        self.frames.extend(frames)
+        new = self.path.with_name(f".{self.path.name}.new")
+        self.save(self.frames, new, self.fps)
+        os.replace(new, self.path)
+
+
+def save_gif(frames: list[np.ndarray], path: Path, fps: int) -> None:
+    """256 colours per frame. Through PyAV, because Pillow drops a frame that equals the one before."""
+    with av.open(str(path), "w", format="gif", options={"final_delay": str(round(100 / fps))}) as file:
+        stream = file.add_stream("gif", rate=100)
+        stream.height, stream.width, stream.pix_fmt = *frames[0].shape[:2], "pal8"
+        for i, pixels in enumerate(frames):
+            image = Image.fromarray(pixels).quantize(256)
+            palette = np.full((256, 4), 255, np.uint8)                       # alpha, red, green, blue
+            colours = np.frombuffer(image.palette.getdata()[1], np.uint8).reshape(-1, 3)
+            palette[: len(colours), 1:] = colours
+            frame = av.VideoFrame.from_ndarray((np.asarray(image), palette), format="pal8")
+            # gif counts in hundredths of a second: rounding times, not durations, keeps 24 fps in step
+            frame.pts, frame.time_base = round(i * 100 / fps), Fraction(1, 100)
+            file.mux(stream.encode(frame))
+        file.mux(stream.encode())
+
+
+def save_sheet(frames: list[np.ndarray], path: Path, fps: int) -> None:
+    """A contact sheet: one row per 24 frames, one frame in four, tiles at most 320 pixels wide."""
+    shrink, gap = -(-frames[0].shape[1] // 320), 2
+    tiles = [np.asarray(Image.fromarray(f).reduce(shrink)) for f in frames[::4]]
+    h, w = tiles[0].shape[0] + gap, tiles[0].shape[1] + gap
+    sheet = np.full((-(-len(tiles) // 6) * h + gap, min(6, len(tiles)) * w + gap, 3), 255, np.uint8)
+    for i, tile in enumerate(tiles):
+        top, left = i // 6 * h + gap, i % 6 * w + gap
+        sheet[top : top + h - gap, left : left + w - gap] = tile
+    Image.fromarray(sheet).save(path, format="png")
+
+
+WRITERS = {".mp4": Mp4Writer, ".gif": partial(RewritingWriter, save_gif),
+           ".png": partial(RewritingWriter, save_sheet)}
+
+
+# ------------------------------------------------------------------------------------------------------------
+# 4  Checking
+# ------------------------------------------------------------------------------------------------------------
+# All of it runs before a weight is read, and raises ValueError with what is wrong and what to do about it.
+
+
+def check_flags(args: argparse.Namespace) -> None:
+    """What can be told from the flags alone, without PyTorch."""
+    args.mode = args.mode or ("i2v" if args.image else "v2v" if args.video else "t2v")
+    for mode, name in (("i2v", "image"), ("v2v", "video")):
+        file = getattr(args, name)
+        require(file or args.mode != mode, f"--mode {mode} needs an input: add --{name} FILE")
+        require(not file or args.mode == mode,
+                f"--{name} {file!r} does not go with --mode {args.mode}: use --mode {mode} or leave it out")
+    require(args.prompt or args.text or args.mode != "t2v",
+            'no --prompt: say what to show, for example --prompt "a red ball bounces"')
+    require(not args.text or not (args.prompt or args.save_text),
+            f"--text {args.text!r} is an encoded prompt already: leave --prompt and --save_text out")
+    require(args.out.suffix.lower() in WRITERS, f"--out {str(args.out)!r} must end in .mp4, .gif or .png")
+    require(args.num_frames != math.inf or args.out.suffix.lower() == ".mp4",
+            f"--num_frames inf needs an .mp4 file, not {str(args.out)!r}, which is rewritten every second")
+    inputs = [Path(f).resolve() for f in (args.image, args.video, args.text, args.config_file) if f]
+    for path in (args.out, args.save_text or args.out):
+        require(path.resolve() not in inputs, f"{str(path)!r} is an input: give the output another name")
+        require(not path.is_dir(), f"cannot write {str(path)!r}: it is a folder, add a file name")
+        require(not path.exists() or os.access(path, os.W_OK), f"cannot write {str(path)!r}: it is protected")
+        try:
+            tempfile.TemporaryFile(dir=path.parent).close()
+        except OSError as error:
+            raise ValueError(f"cannot write in folder {str(path.parent)!r}: {error.strerror}") from None
+
+
+def settings(args: argparse.Namespace, dit, notes: list[str]):
+    """The SamplerConfig of the run: the model's, or that of --config_file, with the given flags on top."""
+    import magi
+
+    cfg = magi.read_config(args.model, "sampler", magi.SamplerConfig)
+    if args.config_file:
+        import convert_weights
+
+        with reading("config", args.config_file):
+            official = json.loads(Path(args.config_file).read_text())
+            theirs, cfg = convert_weights.configs_from_upstream(official)
+        if (theirs.num_layers, theirs.hidden_size) != (dit.num_layers, dit.hidden_size):
+            notes.append(f"note: --config_file is for a model of {theirs.num_layers} layers, this one has "
+                         f"{dit.num_layers}; only its sampler settings are used")
+    given = {f.name: getattr(args, f.name, None) for f in dataclasses.fields(cfg)}
+    given = {name: tuple(u for u in v if u not in ("all", "none")) if isinstance(v, list) else v
+             for name, v in given.items() if v is not None}
+    if args.num_frames == math.inf:
+        given["num_frames"] = None
+    for name, neutral in (("text_scales", 0), ("prev_scales", 1)):
+        if len(given.get(name, ())) == 1:    # one number replaces those entries of the table that do anything
+            given[name] = tuple(v if v == neutral else given[name][0] for v in getattr(cfg, name))
+    if cfg.distilled and given.keys() & {"text_scales", "prev_scales"}:
+        notes.append("note: --text_scale and --prev_scale do nothing: a distilled model has its guidance inside")
+    cfg = dataclasses.replace(cfg, **given)
+    for chunk, kind in args.transition:
+        cfg = magi.shot_transition(cfg, chunk, kind)
+    return cfg
+
+
+def choose_device(args: argparse.Namespace, fp8: bool, notes: list[str]) -> str:
+    import torch
+
+    import magi
+
+    device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        gpu = torch.device(device).type == "cuda"
+        require(torch.device(device).type in ("cpu", "cuda", "mps"), "choose cpu, cuda or mps")
+        torch.empty(1, device=device)
+    except (RuntimeError, AssertionError, ValueError) as error:              # depends on how PyTorch was built
+        reason = str(error).strip().partition("\n")[0].rstrip(".")
+        raise ValueError(f"device {device!r} is not available ({reason}): try --device cpu") from None
+    require(gpu or args.backend != "triton", f"backend 'triton' needs a GPU, not {device!r}: use 'torch'")
+    magi.get_ops(args.backend)
+    if fp8 and not (gpu and torch.cuda.get_device_capability(device) >= (8, 9)):
+        notes.append(f"note: no fp8 arithmetic on {device}, the fp8 weights are used dequantised: right, but slow")
+    return device
+
+
+def tensor_names(file: Path) -> list[str]:
+    """From the header alone, which also finds a file that was cut short."""
+    from safetensors import safe_open
+
+    with reading("weights", file), safe_open(file, "pt") as f:
+        return list(f.keys())
+
+
+def check_model(args: argparse.Namespace, dit, cfg) -> None:
+    """Compare the files of the model with its configs and with what the run needs, by their headers."""
+    import torch
+
+    import magi
+
+    vae_cfg = magi.read_config(args.vae, "vae", magi.VAEConfig)
+    for folder, build in ((args.model, lambda: magi.DiT(dit)), (args.vae, lambda: magi.VAE(vae_cfg))):
+        with torch.device("meta"):
+            magi.check_weights(folder, build())
+    file = args.model / "special_tokens.safetensors"
+    table = dict.fromkeys(tensor_names(file) if file.is_file() else ())
+    magi.token_vectors(cfg.special_tokens, magi.SPECIAL_TOKENS, table, remaining=8)
+    magi.token_vectors(cfg.negative_tokens, magi.NEGATIVE_TOKENS, table)
+    if not args.text:
+        config, weights = args.t5 / "config.json", [*args.t5.glob("*.safetensors")]
+        complete = config.is_file() and (args.t5 / "spiece.model").is_file() and (weights or [*args.t5.glob("*.bin")])
+        require(complete, f"no text encoder in {str(args.t5)!r}: it needs config.json, spiece.model and weights")
+        with reading("config", config):
+            width = json.loads(config.read_text())["d_model"]
+        require(width == dit.text_dim, f"the text encoder in {str(args.t5)!r} has width {width}, but this model "
+                f"needs {dit.text_dim}: give the right one with --t5")
+        for file in weights:
+            tensor_names(file)
+
+
+def count_chunks(num_frames: int | None, prefix_frames: int) -> float:
+    """How many chunks a run generates after so many frames of video; those they fill are not generated."""
+    if num_frames is None:
+        return math.inf
+    given = prefix_frames // 4                                               # latent frames: 6 are a chunk
+    return -(-(-(-num_frames // 4) + given) // 6) - given // 6
+
+
+# ------------------------------------------------------------------------------------------------------------
+# 5  Running
+# ------------------------------------------------------------------------------------------------------------
+
+
+def say(message: object) -> None:
+    """One line on stderr whatever the message looked like, above the progress bar if there is one."""
+    tqdm.write(" ".join(str(message).split()), file=sys.stderr)
+
+
+def prepare(argv: list[str] | None) -> dict:
+    """From the command line to the arguments of `generate`: checks, then text encoder, then model."""
+    args, notes = parse_arguments(argv), []
+    check_flags(args)
+    import magi
+
+    args.vae, args.t5 = args.vae or args.model.parent / "vae", args.t5 or args.model.parent / "t5"
+    dit = magi.read_config(args.model, "dit", magi.DiTConfig)
+    dit = dataclasses.replace(dit, dtype=args.dtype or dit.dtype)
+    cfg = settings(args, dit, notes)
+    device = choose_device(args, dit.fp8, notes)
+    check_model(args, dit, cfg)
+    image = read_image(args.image) if args.image else None
+    video = read_video(args.video, cfg.fps, max(4, args.prefix_frames)) if args.video else None
+    clip = magi.prefix_clip(image, video, args.prefix_frames)
+    chunks = count_chunks(cfg.num_frames, 0 if video is None else len(clip))
+    for chunk, _ in args.transition:
+        require(chunk < chunks, f"transition at chunk {chunk}: the video has {chunks} chunks, counted from 0")
+    if len(args.prompt or ()) > chunks:
+        notes.append(f"warning: {len(args.prompt)} prompts for {chunks} chunks, the last ones are not used")
+    if not args.prompt and not args.text:
+        notes.append(f"note: no --prompt, the {'image' if args.image else 'video'} alone says what happens")
+    text = load_text(args.text, dit) if args.text else None
+    for note in notes:
+        say(note)
+
+    text = text or encode_text(args, dit, device)
+    pipe = magi.load(args.model, vae=args.vae, t5=args.t5, device=device, dtype=args.dtype,
+                     backend=args.backend)
+    pipe.sampler = cfg
+    frames = partial(pipe, text, image=image, video=video, prefix_frames=args.prefix_frames, fit=args.fit)
+    return dict(frames=frames, cfg=cfg, chunks=chunks, out=args.out, device=device)
+
+
+def encode_text(args: argparse.Namespace, dit, device: str) -> tuple:
+    """The prompts as the model reads them. T5 is gone when this returns, before the model itself is read."""
+    import magi
+
+    with reading("text encoder", args.t5):
+        from transformers.utils import logging
+
+        logging.disable_progress_bar()
+        text, mask = magi.T5(args.t5, dit.text_length, device)(args.prompt or [""])
+    if args.save_text:
+        from safetensors.torch import save_file
+
+        save_file({"text": text, "mask": mask}, args.save_text, {"prompts": json.dumps(args.prompt)})
+    return text, mask
+
+
+def load_text(path: str, dit) -> tuple:
+    """What --save_text wrote: text (n, L, C) and mask (n, L)."""
+    from safetensors.torch import load_file
+
+    with reading("text", path):
+        saved = load_file(path)
+        text, mask = saved["text"], saved["mask"]
+    require(text.shape[1:] == (dit.text_length, dit.text_dim) and mask.shape == text.shape[:2] and len(text),
+            f"text {path!r} has shape {tuple(text.shape)}, this model needs (prompts, {dit.text_length}, "
+            f"{dit.text_dim}): save it again with this model")
+    return text, mask
+
+
+@contextlib.contextmanager
+def uninterrupted():
+    """Ctrl-C waits for the end of the block, so that a chunk is written whole or not at all."""
+    pressed = []
+    before = signal.signal(signal.SIGINT, lambda *_: pressed.append(True))
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
+    if pressed:
+        raise KeyboardInterrupt
+
+
+def generate(frames, cfg, chunks: float, out: Path, device: str) -> int:
+    """Make the video and write it chunk by chunk, then say how it went. Returns the exit code."""
+    endless, per_stage = chunks == math.inf, cfg.num_steps // cfg.window
+    total = None if endless else (chunks + cfg.window - 1) * per_stage
+    bar = tqdm(total=total, unit="step", dynamic_ncols=True)
+
+    def progress(p) -> None:
+        bar.set_description(f"chunk {p.chunk + 1}" + ("" if endless else f"/{chunks}"), refresh=False)
+        bar.update(p.step - bar.n)
+
+    writer, code, made, first, last = WRITERS[out.suffix.lower()](out, cfg.fps), 0, 0, 0.0, 0.0
+    start = time.perf_counter()
+    try:
+        for chunk in frames(progress=progress):
+            with uninterrupted():
+                writer.write(chunk)
+                made, last = made + len(chunk), time.perf_counter() - start
+                first = first or last
+    except KeyboardInterrupt:
+        code = 130
+    except OSError as error:
+        say(f"error: cannot write {str(out)!r}: {error}")
+        code = 1
+    finally:
+        bar.close()
+    how = {0: "", 1: "stopped: ", 130: "interrupted: "}[code]
+    pace = last / max(1, made) * cfg.fps
+    print(f"{how}first chunk after {first:.2f} s, {pace:.2f} s of computing per second of video ("
+          f"{'faster' if pace < 1 else 'slower'} than it plays), {peak_memory(device)}, {made} frames -> {out}"
+          if made else f"{how}no chunk was finished, so nothing was written")
+    return code
+
+
+def peak_memory(device: str) -> str:
+    import torch
+
+    if torch.device(device).type == "cuda":
+        return f"peak GPU memory {torch.cuda.max_memory_allocated(device) / 2**30:.2f} GiB"
+    try:
+        import resource
+    except ImportError:                                                      # Windows
+        return "peak memory unknown"
+    unit = 1 if sys.platform == "darwin" else 1024                           # a Mac counts in bytes
+    return f"peak memory {resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**30:.2f} GiB"
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run the command line and return the exit code: see the top of the file."""
+    with warnings.catch_warnings():
+        warnings.showwarning = lambda message, *_, **__: say(f"warning: {message}")
+        try:
+            try:
+                run = prepare(argv)
+            except (ValueError, OSError, ImportError) as error:
+                say(f"error: {error}")
+                return 2
+            return generate(**run)
+        except KeyboardInterrupt:
+            print("interrupted: no chunk was finished, so nothing was written")
+            return 130
+        except (MemoryError, RuntimeError) as error:
+            if not out_of_memory(error):
+                raise                                                        # a fault in the code: show it all
+            say(f"error: out of memory, try a smaller --height and --width or --window 1 ({error})")
+            return 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())
