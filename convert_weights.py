@@ -47,6 +47,7 @@ from tqdm import tqdm
 import magi
 from magi import DiTConfig, SamplerConfig, VAEConfig, _require
 
+INDEX = "model.safetensors.index.json"
 SHARD_BYTES = 5 * 10**9          # no output file is larger, unless a single tensor is
 E4M3 = torch.float8_e4m3fn
 
@@ -271,10 +272,8 @@ def special_tokens_from_npz(file: Path, width: int) -> dict[str, Tensor]:
 # 3  Reading
 # ------------------------------------------------------------------------------------------------------------
 
-# fmt: off
-_DTYPES = {"F64": torch.float64,  "F32": torch.float32, "F16": torch.float16,            "U8": torch.uint8,
-           "BF16": torch.bfloat16, "F8_E4M3": E4M3,     "F8_E5M2": torch.float8_e5m2,    "I64": torch.int64}
-# fmt: on
+_DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
+           "F8_E4M3": E4M3, "I64": torch.int64, "U8": torch.uint8}
 
 
 @contextmanager
@@ -296,11 +295,11 @@ def read_json(file: Path) -> dict:
 def weight_files(folder: Path, *names: str) -> list[Path]:
     """The files of a checkpoint: those its index names, or a single one; each as it is, or compressed."""
     for name in names:
-        index, parts = folder / f"{name}.index.json", [name]
-        if index.is_file():
-            with _reading(index):
-                parts = sorted(set(json.loads(index.read_text())["weight_map"].values()))
-        files = [folder / (part if (folder / part).is_file() else f"{part}.zst") for part in parts]
+        index = folder / f"{name}.index.json"
+        with _reading(index):
+            parts = json.loads(index.read_text())["weight_map"].values() if index.is_file() else [name]
+            parts = [folder / part for part in sorted(set(parts))]
+        files = [part if part.is_file() else part.with_name(f"{part.name}.zst") for part in parts]
         missing = [file.stem for file in files if not file.is_file()]
         _require(not index.is_file() or not missing,
                  f"{len(missing)} of {len(files)} files are missing in {folder}, such as {missing[:1]}")
@@ -374,17 +373,11 @@ def open_weights(file: Path, scratch: Path) -> Iterator[Callable[[str], Tensor]]
 # ------------------------------------------------------------------------------------------------------------
 
 
-@dataclasses.dataclass(frozen=True)
-class Plan:
-    """What to read and where it goes, known from the headers alone. Both lists have one order."""
+def make_plan(files: list[Path], convert: Callable, expected: dict[str, Tensor]) -> tuple[list, list]:
+    """Read all headers, check them against `expected` (a meta state dict), lay out the output.
 
-    convert: Callable[[dict[str, Tensor]], dict[str, Tensor]]
-    reads: list[tuple[Path, str]]            # file and official name, file by file
-    shards: list[dict[str, Tensor]]          # output files: our name -> meta tensor
-
-
-def make_plan(files: list[Path], convert: Callable[[dict], dict], expected: dict[str, Tensor]) -> Plan:
-    """Read all headers, check them against `expected` (a meta state dict), lay out the output files."""
+    Returns reads, (file, official name) file by file, and shards, {our name: meta tensor}, in the same order.
+    """
     source, sd = {}, {}
     for file in files:
         for name, tensor in read_header(file).items():
@@ -400,7 +393,7 @@ def make_plan(files: list[Path], convert: Callable[[dict], dict], expected: dict
                 size = tensor.nbytes
             shards[-1][new] = tensor
             reads.append((file, name))
-    return Plan(convert, reads, shards)
+    return reads, shards
 
 
 def check(found: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
@@ -423,26 +416,24 @@ def fits(name: str, found: Tensor, expected: Tensor) -> bool:
     return found.dtype in (expected.dtype, torch.float32, torch.bfloat16 if bf16 else None)
 
 
-def write_weights(plan: Plan, folder: Path) -> None:
+def write_weights(reads: list, shards: list, convert: Callable, folder: Path) -> None:
     """Stream the tensors of a plan into model.safetensors, or into numbered files with the usual index."""
-    n, held = len(plan.shards), {}
+    n, held = len(shards), {}
     names = ["model.safetensors"] if n == 1 else [f"model-{i + 1:05}-of-{n:05}.safetensors" for i in range(n)]
-    files = zip(names, plan.shards, strict=True)
-    name, shard = next(files)
-    with tqdm(total=len(plan.reads), unit="tensor", desc=folder.stem, disable=None) as bar:
-        for file, reads in itertools.groupby(plan.reads, key=lambda read: read[0]):
+    waiting = list(zip(names, shards, strict=True))
+    with tqdm(total=len(reads), unit="tensor", desc=folder.stem, disable=None) as bar:
+        for file, group in itertools.groupby(reads, key=lambda read: read[0]):
             with open_weights(file, folder) as read:
-                for _, old in reads:
-                    held |= plan.convert({old: read(old).contiguous()})
+                for _, name in group:
+                    held |= convert({name: read(name).contiguous()})
                     bar.update()
-                    if len(held) == len(shard):
-                        save_file(held, folder / name, metadata={"format": "pt"})
-                        held, (name, shard) = {}, next(files, (None, None))
+                    if len(held) == len(waiting[0][1]):
+                        save_file(held, folder / waiting.pop(0)[0], metadata={"format": "pt"})
+                        held = {}
     if n > 1:
-        sizes = {key: tensor.nbytes for shard in plan.shards for key, tensor in shard.items()}
-        where = {key: name for name, shard in zip(names, plan.shards, strict=True) for key in shard}
-        index = {"metadata": {"total_size": sum(sizes.values())}, "weight_map": where}
-        write_json(index, folder / "model.safetensors.index.json")
+        size = sum(tensor.nbytes for shard in shards for tensor in shard.values())
+        where = {key: name for name, shard in zip(names, shards, strict=True) for key in shard}
+        write_json({"metadata": {"total_size": size}, "weight_map": where}, folder / INDEX)
 
 
 def write_json(values: dict, file: Path) -> None:
@@ -484,7 +475,7 @@ def run_dit(src: Path, out: Path, config: str, special_tokens: Path | None, forc
     files = weight_files(src, "model.safetensors")
     plan = make_plan(files, convert_dit, meta_weights(lambda: magi.DiT(cfg)))
     with new_folder(src, out, force) as folder:
-        write_weights(plan, folder)
+        write_weights(*plan, convert_dit, folder)
         write_json({"dit": asdict(cfg), "sampler": asdict(sampler)}, folder / "config.json")
         if tokens:
             save_file(tokens, folder / "special_tokens.safetensors")
@@ -497,7 +488,7 @@ def run_vae(src: Path, out: Path, force: bool) -> None:
     files = weight_files(src, "diffusion_pytorch_model.safetensors")
     plan = make_plan(files, convert_vae, meta_weights(lambda: magi.VAE(cfg)))
     with new_folder(src, out, force) as folder:
-        write_weights(plan, folder)
+        write_weights(*plan, convert_vae, folder)
         write_json({"vae": asdict(cfg)}, folder / "config.json")
 
 
@@ -505,13 +496,15 @@ def run_t5(src: Path, out: Path, force: bool) -> None:
     from transformers import T5Config, T5EncoderModel  # takes seconds, so only here
 
     config = read_json(src / "config.json")
-    _require(config.get("model_type") == "t5", f"{src / 'config.json'} is not of a T5 model")
+    t5 = isinstance(config, dict) and config.get("model_type") == "t5"
+    _require(t5, f"{src / 'config.json'} is not of a T5 model")
     _require((src / "spiece.model").is_file(), f"{src / 'spiece.model'} is missing")
-    expected = meta_weights(lambda: T5EncoderModel(T5Config(**config)).to(torch.bfloat16))
+    with _reading(src / "config.json"):
+        expected = meta_weights(lambda: T5EncoderModel(T5Config(**config)).to(torch.bfloat16))
     del expected["encoder.embed_tokens.weight"]
     plan = make_plan(weight_files(src, "model.safetensors", "pytorch_model.bin"), convert_t5, expected)
     with new_folder(src, out, force) as folder:
-        write_weights(plan, folder)
+        write_weights(*plan, convert_t5, folder)
         for name in ("config.json", "spiece.model"):
             shutil.copy(src / name, folder)
 

@@ -33,9 +33,8 @@ from functools import partial
 from pathlib import Path
 
 import av
-import imageio.v3 as iio
 import numpy as np
-from PIL import Image
+from PIL import Image, ImageOps
 from tqdm import tqdm
 
 # torch and magi take seconds to import, so functions import them: --help and a mistyped flag answer at once.
@@ -114,7 +113,7 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     flag("--clean_kv_range", type=int, metavar="N", help="for clean chunks; -1: the last of --kv_range")
     flag("--transition", action="append", type=chunk_and_kind, metavar="CHUNK[:KIND]", default=[],
          help="change the scene at this chunk, 1 is the second one; KIND: cut (default) or restyle")
-    flag("--text_scale", dest="text_scales", type=number, help="pull of the prompt: a number or table", **many)
+    flag("--text_scale", dest="text_scales", type=number, help="pull of the prompt: number or table", **many)
     flag("--prev_scale", dest="prev_scales", type=number, help="pull of the chunks before", **many)
     flag("--cfg_t", type=number, help="where the entries of such tables begin, from 0 to 1", **many)
     flag("--special_tokens", help="hq duration static dynamic borderness 3d 2d; or: none", **many)
@@ -170,7 +169,10 @@ def reading(what: str, path: str | Path):
 def read_image(path: str) -> np.ndarray:
     """uint8 (h, w, 3), upright as the camera noted; grey becomes RGB, transparency is dropped."""
     with reading("image", path):
-        return iio.imread(path, plugin="pillow", index=0, mode="RGB", rotate=True)
+        image = ImageOps.exif_transpose(Image.open(path))
+        if image.mode.startswith("I;16"):                                    # Pillow would clip it to 8 bits
+            image = Image.fromarray((np.asarray(image) // 257).astype(np.uint8))
+        return np.array(image.convert("RGB"))
 
 
 def read_video(path: str, fps: int, count: int) -> np.ndarray:
@@ -191,7 +193,7 @@ def read_video(path: str, fps: int, count: int) -> np.ndarray:
                 recent.popleft()
         require(recent, "it has no frames")
         times = np.array([t for t, _ in recent])
-        n = min(count, round((times[-1] - times[0]) * fps) + 1)
+        n = min(count, int((times[-1] - times[0]) * fps + 1e-3) + 1)
         nearest = [np.abs(times - (times[-1] - k / fps)).argmin() for k in reversed(range(n))]
         chosen = [recent[i][1] for i in nearest]
         return np.stack([np.rot90(f.to_ndarray(format="rgb24"), round(f.rotation / 90)) for f in chosen])
@@ -200,18 +202,18 @@ def read_video(path: str, fps: int, count: int) -> np.ndarray:
 # ------------------------------------------------------------------------------------------------------------
 # 3  Writing
 # ------------------------------------------------------------------------------------------------------------
-# A writer takes chunk after chunk, uint8 (frames, height, width, 3). When write() returns, they are in the file
-# and the file is whole. Nothing is left to finish, so there is nothing that a crash could lose.
+# A writer takes chunk after chunk, uint8 (frames, height, width, 3). When write() returns, they are in the
+# file and the file is whole. Nothing is left to finish, so there is nothing that a crash could lose.
 
 
 class Mp4Writer:
     """H.264 in a fragmented mp4, one fragment per chunk.
 
-    A muxer keeps the newest frame until it sees the next, to know how long it lasts: with one muxer for the whole
-    video, a crash would cost a frame. So each chunk has its own, and its fragment is appended.
+    A muxer keeps the newest frame until it sees the next, to know how long it lasts: with one muxer for all,
+    a crash would cost a frame. So each chunk has its own, and its fragment is appended.
     """
 
-    # frag_discont: a fragment starts at the time of its frames; avoid_negative_ts would move that to zero
+    # frag_discont: a fragment starts when its frames do; avoid_negative_ts would move that to zero
     OPTIONS = {"movflags": "empty_moov+frag_custom+frag_discont+default_base_moof+skip_trailer",
                "avoid_negative_ts": "disabled"}
 
@@ -224,7 +226,7 @@ class Mp4Writer:
         with av.open(piece, "w", format="mp4", options=self.OPTIONS | index) as file:
             stream = file.add_stream("libx264", rate=self.fps, options={"crf": "16", "bf": "0"})
             stream.height, stream.width, stream.pix_fmt = *frames.shape[1:3], "yuv420p"
-            stream.codec_context.colorspace = 6      # BT.601, as PyAV converts; HD without a tag would pass for 709
+            stream.codec_context.colorspace = 6           # BT.601, as PyAV converts: players expect 709 in HD
             for i, pixels in enumerate(frames):
                 frame = av.VideoFrame.from_ndarray(pixels, format="rgb24")
                 frame.pts = self.frames + i
@@ -253,7 +255,8 @@ class RewritingWriter:
 def save_gif(frames: list[np.ndarray], path: Path, fps: int) -> None:
     """256 colours per frame. Through PyAV, because Pillow drops a frame that equals the one before."""
     with av.open(str(path), "w", format="gif", options={"final_delay": str(round(100 / fps))}) as file:
-        stream = file.add_stream("gif", rate=100)
+        # gifflags 0: the encoder compares frames by colour index, though each frame has its own palette
+        stream = file.add_stream("gif", rate=100, options={"gifflags": "0"})
         stream.height, stream.width, stream.pix_fmt = *frames[0].shape[:2], "pal8"
         for i, pixels in enumerate(frames):
             image = Image.fromarray(pixels).quantize(256)
@@ -327,8 +330,8 @@ def settings(args: argparse.Namespace, dit, notes: list[str]):
             official = json.loads(Path(args.config_file).read_text())
             theirs, cfg = convert_weights.configs_from_upstream(official)
         if (theirs.num_layers, theirs.hidden_size) != (dit.num_layers, dit.hidden_size):
-            notes.append(f"note: --config_file is for a model of {theirs.num_layers} layers, this one has "
-                         f"{dit.num_layers}; only its sampler settings are used")
+            notes.append(f"note: only the sampler settings of --config_file are used, it describes another "
+                         f"model ({theirs.num_layers} layers, this one has {dit.num_layers})")
     given = {f.name: getattr(args, f.name, None) for f in dataclasses.fields(cfg)}
     given = {name: tuple(u for u in v if u not in ("all", "none")) if isinstance(v, list) else v
              for name, v in given.items() if v is not None}
@@ -338,7 +341,7 @@ def settings(args: argparse.Namespace, dit, notes: list[str]):
         if len(given.get(name, ())) == 1:    # one number replaces those entries of the table that do anything
             given[name] = tuple(v if v == neutral else given[name][0] for v in getattr(cfg, name))
     if cfg.distilled and given.keys() & {"text_scales", "prev_scales"}:
-        notes.append("note: --text_scale and --prev_scale do nothing: a distilled model has its guidance inside")
+        notes.append("note: the guidance of a distilled model is built in, the flags for it do nothing")
     cfg = dataclasses.replace(cfg, **given)
     for chunk, kind in args.transition:
         cfg = magi.shot_transition(cfg, chunk, kind)
@@ -355,13 +358,13 @@ def choose_device(args: argparse.Namespace, fp8: bool, notes: list[str]) -> str:
         gpu = torch.device(device).type == "cuda"
         require(torch.device(device).type in ("cpu", "cuda", "mps"), "choose cpu, cuda or mps")
         torch.empty(1, device=device)
-    except (RuntimeError, AssertionError, ValueError) as error:              # depends on how PyTorch was built
+    except (RuntimeError, AssertionError, ValueError) as error:             # depends on how PyTorch was built
         reason = str(error).strip().partition("\n")[0].rstrip(".")
         raise ValueError(f"device {device!r} is not available ({reason}): try --device cpu") from None
     require(gpu or args.backend != "triton", f"backend 'triton' needs a GPU, not {device!r}: use 'torch'")
     magi.get_ops(args.backend)
     if fp8 and not (gpu and torch.cuda.get_device_capability(device) >= (8, 9)):
-        notes.append(f"note: no fp8 arithmetic on {device}, the fp8 weights are used dequantised: right, but slow")
+        notes.append(f"note: {device} has no fp8 arithmetic: the weights are used dequantised, which is slow")
     return device
 
 
@@ -388,14 +391,14 @@ def check_model(args: argparse.Namespace, dit, cfg) -> None:
     magi.token_vectors(cfg.special_tokens, magi.SPECIAL_TOKENS, table, remaining=8)
     magi.token_vectors(cfg.negative_tokens, magi.NEGATIVE_TOKENS, table)
     if not args.text:
-        config, weights = args.t5 / "config.json", [*args.t5.glob("*.safetensors")]
-        complete = config.is_file() and (args.t5 / "spiece.model").is_file() and (weights or [*args.t5.glob("*.bin")])
-        require(complete, f"no text encoder in {str(args.t5)!r}: it needs config.json, spiece.model and weights")
+        config, weights = args.t5 / "config.json", [*args.t5.glob("*.safetensors"), *args.t5.glob("*.bin")]
+        require(weights and config.is_file() and (args.t5 / "spiece.model").is_file(),
+                f"no text encoder in {str(args.t5)!r}: it needs config.json, spiece.model and weights")
         with reading("config", config):
             width = json.loads(config.read_text())["d_model"]
-        require(width == dit.text_dim, f"the text encoder in {str(args.t5)!r} has width {width}, but this model "
-                f"needs {dit.text_dim}: give the right one with --t5")
-        for file in weights:
+        require(width == dit.text_dim, f"the text encoder in {str(args.t5)!r} has width {width}, this "
+                f"model needs {dit.text_dim}: give the right one with --t5")
+        for file in args.t5.glob("*.safetensors"):
             tensor_names(file)
 
 
@@ -500,7 +503,7 @@ def generate(frames, cfg, chunks: float, out: Path, device: str) -> int:
     bar = tqdm(total=total, unit="step", dynamic_ncols=True)
 
     def progress(p) -> None:
-        bar.set_description(f"chunk {p.chunk + 1}" + ("" if endless else f"/{chunks}"), refresh=False)
+        bar.set_description_str(f"chunk {p.chunk + 1}" + ("" if endless else f"/{chunks}"), refresh=False)
         bar.update(p.step - bar.n)
 
     writer, code, made, first, last = WRITERS[out.suffix.lower()](out, cfg.fps), 0, 0, 0.0, 0.0
@@ -520,8 +523,9 @@ def generate(frames, cfg, chunks: float, out: Path, device: str) -> int:
         bar.close()
     how = {0: "", 1: "stopped: ", 130: "interrupted: "}[code]
     pace = last / max(1, made) * cfg.fps
-    print(f"{how}first chunk after {first:.2f} s, {pace:.2f} s of computing per second of video ("
-          f"{'faster' if pace < 1 else 'slower'} than it plays), {peak_memory(device)}, {made} frames -> {out}"
+    word = "faster" if pace < 1 else "slower"
+    speed = f"{pace:.2f} s of computing per second of video ({word} than it plays)"
+    print(f"{how}first chunk after {first:.2f} s, {speed}, {peak_memory(device)}, {made} frames -> {out}"
           if made else f"{how}no chunk was finished, so nothing was written")
     return code
 
@@ -551,11 +555,11 @@ def main(argv: list[str] | None = None) -> int:
                 return 2
             return generate(**run)
         except KeyboardInterrupt:
-            print("interrupted: no chunk was finished, so nothing was written")
+            print("interrupted")
             return 130
         except (MemoryError, RuntimeError) as error:
             if not out_of_memory(error):
-                raise                                                        # a fault in the code: show it all
+                raise                                                       # a fault in the code: show it all
             say(f"error: out of memory, try a smaller --height and --width or --window 1 ({error})")
             return 1
 
