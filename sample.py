@@ -354,17 +354,18 @@ def choose_device(args: argparse.Namespace, fp8: bool, notes: list[str]) -> str:
     import magi
 
     device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    require(re.fullmatch(r"cpu|mps|cuda(:\d+)?", device),
+            f"device {device!r} is unknown: try --device cpu, or cuda, cuda:1, mps")
     try:
-        gpu = torch.device(device).type == "cuda"
-        require(torch.device(device).type in ("cpu", "cuda", "mps"), "choose cpu, cuda or mps")
         torch.empty(1, device=device)
-    except (RuntimeError, AssertionError, ValueError) as error:             # depends on how PyTorch was built
-        reason = str(error).strip().partition("\n")[0].rstrip(".")
+    except (RuntimeError, AssertionError) as error:                          # by how PyTorch was built
+        reason = str(error).partition("\n")[0].rstrip(".")
         raise ValueError(f"device {device!r} is not available ({reason}): try --device cpu") from None
+    gpu = device.startswith("cuda")
     require(gpu or args.backend != "triton", f"backend 'triton' needs a GPU, not {device!r}: use 'torch'")
     magi.get_ops(args.backend)
     if fp8 and not (gpu and torch.cuda.get_device_capability(device) >= (8, 9)):
-        notes.append(f"note: {device} has no fp8 arithmetic: the weights are used dequantised, which is slow")
+        notes.append(f"note: {device} has no fp8 arithmetic: fp8 weights are dequantised, which is slower")
     return device
 
 
@@ -436,6 +437,8 @@ def prepare(argv: list[str] | None) -> dict:
     video = read_video(args.video, cfg.fps, max(4, args.prefix_frames)) if args.video else None
     clip = magi.prefix_clip(image, video, args.prefix_frames)
     chunks = count_chunks(cfg.num_frames, 0 if video is None else len(clip))
+    fastest = 50 if args.out.suffix.lower() == ".gif" else 1000
+    require(cfg.fps <= fastest, f"fps {cfg.fps} is too fast: {str(args.out)!r} can play {fastest} at most")
     for chunk, _ in args.transition:
         require(chunk < chunks, f"transition at chunk {chunk}: the video has {chunks} chunks, counted from 0")
     if len(args.prompt or ()) > chunks:

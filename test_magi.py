@@ -1,28 +1,41 @@
 """Tests: equality with the recorded runs of the official code (goldens/), then everything it does not cover.
 
-    pytest              all but the long checks        pytest -m slow     those
+pytest              all but the long checks        pytest -m slow     those
 """
 
+import contextlib
 import dataclasses
 import gc
 import inspect
+import io
 import itertools
 import json
 import math
+import os
+import re
+import shutil
+import signal
 import subprocess
 import sys
+import time
+import weakref
+from contextlib import redirect_stderr
+from dataclasses import asdict
 from functools import cache
 from pathlib import Path
 
+import av
 import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from safetensors.torch import load_file
+from PIL import Image
+from safetensors.torch import load_file, save_file
 
 import convert_weights as cw
 import magi
+import sample
 
 HERE = Path(__file__).parent
 GOLDENS = HERE / "goldens"
@@ -55,20 +68,36 @@ def golden_vae() -> magi.VAE:
 # ------------------------------------------------------------------------------------------------ goldens
 
 CASES = {case["case"]: case for case in json.loads((GOLDENS / "sampler_cases.json").read_text())}
-TOKEN_FLAGS = {"PAD_STATIC": "static", "PAD_DYNAMIC": "dynamic", "PAD_BORDERNESS": "borderness", "PAD_HQ": "hq",
-               "PAD_THREE_D_MODEL": "3d", "PAD_TWO_D_ANIME": "2d", "PAD_DURATION": "duration"}
+TOKEN_FLAGS = {
+    "PAD_STATIC": "static",
+    "PAD_DYNAMIC": "dynamic",
+    "PAD_BORDERNESS": "borderness",
+    "PAD_HQ": "hq",
+    "PAD_THREE_D_MODEL": "3d",
+    "PAD_TWO_D_ANIME": "2d",
+    "PAD_DURATION": "duration",
+}
 
 
 def golden_run(name: str, **changes) -> tuple[magi.DiT, magi.SamplerConfig, dict, dict]:
     """Model, sampler config, recorded tensors and further arguments of a recorded run."""
     case, run = CASES[name], golden(name)
     upstream = json.loads((GOLDENS / f"{case['model']}.config.json").read_text())
-    _, cfg = cw.configs_from_upstream(upstream | {"runtime_config": case["runtime"], "engine_config": case["engine"]})
+    _, cfg = cw.configs_from_upstream(
+        upstream | {"runtime_config": case["runtime"], "engine_config": case["engine"]}
+    )
     flags = case["special_tokens"]
-    cfg = dataclasses.replace(cfg, special_tokens=tuple(TOKEN_FLAGS[f] for f in flags if f in TOKEN_FLAGS),
-                              negative_tokens=magi.NEGATIVE_TOKENS if "NEG_PROMPT" in flags else (), **changes)
-    more = dict(special_tokens=golden(f"{case['model']}.special_tokens"), noise=run["noise"][0],
-                prefix=run["prefix"][0] if "prefix" in run else None)
+    cfg = dataclasses.replace(
+        cfg,
+        special_tokens=tuple(TOKEN_FLAGS[f] for f in flags if f in TOKEN_FLAGS),
+        negative_tokens=magi.NEGATIVE_TOKENS if "NEG_PROMPT" in flags else (),
+        **changes,
+    )
+    more = dict(
+        special_tokens=golden(f"{case['model']}.special_tokens"),
+        noise=run["noise"][0],
+        prefix=run["prefix"][0] if "prefix" in run else None,
+    )
     return golden_dit(case["model"]), cfg, run, more
 
 
@@ -90,29 +119,52 @@ def test_sampler_equals_recorded_run(name):
 def test_forward_equals_recorded_intermediates():
     dit, g = golden_dit("base"), golden("base.forward")
     seen, c = {}, 36
-    hooks = [layer.register_forward_hook(lambda m, a, out, i=i: seen.update({f"layer.{i}": out[0]}))
-             for i, layer in enumerate(dit.layers)]
+    hooks = [
+        layer.register_forward_hook(lambda m, a, out, i=i: seen.update({f"layer.{i}": out[0]}))
+        for i, layer in enumerate(dit.layers)
+    ]
     hooks.append(dit.time_embed.register_forward_hook(lambda m, a, out: seen.update(t_embed=out[0])))
     hooks.append(dit.layers[0].register_forward_pre_hook(lambda m, a: seen.update(patches=a[0][0])))
     plain_attend = dit.layers[0].attn.attend
     dit.layers[0].attn.attend = lambda *a: seen.setdefault("attend", plain_attend(*a))
     try:
-        velocity = dit(g["x"], g["t"][None], g["text"][None], g["text_mask"][None],
-                       first_seen=[start // c for start, _ in g["kv_range"].tolist()])
+        velocity = dit(
+            g["x"],
+            g["t"][None],
+            g["text"][None],
+            g["text_mask"][None],
+            first_seen=[start // c for start, _ in g["kv_range"].tolist()],
+        )
     finally:
         del dit.layers[0].attn.attend
         for hook in hooks:
             hook.remove()
     angles = magi.rotary_angles(dit.rope_bands, torch.arange(18), 2, 3)
-    ours = seen | {"velocity": velocity, "rope": torch.cat([angles.sin(), angles.cos()], 1),
-                   "condition": dit.condition(g["t"][None], torch.ones(1, 3, dtype=torch.bool))[0],
-                   "layer.0.self_attn": seen["attend"][0][0], "layer.0.cross_attn": seen["attend"][1][0]}
-    for name in ("patches", "t_embed", "condition", "rope", "layer.0.self_attn", "layer.0.cross_attn", "layer.0",
-                 "layer.1", "layer.2", "velocity"):
+    ours = seen | {
+        "velocity": velocity,
+        "rope": torch.cat([angles.sin(), angles.cos()], 1),
+        "condition": dit.condition(g["t"][None], torch.ones(1, 3, dtype=torch.bool))[0],
+        "layer.0.self_attn": seen["attend"][0][0],
+        "layer.0.cross_attn": seen["attend"][1][0],
+    }
+    for name in (
+        "patches",
+        "t_embed",
+        "condition",
+        "rope",
+        "layer.0.self_attn",
+        "layer.0.cross_attn",
+        "layer.0",
+        "layer.1",
+        "layer.2",
+        "velocity",
+    ):
         assert relative(ours[name], g[name]) < 1e-5, name
 
 
-@pytest.mark.parametrize("case", json.loads((GOLDENS / "vae_cases.json").read_text()), ids=lambda c: str(c["case"]))
+@pytest.mark.parametrize(
+    "case", json.loads((GOLDENS / "vae_cases.json").read_text()), ids=lambda c: str(c["case"])
+)
 def test_vae_equals_recorded_run(case):
     vae, all_tensors, name = golden_vae(), golden("vae"), case["case"]
     g = {k.split(".")[1]: v for k, v in all_tensors.items() if k.startswith(f"{name}.")}
@@ -139,12 +191,16 @@ SCHEDULE = json.loads((GOLDENS / "schedule.json").read_text())
 @pytest.mark.parametrize("key", SCHEDULE["timesteps"])
 def test_time_grid_equals_table(key):
     n, mode = int(key.split("/")[0]), key.split("/")[1]
-    torch.testing.assert_close(magi.timestep_grid(n, mode), torch.tensor(SCHEDULE["timesteps"][key]), rtol=0, atol=2e-7)
+    torch.testing.assert_close(
+        magi.timestep_grid(n, mode), torch.tensor(SCHEDULE["timesteps"][key]), rtol=0, atol=2e-7
+    )
     base = 16 if n == 12 else n
-    assert magi.step_sizes(n, mode) == [base / 2 / k for k in SCHEDULE["intervals"][key]]
+    assert magi.shortcut_d(n, mode) == [base / 2 / k for k in SCHEDULE["intervals"][key]]
 
 
-@pytest.mark.parametrize("table", SCHEDULE["windows"], ids=lambda w: f"{w['num_chunks']}-{w['window']}-{w['prefix_chunks']}")
+@pytest.mark.parametrize(
+    "table", SCHEDULE["windows"], ids=lambda w: f"{w['num_chunks']}-{w['window']}-{w['prefix_chunks']}"
+)
 def test_stages_equal_table(table):
     stages = list(magi.stages(table["num_chunks"], table["prefix_chunks"], table["window"]))
     assert [s.chunks[0] for s in stages] == table["chunk_start"]
@@ -160,11 +216,30 @@ def test_captions_equal_table(raw, clean):
 
 # ------------------------------------------------------------------------------------------------ a small model of our own
 
-SMALL = magi.DiTConfig(num_layers=2, hidden_size=32, num_heads=4, num_kv_heads=2, head_dim=8, ffn_size=48, text_dim=12,
-                       text_length=14, null_length=5, dtype="float32")
-TOKENS = [*(f"duration_token_{i}" for i in range(1, 9)), "hq_token", "static_first_frames_token", "trans_token",
-          "dynamic_first_frames_token", "borderness_token", "three_d_model_token", "two_d_anime_token",
-          "caption_token", "logo_token"]
+SMALL = magi.DiTConfig(
+    num_layers=2,
+    hidden_size=32,
+    num_heads=4,
+    num_kv_heads=2,
+    head_dim=8,
+    ffn_size=48,
+    text_dim=12,
+    text_length=14,
+    null_length=5,
+    dtype="float32",
+)
+TOKENS = [
+    *(f"duration_token_{i}" for i in range(1, 9)),
+    "hq_token",
+    "static_first_frames_token",
+    "trans_token",
+    "dynamic_first_frames_token",
+    "borderness_token",
+    "three_d_model_token",
+    "two_d_anime_token",
+    "caption_token",
+    "logo_token",
+]
 
 
 @cache
@@ -175,14 +250,28 @@ def small() -> tuple[magi.DiT, torch.Tensor, torch.Tensor, dict[str, torch.Tenso
     for p in dit.parameters():
         p.add_(0.1 * torch.randn(p.shape, generator=generator))
     text = torch.randn(14, 12, generator=generator)
-    return dit, text, (torch.arange(14) < 4).long(), {k: torch.randn(1, 12, generator=generator) for k in TOKENS}
+    return (
+        dit,
+        text,
+        (torch.arange(14) < 4).long(),
+        {k: torch.randn(1, 12, generator=generator) for k in TOKENS},
+    )
 
 
 def run_small(cfg: magi.SamplerConfig, steps: list | None = None, **more) -> dict[int, torch.Tensor]:
     dit, text, mask, tokens = small()
     with torch.no_grad():
-        return dict(magi.sample(dit, more.pop("text", text), more.pop("mask", mask), cfg,
-                                special_tokens=tokens, progress=(steps if steps is not None else []).append, **more))
+        return dict(
+            magi.sample(
+                dit,
+                more.pop("text", text),
+                more.pop("mask", mask),
+                cfg,
+                special_tokens=tokens,
+                progress=(steps if steps is not None else []).append,
+                **more,
+            )
+        )
 
 
 QUICK = magi.SamplerConfig(num_steps=4, num_frames=72, height=32, width=32)
@@ -197,26 +286,29 @@ def bad(text: str):
 
 def test_attention_backends_agree():
     q, k, v = torch.randn(3, 10, 6, 16), torch.randn(3, 12, 2, 16), torch.randn(3, 12, 2, 16)
-    mask = torch.rand(3, 1, 12) < 0.6
-    mask[..., 0] = True
-    torch.testing.assert_close(magi.attention(q, k, v), magi.plain_attention(q, k, v))
-    torch.testing.assert_close(magi.attention(q, k, v, mask), magi.plain_attention(q, k, v, mask))
-    # grouped queries: query head 3..5 read kv head 1
-    torch.testing.assert_close(magi.attention(q, k, v)[:, :, 3:], magi.attention(q[:, :, 3:], k[:, :, 1:], v[:, :, 1:]))
+    out = magi.attention(q, k, v)
+    torch.testing.assert_close(out, magi.plain_attention(q, k, v))
+    # grouped queries: query heads 3..5 read kv head 1
+    torch.testing.assert_close(out[:, :, 3:], magi.attention(q[:, :, 3:], k[:, :, 1:], v[:, :, 1:]))
 
 
-def test_ranges_shared_by_a_batch_or_not_are_the_same_attention():
-    q, k, v = torch.randn(2, 12, 4, 8), torch.randn(2, 12, 2, 8), torch.randn(2, 12, 2, 8)
-    cached = torch.randn(2, 3, 2, 8), torch.randn(2, 3, 2, 8)
+def test_block_attention_is_masked_attention():
+    q, k, v = torch.randn(2, 12, 4, 8), torch.randn(2, 12, 4, 8), torch.randn(2, 12, 4, 8)
+    cached = torch.randn(2, 3, 4, 8), torch.randn(2, 3, 4, 8)
     ranges = torch.tensor([[0, 6], [6, 9], [3, 12], [9, 15]])
-    shared = magi.block_attention(q, k, v, ranges, cached)
-    torch.testing.assert_close(magi.block_attention(q, k, v, ranges.expand(2, -1, -1), cached), shared)
-    # and equal to one masked attention over everything
+    out = magi.block_attention(q, k, v, ranges[None], cached)
+    torch.testing.assert_close(magi.PLAIN_OPS.block_attention(q, k, v, ranges.expand(2, -1, -1), cached), out)
     k, v = torch.cat([cached[0], k], 1), torch.cat([cached[1], v], 1)
-    mask = torch.zeros(1, 12, 15, dtype=torch.bool)
+    mask = torch.full((12, 15), -math.inf)
     for i, (start, end) in enumerate(ranges.tolist()):
-        mask[:, 3 * i : 3 * i + 3, start:end] = True
-    torch.testing.assert_close(magi.plain_attention(q, k, v, mask.expand(2, -1, -1)), shared)
+        mask[3 * i : 3 * i + 3, start:end] = 0
+    scores = torch.einsum("bnhd, bmhd -> bhnm", q, k) / 8**0.5 + mask
+    torch.testing.assert_close(torch.einsum("bhnm, bmhd -> bnhd", scores.softmax(-1), v), out)
+    # ranges of their own for each clip of a batch
+    other = torch.tensor([[0, 3], [0, 3], [6, 9], [0, 15]])
+    both = magi.block_attention(q, k, v, torch.stack([ranges, other]))
+    torch.testing.assert_close(both[:1], out[:1])
+    torch.testing.assert_close(both[1:], magi.block_attention(q, k, v, other[None])[1:])
 
 
 def test_a_chunk_never_sees_later_ones_nor_what_is_out_of_range():
@@ -227,7 +319,7 @@ def test_a_chunk_never_sees_later_ones_nor_what_is_out_of_range():
     changed = x.clone()
     changed[:, :, :6] += 1
     w = dit(changed, t, texts, masks, first_seen=[0, 0, 1])
-    assert not torch.allclose(v[:, :, 6:12], w[:, :, 6:12])              # chunk 1 reads chunk 0
+    assert not torch.allclose(v[:, :, 6:12], w[:, :, 6:12])  # chunk 1 reads chunk 0
     changed = x.clone()
     changed[:, :, 12:] += 1
     torch.testing.assert_close(dit(changed, t, texts, masks, first_seen=[0, 0, 1])[:, :, :12], v[:, :, :12])
@@ -240,7 +332,9 @@ def test_cached_equals_uncached():
     whole = dit(x, t, texts, masks, first_seen=[0, 0, 0])
     store = magi.KVCache()
     dit(x[:, :, :6], t[:, :1], texts[:, :1], masks[:, :1], chunks=[0], cache=store, write=[0])
-    rest = dit(x[:, :, 6:], t[:, 1:], texts[:, 1:], masks[:, 1:], chunks=[1, 2], first_seen=[0, 0], cache=store)
+    rest = dit(
+        x[:, :, 6:], t[:, 1:], texts[:, 1:], masks[:, 1:], chunks=[1, 2], first_seen=[0, 0], cache=store
+    )
     torch.testing.assert_close(rest, whole[:, :, 6:])
 
 
@@ -256,24 +350,35 @@ def test_masked_text_does_not_count_wherever_it_stands():
     dit, text, mask, _ = small()
     x, t = torch.randn(1, 16, 6, 4, 6), torch.tensor([[0.4]])
     v = dit(x, t, text[None, None], mask[None, None])
-    torch.testing.assert_close(dit(x, t, torch.where(mask[:, None] > 0, text, 9.0)[None, None], mask[None, None]), v)
+    torch.testing.assert_close(
+        dit(x, t, torch.where(mask[:, None] > 0, text, 9.0)[None, None], mask[None, None]), v
+    )
     torch.testing.assert_close(dit(x, t, text.flip(0)[None, None], mask.flip(0)[None, None]), v)
 
 
 def test_missing_history_is_an_error():
     dit, text, mask, _ = small()
     with bad("neither|only chunks"):
-        dit(torch.randn(1, 16, 6, 4, 6), torch.tensor([[0.4]]), text[None, None], mask[None, None], chunks=[3], first_seen=[2])
+        dit(
+            torch.randn(1, 16, 6, 4, 6),
+            torch.tensor([[0.4]]),
+            text[None, None],
+            mask[None, None],
+            chunks=[3],
+            first_seen=[2],
+        )
 
 
-@pytest.mark.parametrize("ranges, window, kept", [((5, 4, 3, 2), 4, 1), ((5, 4, 3, 2), 1, 4), ((2,), 2, 1), ((1,), 4, 1)])
+@pytest.mark.parametrize(
+    "ranges, window, kept", [((5, 4, 3, 2), 4, 1), ((5, 4, 3, 2), 1, 4), ((2,), 2, 1), ((1,), 4, 1)]
+)
 def test_cache_does_not_grow_with_the_video(ranges, window, kept):
     peak = {}
     for chunks in (6, 64):
         steps = []
         run_small(dataclasses.replace(QUICK, kv_ranges=ranges, window=window, num_frames=24 * chunks), steps)
         peak[chunks] = max(s.cache_bytes for s in steps)
-    one_chunk = (6 * 2 * 2) * 2 * (2 * 2 * 8) * 4                         # tokens, layers, k and v of 2 heads of 8, float32
+    one_chunk = (6 * 2 * 2) * 2 * (2 * 2 * 8) * 4  # tokens, layers, k and v of 2 heads of 8, float32
     assert peak[6] == peak[64] == kept * one_chunk
 
 
@@ -289,11 +394,20 @@ def samplers(draw) -> tuple[magi.SamplerConfig, int]:
     ranges = draw(st.sampled_from([(), (1,), (3,), (5, 4, 3, 2), (2, 1), (1, 1, 2, 2), (4, 5, 1)]))
     n = math.lcm(window, len(ranges) or 1) * draw(st.sampled_from([1, 2]))
     cfg = magi.SamplerConfig(
-        num_steps=n, window=window, kv_ranges=ranges, clean_kv_range=draw(st.sampled_from([1, 2, -1])),
-        distilled=draw(st.booleans()), prev_scales=draw(TABLES), text_scales=draw(TABLES),
+        num_steps=n,
+        window=window,
+        kv_ranges=ranges,
+        clean_kv_range=draw(st.sampled_from([1, 2, -1])),
+        distilled=draw(st.booleans()),
+        prev_scales=draw(TABLES),
+        text_scales=draw(TABLES),
         special_tokens=tuple(draw(st.sets(st.sampled_from(magi.SPECIAL_TOKENS)))),
         negative_tokens=tuple(draw(st.sets(st.sampled_from(magi.NEGATIVE_TOKENS)))),
-        num_frames=draw(st.integers(1, 100)), height=32, width=32, seed=draw(st.integers(0, 99)))
+        num_frames=draw(st.integers(4, 100)),
+        height=32,
+        width=32,
+        seed=draw(st.integers(0, 99)),
+    )
     return cfg, draw(st.sampled_from([0, 0, 1, 5, 6, 8, 13]))
 
 
@@ -338,15 +452,18 @@ def test_zero_branches_are_skipped_and_counted():
     alone = dataclasses.replace(cfg, prev_scales=(1.0,) * 5, text_scales=(0.0,) * 5)
     some = []
     run_small(alone, some)
-    refreshed = 3                                                        # 3 of the 4 chunks are computed once more
+    refreshed = 3  # 3 of the 4 chunks are computed once more
     assert some[-1].tokens == (4 * 16 + refreshed) * 6 * 2 * 2
 
 
 def test_needed_follows_the_keys():
-    assert magi.needed([], [3, 4, 5], [3, 3, 3]) == []
-    assert magi.needed([5], [2, 3, 4, 5], [2, 2, 4, 4]) == [4, 5]
-    assert magi.needed([5], [2, 3, 4, 5], [2, 2, 3, 4]) == [2, 3, 4, 5]          # 5 -> 4 -> 3 -> 2
-    assert magi.needed([3], [3, 4, 5], [0, 3, 3]) == [3]                         # chunks 0..2 are cached
+    def chunks(wanted, first):
+        return [s.chunk for s in magi.needed(wanted, [magi.Seat(c, 0.5, f) for c, f in first.items()])]
+
+    assert chunks([], {3: 3, 4: 3, 5: 3}) == []
+    assert chunks([5], {2: 2, 3: 2, 4: 4, 5: 4}) == [4, 5]
+    assert chunks([5], {2: 2, 3: 2, 4: 3, 5: 4}) == [2, 3, 4, 5]  # 5 -> 4 -> 3 -> 2
+    assert chunks([3], {3: 0, 4: 3, 5: 3}) == [3]  # chunks 0..2 are cached
 
 
 def test_endless_run_streams_until_stopped():
@@ -356,20 +473,44 @@ def test_endless_run_streams_until_stopped():
         stream = magi.sample(dit, text, mask, cfg, special_tokens=tokens)
         got = dict(itertools.islice(stream, 9))
     assert list(got) == list(range(9))
-    # Chunks far from the end of a finite run are the same: nothing depends on its length but the duration token.
+    # Chunks far from the end of a finite run are the same: nothing depends on its length but the duration
+    # token.
     finite = run_small(dataclasses.replace(QUICK, num_frames=24 * 20))
     assert all(torch.equal(got[i], finite[i]) for i in range(6))
 
 
 def test_oldest_read_by_hand():
     cfg = magi.SamplerConfig()
-    *_, stage = itertools.islice(magi.stages(None, 0, 4), 8)             # chunks 4..7, 3 is refreshed
+    *_, stage = itertools.islice(magi.stages(None, 0, 4), 8)  # chunks 4..7, 3 is refreshed
     assert stage.chunks == (4, 5, 6, 7) and magi.oldest_read(cfg, stage) == 3
-    first = next(magi.stages(None, 6, 4))                                # after 6 prefix chunks: 6 alone sees 2..6
+    first = next(magi.stages(None, 6, 4))  # after 6 prefix chunks: 6 alone sees 2..6
     assert magi.oldest_read(cfg, first, 6) == 2
     assert magi.oldest_read(dataclasses.replace(cfg, kv_ranges=()), stage) == -math.inf
-    far = dataclasses.replace(cfg, kv_ranges_at=((9, (9, 1)),))          # chunk 9 will look back to chunk 1
+    far = dataclasses.replace(cfg, kv_ranges_at=((9, (9, 1)),))  # chunk 9 will look back to chunk 1
     assert magi.oldest_read(far, stage) == 1
+
+
+def test_bad_tensors_are_refused_at_the_call():
+    dit, text, mask, tokens = small()
+    for more, message in (
+        (dict(prefix=torch.zeros(8, 1, 4, 4)), "prefix must be .16, T, H, W."),
+        (dict(noise=torch.zeros(16, 6, 4, 4)), "noise must be .16, 18, 4, 4. for a run of 3"),
+        (dict(special_tokens={}), "special token 'hq' needs 'hq_token'"),
+    ):
+        with bad(message):
+            magi.sample(dit, text, mask, QUICK, **dict(special_tokens=tokens) | more)
+    with bad("text .13, 12. .* must be .14, 12."):
+        magi.sample(dit, text[1:], mask[1:], QUICK, special_tokens=tokens)
+    with bad("leaves nothing to generate"):
+        magi.sample(dit, text, mask, dataclasses.replace(QUICK, num_frames=3), special_tokens=tokens)
+
+
+def test_what_is_yielded_belongs_to_the_caller():
+    dit, text, mask, tokens = small()
+    plain = run_small(QUICK)
+    for i, latents in magi.sample(dit, text, mask, QUICK, special_tokens=tokens):
+        assert torch.equal(latents, plain[i]) and not latents.requires_grad
+        latents.zero_()
 
 
 def test_first_chunk_is_yielded_before_later_ones_are_done():
@@ -400,7 +541,11 @@ def test_captions_reach_their_own_chunks():
     cfg = dataclasses.replace(QUICK, special_tokens=("hq",))
     one = run_small(cfg)
     two = run_small(cfg, text=torch.stack([text, text + 1]), mask=torch.stack([mask, mask]))
-    assert torch.equal(one[0], two[0]) and not torch.allclose(one[1], two[1]) and not torch.allclose(one[2], two[2])
+    assert (
+        torch.equal(one[0], two[0])
+        and not torch.allclose(one[1], two[1])
+        and not torch.allclose(one[2], two[2])
+    )
     last_goes_on = run_small(cfg, text=torch.stack([text, text + 1, text + 1]), mask=torch.stack([mask] * 3))
     assert all(torch.equal(two[i], last_goes_on[i]) for i in two)
 
@@ -461,7 +606,7 @@ def test_kv_ranges_by_quarter_and_for_clean_chunks():
 def test_guidance_buckets_begin_at_their_edges():
     cfg = magi.SamplerConfig()
     assert magi.guidance_scales(cfg, 0.0) == (1.5, 7.5)
-    assert magi.guidance_scales(cfg, 0.3 - 5e-8) == (1.0, 0.0)           # within the tolerance: already in the next
+    assert magi.guidance_scales(cfg, 0.3 - 5e-8) == (1.0, 0.0)  # within the tolerance: already in the next
     assert magi.guidance_scales(cfg, 0.3 - 1e-6) == (1.5, 7.5)
 
 
@@ -470,13 +615,22 @@ def test_guidance_buckets_begin_at_their_edges():
 GOOD = dict(num_steps=16)
 BAD_SETTINGS = [
     (dict(num_steps=10), "steps 10 must be a multiple of the window 4: try 8"),
-    (dict(num_steps=4, kv_ranges=(3, 2, 1)), "steps 4 must be a multiple of the number of kv_ranges .3.: try 12"),
+    (
+        dict(num_steps=4, kv_ranges=(3, 2, 1)),
+        "steps 4 must be a multiple of the number of kv_ranges .3. and of the window 4: try 12",
+    ),
     (dict(height=500), "height 500 must be a multiple of 16, at least 32: the nearest is 496"),
-    (dict(width=8), "width 8 .* nearest is 32"), (dict(num_frames=0), "num_frames 0"), (dict(window=0), "window 0"),
+    (dict(width=8), "width 8 .* nearest is 32"),
+    (dict(num_frames=0), "num_frames 0"),
+    (dict(window=0), "window 0"),
     (dict(special_tokens=("hd",)), "unknown special token 'hd': choose from static"),
-    (dict(negative_tokens=("hq",)), "unknown negative token 'hq'"), (dict(kv_ranges=(0,)), "at least 1"),
-    (dict(text_scales=(1.0,)), "one length"), (dict(shortcut_mode="8,8"), "'8,8'"), (dict(seed=-1), "seed -1"),
-    (dict(clean_kv_range=0), "clean_kv_range 0"), (dict(fps=0), "fps 0"),
+    (dict(negative_tokens=("hq",)), "unknown negative token 'hq'"),
+    (dict(kv_ranges=(0,)), "at least 1"),
+    (dict(text_scales=(1.0,)), "one length"),
+    (dict(shortcut_mode="8,8"), "'8,8'"),
+    (dict(seed=-1), "seed -1"),
+    (dict(clean_kv_range=0), "clean_kv_range 0"),
+    (dict(fps=0), "fps 0"),
 ]
 
 
@@ -501,18 +655,26 @@ def test_steps_are_accepted_exactly_if_divisible_and_the_advice_is_right(n, wind
 
 
 def test_parameter_counts_of_the_zoo():
-    counts = {"4.5B-base": 4_459_898_128, "24B-base": 23_899_281_936, "4.5B-distill-fp8": 4_460_979_760,
-              "24B-distill-fp8": 23_902_014_382}
+    counts = {
+        "4.5B-base": 4_459_898_128,
+        "24B-base": 23_899_281_936,
+        "4.5B-distill-fp8": 4_460_979_760,
+        "24B-distill-fp8": 23_902_014_382,
+    }
     with torch.device("meta"):
         for name, count in counts.items():
-            assert sum(v.numel() for v in magi.DiT(magi.PRESETS[name].dit).state_dict().values()) == count, name
+            assert sum(v.numel() for v in magi.DiT(magi.PRESETS[name].dit).state_dict().values()) == count, (
+                name
+            )
         assert sum(p.numel() for p in magi.VAE(magi.VAEConfig()).parameters()) == 613_755_239
 
 
 def test_importing_loads_nothing_that_is_not_used():
-    code = ("import sys, os; os.environ['CUDA_VISIBLE_DEVICES'] = ''; before = dict(os.environ); import magi, torch;"
-            "assert not {'triton', 'transformers', 'ftfy', 'bs4', 'av', 'sentencepiece'} & set(sys.modules);"
-            "assert not torch.cuda.is_initialized() and not torch.distributed.is_initialized(); assert before == dict(os.environ)")
+    code = (
+        "import sys, os; os.environ['CUDA_VISIBLE_DEVICES'] = ''; before = dict(os.environ); import magi, torch;"
+        "assert not {'triton', 'transformers', 'ftfy', 'bs4', 'av', 'sentencepiece'} & set(sys.modules);"
+        "assert not torch.cuda.is_initialized() and not torch.distributed.is_initialized(); assert before == dict(os.environ)"
+    )
     subprocess.run([sys.executable, "-c", code], check=True, cwd=HERE)
 
 
@@ -540,11 +702,24 @@ def test_odd_tiles_cover_everything_and_blend():
         z = vae.encode(x, tile)
         assert z.shape == (1, 4, 1, 7, 10) and vae.decode(z, tile).shape == x.shape
     calls = []
-    blended = magi._tiled(lambda u: calls.append(u.shape[-2:]) or torch.full_like(u, len(calls)),
-                          torch.zeros(1, 1, 1, 7, 7), (1, 1, 1), (1, 1, 1), (1, 4, 4), 0.25, blend_blended=False)
-    assert blended.shape[-1] == 7 and calls[:3] == [(4, 4), (4, 4), (4, 1)]      # a third tile beyond the second's end
+    blended = magi._tiled(
+        lambda u: calls.append(u.shape[-2:]) or torch.full_like(u, len(calls)),
+        torch.zeros(1, 1, 1, 7, 7),
+        (1, 1, 1),
+        (1, 1, 1),
+        (1, 4, 4),
+        0.25,
+        blend_blended=False,
+    )
+    assert blended.shape[-1] == 7 and calls[:3] == [
+        (4, 4),
+        (4, 4),
+        (4, 1),
+    ]  # a third tile beyond the second's end
     row = blended[0, 0, 0, 0]
-    torch.testing.assert_close(row, torch.tensor([1.0, 1.0, 1.0, 1.0, 2.0, 2.0, 2.0]))   # the overlap starts at weight 0
+    torch.testing.assert_close(
+        row, torch.tensor([1.0, 1.0, 1.0, 1.0, 2.0, 2.0, 2.0])
+    )  # the overlap starts at weight 0
 
 
 def test_vae_refuses_what_it_cannot_encode():
@@ -576,11 +751,20 @@ def t5_folder(tmp_path_factory) -> Path:
     words = "a red ball bounces on the green floor while two blue cats sleep near an old tree".split()
     lines = [" ".join(words[i : i + 6]) for i in range(len(words))] * 20
     sentencepiece.SentencePieceTrainer.train(
-        sentence_iterator=iter(lines), model_prefix=str(folder / "spiece"), vocab_size=60, pad_id=0, eos_id=1,
-        unk_id=2, bos_id=-1, hard_vocab_limit=False, minloglevel=2)
+        sentence_iterator=iter(lines),
+        model_prefix=str(folder / "spiece"),
+        vocab_size=60,
+        pad_id=0,
+        eos_id=1,
+        unk_id=2,
+        bos_id=-1,
+        hard_vocab_limit=False,
+        minloglevel=2,
+    )
     torch.manual_seed(0)
-    T5EncoderModel(T5Config(vocab_size=64, d_model=12, d_kv=4, num_heads=2, d_ff=16, num_layers=1,
-                            dropout_rate=0.0)).save_pretrained(folder)
+    T5EncoderModel(
+        T5Config(vocab_size=64, d_model=12, d_kv=4, num_heads=2, d_ff=16, num_layers=1, dropout_rate=0.0)
+    ).save_pretrained(folder)
     return folder
 
 
@@ -593,7 +777,7 @@ def test_t5_pads_truncates_and_marks_empty_captions(t5_folder):
     assert mask[1].sum() == 0 and mask[2].sum() == 14 and 0 < mask[0].sum() < 14
     assert torch.equal(text[0][mask[0] == 0], torch.zeros(int((mask[0] == 0).sum()), 12))
     ids, _ = magi.tokenize(t5.tokenizer, ["a red ball"], 14)
-    assert ids[0, mask[0].sum() - 1] == 1 and ids[0, mask[0].sum()] == 0          # </s>, then padding
+    assert ids[0, mask[0].sum() - 1] == 1 and ids[0, mask[0].sum()] == 0  # </s>, then padding
     # padding changes nothing
     alone, _ = t5(["a red ball"])
     torch.testing.assert_close(alone[0], text[0], rtol=2e-2, atol=2e-2)
@@ -621,9 +805,15 @@ def test_times_never_rise_along_a_clip_and_keep_the_law():
     t, clean = magi.draw_times(4000, 4, torch.zeros(4000, dtype=torch.long), law_only, QUICK, generator)
     assert (t.diff(dim=1) <= 0).all() and not clean.any() and abs((t < 0.3).float().mean() - 0.69) < 0.02
     given_chunks = torch.randint(0, 4, (4000,), generator=generator)
+    t, clean = magi.draw_times(4000, 4, given_chunks, law_only, QUICK, generator)
+    for given_here in range(4):  # the law holds however many are given
+        noisy = t[given_chunks == given_here][:, given_here:]
+        assert abs((noisy < 0.3).float().mean() - 0.69) < 0.04
     t, clean = magi.draw_times(4000, 4, given_chunks, magi.TrainingConfig(), QUICK, generator)
     assert (t.diff(dim=1) <= 0).all() and (clean.int().diff(dim=1) <= 0).all()
-    assert (clean.sum(1) >= given_chunks).all() and (t[clean] == QUICK.clean_t).all() and not clean[:, -1].all()
+    assert (
+        (clean.sum(1) >= given_chunks).all() and (t[clean] == QUICK.clean_t).all() and not clean[:, -1].all()
+    )
 
 
 def training_batch(n: int = 3) -> tuple[magi.DiT, torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -642,12 +832,12 @@ def test_loss_counts_noisy_chunks_only_but_gradients_reach_the_clean_ones():
     loss = magi.flow_matching_loss(dit, latents, text, mask, cfg, generator=torch.Generator().manual_seed(1))
     loss.backward()
     hook.remove()
-    used = seen["v"].grad.abs().sum((1, 3, 4)) > 0                       # (B, T) frames with a loss
+    used = seen["v"].grad.abs().sum((1, 3, 4)) > 0  # (B, T) frames with a loss
     frames_used = used.sum(1)
     assert (frames_used < 18).all() and (frames_used >= 6).all()
     first = (~used).int().argmin(dim=1)
-    assert all(used[b, first[b]:].all() and not used[b, : first[b]].any() for b in range(2))
-    assert (latents.grad[:, :, :1].abs().sum() > 0)                       # through the keys of clean chunks
+    assert all(used[b, first[b] :].all() and not used[b, : first[b]].any() for b in range(2))
+    assert latents.grad[:, :, :1].abs().sum() > 0  # through the keys of clean chunks
 
 
 def test_image_task_gives_one_clean_frame():
@@ -657,7 +847,9 @@ def test_image_task_gives_one_clean_frame():
     cfg = magi.TrainingConfig(image_share=1, video_share=0, pipeline_share=0)
     magi.flow_matching_loss(dit, latents, text, mask, cfg)
     hook.remove()
-    assert torch.equal(seen["x"][:, :, 0], latents[:, :, 0]) and not torch.equal(seen["x"][:, :, 1], latents[:, :, 1])
+    assert torch.equal(seen["x"][:, :, 0], latents[:, :, 0]) and not torch.equal(
+        seen["x"][:, :, 1], latents[:, :, 1]
+    )
 
 
 def test_loss_is_zero_for_the_true_velocity_of_a_known_batch():
@@ -669,10 +861,12 @@ def test_loss_is_zero_for_the_true_velocity_of_a_known_batch():
 
         def forward(self, x, t, *a, **k):
             level = t.repeat_interleave(6, 1)[:, None, :, None, None]
-            return (latents - x) / (1 - level).clamp(min=1e-6)           # x = (1-t) noise + t data
+            return (latents - x) / (1 - level).clamp(min=1e-6)  # x = (1-t) noise + t data
 
     cfg = magi.TrainingConfig(pipeline_share=0.5)
-    loss = magi.flow_matching_loss(Oracle(), latents, text, mask, cfg, generator=torch.Generator().manual_seed(5))
+    loss = magi.flow_matching_loss(
+        Oracle(), latents, text, mask, cfg, generator=torch.Generator().manual_seed(5)
+    )
     assert loss < 1e-4
 
 
@@ -681,7 +875,7 @@ def test_one_batch_overfits():
     optimizer = torch.optim.AdamW(dit.parameters(), lr=1e-2)
     losses = []
     for _ in range(150):
-        generator = torch.Generator().manual_seed(0)                     # always the same noise and times
+        generator = torch.Generator().manual_seed(0)  # always the same noise and times
         loss = magi.flow_matching_loss(dit, latents, text, mask, generator=generator)
         optimizer.zero_grad()
         loss.backward()
@@ -695,7 +889,9 @@ def test_vae_loss_learns_and_weighs():
     vae = magi.VAE(magi.VAEConfig(video_size=16, embed_dim=32, depth=1, num_heads=2, use_final_proj=True))
     video = torch.rand(2, 3, 4, 16, 16) * 2 - 1
     first, _ = magi.vae_loss(vae, video)
-    assert torch.allclose(magi.vae_loss(vae, video, torch.zeros(2, 1, 4, 16, 16), kl_weight=0)[0], torch.tensor(0.0))
+    assert torch.allclose(
+        magi.vae_loss(vae, video, torch.zeros(2, 1, 4, 16, 16), kl_weight=0)[0], torch.tensor(0.0)
+    )
     optimizer = torch.optim.AdamW(vae.parameters(), lr=3e-3)
     for _ in range(40):
         loss, recon = magi.vae_loss(vae, video)
@@ -717,14 +913,22 @@ def tiny_folder(tmp_path_factory, t5_folder) -> Path:
 
     root = tmp_path_factory.mktemp("models")
     dit, _, _, tokens = small()
-    vae_cfg = magi.VAEConfig(video_size=32, video_length=8, embed_dim=32, depth=1, num_heads=2, use_final_proj=True)
+    vae_cfg = magi.VAEConfig(
+        video_size=32, video_length=8, embed_dim=32, depth=1, num_heads=2, use_final_proj=True
+    )
     torch.manual_seed(0)
     sampler = dataclasses.replace(QUICK, num_frames=48)
-    for name, module, config in (("base", dit, {"dit": SMALL, "sampler": sampler}),
-                                 ("vae", magi.VAE(vae_cfg), {"vae": vae_cfg})):
+    for name, module, config in (
+        ("base", dit, {"dit": SMALL, "sampler": sampler}),
+        ("vae", magi.VAE(vae_cfg), {"vae": vae_cfg}),
+    ):
         (root / name).mkdir()
-        save_file({k: v.contiguous() for k, v in module.state_dict().items()}, root / name / "model.safetensors")
-        (root / name / "config.json").write_text(json.dumps({k: dataclasses.asdict(v) for k, v in config.items()}))
+        save_file(
+            {k: v.contiguous() for k, v in module.state_dict().items()}, root / name / "model.safetensors"
+        )
+        (root / name / "config.json").write_text(
+            json.dumps({k: dataclasses.asdict(v) for k, v in config.items()})
+        )
     save_file(tokens, root / "base" / "special_tokens.safetensors")
     shutil.copytree(t5_folder, root / "t5")
     return root
@@ -739,8 +943,11 @@ def pipe(tiny_folder) -> magi.MAGI:
 @pytest.mark.parametrize("mode", ["t2v", "i2v", "v2v"])
 def test_exactly_as_many_frames_come_out_as_were_asked_for(pipe, mode, num_frames):
     rng = np.random.default_rng(0)
-    more = {"t2v": {}, "i2v": {"image": rng.integers(0, 255, (40, 50, 3), np.uint8)},
-            "v2v": {"video": rng.integers(0, 255, (37, 40, 50, 3), np.uint8)}}[mode]
+    more = {
+        "t2v": {},
+        "i2v": {"image": rng.integers(0, 255, (40, 50, 3), np.uint8)},
+        "v2v": {"video": rng.integers(0, 255, (37, 40, 50, 3), np.uint8)},
+    }[mode]
     pieces = list(pipe("a red ball", num_frames=num_frames, **more))
     assert sum(map(len, pieces)) == num_frames
     assert all(p.dtype == np.uint8 and p.shape[1:] == (32, 32, 3) and 0 < len(p) <= 24 for p in pieces)
@@ -749,7 +956,7 @@ def test_exactly_as_many_frames_come_out_as_were_asked_for(pipe, mode, num_frame
 def test_a_video_goes_on_after_its_last_frames(pipe):
     video = np.random.default_rng(0).integers(0, 255, (50, 32, 32, 3), np.uint8)
     assert np.array_equal(magi.prefix_clip(None, video, 32), video[-32:])
-    assert len(magi.prefix_clip(None, video[:11], 32)) == 8                # in fours
+    assert len(magi.prefix_clip(None, video[:11], 32)) == 8  # in fours
     seen = np.concatenate(list(pipe("a red ball", video=video, num_frames=8)))
     same_end = np.concatenate(list(pipe("a red ball", video=video[-32:], num_frames=8)))
     other_end = np.concatenate(list(pipe("a red ball", video=video[:-8], num_frames=8)))
@@ -761,15 +968,22 @@ def test_the_image_is_the_first_frame(pipe):
     image = np.full((32, 32, 3), 200, np.uint8)
     first = next(iter(pipe("a red ball", image=image, num_frames=24)))
     x = magi.fit_frames(image[None], 32, 32)
-    latents = dict(magi.sample(pipe.dit, *(u[0] for u in pipe.encode_text(["a red ball"])), QUICK,
-                               special_tokens=pipe.special_tokens, prefix=pipe.vae.encode(x)[0] * magi.SCALE_FACTOR))
+    latents = dict(
+        magi.sample(
+            pipe.dit,
+            *(u[0] for u in pipe.encode_text(["a red ball"])),
+            QUICK,
+            special_tokens=pipe.special_tokens,
+            prefix=pipe.vae.encode(x)[0] * magi.SCALE_FACTOR,
+        )
+    )
     torch.testing.assert_close(latents[0][:, :1], pipe.vae.encode(x)[0] * magi.SCALE_FACTOR)
     assert first.shape == (24, 32, 32, 3)
 
 
 def test_images_are_cropped_not_stretched():
     wide = np.zeros((1, 20, 40, 3), np.uint8)
-    wide[:, 4:16, 14:26] = 255                                           # a square in the middle
+    wide[:, 4:16, 14:26] = 255  # a square in the middle
     height_and_width = lambda x: tuple(int((x[0, 0, 0] > 0).any(d).sum()) for d in (1, 0))
     assert height_and_width(magi.fit_frames(wide, 20, 20)) == (12, 12)
     assert height_and_width(magi.fit_frames(wide, 20, 20, "pad")) == (6, 6)
@@ -787,10 +1001,14 @@ def test_text_can_be_encoded_once_and_reused(pipe):
 
 def test_bad_calls_are_refused_before_anything_is_computed(pipe):
     frames = np.zeros((3, 32, 32, 3), np.uint8)
-    for more, message in ((dict(height=40), "height 40"), (dict(num_steps=5), "steps 5"),
-                          (dict(video=frames), "3 frames, at least 4"), (dict(image=frames[0], video=frames), "not both"),
-                          (dict(video=np.zeros((9, 32, 32, 3), np.uint8), prefix_frames=6), "prefix_frames 6"),
-                          (dict(special_tokens=("best",)), "unknown special token 'best'")):
+    for more, message in (
+        (dict(height=40), "height 40"),
+        (dict(num_steps=5), "steps 5"),
+        (dict(video=frames), "3 frames, at least 4"),
+        (dict(image=frames[0], video=frames), "not both"),
+        (dict(video=np.zeros((9, 32, 32, 3), np.uint8), prefix_frames=6), "prefix_frames 6"),
+        (dict(special_tokens=("best",)), "unknown special token 'best'"),
+    ):
         with bad(message):
             pipe("a red ball", **more)
 
@@ -819,5 +1037,1488 @@ def test_broken_folders_are_refused(tiny_folder, tmp_path):
         magi.load(work / "base")
     shutil.copy(tiny_folder / "base" / "config.json", work / "base")
     (work / "t5" / "spiece.model").unlink()
+    pipe = magi.load(work / "base")  # encoded text would do
     with bad("no text encoder"):
-        magi.load(work / "base")
+        pipe("a red ball")
+
+
+# ================================================================================================
+# convert_weights.py
+# ================================================================================================
+
+# ---------------------------------------------------------------------------------------- conversion
+
+MODELS = ("base", "glu", "wide", "fp8")
+MODEL, VAE = "model.safetensors", "diffusion_pytorch_model.safetensors"  # official names
+EDGE = "videodit_blocks.layers.0.self_attention."  # where refusals are tried
+
+
+@cache
+def official_weights(name: str) -> dict[str, torch.Tensor]:
+    return load_file(GOLDENS / f"{name}.weights.safetensors")
+
+
+def official_config(name: str, **changes) -> dict:
+    """A golden's config; changes name keys of any part, or new ones of the first."""
+    config = json.loads((GOLDENS / f"{name}.config.json").read_text())
+    for key, value in changes.items():
+        parts = [config, *(part for part in config.values() if isinstance(part, dict))]
+        next((part for part in parts if key in part), parts[1])[key] = value
+    return config
+
+
+def official_folder(folder: Path, sd: dict, shards: int = 1, zst: str = "", stem: str = MODEL) -> Path:
+    """Weights in the official layout: one file, or shards with an index; zst "z." packs every other one."""
+    folder.mkdir(parents=True, exist_ok=True)
+    names, base = sorted(sd), stem.split(".")[0]
+    files = [f"{base}-{i + 1:05}-of-{shards:05}.safetensors" for i in range(shards)] if shards > 1 else [stem]
+    parts = {file: {name: sd[name] for name in names[i::shards]} for i, file in enumerate(files)}
+    for i, (file, part) in enumerate(parts.items()):
+        save_file(part, folder / file)
+        if zst[i % max(1, len(zst)) :][:1] == "z":
+            compress(folder / file)
+    if shards > 1:
+        weight_map = {name: file for file, part in parts.items() for name in part}
+        (folder / f"{stem}.index.json").write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
+    return folder
+
+
+def compress(file: Path) -> None:
+    """In two frames, as pzstd writes them; the first ends within the header."""
+    zstandard = pytest.importorskip("zstandard")
+    data, pack = file.read_bytes(), zstandard.ZstdCompressor().compress
+    file.with_name(file.name + ".zst").write_bytes(pack(data[:100]) + pack(data[100:]))
+    file.unlink()
+
+
+def official_tokens(file: Path, width: int = 32) -> dict[str, np.ndarray]:
+    rng = np.random.default_rng(0)
+    arrays = {
+        name: rng.normal(size=(rows, width))
+        for name, rows in (("caption_token", 1), ("logo_token", 1), ("other_tokens", 100))
+    }
+    np.savez(file, **arrays)
+    return arrays
+
+
+def written(path: Path, content: dict | bytes) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(content if isinstance(content, bytes) else json.dumps(content).encode())
+    return path
+
+
+def run_convert(*args) -> tuple[int, str, str]:
+    """Exit code, stdout and stderr of the command line."""
+    with contextlib.redirect_stdout(io.StringIO()) as out, contextlib.redirect_stderr(io.StringIO()) as err:
+        code = cw.main([str(arg) for arg in args])
+    return code, out.getvalue(), err.getvalue()
+
+
+def assert_refused(message: str, command: str, src: Path, out: Path, *more) -> None:
+    """One line on stderr that says `message`, exit code 2, and nothing new at or beside OUT."""
+    before = sorted(out.parent.rglob("*"))
+    code, _, err = run_convert(command, src, out, *more)
+    assert code == 2 and err.count("\n") == 1 and err.startswith("convert_weights: ") and message in err, err
+    assert sorted(out.parent.rglob("*")) == before
+
+
+def assert_same(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> None:
+    assert a.keys() == b.keys()
+    for name in a:
+        assert a[name].dtype == b[name].dtype and a[name].shape == b[name].shape, name
+        assert torch.equal(a[name].view(torch.uint8), b[name].view(torch.uint8)), name
+
+
+def read_folder(folder: Path) -> dict[str, torch.Tensor]:
+    return {k: v for file in magi.weight_files(folder) for k, v in load_file(file).items()}
+
+
+def loaded(make, folder: Path) -> torch.nn.Module:
+    return magi.fill(magi.build(make, folder), folder)
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_any_part_of_a_checkpoint_converts_like_the_whole(name):
+    sd = official_weights(name)
+    cfg, _ = cw.configs_from_upstream(official_config(name))
+    whole = cw.convert_dit(sd)
+    magi.DiT(cfg).load_state_dict(whole, strict=True)
+    assert_same(whole, {k: v for old, t in sd.items() for k, v in cw.convert_dit({old: t}).items()})
+    assert all(v.dim() == 2 for v in whole.values() if v.dtype == cw.E4M3)
+    assert len(whole) == len(sd)
+
+
+@pytest.mark.parametrize(
+    "layout",
+    [dict(), dict(zst="z"), dict(shards=4), dict(shards=5, zst="z."), dict(shards=3, zst="z")],
+    ids=["one", "one zst", "parts", "mixed", "zst"],
+)
+@pytest.mark.parametrize("name", MODELS)
+def test_official_dit_folder_becomes_ours(name, layout, tmp_path):
+    src = official_folder(tmp_path / "inference_weight", official_weights(name), **layout)
+    config = written(tmp_path / "official.json", official_config(name))
+    arrays, files = official_tokens(tmp_path / "t.npz"), sorted(src.iterdir())
+    out = tmp_path / "models" / name
+    code, said, err = run_convert("dit", src, out, "--config", config, "--special-tokens", tmp_path / "t.npz")
+    assert code == 0 and said.startswith(f"wrote {out}: 0.00") and said.endswith("in 3 files\n") and err == ""
+    assert {f.name for f in out.iterdir()} == {"config.json", MODEL, "special_tokens.safetensors"}
+    assert sorted(src.iterdir()) == files and [f.name for f in out.parent.iterdir()] == [name]
+
+    # What comes back is the config and, bit for bit, the tensors.
+    cfg, sampler = cw.configs_from_upstream(official_config(name))
+    assert magi.read_config(out, "dit", magi.DiTConfig) == cfg
+    assert magi.read_config(out, "sampler", magi.SamplerConfig) == sampler
+    assert_same(read_folder(out), cw.convert_dit(official_weights(name)))
+    loaded(lambda: magi.DiT(cfg), out)
+    tokens = load_file(out / "special_tokens.safetensors")
+    assert tokens.keys() == load_file(GOLDENS / f"{name}.special_tokens.safetensors").keys()
+    rows = {
+        "trans": 0,
+        "hq": 1,
+        "static_first_frames": 2,
+        "dynamic_first_frames": 3,
+        "borderness": 4,
+        "three_d_model": 15,
+        "two_d_anime": 16,
+    }  # the spec's table
+    rows = {f"{k}_token": i for k, i in rows.items()} | {f"duration_token_{i}": 6 + i for i in range(1, 9)}
+    want = {key: arrays["other_tokens"][[i]] for key, i in rows.items()}
+    want |= {key: arrays[key] for key in ("caption_token", "logo_token")}
+    assert_same(tokens, {key: torch.from_numpy(v).half().float() for key, v in want.items()})
+
+
+def test_config_of_each_golden():
+    dit, sampler = cw.configs_from_upstream(official_config("glu"))
+    assert dit == magi.DiTConfig(
+        num_layers=3,
+        hidden_size=64,
+        num_heads=8,
+        num_kv_heads=8,
+        head_dim=8,
+        ffn_size=96,
+        gated_ffn=True,
+        in_channels=32,
+        out_channels=32,
+        x_scale=0.1,
+        text_dim=32,
+        text_length=64,
+        dtype="float32",
+    )
+    assert sampler == magi.SamplerConfig(num_steps=16, height=32, width=48, seed=1)
+    dit, sampler = cw.configs_from_upstream(official_config("fp8", noise2clean_kvrange=[], window_size=2))
+    assert dit.fp8 and dit.dtype == "bfloat16" and type(dit.x_scale) is float
+    assert sampler.distilled and sampler.kv_ranges == () and sampler.window == 2 and sampler.num_frames == 72
+    assert cw.vae_config_from_upstream(official_config("vae")) == magi.VAEConfig(
+        video_size=32,
+        video_length=8,
+        patch_size=4,
+        z_chans=4,
+        embed_dim=64,
+        depth=2,
+        num_heads=4,
+        mlp_ratio=2,
+    )
+
+
+def test_what_an_official_config_may_leave_out():
+    config = official_config("base")
+    config["model_config"] = {k: v for k, v in config["model_config"].items() if k in cw.REQUIRED_KEYS}
+    config["runtime_config"], config["engine_config"] = {}, {}
+    dit, sampler = cw.configs_from_upstream(config)
+    assert dit == magi.DiTConfig(
+        num_layers=3, hidden_size=64, ffn_size=128, num_heads=8, num_kv_heads=4, head_dim=8
+    )
+    assert sampler == magi.SamplerConfig()
+    config["runtime_config"] = {"cfg_number": 1}
+    assert cw.configs_from_upstream(config)[1].distilled
+    ddconfig = json.loads((GOLDENS / "manifests.json").read_text())["vae"]["ddconfig"]
+    assert cw.vae_config_from_upstream({"ddconfig": ddconfig}) == magi.VAEConfig()
+
+
+@pytest.mark.parametrize(
+    "name, change, message",
+    [
+        ("base", dict(new_key=1), "unknown key model_config.new_key"),
+        ("base", dict(cond_hidden_ratio=0.5), "cond_hidden_ratio is 0.5: only 0.25 is supported"),
+        ("base", dict(cond_gating_ratio=0.5), "cond_gating_ratio"),
+        ("base", dict(xattn_cond_hidden_ratio=2.0), "xattn_cond_hidden_ratio"),
+        ("base", dict(apply_layernorm_1p=False), "apply_layernorm_1p"),
+        ("base", dict(t_patch_size=2), "t_patch_size"),
+        ("base", dict(model_name="videodit_ardf2"), "model_name"),
+        ("base", dict(chunk_width=8), "chunk_width"),
+        ("base", dict(scale_factor=0.2), "scale_factor"),
+        ("base", dict(temporal_downsample_factor=8), "temporal_downsample_factor"),
+        ("base", dict(cfg_number=1), "cfg_number 1 does not go with distill False"),
+        ("fp8", dict(cfg_number=3), "cfg_number 3 does not go with distill True"),
+        ("base", dict(cfg_number=2), "cfg_number 2"),
+        (
+            "base",
+            dict(half_channel_vae=True),
+            "half_channel_vae True means 32 channels, but in_channels is 16",
+        ),
+        ("glu", dict(half_channel_vae=False), "half_channel_vae False means 16 channels"),
+        ("base", dict(num_layers="3"), "num_layers is '3': it must be of type int"),
+        ("base", dict(noise2clean_kvrange=[5, "4", 3, 2]), "bad value"),
+        ("base", dict(params_dtype="torch.int8"), "dtype 'int8'"),
+        ("base", dict(num_steps=15), "steps 15 must be a multiple of the window 4"),
+        ("vae", dict(ddconfig=[]), "ddconfig is []"),
+        ("vae", dict(norm_code=True), "ddconfig.norm_code is True: only False is supported"),
+        ("vae", dict(use_rope=True), "use_rope"),
+        ("vae", dict(double_z=False), "double_z"),
+        ("vae", dict(with_cls_token=False), "with_cls_token"),
+        ("vae", dict(conv_last_layer=False), "conv_last_layer"),
+    ],
+)
+def test_configs_we_do_not_support_are_refused_by_name(name, change, message):
+    convert = cw.vae_config_from_upstream if name == "vae" else cw.configs_from_upstream
+    with pytest.raises(ValueError) as error:
+        convert(official_config(name, **change))
+    assert message in str(error.value) and "\n" not in str(error.value)
+
+
+def test_config_parts_and_keys_must_all_be_known_and_there():
+    for part in ("model_config", "runtime_config", "engine_config"):
+        config = official_config("base")
+        config[part]["surprise"] = 1
+        with pytest.raises(ValueError, match=f"unknown key {part}.surprise"):
+            cw.configs_from_upstream(config)
+        with pytest.raises(ValueError, match="has the parts"):
+            cw.configs_from_upstream({k: v for k, v in config.items() if k != part})
+    for name, part, keys, convert in (
+        ("base", "model_config", cw.REQUIRED_KEYS, cw.configs_from_upstream),
+        ("vae", "ddconfig", cw.REQUIRED_VAE_KEYS, cw.vae_config_from_upstream),
+    ):
+        for key in keys:
+            config = official_config(name)
+            del config[part][key]
+            with pytest.raises(ValueError, match=f"{part}.{key} is missing"):
+                convert(config)
+    for config in ({"ddconfig": {"video_size": 32, "what": 1}}, {"ddconfig": {}, "what": 1}):
+        with pytest.raises(ValueError, match="unknown key .*what"):
+            cw.vae_config_from_upstream(config)
+
+
+# ---------------------------------------------------------------------------------------- the official zoo
+
+
+def manifest(name: str) -> dict[str, torch.Tensor]:
+    """Every tensor of an official checkpoint, by official name, on the meta device."""
+    m, full = json.loads((GOLDENS / "manifests.json").read_text())[name], {}
+    full |= m["model"]
+    for i in range(m.get("num_layers", 0)):
+        kind = "first_and_last_layer" if i in (0, m["num_layers"] - 1) else "middle_layers"
+        full |= {f"videodit_blocks.layers.{i}.{k}": v for k, v in m[kind].items()}
+    for side in ("encoder", "decoder"):
+        for i in range(m["ddconfig"]["depth"] if name == "vae" else 0):
+            full |= {f"{side}.blocks.{i}.{k}": v for k, v in m["block"].items()}
+    assert len(full) == m["tensors"]
+    with torch.device("meta"):
+        return {k: torch.empty(shape, dtype=getattr(torch, dtype)) for k, (shape, dtype) in full.items()}
+
+
+def assert_official(found: dict, expected: dict, parameters: int) -> None:
+    cw.check(found, expected)
+    e4m3 = lambda sd: {k: (v.shape, v.dtype == torch.float8_e4m3fn) for k, v in sd.items()}
+    assert e4m3(found) == e4m3(expected) and sum(v.numel() for v in found.values()) == parameters
+
+
+@pytest.mark.parametrize("name", [name for name in magi.PRESETS if name != "tiny"])
+def test_every_preset_has_exactly_the_official_tensors(name):
+    kind = name.replace("-base", "").replace("-distill", "")
+    count = {
+        "4.5B": 4_459_898_128,
+        "4.5B-fp8": 4_460_979_760,
+        "24B": 23_899_281_936,
+        "24B-fp8": 23_902_014_382,
+    }
+    expected = cw.meta_weights(lambda: magi.DiT(magi.PRESETS[name].dit))
+    assert_official(cw.convert_dit(manifest(kind)), expected, count[kind])
+
+
+def test_vae_has_exactly_the_official_tensors():
+    expected = cw.meta_weights(lambda: magi.VAE(magi.VAEConfig()))
+    assert_official(cw.convert_vae(manifest("vae")), expected, 613_755_239)
+
+
+def test_names_are_one_to_one():
+    for name, convert in (("24B-fp8", cw.convert_dit), ("vae", cw.convert_vae)):
+        assert len(convert(manifest(name))) == len(manifest(name))
+
+
+# ---------------------------------------------------------------------------------------- VAE, T5, all
+
+
+@pytest.mark.parametrize("layout", [dict(), dict(shards=2, zst=".z")], ids=["single", "shards"])
+def test_official_vae_folder_becomes_ours(layout, tmp_path):
+    src = official_folder(tmp_path / "vae", official_weights("vae"), **layout, stem=VAE)
+    written(src / "config.json", official_config("vae"))
+    code, said, _ = run_convert("vae", src, tmp_path / "out")
+    assert code == 0 and "in 2 files" in said
+    cfg = magi.read_config(tmp_path / "out", "vae", magi.VAEConfig)
+    assert cfg == cw.vae_config_from_upstream(official_config("vae"))
+    assert_same(read_folder(tmp_path / "out"), cw.convert_vae(official_weights("vae")))
+    vae = loaded(lambda: magi.VAE(cfg), tmp_path / "out")
+    run = load_file(GOLDENS / "vae.safetensors")
+    torch.testing.assert_close(vae.encode(run["0.video"], tile=None), run["0.latent"], rtol=1e-4, atol=1e-4)
+
+
+def test_optional_vae_modules_have_names_too():
+    sd = dict(official_weights("vae"))
+    sd |= {
+        "decoder.final_proj.weight": torch.zeros(256, 64),
+        "decoder.final_proj.bias": torch.zeros(256),
+        "decoder.final_norm.weight": torch.ones(256),
+        "decoder.final_norm.bias": torch.zeros(256),
+        "decoder.last_layer.weight": torch.zeros(3, 4, 3, 3, 3),
+    }
+    for side in ("encoder", "decoder"):
+        for i in range(2):
+            sd |= {f"{side}.blocks.{i}.norm1.{kind}": torch.ones(64) for kind in ("weight", "bias")}
+    cfg = cw.vae_config_from_upstream(official_config("vae", use_final_proj=True, ln_in_attn=False))
+    magi.VAE(cfg).load_state_dict(cw.convert_vae(sd), strict=True)
+
+
+@cache
+def official_t5() -> tuple[object, bytes]:
+    """A tiny T5 with its decoder, and a tokenizer trained for it."""
+    import sentencepiece
+    from transformers import T5Config, T5ForConditionalGeneration
+
+    model = io.BytesIO()
+    lines = ["a red ball rolls", "the blue cat sleeps", "a cat on the ball"] * 20
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter(lines),
+        model_writer=model,
+        vocab_size=40,
+        pad_id=0,
+        eos_id=1,
+        unk_id=2,
+        bos_id=-1,
+        hard_vocab_limit=False,
+        minloglevel=2,
+    )
+    torch.manual_seed(0)
+    config = T5Config(
+        vocab_size=64,
+        d_model=32,
+        d_kv=8,
+        d_ff=48,
+        num_layers=2,
+        num_heads=4,
+        feed_forward_proj="gated-gelu",
+        tie_word_embeddings=False,
+    )
+    return T5ForConditionalGeneration(config).eval(), model.getvalue()
+
+
+def official_t5_folder(folder: Path, shards: int = 1, legacy: bool = False, keep: tuple = ()) -> Path:
+    """pytorch_model*.bin of 2020: tied tensors twice, decoder and all, or only names that begin with keep."""
+    model, tokenizer = official_t5()
+    sd = {k: v.clone() for k, v in model.state_dict().items() if not keep or k.startswith(keep)}
+    written(folder / "spiece.model", tokenizer)
+    written(folder / "config.json", model.config.to_dict())
+    files = ["pytorch_model.bin"] if shards == 1 else [f"pytorch_model-{i:05}.bin" for i in range(shards)]
+    for i, file in enumerate(files):
+        part = {k: sd[k] for k in list(sd)[i::shards]}
+        torch.save(part, folder / file, _use_new_zipfile_serialization=not legacy)
+    if shards > 1:
+        weight_map = {k: files[i % shards] for i, k in enumerate(sd)}
+        written(folder / "pytorch_model.bin.index.json", {"weight_map": weight_map})
+    return folder
+
+
+@pytest.mark.parametrize(
+    "layout",
+    [{}, dict(shards=3), dict(legacy=True), dict(keep=("shared", "encoder"))],
+    ids=["single", "shards", "legacy", "encoder"],
+)
+def test_official_t5_folder_becomes_ours(layout, tmp_path):
+    src, out = official_t5_folder(tmp_path / "official", **layout), tmp_path / "t5"
+    code, said, err = run_convert("t5", src, out)
+    assert code == 0 and "in 3 files" in said and err == "", err
+    assert {f.name for f in out.iterdir()} == {"config.json", "model.safetensors", "spiece.model"}
+    sd = read_folder(out)
+    assert cw.safe_open(out / MODEL, "pt").metadata() == {"format": "pt"}  # transformers looks for it
+    assert all(v.dtype == torch.bfloat16 for v in sd.values()) and "encoder.embed_tokens.weight" not in sd
+    assert sd.keys() == {
+        k for k in official_t5()[0].state_dict() if k.startswith(("shared.", "encoder."))
+    } - {"encoder.embed_tokens.weight"}
+
+    # It runs, and gives what the official weights give, to the precision of bf16.
+    text, mask = magi.T5(out, length=30)(["a red ball on the cat"], clean=False)
+    ids = magi.T5(out).tokenizer.encode("a red ball on the cat") + [1]
+    want = official_t5()[0].encoder(torch.tensor([ids])).last_hidden_state[0].detach()
+    assert mask.sum() == len(ids) and (text[0, : len(ids)] - want).norm() < 0.02 * want.norm()
+
+
+def test_safetensors_t5_and_our_own_output_convert_too(tmp_path):
+    src = official_t5_folder(tmp_path / "official")
+    assert run_convert("t5", src, tmp_path / "once")[0] == 0
+    assert run_convert("t5", tmp_path / "once", tmp_path / "twice")[0] == 0
+    assert_same(read_folder(tmp_path / "once"), read_folder(tmp_path / "twice"))
+
+
+def test_a_whole_download_at_once(tmp_path, monkeypatch):
+    # The goldens pose as presets: the real ones are too large for a test.
+    for preset, name in (("4.5B-base", "base"), ("4.5B-distill", "wide"), ("4.5B-distill-fp8", "fp8")):
+        dit, sampler = cw.configs_from_upstream(official_config(name))
+        monkeypatch.setitem(magi.PRESETS, preset, magi.SimpleNamespace(dit=dit, sampler=sampler))
+    ckpt, out = tmp_path / "ckpt", tmp_path / "models"
+    official_folder(ckpt / "magi/4.5B_base/inference_weight", official_weights("base"))
+    official_folder(ckpt / "magi/4.5B_distill/inference_weight.distill", official_weights("wide"), 2, "z")
+    official_folder(ckpt / "magi/4.5B_distill_quant/inference_weight.fp8.distill", official_weights("fp8"))
+    official_folder(ckpt / "vae", official_weights("vae"), stem=VAE)
+    written(ckpt / "vae/config.json", official_config("vae"))
+    official_t5_folder(ckpt / "t5/t5-v1_1-xxl")
+    official_tokens(tmp_path / "special_tokens.npz")
+    code, said, err = run_convert("all", ckpt, out, "--special-tokens", tmp_path / "special_tokens.npz")
+    assert code == 0 and said.count("wrote") == 5 and err == "", err
+    assert {f.name for f in out.iterdir()} == {"4.5B-base", "4.5B-distill", "4.5B-distill-fp8", "vae", "t5"}
+    pipe = magi.load(out / "4.5B-base")
+    assert pipe.encode_text and pipe.special_tokens["hq_token"].shape == (1, 32)
+
+    shutil.rmtree(out / "vae")  # a second run does only what is missing
+    code, said, _ = run_convert("all", ckpt, out)
+    assert code == 0 and said.count("skipped") == 4 and said.count("wrote") == 1
+    assert_refused("nothing", "all", tmp_path / "nothing", tmp_path / "x")
+    official_folder(ckpt / "magi/7B_base/inference_weight", official_weights("base"))
+    assert_refused("which model is", "all", ckpt, tmp_path / "x")
+
+
+# ---------------------------------------------------------------------------------------- streaming
+
+
+@pytest.mark.parametrize("zst", ["", "z"], ids=["plain", "zst"])
+def test_never_more_than_an_input_and_an_output_file_in_memory(zst, tmp_path, monkeypatch):
+    cfg, _ = cw.configs_from_upstream(official_config("base", num_layers=12))
+    base = official_weights("base")  # twelve layers out of three
+    sd = {k: v for k, v in base.items() if ".layers." not in k}
+    for k, v in base.items():
+        sd |= {k.replace(".1.", f".{i}."): v.clone() for i in range(12) if ".layers.1." in k}
+    src = official_folder(tmp_path / "src", sd, shards=10, zst=zst)
+    total, limit = sum(v.nbytes for v in sd.values()), 250_000
+    monkeypatch.setattr(cw, "SHARD_BYTES", limit)
+    monkeypatch.setitem(magi.PRESETS, "test", magi.SimpleNamespace(dit=cfg, sampler=magi.SamplerConfig()))
+
+    live, peak, unpacked, reads = [], [0], [], []
+    convert, header = cw.convert_dit, cw.read_header
+
+    def counting(part: dict) -> dict:
+        out = convert(part)
+        if not any(v.is_meta for v in part.values()):
+            live[:] = [ref for ref in live if ref() is not None] + [weakref.ref(v) for v in out.values()]
+            peak[0] = max(peak[0], sum(ref().nbytes for ref in live))
+            unpacked.append(len(list((tmp_path / "out.partial").glob("*.unpacked"))))
+            assert not (tmp_path / "out").exists()
+            reads.append("data")
+        return out
+
+    monkeypatch.setattr(cw, "convert_dit", counting)
+    monkeypatch.setattr(cw, "read_header", lambda file: (reads.append("header"), header(file))[1])
+    code, _, err = run_convert("dit", src, tmp_path / "out", "--config", "test")
+    assert code == 0, err
+    gc.collect()
+    assert total > 5 * limit and limit / 2 < peak[0] <= limit, (total, peak)  # one output file, no more
+    assert reads == ["header"] * 10 + ["data"] * len(sd)  # planned before data is read
+    assert set(unpacked) == {1 if zst else 0}
+
+    files = magi.weight_files(tmp_path / "out")
+    names = [f"model-{i + 1:05}-of-{len(files):05}.safetensors" for i in range(len(files))]
+    assert len(files) > 5 and [f.name for f in files] == names
+    assert {f.name for f in (tmp_path / "out").iterdir()} == {*names, cw.INDEX, "config.json"}
+    assert all(sum(v.nbytes for v in load_file(f).values()) <= limit for f in files)
+    index = json.loads((tmp_path / "out" / cw.INDEX).read_text())
+    assert index["metadata"]["total_size"] == total
+    assert all(index["weight_map"][k] == f.name for f in files for k in load_file(f))
+    assert_same(read_folder(tmp_path / "out"), convert(sd))
+    loaded(lambda: magi.DiT(cfg), tmp_path / "out")
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt(), OSError(28, "No space left")], ids=["Ctrl-C", "disk"])
+def test_an_interrupted_run_leaves_nothing_that_looks_finished(error, tmp_path, monkeypatch):
+    src = official_folder(tmp_path / "src", official_weights("base"), shards=3, zst="z")
+    out, partial = tmp_path / "models" / "base", tmp_path / "models" / "base.partial"
+    args = "dit", src, out, "--config", written(tmp_path / "c.json", official_config("base"))
+    written(partial / "junk", b"of a run that was killed")
+    saved = []
+
+    def save_one(*args, **more):
+        saved.append(args)
+        if len(saved) == 2:
+            assert partial.is_dir() and not (partial / "junk").exists()
+            raise error
+        save_file(*args, **more)
+
+    def interrupted(*more) -> None:
+        saved.clear()
+        with monkeypatch.context() as m:
+            m.setattr(cw, "save_file", save_one)
+            m.setattr(cw, "SHARD_BYTES", 200_000)
+            if isinstance(error, OSError):
+                code, _, err = run_convert(*args, *more)
+                assert code == 2 and "No space left" in err
+            else:
+                with pytest.raises(KeyboardInterrupt):
+                    run_convert(*args, *more)
+        assert len(saved) == 2 and not partial.exists()
+
+    interrupted()
+    assert not out.exists()
+    assert run_convert(*args)[0] == 0
+    before = read_folder(out)
+    interrupted("--force")  # what was there stays
+    assert_same(read_folder(out), before)
+
+
+def test_existing_folders_are_replaced_only_when_told_and_only_models(tmp_path):
+    src = official_folder(tmp_path / "src", official_weights("base"))
+    config, out = written(tmp_path / "c.json", official_config("base")), tmp_path / "out"
+    args = "dit", src, out, "--config", config
+    assert run_convert(*args)[0] == 0
+    assert_refused("exists: choose another folder, or add --force", *args)
+    written(out / "old", b"")
+    assert run_convert(*args, "--force")[0] == 0 and not (out / "old").exists()
+    (tmp_path / "photos").mkdir()
+    assert_refused("not a model folder", "dit", src, tmp_path / "photos", "--config", config, "--force")
+    vae = official_folder(tmp_path / "vae", official_weights("vae"), stem=VAE)
+    written(vae / "config.json", official_config("vae"))
+    assert_refused("holds the source", "vae", vae, vae, "--force")  # it looks like a model of ours
+    assert (vae / VAE).is_file()
+
+
+# ---------------------------------------------------------------------------------------- refusals
+
+
+def changed(name: str, **changes) -> dict[str, torch.Tensor]:
+    """Official weights with entries set, or removed (None), in the first layer's attention."""
+    sd = dict(official_weights(name))
+    for key, value in changes.items():
+        sd[EDGE + key.replace("__", ".")] = value
+    return {k: v for k, v in sd.items() if v is not None}
+
+
+Q = "linear_qkv__q__weight"
+REFUSED_WEIGHTS = [
+    (dict(linear_qkv=torch.zeros(3, 224, 64)), "linear_qkv [3, 224, 64] packs q, k and v"),
+    (dict(what=torch.ones(1), linear_qkv__weight=torch.zeros(224, 64)), "this is MAGI-1.1"),
+    (dict(linear_qkv__w=torch.zeros(2)), "1 unknown tensor(s), such as ['videodit_blocks.layers.0.self"),
+    (dict(linear_qkv__q__weight_scale=torch.ones(1)), "too many, such as layers.0.attn.q.weight_scale"),
+    (dict(linear_qkv__qx__weight=None), "1 tensor(s) missing, such as layers.0.attn.qx.weight"),
+    ({Q: torch.zeros(64, 65)}, "layers.0.attn.q.weight (float32 [64, 65], not float32 [64, 64])"),
+    ({Q: torch.zeros(1, 64, 64).to(torch.float8_e4m3fn)}, "attn.q.weight (float8_e4m3fn [64, 64], not"),
+    ({Q: torch.zeros(64, 64, dtype=torch.int64)}, "attn.q.weight (int64 [64, 64], not float32 [64, 64])"),
+    ({Q: torch.zeros(64, 64, dtype=torch.int16)}, "truncated or corrupt (KeyError: 'I16')"),
+]
+
+
+@pytest.mark.parametrize("changes, message", REFUSED_WEIGHTS, ids=[message for _, message in REFUSED_WEIGHTS])
+def test_weights_that_are_not_understood_are_refused_in_one_line(changes, message, tmp_path):
+    src = official_folder(tmp_path / "src", changed("base", **changes))
+    config = written(tmp_path / "c.json", official_config("base"))
+    assert_refused(message, "dit", src, tmp_path / "out", "--config", config)
+
+
+def test_a_checkpoint_of_another_model_is_refused(tmp_path):
+    sd, out = official_weights("fp8"), tmp_path / "out"
+    src, config = official_folder(tmp_path / "fp8", sd), written(tmp_path / "c.json", official_config("fp8"))
+    plain = written(tmp_path / "plain.json", official_config("fp8", fp8_quant=False))
+    assert_refused("do not fit the config", "dit", src, out, "--config", "4.5B-distill-fp8")
+    assert_refused("32 tensor(s) too many", "dit", src, out, "--config", plain)
+    full = {k: v[0].bfloat16() if v.dtype == torch.float8_e4m3fn else v for k, v in sd.items()}
+    src = official_folder(tmp_path / "full", full)
+    assert_refused("(bfloat16 [64, 64], not float8_e4m3fn [64, 64])", "dit", src, out, "--config", config)
+    low = {k: v.bfloat16() if k.endswith("weight_scale") else v for k, v in sd.items()}
+    src = official_folder(tmp_path / "low", low)  # scales in bf16 would be off by up to 0.4 %
+    assert_refused("weight_scale (bfloat16 [1], not float32 [1])", "dit", src, out, "--config", config)
+
+
+def test_norms_may_be_bf16_and_stay_so(tmp_path):
+    sd = {k: v.bfloat16() if "norm" in k else v for k, v in official_weights("fp8").items()}
+    src, out = official_folder(tmp_path / "src", sd), tmp_path / "out"
+    config = written(tmp_path / "c.json", official_config("fp8"))
+    assert run_convert("dit", src, out, "--config", config)[0] == 0
+    assert load_file(out / "model.safetensors")["layers.0.attn.q_norm.weight"].dtype == torch.bfloat16
+
+
+def broken_file(how: str, src: Path) -> None:
+    """Damage a folder of three shards, the second of which is compressed."""
+    first, second = src / "model-00001-of-00003.safetensors", src / "model-00002-of-00003.safetensors.zst"
+    index = src / "model.safetensors.index.json"
+    data = first.read_bytes()
+    if how == "truncated":
+        first.write_bytes(data[:-100])
+    elif how == "longer":
+        first.write_bytes(data + b"0")
+    elif how == "empty":
+        first.write_bytes(b"")
+    elif how == "header length":
+        first.write_bytes(b"\xff" * 8 + data[8:])
+    elif how == "header text":
+        first.write_bytes(data[:20] + b"\x00" + data[21:])
+    elif how == "header not a table":
+        first.write_bytes(b"\x02" + b"\x00" * 7 + b"[]")
+    elif how == "zst truncated":
+        second.write_bytes(second.read_bytes()[:-100])
+    elif how == "zst garbage":
+        second.write_bytes(b"no zstandard at all")
+    elif how == "shard missing":
+        second.unlink()
+    elif how == "all missing":
+        shutil.rmtree(src)
+    elif how == "index not json":
+        index.write_text("{")
+    elif how == "index empty":
+        index.write_text("{}")
+    elif how == "index of numbers":
+        index.write_text('{"weight_map": {"x": 1}}')
+    elif how == "tensor twice":
+        save_file(load_file(first) | load_file(src / "model-00003-of-00003.safetensors"), first)
+
+
+FIRST, SECOND = "model-00001-of-00003.safetensors is", "model-00002-of-00003.safetensors.zst is"
+
+
+@pytest.mark.parametrize(
+    "how, message",
+    [
+        ("truncated", "bytes, its header says"),
+        ("longer", "bytes, its header says"),
+        ("empty", FIRST),
+        ("header length", FIRST),
+        ("header text", FIRST),
+        ("header not a table", FIRST),
+        ("zst truncated", SECOND),
+        ("zst garbage", SECOND),
+        ("shard missing", "1 of 3 files are missing"),
+        ("all missing", "no weights in"),
+        ("index not json", "index.json is"),
+        ("index empty", "index.json is"),
+        ("index of numbers", "index.json is"),
+        ("tensor twice", "and again in"),
+    ],
+)
+def test_broken_downloads_are_refused_in_one_line(how, message, tmp_path):
+    src = official_folder(tmp_path / "src", official_weights("base"), shards=3, zst=".z.")
+    broken_file(how, src)
+    config = written(tmp_path / "c.json", official_config("base"))
+    if message.endswith(" is"):
+        message += " truncated or corrupt ("
+    assert_refused(message, "dit", src, tmp_path / "out", "--config", config)
+
+
+def test_an_index_may_name_the_compressed_files(tmp_path):
+    src = official_folder(tmp_path / "src", official_weights("base"), shards=2, zst="z")
+    index = src / cw.INDEX
+    index.write_text(index.read_text().replace('.safetensors"', '.safetensors.zst"'))
+    config = written(tmp_path / "c.json", official_config("base"))
+    assert run_convert("dit", src, tmp_path / "out", "--config", config)[0] == 0
+
+
+def test_compressed_files_without_zstandard_name_the_package(tmp_path, monkeypatch):
+    src = official_folder(tmp_path / "src", official_weights("base"), zst="z")
+    monkeypatch.setitem(sys.modules, "zstandard", None)
+    config = written(tmp_path / "c.json", official_config("base"))
+    assert_refused("pip install zstandard", "dit", src, tmp_path / "out", "--config", config)
+
+
+class Malice:
+    """Pickles as a call that makes a folder."""
+
+    def __reduce__(self):
+        return os.mkdir, ("malice",)
+
+
+@pytest.mark.parametrize(
+    "content, message",
+    [
+        ({"shared.weight": Malice()}, "not a pickle of plain tensors"),
+        ({"shared.weight": 3}, "not a pickle of plain tensors"),
+        ([torch.zeros(3)], "not a pickle of plain tensors"),
+        ({"model": {"shared.weight": torch.zeros(3)}}, "not a pickle of plain tensors"),
+        ({"shared.weight": torch.zeros(64, 32, dtype=torch.int64)}, "not a tensor of a T5 model"),
+        ({"visual.weight": torch.zeros(3)}, "visual.weight (torch.float32) is not a tensor of a T5 model"),
+        ({"shared.weight": torch.zeros(64, 32)}, "missing, such as encoder.block.0"),
+        (b"PK\x03\x04 cut", "truncated or corrupt"),
+        (b"", "truncated or corrupt"),
+    ],
+)
+def test_pickles_that_are_not_plain_tensors_of_a_t5_are_refused(content, message, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    src = official_t5_folder(tmp_path / "src")
+    if isinstance(content, bytes):
+        written(src / "pytorch_model.bin", content)
+    else:
+        torch.save(content, src / "pytorch_model.bin")
+    assert_refused(message, "t5", src, tmp_path / "out")
+    assert not Path("malice").exists()
+
+
+def test_incomplete_t5_and_vae_folders_are_refused(tmp_path):
+    src = official_t5_folder(tmp_path / "t5")
+    written(src / "config.json", {"model_type": "umt5"})
+    assert_refused("is not of a T5 model", "t5", src, tmp_path / "out")
+    written(src / "config.json", {"model_type": "t5", "d_model": "wide"})
+    assert_refused("config.json is truncated or corrupt", "t5", src, tmp_path / "out")
+    (src / "spiece.model").unlink()
+    assert_refused("spiece.model is missing", "t5", src, tmp_path / "out")
+    (src / "config.json").unlink()
+    assert_refused("config.json", "t5", src, tmp_path / "out")
+    vae = official_folder(tmp_path / "vae", official_weights("vae"), stem=VAE)
+    assert_refused("config.json", "vae", vae, tmp_path / "out")
+    written(vae / "config.json", official_config("vae", use_rope=True))
+    assert_refused("ddconfig.use_rope is True: only False is supported", "vae", vae, tmp_path / "out")
+    written(vae / "config.json", official_config("vae", depth=3))
+    assert_refused("20 tensor(s) missing, such as decoder.blocks.2.fc1.bias", "vae", vae, tmp_path / "out")
+
+
+def test_special_tokens_are_checked_before_anything_is_written(tmp_path):
+    src = official_folder(tmp_path / "src", official_weights("base"))
+    config = written(tmp_path / "c.json", official_config("base"))
+    args = "dit", src, tmp_path / "out", "--config", config, "--special-tokens", tmp_path / "t.npz"
+    assert_refused("t.npz", *args)
+    official_tokens(tmp_path / "t.npz", width=33)
+    assert_refused("(1, 33), the model needs (1, 32)", *args)
+    one = np.zeros((1, 32))
+    np.savez(tmp_path / "t.npz", caption_token=one, logo_token=one, other_tokens=np.zeros((16, 32)))
+    assert_refused("the model needs (1, 32)", *args)
+    np.savez(tmp_path / "t.npz", caption_token=np.array([Malice()], dtype=object))
+    assert_refused("truncated or corrupt", *args)
+    written(tmp_path / "t.npz", b"PK")
+    assert_refused("truncated or corrupt", *args)
+    code, _, err = run_convert(*args[:5])
+    assert code == 0 and "only runs with special_tokens=()" in err
+
+
+@settings(max_examples=12, deadline=None)
+@given(data=st.data())
+def test_any_single_wrong_tensor_is_caught(data, tmp_path_factory):
+    name = data.draw(st.sampled_from(("base", "fp8", "vae")))
+    sd = dict(official_weights(name))
+    victim = data.draw(st.sampled_from(sorted(sd)))
+    tensor = sd.pop(victim)
+    how = data.draw(st.sampled_from(("dropped", "renamed", "longer", "flatter", "retyped")))
+    if how == "renamed":
+        sd[data.draw(st.sampled_from((victim + "_", "x." + victim, victim[:-1])))] = tensor
+    elif how == "longer":
+        sd[victim] = torch.cat([tensor.view(torch.uint8)] * 2, dim=0).view(tensor.dtype)
+    elif how == "flatter":
+        sd[victim] = tensor[None] if tensor.dim() == 1 else tensor.flatten().clone()
+    elif how == "retyped":
+        sd[victim] = tensor.view(torch.uint8)
+    tmp = tmp_path_factory.mktemp("wrong")
+    src = official_folder(tmp / "src", sd, stem=VAE if name == "vae" else MODEL)
+    config = written(src / "config.json", official_config(name))
+    args = ["vae", src, tmp / "out"] if name == "vae" else ["dit", src, tmp / "out", "--config", config]
+    assert_refused("tensor(s)", *args)
+
+
+# ================================================================================================
+# sample.py
+# ================================================================================================
+
+SMALL_DIT = dict(
+    num_layers=3,
+    hidden_size=32,
+    num_heads=4,
+    num_kv_heads=2,
+    head_dim=16,
+    ffn_size=64,
+    text_dim=32,
+    text_length=16,
+    null_length=4,
+    dtype="float32",
+)
+SMALL_VAE = magi.VAEConfig(video_size=32, embed_dim=32, depth=1, num_heads=2, use_final_proj=True)
+SMALL_RUN = magi.SamplerConfig(num_steps=4, height=32, width=48, num_frames=30, special_tokens=("hq",))
+
+
+def write_model(folder: Path, cfg: magi.DiTConfig, **sampler) -> Path:
+    folder.mkdir(parents=True)
+    config = {"dit": asdict(cfg), "sampler": asdict(SMALL_RUN) | sampler}
+    (folder / "config.json").write_text(json.dumps(config))
+    save_file(magi.DiT(cfg).state_dict(), folder / "model.safetensors")
+    names = [*magi._TOKEN_FILE_NAMES.values(), *(f"duration_token_{i}" for i in range(1, 9))]
+    save_file({name: torch.randn(1, cfg.text_dim) for name in names}, folder / "special_tokens.safetensors")
+    return folder
+
+
+@pytest.fixture(scope="session")
+def small_model(tmp_path_factory) -> Path:
+    """A model folder; beside it are vae, t5 and two inputs: image.png, clip.mp4 (40 frames)."""
+    from sentencepiece import SentencePieceTrainer
+    from transformers import T5Config, T5EncoderModel
+
+    root = tmp_path_factory.mktemp("small")
+    torch.manual_seed(0)
+    (root / "vae").mkdir()
+    (root / "vae" / "config.json").write_text(json.dumps({"vae": asdict(SMALL_VAE)}))
+    save_file(magi.VAE(SMALL_VAE).state_dict(), root / "vae" / "model.safetensors")
+    SentencePieceTrainer.train(
+        sentence_iterator=iter(["a red ball bounces", "a blue square slides"] * 20),
+        vocab_size=40,
+        model_prefix=str(root / "spiece"),
+        pad_id=0,
+        eos_id=1,
+        unk_id=2,
+        bos_id=-1,
+        hard_vocab_limit=False,
+        minloglevel=2,
+    )
+    t5 = T5EncoderModel(T5Config(vocab_size=40, d_model=32, d_kv=8, d_ff=32, num_layers=1, num_heads=2))
+    t5.save_pretrained(root / "t5")
+    shutil.move(root / "spiece.model", root / "t5" / "spiece.model")
+    pixels = np.random.default_rng(0).integers(0, 256, (60, 50, 3), dtype=np.uint8)
+    Image.fromarray(pixels).save(root / "image.png")
+    sample.Mp4Writer(root / "clip.mp4", 24).write(shades(range(0, 200, 5)))
+    return write_model(root / "base", magi.DiTConfig(**SMALL_DIT))
+
+
+def shades(values) -> np.ndarray:
+    """Grey frames (n, 32, 48, 3), one for each value."""
+    return np.stack([np.full((32, 48, 3), v, np.uint8) for v in values])
+
+
+def read_frames(path: Path) -> np.ndarray:
+    with av.open(str(path)) as file:
+        return np.stack([frame.to_ndarray(format="rgb24") for frame in file.decode(video=0)])
+
+
+def run_sample(model: Path, *flags) -> int:
+    return sample.main([str(f) for f in ("--model", model, *flags)])
+
+
+@pytest.fixture
+def no_weights(monkeypatch):
+    """Reading a weight fails the test."""
+
+    def refuse(*_, **__):
+        pytest.fail("a weight was read")
+
+    for name in ("fill", "T5"):
+        monkeypatch.setattr(magi, name, refuse)
+
+
+@pytest.fixture
+def planned(monkeypatch) -> dict:
+    """Runs stop where sampling would begin; the dict then holds what generate() was given."""
+    calls = {}
+    monkeypatch.setattr(sample, "generate", lambda **run: calls.update(run) or 0)
+    return calls
+
+
+# ------------------------------------------------------------------------------------------------ end to end
+
+
+@pytest.mark.parametrize("ending", [".mp4", ".gif", ".png"])
+@pytest.mark.parametrize("mode", ["t2v", "i2v", "v2v"])
+def test_sample_modes_and_formats(mode, ending, small_model, tmp_path, capsys):
+    given_input = {
+        "t2v": [],
+        "i2v": ["--image", small_model.parent / "image.png"],
+        "v2v": ["--video", small_model.parent / "clip.mp4"],
+    }[mode]
+    out = tmp_path / f"video{ending}"
+    assert (
+        run_sample(
+            small_model,
+            "--mode",
+            mode,
+            "--prompt",
+            "a red ball bounces",
+            *given_input,
+            "--out",
+            out,
+            "--device",
+            "cpu",
+        )
+        == 0
+    )
+    if ending == ".png":
+        assert Image.open(out).size == (6 * 50 + 2, 2 * 34 + 2)  # 8 tiles of 48x32
+    else:
+        frames = read_frames(out)
+        assert frames.shape == (30, 32, 48, 3)
+        assert frames.std() > 1
+    shown = capsys.readouterr()
+    assert len(shown.out.splitlines()) == 1 and "30 frames" in shown.out and str(out) in shown.out
+    assert "first chunk after" in shown.out and "per second of video" in shown.out and "memory" in shown.out
+    assert "chunk 2/2" in shown.err
+    assert sorted(tmp_path.iterdir()) == [out]  # no temporary file stays behind
+
+
+@pytest.mark.parametrize("frames", [1, 4, 25, 48])
+def test_sample_makes_exactly_num_frames(frames, small_model, tmp_path):
+    for name, flags in {
+        "t.mp4": [],
+        "i.mp4": ["--image", small_model.parent / "image.png"],
+        "v.mp4": ["--video", small_model.parent / "clip.mp4", "--prefix_frames", 8],
+    }.items():
+        assert (
+            run_sample(small_model, "--prompt", "a", *flags, "--num_frames", frames, "--out", tmp_path / name)
+            == 0
+        )
+        assert len(read_frames(tmp_path / name)) == frames
+
+
+def test_sample_count_chunks_is_what_the_sampler_does():
+    for given_frames in (0, 4, 24, 32, 48):
+        for n in range(1, 100):
+            latents, prefix = math.ceil(n / 4), given_frames // 4
+            total = math.ceil((latents + prefix) / magi.CHUNK)  # as magi.sample has it
+            assert sample.count_chunks(n, given_frames) == total - prefix // magi.CHUNK
+    assert sample.count_chunks(None, 0) == math.inf
+
+
+def test_sample_is_reproducible(small_model, tmp_path):
+    for name in ("a", "b", "c"):
+        assert (
+            run_sample(
+                small_model,
+                "--prompt",
+                "a red ball",
+                "--out",
+                tmp_path / f"{name}.mp4",
+                "--seed",
+                8 if name == "c" else 7,
+            )
+            == 0
+        )
+    a, b, c = ((tmp_path / f"{name}.mp4").read_bytes() for name in "abc")
+    assert a == b != c
+
+
+def test_sample_takes_one_prompt_per_chunk(small_model, tmp_path):
+    red, blue = "a red ball bounces", "a blue square slides"
+    videos = []
+    for i, prompts in enumerate([[red], [red, blue], [red, red]]):
+        flags = [f for prompt in prompts for f in ("--prompt", prompt)]
+        assert (
+            run_sample(
+                small_model, *flags, "--num-frames", 48, "--text_scale", 20, "--out", tmp_path / f"{i}.gif"
+            )
+            == 0
+        )
+        videos.append(read_frames(tmp_path / f"{i}.gif"))
+    assert (videos[0] == videos[2]).all()
+    assert (videos[0][:24] == videos[1][:24]).all() and (videos[0][24:] != videos[1][24:]).any()
+
+
+def test_sample_fits_images(small_model, tmp_path, planned):
+    image = small_model.parent / "image.png"
+    pixels = np.asarray(Image.open(image))
+    for fit in ("crop", "stretch", "pad"):
+        assert run_sample(small_model, "--image", image, "--fit", fit, "--out", tmp_path / "a.png") == 0
+        keywords = planned["frames"].keywords
+        assert keywords["fit"] == fit and (keywords["image"] == pixels).all()
+    crop, stretch, pad = (next(iter(planned["frames"](fit=fit))) for fit in ("crop", "stretch", "pad"))
+    assert (crop != stretch).any() and (stretch != pad).any() and (pad != crop).any()
+
+
+# ------------------------------------------------------------------------------------------------ flags
+
+
+def official_json(**runtime) -> dict:
+    return {
+        "model_config": dict(
+            model_name="videodit_ardf",
+            num_layers=3,
+            hidden_size=32,
+            ffn_hidden_size=64,
+            num_attention_heads=4,
+            num_query_groups=2,
+            kv_channels=16,
+            layernorm_epsilon=1e-6,
+            apply_layernorm_1p=True,
+            x_rescale_factor=1,
+            half_channel_vae=False,
+            params_dtype="torch.float32",
+            patch_size=2,
+            t_patch_size=1,
+            in_channels=16,
+            out_channels=16,
+            cond_hidden_ratio=0.25,
+            caption_channels=32,
+            caption_max_length=64,
+            xattn_cond_hidden_ratio=1.0,
+            cond_gating_ratio=1.0,
+            gated_linear_unit=False,
+        ),
+        "runtime_config": dict(
+            cfg_number=3,
+            cfg_t_range=[0.0, 0.0217, 0.1, 0.3, 0.999],
+            text_scales=[7.5, 7.5, 7.5, 0.0, 0.0],
+            prev_chunk_scales=[1.5, 1.5, 1.5, 1.0, 1.0],
+            noise2clean_kvrange=[5, 4, 3, 2],
+            clean_chunk_kvrange=1,
+            clean_t=0.9999,
+            seed=5,
+            num_frames=26,
+            video_size_h=48,
+            video_size_w=32,
+            num_steps=8,
+            window_size=4,
+            fps=24,
+            chunk_width=6,
+            t5_pretrained=None,
+            t5_device="cuda",
+            vae_pretrained=None,
+            scale_factor=0.18215,
+            temporal_downsample_factor=4,
+            load=None,
+        )
+        | runtime,
+        "engine_config": dict(
+            distributed_backend="nccl",
+            distributed_timeout_minutes=10,
+            pp_size=1,
+            cp_size=1,
+            cp_strategy="none",
+            ulysses_overlap_degree=1,
+            fp8_quant=False,
+            shortcut_mode="8,16,16",
+            distill_nearly_clean_chunk_threshold=0.3,
+            distill=False,
+            kv_offload=False,
+            enable_cuda_graph=False,
+        ),
+    }
+
+
+def test_sample_takes_the_official_flags(small_model, tmp_path, planned, capsys):
+    config = tmp_path / "official.json"
+    config.write_text(json.dumps(official_json()))
+    data = small_model.parent
+    common = [small_model, "--config_file", config, "--output_path", tmp_path / "o.mp4"]
+    assert run_sample(*common, "--mode", "t2v", "--prompt", "a ball") == 0
+    cfg = planned["cfg"]
+    assert (cfg.seed, cfg.num_frames, cfg.height, cfg.width, cfg.num_steps) == (5, 26, 48, 32, 8)
+    assert planned["out"] == tmp_path / "o.mp4" and planned["chunks"] == 2
+    assert sum(len(f) for f in planned["frames"]()) == 26
+    assert run_sample(*common, "--mode", "i2v", "--prompt", "a", "--image_path", data / "image.png") == 0
+    assert planned["frames"].keywords["image"].shape == (60, 50, 3)
+    assert (
+        run_sample(
+            *common,
+            "--mode",
+            "v2v",
+            "--prompt",
+            "a",
+            "--prefix_video_path",
+            data / "clip.mp4",
+            "--height",
+            64,
+        )
+        == 0
+    )
+    assert planned["frames"].keywords["video"].shape == (32, 32, 48, 3)
+    assert (planned["cfg"].height, planned["cfg"].width) == (64, 32)  # a flag beats the file
+    assert capsys.readouterr().err == ""
+
+
+def test_sample_flags_reach_the_sampler(small_model, tmp_path, planned):
+    flags = [small_model, "--prompt", "a", "--out", tmp_path / "a.mp4"]
+    run_sample(
+        *flags,
+        "--num-frames",
+        "inf",
+        "--steps",
+        12,
+        "--window",
+        2,
+        "--kv-range",
+        4,
+        3,
+        2,
+        "--fps",
+        12,
+        "--clean_kv_range",
+        -1,
+        "--text_scale",
+        3,
+        "--prev-scale",
+        1.25,
+        "--transition",
+        2,
+        "--transition",
+        "3:restyle",
+        "--special-tokens",
+        "2d",
+        "duration",
+        "--negative_tokens",
+        "logo",
+    )
+    cfg = planned["cfg"]
+    assert cfg.num_frames is None and planned["chunks"] == math.inf and cfg.fps == 12
+    assert (cfg.num_steps, cfg.window, cfg.kv_ranges, cfg.clean_kv_range) == (12, 2, (4, 3, 2), -1)
+    assert cfg.text_scales == (3, 3, 3, 0, 0) and cfg.prev_scales == (1.25, 1.25, 1.25, 1, 1)
+    assert cfg.special_tokens == ("2d", "duration") and cfg.negative_tokens == ("logo",)
+    assert dict(cfg.kv_ranges_at) == {2: (1, 3, 2), 3: (4, 3, 1)}
+    run_sample(
+        *flags,
+        "--kv_range",
+        "all",
+        "--special_tokens",
+        "none",
+        "--cfg_t",
+        0,
+        0.5,
+        "--text_scale",
+        2,
+        0,
+        "--prev_scale",
+        1,
+        1,
+    )
+    cfg = planned["cfg"]
+    assert (cfg.kv_ranges, cfg.special_tokens, cfg.cfg_t) == ((), (), (0, 0.5))
+    assert (cfg.text_scales, cfg.prev_scales) == ((2, 0), (1, 1))
+
+
+def test_sample_help_is_quick_and_complete():
+    start = time.perf_counter()
+    help = [sys.executable, sample.__file__, "--help"]
+    shown = subprocess.run(help, capture_output=True, text=True)
+    assert shown.returncode == 0 and time.perf_counter() - start < 5
+    for flag in ("--prompt", "--image", "--video", "--out", "--transition", "--text_scale", "--config_file"):
+        assert flag in shown.stdout
+    code = "import sys, sample; sample.main(['--stpes', '3']); sys.exit('torch' in sys.modules)"
+    assert (
+        subprocess.run(
+            [sys.executable, "-c", code], cwd=Path(sample.__file__).parent, capture_output=True
+        ).returncode
+        == 0
+    )
+
+
+def test_sample_saves_and_reuses_text(small_model, tmp_path, monkeypatch, capsys):
+    text = tmp_path / "text.safetensors"
+    flags = [small_model, "--num_frames", 5, "--out"]
+    assert (
+        run_sample(
+            *flags,
+            tmp_path / "a.gif",
+            "--prompt",
+            "a red ball",
+            "--prompt",
+            "a blue ball",
+            "--save_text",
+            text,
+        )
+        == 0
+    )
+    assert load_file(text)["text"].shape == (2, 16, 32)
+    monkeypatch.setattr(magi, "T5", None)  # not even touched
+    assert run_sample(*flags, tmp_path / "b.gif", "--text", text) == 0
+    assert (read_frames(tmp_path / "a.gif") == read_frames(tmp_path / "b.gif")).all()
+    save_file({"text": torch.zeros(1, 9, 32), "mask": torch.ones(1, 9)}, text)
+    capsys.readouterr()
+    assert run_sample(*flags, tmp_path / "b.gif", "--text", text) == 2
+    assert "(1, 9, 32)" in capsys.readouterr().err
+
+
+def test_sample_notes_and_warnings_are_one_clean_line(small_model, tmp_path, capsys, planned):
+    flags = [small_model, "--out", tmp_path / "a.mp4"]
+    assert run_sample(*flags, "--prompt", "red ball " * 40) == 0
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("warning: the prompt has") and "only the first 16" in line
+    assert run_sample(*flags, *["--prompt", "a"] * 3, "--num_frames", 24) == 0
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("warning: 3 prompts for 1 chunks")
+    assert run_sample(*flags, "--image", small_model.parent / "image.png") == 0
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("note: no --prompt")
+
+
+def test_sample_says_that_fp8_is_dequantised(small_model, tmp_path, capsys):
+    model = write_model(tmp_path / "fp8", magi.DiTConfig(**SMALL_DIT | dict(fp8=True, dtype="bfloat16")))
+    assert (
+        run_sample(
+            model,
+            "--vae",
+            small_model.parent / "vae",
+            "--t5",
+            small_model.parent / "t5",
+            "--prompt",
+            "a",
+            "--num_frames",
+            3,
+            "--device",
+            "cpu",
+            "--out",
+            tmp_path / "a.mp4",
+        )
+        == 0
+    )
+    assert capsys.readouterr().err.startswith("note: cpu has no fp8 arithmetic")
+    assert len(read_frames(tmp_path / "a.mp4")) == 3
+
+
+# ------------------------------------------------------------------------------------------- interruptions
+
+
+def started(small_model: Path, out: Path, chunk: int) -> tuple[subprocess.Popen, int]:
+    """An endless run that works on `chunk` or a later one, and how many chunks it has surely finished."""
+    log = out.with_suffix(".log")
+    flags = ["--model", small_model, "--prompt", "a red ball", "--num_frames", "inf", "--out", out]
+    with log.open("w") as stderr:
+        process = subprocess.Popen(  # a test run in the background may ignore SIGINT
+            [sys.executable, sample.__file__, *map(str, flags)],
+            stdout=subprocess.PIPE,
+            stderr=stderr,
+            text=True,
+            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+        )
+    deadline = time.time() + 60
+    while max([0, *map(int, re.findall(r"chunk (\d+):", log.read_text()))]) < chunk:
+        assert process.poll() is None and time.time() < deadline, log.read_text()
+        time.sleep(0.05)
+    return process, chunk - 1
+
+
+def test_sample_survives_kill_9(small_model, tmp_path):
+    out = tmp_path / "killed.mp4"
+    process, finished = started(small_model, out, chunk=4)
+    process.kill()
+    process.wait()
+    assert process.returncode == -signal.SIGKILL
+    frames = read_frames(out)
+    assert len(frames) >= 24 * finished and len(frames) % 24 == 0
+    whole = tmp_path / "whole.mp4"  # the same seconds of a run that ended by itself
+    assert run_sample(small_model, "--prompt", "a red ball", "--num_frames", 168, "--out", whole) == 0
+    assert np.abs(read_frames(whole)[:72].astype(int) - frames[:72]).mean() < 0.1
+
+
+@pytest.mark.parametrize("ending", [".mp4", ".gif"])
+def test_sample_ends_well_on_ctrl_c(ending, small_model, tmp_path):
+    out = tmp_path / f"interrupted{ending}"
+    if ending == ".gif":  # too fast to be hit from outside
+        writer = sample.WRITERS[ending](out, 24)
+        with pytest.raises(KeyboardInterrupt), sample.uninterrupted():
+            signal.raise_signal(signal.SIGINT)  # comes before the chunk is written
+            writer.write(shades(range(24)))
+        assert len(read_frames(out)) == 24
+        return
+    process, finished = started(small_model, out, chunk=3)
+    process.send_signal(signal.SIGINT)
+    stdout, _ = process.communicate(timeout=30)
+    assert process.returncode == 130
+    frames = len(read_frames(out))
+    assert frames >= 24 * finished
+    assert stdout.startswith("interrupted: first chunk after") and f"{frames} frames" in stdout
+    assert "Traceback" not in out.with_suffix(".log").read_text()
+
+
+def test_sample_ctrl_c_before_the_first_chunk_keeps_the_old_file(small_model, tmp_path, monkeypatch, capsys):
+    def interrupted(*_, **__):
+        raise KeyboardInterrupt
+
+    out = tmp_path / "old.mp4"
+    out.write_text("an older video")
+    monkeypatch.setattr(magi, "sample", interrupted)
+    assert run_sample(small_model, "--prompt", "a", "--out", out) == 130
+    assert out.read_text() == "an older video" and capsys.readouterr().out.startswith("interrupted")
+
+
+def test_sample_reports_a_full_disk(small_model, tmp_path, monkeypatch, capsys):
+    def full(self, frames):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(sample.Mp4Writer, "write", full)
+    assert run_sample(small_model, "--prompt", "a", "--out", tmp_path / "a.mp4") == 1
+    assert "No space left on device" in capsys.readouterr().err
+
+
+# ------------------------------------------------------------------------------------------------ bad input
+
+
+def assert_exits(flags: list, *words: str) -> None:
+    with redirect_stderr(io.StringIO()) as stderr:
+        code = sample.main([str(f) for f in flags])
+    lines = stderr.getvalue().splitlines()
+    assert code == 2 and len(lines) == 1 and lines[0].startswith("error: "), (flags, code, lines)
+    for word in words:
+        assert word in lines[0], lines[0]
+
+
+BAD_FLAGS = {
+    "no prompt": ([], "--prompt"),
+    "unquoted prompt": (["--prompt", "a", "red", "ball"], "red ball", "quotes"),
+    "unknown flag": (["--stpes", "3"], "--stpes"),
+    "not a number": (["--height", "tall"], "--height", "tall"),
+    "nan": (["--text_scale", "nan"], "--text_scale", "nan"),
+    "mode": (["--mode", "t2i"], "t2i", "i2v"),
+    "height": (["--prompt", "a", "--height", "100"], "100", "96"),
+    "width": (["--prompt", "a", "--width", "71"], "71", "64"),
+    "steps": (["--prompt", "a", "--steps", "10"], "10", "8"),
+    "window": (["--prompt", "a", "--window", "0"], "window 0"),
+    "kv range": (["--prompt", "a", "--kv_range", "5", "4", "3"], "kv_ranges", "3"),
+    "kv range 0": (["--prompt", "a", "--kv_range", "0"], "0"),
+    "special token": (["--prompt", "a", "--special_tokens", "4k"], "4k", "hq"),
+    "negative token": (["--prompt", "a", "--negative_tokens", "blur"], "blur", "logo"),
+    "no frames": (["--prompt", "a", "--num_frames", "0"], "0", "at least 1"),
+    "negative frames": (["--prompt", "a", "--num_frames", "-3"], "-3"),
+    "fps": (["--prompt", "a", "--fps", "0"], "fps 0"),
+    "fast gif": (["--prompt", "a", "--fps", "60", "--out", "a.gif"], "fps 60", "50"),
+    "fast mp4": (["--prompt", "a", "--fps", "10000000000"], "10000000000", "1000"),
+    "seed": (["--prompt", "a", "--seed", "-1"], "-1"),
+    "guidance table": (["--prompt", "a", "--text_scale", "7", "1"], "7.0, 1.0"),
+    "transition late": (["--prompt", "a", "--transition", "2"], "2", "chunk"),
+    "transition first": (["--prompt", "a", "--transition", "0"], "chunk 0"),
+    "transition kind": (["--prompt", "a", "--transition", "1:fade"], "fade", "restyle"),
+    "i2v without image": (["--mode", "i2v", "--prompt", "a"], "--image"),
+    "v2v without video": (["--mode", "v2v", "--prompt", "a"], "--video"),
+    "image with t2v": (["--mode", "t2v", "--prompt", "a", "--image", "image.png"], "image.png", "i2v"),
+    "image and video": (["--image", "image.png", "--video", "clip.mp4"], "clip.mp4", "v2v"),
+    "no such image": (["--image", "nowhere.png"], "nowhere.png", "does not exist"),
+    "no such video": (["--video", "nowhere.mp4"], "nowhere.mp4", "does not exist"),
+    "bad image": (["--image", "clip.mp4"], "clip.mp4", "cannot read"),
+    "bad video": (["--video", "broken.mp4"], "broken.mp4", "cannot read"),
+    "image as video": (["--video", "image.png"], "1 frames", "4"),
+    "prefix frames": (["--video", "clip.mp4", "--prefix_frames", "6"], "6", "multiple of 4"),
+    "no prefix frames": (["--video", "clip.mp4", "--prefix_frames", "0"], "0"),
+    "ending": (["--prompt", "a", "--out", "a.avi"], "a.avi", ".mp4"),
+    "endless gif": (["--prompt", "a", "--num_frames", "inf", "--out", "a.gif"], "inf", ".mp4"),
+    "no such folder": (["--prompt", "a", "--out", "no/where/a.mp4"], "no/where", "No such file"),
+    "no access": (["--prompt", "a", "--out", "/proc/a.mp4"], "/proc"),
+    "over the input": (["--video", "clip.mp4", "--out", "clip.mp4"], "clip.mp4", "input"),
+    "no such model": (["--prompt", "a", "--model", "nowhere"], "nowhere", "does not exist"),
+    "no vae": (["--prompt", "a", "--vae", "nowhere"], "nowhere"),
+    "no t5": (["--prompt", "a", "--t5", "nowhere"], "nowhere"),
+    "no config": (["--prompt", "a", "--config_file", "nowhere.json"], "nowhere.json"),
+    "bad config": (["--prompt", "a", "--config_file", "broken.mp4"], "broken.mp4", "cannot read"),
+    "no text": (["--text", "nowhere.safetensors"], "nowhere.safetensors"),
+    "bad text": (["--text", "broken.mp4"], "broken.mp4"),
+    "text and prompt": (["--text", "a.safetensors", "--prompt", "a"], "--prompt"),
+    "device": (["--prompt", "a", "--device", "tpu"], "tpu", "--device cpu"),
+    "device number": (["--prompt", "a", "--device", "cuda:99"], "cuda:99", "--device cpu"),
+    "backend on a cpu": (["--prompt", "a", "--backend", "triton", "--device", "cpu"], "triton", "torch"),
+}
+
+
+@pytest.mark.parametrize("case", BAD_FLAGS)
+def test_sample_refuses(case, small_model, tmp_path, monkeypatch, no_weights):
+    for name in ("image.png", "clip.mp4"):
+        shutil.copy(small_model.parent / name, tmp_path)
+    (tmp_path / "broken.mp4").write_bytes(b"not a video" * 100)
+    monkeypatch.chdir(tmp_path)
+    flags, *words = BAD_FLAGS[case]
+    assert_exits(["--model", small_model, *flags], *words)
+    assert not (tmp_path / "out.mp4").exists()
+
+
+def test_sample_refuses_bad_models(small_model, tmp_path, no_weights):
+    def copy(name: str) -> Path:
+        shutil.copytree(small_model.parent, tmp_path / name)
+        return tmp_path / name
+
+    flags = ["--prompt", "a", "--out", tmp_path / "a.mp4", "--model"]
+    for part, name in (("base", "model"), ("vae", "model"), ("t5", "model"), ("base", "special_tokens")):
+        root = copy(f"cut {part} {name}")
+        file = root / part / f"{name}.safetensors"
+        file.write_bytes(file.read_bytes()[:-100])
+        assert_exits([*flags, root / "base"], str(file))
+    root = copy("other size")
+    config = json.loads((root / "base" / "config.json").read_text())
+    config["dit"]["ffn_size"] = 128
+    (root / "base" / "config.json").write_text(json.dumps(config))
+    assert_exits([*flags, root / "base"], "does not fit its config")
+    root = copy("bad config")
+    (root / "vae" / "config.json").write_text("{")
+    assert_exits([*flags, root / "base"], "config.json")
+    root = copy("no token")
+    save_file({"hq_token": torch.zeros(1, 32)}, root / "base" / "special_tokens.safetensors")
+    assert_exits([*flags, root / "base", "--special_tokens", "2d"], "2d", "two_d_anime_token")
+    root = copy("other t5")
+    config = json.loads((root / "t5" / "config.json").read_text())
+    (root / "t5" / "config.json").write_text(json.dumps(config | {"d_model": 64}))
+    assert_exits([*flags, root / "base"], "width 64", "32")
+    (root / "t5" / "model.safetensors").unlink()
+    assert_exits([*flags, root / "base"], "no text encoder")
+
+
+bad_values = st.one_of(
+    st.tuples(
+        st.sampled_from(["--height", "--width"]), st.integers(-100, 5000).filter(lambda v: v % 16 or v < 32)
+    ),
+    st.tuples(st.just("--steps"), st.integers(-5, 300).filter(lambda v: v < 1 or v % 4)),
+    st.tuples(st.just("--num_frames"), st.integers(-1000, 0)),
+    st.tuples(st.sampled_from(["--fps", "--window", "--kv_range"]), st.integers(-9, 0)),
+    st.tuples(st.just("--clean_kv_range"), st.integers(-9, 0).filter(lambda v: v != -1)),
+    st.tuples(st.just("--seed"), st.integers(-(2**70), -1) | st.integers(2**63, 2**70)),
+    st.tuples(st.just("--transition"), st.integers(2, 99) | st.integers(-9, 0)),
+    st.tuples(
+        st.sampled_from(["--special_tokens", "--negative_tokens"]), st.sampled_from(["HQ", "x", "caption,"])
+    ),
+    st.tuples(
+        st.sampled_from(["--height", "--steps", "--text_scale", "--num_frames", "--transition"]),
+        st.sampled_from(["", "x", "1e400", "٣x", "None"]),
+    ),
+    st.tuples(st.just("--out"), st.sampled_from(["a", "a.mkv", ".mp4", "a.mp4/b.mp4", "a\0.mp4"])),
+)
+
+
+@settings(max_examples=60, deadline=None)
+@given(bad=st.lists(bad_values, min_size=1, max_size=3), data=st.data())
+def test_sample_refuses_any_bad_combination(small_model, bad, data):
+    """Whatever comes together, it is one line and exit code 2, and no weight is read."""
+    good = [("--model", small_model), ("--prompt", "a"), ("--device", "cpu")]
+    flags = data.draw(st.permutations([f"{name}={value}" for name, value in (*good, *bad)]))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(magi, "fill", None)
+        patch.setattr(magi, "T5", None)
+        assert_exits(flags)
+
+
+# ------------------------------------------------------------------------------------------------ media
+
+
+def test_sample_reads_the_end_of_a_video_at_the_models_rate(tmp_path):
+    file = tmp_path / "fast.mp4"
+    writer = sample.Mp4Writer(file, 48)
+    for i in range(0, 200, 50):
+        writer.write(shades(range(i, i + 50)))  # frame i has shade i
+    frames = sample.read_video(str(file), 24, 32)
+    assert frames.shape == (32, 32, 48, 3)
+    assert np.abs(frames.mean((1, 2, 3)) - np.arange(199 - 62, 200, 2)).max() < 2
+    assert len(sample.read_video(str(file), 24, 1000)) == 100  # all there is
+    slow = sample.read_video(str(file), 96, 8).mean((1, 2, 3))  # each frame twice
+    assert np.abs(slow - np.floor(199 - np.arange(8)[::-1] / 2)).max() < 2
+
+
+def test_sample_reads_pictures_of_all_kinds(tmp_path):
+    rgba = np.random.default_rng(0).integers(0, 256, (20, 30, 4), dtype=np.uint8)
+    for name, image in {
+        "rgba.png": Image.fromarray(rgba),
+        "rgb.webp": Image.fromarray(rgba[..., :3]),
+        "grey.png": Image.fromarray(rgba[..., 0]),
+        "palette.gif": Image.fromarray(rgba[..., :3]),
+        "cmyk.jpg": Image.fromarray(rgba[..., :3]).convert("CMYK"),
+    }.items():
+        image.save(tmp_path / name)
+        pixels = sample.read_image(str(tmp_path / name))
+        assert pixels.shape == (20, 30, 3) and pixels.dtype == np.uint8
+    assert (sample.read_image(str(tmp_path / "rgba.png")) == rgba[..., :3]).all()
+    assert (sample.read_image(str(tmp_path / "grey.png")) == rgba[..., :1]).all()
+    deep = np.linspace(0, 65535, 600).reshape(20, 30).astype(np.uint16)
+    Image.fromarray(deep).save(tmp_path / "deep.png")
+    assert np.abs(sample.read_image(str(tmp_path / "deep.png"))[..., 0] - deep / 257).max() <= 1
+    turned = Image.fromarray(rgba[..., :3])
+    exif = turned.getexif()
+    exif[274] = 6  # "rotate by 90 degrees to view"
+    turned.save(tmp_path / "turned.jpg", exif=exif)
+    assert sample.read_image(str(tmp_path / "turned.jpg")).shape == (30, 20, 3)
+
+
+@pytest.mark.parametrize("ending", [".mp4", ".gif"])
+def test_sample_writers_keep_every_frame_and_time(ending, tmp_path):
+    """Also frames that are all alike, which some encoders drop; whole after each chunk."""
+    out = tmp_path / f"a{ending}"
+    writer, count = sample.WRITERS[ending](out, 24), 0
+    for chunk in (shades([70] * 24), shades(range(0, 240, 10)), shades([9])):
+        writer.write(chunk)
+        count += len(chunk)
+        with av.open(str(out)) as file:
+            times = [float(frame.time) for frame in file.decode(video=0)]
+        assert len(times) == count
+        assert np.abs(np.array(times) - np.arange(count) / 24).max() < 0.0051
+    assert np.abs(read_frames(out)[24:48].mean((1, 2, 3)) - np.arange(0, 240, 10)).max() < 3

@@ -3,9 +3,9 @@
     vae    the video autoencoder, on 12-frame pieces                      -> tiny/vae/
     dit    latents of many clips, then text encoder + DiT together        -> tiny/t5/, tiny/base/
 
-Each stage keeps checkpoints in --work and goes on from the last one when it is started again, after a kill too:
-the data of a step depend on its number alone. bf16 autocast, AdamW, warm-up then cosine, EMA of the weights; the loss is
-written to --work/STAGE.csv and drawn in STAGE.png.
+Each stage keeps checkpoints in --work and goes on from the last one when it is started again, after a kill
+too: the data of a step depend on its number alone. bf16 autocast, AdamW, warm-up then cosine, EMA of the
+weights; the loss is written to --work/STAGE.csv and drawn in STAGE.png.
 """
 
 from __future__ import annotations
@@ -28,26 +28,42 @@ sys.path[:0] = [str(HERE.parent), str(HERE)]
 import numpy as np  # noqa: E402
 import torch  # noqa: E402
 import torch.nn.functional as F  # noqa: E402
+import world  # noqa: E402
 from safetensors.torch import save_file  # noqa: E402
 from torch import Tensor, nn  # noqa: E402
 from tqdm import tqdm  # noqa: E402
 
 import magi  # noqa: E402
-import world  # noqa: E402
 
 
-def fit(name: str, model: nn.Module, loss_of_step, steps: int, lr: float, work: Path, every: int = 500,
-        ema_decay: float = 0.999, warmup: int = 300, weight_decay: float = 0.1, report=None) -> nn.Module:
+def fit(
+    name: str,
+    model: nn.Module,
+    loss_of_step,
+    steps: int,
+    lr: float,
+    work: Path,
+    every: int = 500,
+    ema_decay: float = 0.999,
+    warmup: int = 300,
+    weight_decay: float = 0.1,
+    report=None,
+) -> nn.Module:
     """Train `model` by loss_of_step(step) -> (loss, numbers to log) and leave its EMA weights in it.
 
-    Goes on from work/name.pt if that is there. Only matrices decay; the learning rate warms up, then follows a cosine.
+    Goes on from work/name.pt if that is there. Only matrices decay; the learning rate warms up, then follows
+    a cosine.
     """
     work.mkdir(parents=True, exist_ok=True)
     file = work / f"{name}.pt"
     matrices = [p for p in model.parameters() if p.ndim >= 2]
     others = [p for p in model.parameters() if p.ndim < 2]
-    optimizer = torch.optim.AdamW([{"params": matrices, "weight_decay": weight_decay},
-                                   {"params": others, "weight_decay": 0.0}], lr=lr, betas=(0.9, 0.95), eps=1e-8)
+    optimizer = torch.optim.AdamW(
+        [{"params": matrices, "weight_decay": weight_decay}, {"params": others, "weight_decay": 0.0}],
+        lr=lr,
+        betas=(0.9, 0.95),
+        eps=1e-8,
+    )
     ema = {k: v.detach().clone() for k, v in model.state_dict().items()}
     first = 0
     if file.exists():
@@ -68,18 +84,29 @@ def fit(name: str, model: nn.Module, loss_of_step, steps: int, lr: float, work: 
         loss.backward()
         nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
-        decay = min(ema_decay, (step + 1) / (step + 10))            # a young average must not remember the start
+        decay = min(ema_decay, (step + 1) / (step + 10))  # a young average must not remember the start
         with torch.no_grad():
             for k, v in model.state_dict().items():
                 ema[k].lerp_(v.to(ema[k]), 1 - decay) if v.is_floating_point() else ema[k].copy_(v)
         lines.append([step, float(loss.detach()), *numbers.values()])
         if step % 20 == 0:
-            bar.set_postfix({"loss": f"{np.mean([row[1] for row in lines[-100:]]):.4f}",
-                             **{k: f"{v:.3g}" for k, v in numbers.items()}})
+            bar.set_postfix(
+                {
+                    "loss": f"{np.mean([row[1] for row in lines[-100:]]):.4f}",
+                    **{k: f"{v:.3g}" for k, v in numbers.items()},
+                }
+            )
         if (step + 1) % every == 0 or step + 1 == steps:
-            torch.save({"model": model.state_dict(), "optimizer": optimizer.state_dict(), "ema": ema, "step": step + 1},
-                       file.with_suffix(".tmp"))
-            os.replace(file.with_suffix(".tmp"), file)               # a kill in the middle of writing loses nothing
+            torch.save(
+                {
+                    "model": model.state_dict(),
+                    "optimizer": optimizer.state_dict(),
+                    "ema": ema,
+                    "step": step + 1,
+                },
+                file.with_suffix(".tmp"),
+            )
+            os.replace(file.with_suffix(".tmp"), file)  # a kill in the middle of writing loses nothing
             with log.open("a", newline="") as f:
                 csv.writer(f).writerows(lines)
             lines = []
@@ -153,10 +180,14 @@ def train_vae(args) -> None:
         recon = recon.float()
         with torch.no_grad():
             error = ((recon.clamp(-1, 1) - video) ** 2).mean()
-        return loss + 2 * (weight * (recon - video) ** 2).mean(), {"psnr": (10 * torch.log10(4 / error)).item()}
+        return loss + 2 * (weight * (recon - video) ** 2).mean(), {
+            "psnr": (10 * torch.log10(4 / error)).item()
+        }
 
     test = to_video(np.stack([world.make_clip(10**6 + i, chunks=1).frames for i in range(16)]))
-    mask = torch.from_numpy(np.stack([world.make_clip(10**6 + i, chunks=1).mask() for i in range(16)]))[:, None]
+    mask = torch.from_numpy(np.stack([world.make_clip(10**6 + i, chunks=1).mask() for i in range(16)]))[
+        :, None
+    ]
 
     @torch.no_grad()
     def report() -> str:
@@ -190,7 +221,7 @@ def standardise(vae: magi.VAE, video: Tensor) -> None:
     into, back = vae.encoder.last_layer, vae.decoder.proj_in
     into.weight[:z] /= std[:, None]
     into.bias[:z] = (into.bias[:z] - mean) / std
-    into.bias[z:] -= 2 * std.log()                                   # the log-variance of the scaled latent
+    into.bias[z:] -= 2 * std.log()  # the log-variance of the scaled latent
     back.bias += back.weight @ mean
     back.weight *= std
 
@@ -200,7 +231,9 @@ def save_model(folder: Path, model: nn.Module, config: dict, **extra: dict[str, 
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "config.json").write_text(json.dumps(config, indent=1) + "\n")
     for name, sd in {"model": model.state_dict(), **extra}.items():
-        save_file({k: v.to(torch.bfloat16).contiguous() for k, v in sd.items()}, folder / f"{name}.safetensors")
+        save_file(
+            {k: v.to(torch.bfloat16).contiguous() for k, v in sd.items()}, folder / f"{name}.safetensors"
+        )
     print(f"wrote {folder}")
 
 
@@ -218,9 +251,20 @@ class Tiny(nn.Module):
         self.sampler = dataclasses.replace(preset.sampler, text_scales=(2.0, 2.0, 2.0, 0.0, 0.0))
         self.dit = magi.DiT(preset.dit, magi.PLAIN_OPS)
         width = preset.dit.text_dim
-        self.t5 = T5EncoderModel(T5Config(vocab_size=tokenizer().vocab_size(), d_model=width, d_kv=32, num_heads=4,
-                                          d_ff=2 * width, num_layers=2, dropout_rate=0.0, tie_word_embeddings=False,
-                                          feed_forward_proj="gated-gelu", is_encoder_decoder=False))
+        self.t5 = T5EncoderModel(
+            T5Config(
+                vocab_size=tokenizer().vocab_size(),
+                d_model=width,
+                d_kv=32,
+                num_heads=4,
+                d_ff=2 * width,
+                num_layers=2,
+                dropout_rate=0.0,
+                tie_word_embeddings=False,
+                feed_forward_proj="gated-gelu",
+                is_encoder_decoder=False,
+            )
+        )
         names = ["hq_token", *(f"duration_token_{i}" for i in range(1, 9))]
         self.tokens = nn.ParameterDict({name: nn.Parameter(torch.randn(1, width)) for name in names})
 
@@ -240,13 +284,16 @@ class Tiny(nn.Module):
         rows = []
         for clip, left in zip(captions, remaining, strict=True):
             for i, c in enumerate(clip):
-                tokens = magi.token_vectors(self.sampler.special_tokens, magi.SPECIAL_TOKENS, self.tokens, left - i)
+                tokens = magi.token_vectors(
+                    self.sampler.special_tokens, magi.SPECIAL_TOKENS, self.tokens, left - i
+                )
                 rows.append(magi.prepend_tokens(hidden[unique.index(c)], mask[unique.index(c)], tokens))
         return tuple(torch.stack(u).unflatten(0, (len(captions), -1)) for u in zip(*rows, strict=True))
 
     @torch.no_grad()
     def pipeline(self, vae: magi.VAE) -> magi.MAGI:
         """The user's view of the model in training."""
+
         def encode(captions):
             ids, mask = magi.tokenize(tokenizer(), captions, self.dit.cfg.text_length)
             used = max(1, int(mask.sum(1).max()))
@@ -264,7 +311,9 @@ def tokenizer():
 
 
 @torch.no_grad()
-def encode_clips(vae: magi.VAE, clips: int, work: Path, per_file: int = 500) -> tuple[Tensor, list[list[str]]]:
+def encode_clips(
+    vae: magi.VAE, clips: int, work: Path, per_file: int = 500
+) -> tuple[Tensor, list[list[str]]]:
     """Latents (clips, 16, 24, 8, 8) bf16 and captions, encoded once and kept in files of --work."""
     latents, captions = [], []
     for start in tqdm(range(0, clips, per_file), desc="encode clips", unit_scale=per_file):
@@ -272,9 +321,13 @@ def encode_clips(vae: magi.VAE, clips: int, work: Path, per_file: int = 500) -> 
         if not file.exists():
             made = [world.make_clip(seed) for seed in range(start, start + per_file)]
             with torch.autocast("cpu", torch.bfloat16):
-                z = [vae.encode(to_video(np.stack([c.frames for c in made[i:i + 10]]))) * magi.SCALE_FACTOR
-                     for i in range(0, per_file, 10)]
-            torch.save((torch.cat(z).to(torch.bfloat16), [list(c.captions) for c in made]), file.with_suffix(".tmp"))
+                z = [
+                    vae.encode(to_video(np.stack([c.frames for c in made[i : i + 10]]))) * magi.SCALE_FACTOR
+                    for i in range(0, per_file, 10)
+                ]
+            torch.save(
+                (torch.cat(z).to(torch.bfloat16), [list(c.captions) for c in made]), file.with_suffix(".tmp")
+            )
             os.replace(file.with_suffix(".tmp"), file)
         z, c = torch.load(file, weights_only=True)
         latents.append(z)
@@ -284,7 +337,7 @@ def encode_clips(vae: magi.VAE, clips: int, work: Path, per_file: int = 500) -> 
 
 def train_dit(args) -> None:
     torch.manual_seed(1)
-    vae = magi.load_module(lambda: magi.VAE(magi.VAE_PRESETS["tiny"], magi.PLAIN_OPS), args.out / "vae")
+    vae = magi.load_vae(args.out / "vae", backend="plain")
     latents, captions = encode_clips(vae, args.clips, args.work)
     model, n = Tiny(), latents.shape[2] // magi.CHUNK
     training = magi.TrainingConfig()
@@ -296,17 +349,40 @@ def train_dit(args) -> None:
         remaining = rng.integers(n, 12, args.batch).tolist()
         with torch.autocast("cpu", torch.bfloat16):
             text, mask = model.text([captions[i] for i in pick], remaining)
-            loss = magi.flow_matching_loss(model.dit, latents[pick].float(), text, mask, training, model.sampler,
-                                           torch.Generator().manual_seed(step))
+            loss = magi.flow_matching_loss(
+                model.dit,
+                latents[pick].float(),
+                text,
+                mask,
+                training,
+                model.sampler,
+                torch.Generator().manual_seed(step),
+            )
         return loss, {}
 
     def report() -> str:
-        scores = judge_prompts(model.pipeline(vae), world.sample_prompts(16, seed=5, heldout=None), num_steps=16)
+        scores = judge_prompts(
+            model.pipeline(vae), world.sample_prompts(16, seed=5, heldout=None), num_steps=16
+        )
         return ", ".join(f"{k} {v:.0%}" for k, v in scores.items())
 
-    fit("dit", model, loss_of_step, args.dit_steps, args.lr, args.work, every=1000, report=report, weight_decay=0.02)
-    save_model(args.out / "base", model.dit, {"dit": asdict(model.dit.cfg), "sampler": asdict(model.sampler)},
-               special_tokens={k: v.detach() for k, v in model.tokens.items()})
+    fit(
+        "dit",
+        model,
+        loss_of_step,
+        args.dit_steps,
+        args.lr,
+        args.work,
+        every=1000,
+        report=report,
+        weight_decay=0.02,
+    )
+    save_model(
+        args.out / "base",
+        model.dit,
+        {"dit": asdict(model.dit.cfg), "sampler": asdict(model.sampler)},
+        special_tokens={k: v.detach() for k, v in model.tokens.items()},
+    )
     model.t5.to(torch.bfloat16).save_pretrained(args.out / "t5")
 
 
@@ -324,7 +400,9 @@ def judge_prompts(pipe: magi.MAGI, prompts: list, **settings) -> dict[str, float
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("stage", choices=["vae", "dit", "all"])
     parser.add_argument("--work", type=Path, default=HERE / "work", help="checkpoints, latents, loss curves")
     parser.add_argument("--out", type=Path, default=HERE, help="where the finished models go")
