@@ -307,20 +307,11 @@ def apply_rotary(x: Tensor, angles: Tensor) -> Tensor:
     return torch.cat([a * cos - b * sin, b * cos + a * sin, rest], dim=-1)
 
 
-def plain_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tensor:
+def attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     """softmax(q k^T / sqrt(hd)) v with grouped-query heads: query head i reads kv head i // (Hq / Hkv).
 
-    q (B, N, Hq, hd), k and v (B, M, Hkv, hd), mask (B, M) True where a key may be read -> (B, N, Hq, hd).
+    q (B, N, Hq, hd), k and v (B, M, Hkv, hd) -> (B, N, Hq, hd). The N x M scores are never held.
     """
-    k, v = (u.repeat_interleave(q.shape[2] // k.shape[2], dim=2) for u in (k, v))
-    scores = torch.einsum("bnhd, bmhd -> bhnm", q * q.shape[-1] ** -0.5, k)
-    if mask is not None:
-        scores = scores.masked_fill(~mask[:, None, None], -math.inf)
-    return torch.einsum("bhnm, bmhd -> bnhd", scores.softmax(dim=-1), v)
-
-
-def attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """The same through PyTorch's fused attention, which never holds the N x M scores."""
     q, k, v = (u.transpose(1, 2) for u in (q, k, v))
     return F.scaled_dot_product_attention(q, k, v, enable_gqa=q.shape[1] != k.shape[1]).transpose(1, 2)
 
@@ -340,23 +331,6 @@ def block_attention(q: Tensor, k: Tensor, v: Tensor, ranges: Tensor,
                        for chunk, (start, end) in zip(qs.chunk(n, dim=1), spans, strict=True)], dim=1)
             for qs, ks, vs, spans in zip(q.split(B), k.split(B), v.split(B), ranges.tolist(), strict=True)]
     return torch.cat(rows)
-
-
-def plain_block_attention(q: Tensor, k: Tensor, v: Tensor, ranges: Tensor,
-                          cached: tuple[Tensor, Tensor] | None = None) -> Tensor:
-    """The same for all chunks of a batch at once: each gathers its keys, padded to the longest range.
-
-    For training with many small chunks: on a CPU in bf16 more than twice as fast, forward and backward.
-    """
-    if cached is not None:
-        k, v = torch.cat([cached[0], k], dim=1), torch.cat([cached[1], v], dim=1)
-    (B, M), n = k.shape[:2], ranges.shape[1]
-    start, end = ranges.to(k.device).expand(B, -1, -1).reshape(-1, 2, 1).unbind(1)           # (B*n, 1)
-    index = start + torch.arange(int((end - start).max()), device=k.device)                  # (B*n, longest)
-    row = torch.arange(B, device=k.device).repeat_interleave(n)[:, None] * M
-    k, v = (u.flatten(0, 1).index_select(0, (row + index.clamp(max=M - 1)).flatten())
-            .unflatten(0, index.shape) for u in (k, v))                      # (B*n, longest, Hkv, hd)
-    return plain_attention(q.unflatten(1, (n, -1)).flatten(0, 1), k, v, index < end).reshape(q.shape)
 
 
 def norm_rotary(x: Tensor, norm: LayerNorm1p, angles: Tensor) -> Tensor:
@@ -392,16 +366,11 @@ def fp8_matmul(x: Tensor, weight: Tensor, divide: Tensor, scale: Tensor) -> Tens
 
 TORCH_OPS = SimpleNamespace(name="torch", attention=attention, block_attention=block_attention,
                             norm_rotary=norm_rotary, gated_residual=gated_residual, fp8_matmul=fp8_matmul)
-PLAIN_OPS = SimpleNamespace(**vars(TORCH_OPS) | dict(
-    name="plain", attention=plain_attention, block_attention=plain_block_attention))
-
-
 def get_ops(backend: str) -> SimpleNamespace:
-    """The operations of a backend: "torch", "plain" (attention spelt out) or "triton" (kernels.py, GPU)."""
-    _require(backend in ("torch", "plain", "triton"),
-             f"backend {backend!r} is not 'torch', 'plain' or 'triton'")
-    if backend != "triton":
-        return TORCH_OPS if backend == "torch" else PLAIN_OPS
+    """The operations of a backend: "torch" (anywhere) or "triton" (kernels.py, on a GPU)."""
+    _require(backend in ("torch", "triton"), f"backend {backend!r} is not 'torch' or 'triton'")
+    if backend == "torch":
+        return TORCH_OPS
     try:
         import kernels  # Triton is imported only when it is asked for
     except ImportError as error:

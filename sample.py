@@ -129,7 +129,7 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     flag("--text", metavar="FILE", help="... and use it instead of --prompt; needs no T5")
     flag("--device", help="cuda, cuda:1, cpu, mps; default: cuda if there is one")
     flag("--dtype", choices=["float32", "bfloat16", "float16"], help="of the transformer's blocks")
-    flag("--backend", choices=["torch", "plain", "triton"], default="torch", help="default: torch")
+    flag("--backend", choices=["torch", "triton"], default="torch", help="default: torch")
     # fmt: on
 
     def canonical(match: re.Match) -> str:

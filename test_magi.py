@@ -37,6 +37,10 @@ import convert_weights as cw
 import magi
 import sample
 
+sys.path.append(str(Path(__file__).parent / "tiny"))
+import train  # noqa: E402
+import world  # noqa: E402
+
 HERE = Path(__file__).parent
 GOLDENS = HERE / "goldens"
 torch.manual_seed(0)
@@ -214,7 +218,7 @@ def test_captions_equal_table(raw, clean):
     assert magi.clean_caption(raw) == clean
 
 
-# ------------------------------------------------------------------------------------------------ a small model of our own
+# ---------------------------------------------------------------------------------- a small model of our own
 
 SMALL = magi.DiTConfig(
     num_layers=2,
@@ -281,13 +285,13 @@ def bad(text: str):
     return pytest.raises(ValueError, match=text)
 
 
-# ------------------------------------------------------------------------------------------------ DiT and cache
+# ---------------------------------------------------------------------------------------------- DiT and cache
 
 
-def test_attention_backends_agree():
+def test_attention_is_the_formula():
     q, k, v = torch.randn(3, 10, 6, 16), torch.randn(3, 12, 2, 16), torch.randn(3, 12, 2, 16)
     out = magi.attention(q, k, v)
-    torch.testing.assert_close(out, magi.plain_attention(q, k, v))
+    torch.testing.assert_close(out, train.attention(q, k, v))
     # grouped queries: query heads 3..5 read kv head 1
     torch.testing.assert_close(out[:, :, 3:], magi.attention(q[:, :, 3:], k[:, :, 1:], v[:, :, 1:]))
 
@@ -297,18 +301,19 @@ def test_block_attention_is_masked_attention():
     cached = torch.randn(2, 3, 4, 8), torch.randn(2, 3, 4, 8)
     ranges = torch.tensor([[0, 6], [6, 9], [3, 12], [9, 15]])
     out = magi.block_attention(q, k, v, ranges[None], cached)
-    torch.testing.assert_close(magi.PLAIN_OPS.block_attention(q, k, v, ranges.expand(2, -1, -1), cached), out)
+    torch.testing.assert_close(magi.block_attention(q, k, v, ranges.expand(2, -1, -1), cached), out)
     k, v = torch.cat([cached[0], k], 1), torch.cat([cached[1], v], 1)
     mask = torch.full((12, 15), -math.inf)
     for i, (start, end) in enumerate(ranges.tolist()):
         mask[3 * i : 3 * i + 3, start:end] = 0
     scores = torch.einsum("bnhd, bmhd -> bhnm", q, k) / 8**0.5 + mask
     torch.testing.assert_close(torch.einsum("bhnm, bmhd -> bnhd", scores.softmax(-1), v), out)
-    # ranges of their own for each clip of a batch
+    # ranges of their own for each clip of a batch, and the way tiny/train.py computes it
     other = torch.tensor([[0, 3], [0, 3], [6, 9], [0, 15]])
     both = magi.block_attention(q, k, v, torch.stack([ranges, other]))
     torch.testing.assert_close(both[:1], out[:1])
     torch.testing.assert_close(both[1:], magi.block_attention(q, k, v, other[None])[1:])
+    torch.testing.assert_close(train.block_attention(q, k, v, torch.stack([ranges, other])), both)
 
 
 def test_a_chunk_never_sees_later_ones_nor_what_is_out_of_range():
@@ -671,9 +676,11 @@ def test_parameter_counts_of_the_zoo():
 
 def test_importing_loads_nothing_that_is_not_used():
     code = (
-        "import sys, os; os.environ['CUDA_VISIBLE_DEVICES'] = ''; before = dict(os.environ); import magi, torch;"
+        "import sys, os; os.environ['CUDA_VISIBLE_DEVICES'] = ''; before = dict(os.environ);"
+        "import magi, torch;"
         "assert not {'triton', 'transformers', 'ftfy', 'bs4', 'av', 'sentencepiece'} & set(sys.modules);"
-        "assert not torch.cuda.is_initialized() and not torch.distributed.is_initialized(); assert before == dict(os.environ)"
+        "assert not torch.cuda.is_initialized() and not torch.distributed.is_initialized();"
+        "assert before == dict(os.environ)"
     )
     subprocess.run([sys.executable, "-c", code], check=True, cwd=HERE)
 
@@ -884,6 +891,47 @@ def test_one_batch_overfits():
     assert losses[-1] < 0.2 * losses[0], losses[::30]
 
 
+def test_training_goes_on_where_it_was_killed(tmp_path):
+    """Two steps, a kill, two more steps are the same as four steps."""
+    video = torch.randn(1, 4)
+
+    def learn(work: Path, stops: list[int]) -> torch.Tensor:
+        for stop in stops:
+            torch.manual_seed(0)
+            model = torch.nn.Linear(4, 1)
+
+            def loss_of_step(step: int, model=model, stop=stop):
+                if step == stop:
+                    raise KeyboardInterrupt
+                return ((model(video) - step) ** 2).mean(), {}
+
+            with contextlib.suppress(KeyboardInterrupt):
+                train.fit("toy", model, loss_of_step, steps=4, lr=0.1, work=work, every=2, warmup=1)
+        return model.weight.detach()
+
+    assert torch.equal(learn(tmp_path / "a", [99]), learn(tmp_path / "b", [3, 99]))
+
+
+def test_world_is_deterministic_and_its_judge_reads_it_back():
+    clip = world.scene("red", "ball", "bounce", chunks=2, seed=3)
+    assert np.array_equal(clip.frames, world.scene("red", "ball", "bounce", chunks=2, seed=3).frames)
+    assert len(clip.captions) == 2 and "red ball" in clip.captions[0] and clip.frames.shape == (48, 64, 64, 3)
+    for colour, shape, motion in [
+        ("red", "ball", "bounce"),
+        ("blue", "star", "left"),
+        ("white", "ring", "swing"),
+    ]:
+        verdict = world.judge(world.scene(colour, shape, motion, chunks=2, seed=1).frames)
+        assert (verdict.colour, verdict.shape, verdict.motion) == (colour, shape, motion)
+    assert world.judge(np.zeros((24, 64, 64, 3), np.uint8)).colour is None
+    change = world.scene(["red", "blue"], "square", "swing", chunks=2, seed=0)
+    assert [c for c, _, _ in world.judge(change.frames).chunks] == ["red", "blue"]
+    for seed in range(30):  # training never shows a held-out combination
+        assert not any(
+            world.held_out(*t) for thing in world.make_clip(seed, chunks=2).things for t in thing.triples
+        )
+
+
 def test_vae_loss_learns_and_weighs():
     torch.manual_seed(0)
     vae = magi.VAE(magi.VAEConfig(video_size=16, embed_dim=32, depth=1, num_heads=2, use_final_proj=True))
@@ -901,7 +949,7 @@ def test_vae_loss_learns_and_weighs():
     assert loss < 0.8 * first and recon.shape == video.shape
 
 
-# ------------------------------------------------------------------------------------------------ loading and the pipeline
+# ---------------------------------------------------------------------------------- loading and the pipeline
 
 
 @pytest.fixture(scope="session")
