@@ -271,9 +271,11 @@ def save_gif(frames: list[np.ndarray], path: Path, fps: int) -> None:
 
 
 def save_sheet(frames: list[np.ndarray], path: Path, fps: int) -> None:
-    """A contact sheet: one row per 24 frames, one frame in four, tiles at most 320 pixels wide."""
-    shrink, gap = -(-frames[0].shape[1] // 320), 2
-    tiles = [np.asarray(Image.fromarray(f).reduce(shrink)) for f in frames[::4]]
+    """A contact sheet: one row per 24 frames, one frame in four, tiles of 128 to 320 pixels."""
+    width = frames[0].shape[1]
+    shrink, grow, gap = -(-width // 320), max(1, 128 // width), 2
+    tiles = [np.asarray(Image.fromarray(f).reduce(shrink)).repeat(grow, 0).repeat(grow, 1)
+             for f in frames[::4]]
     h, w = tiles[0].shape[0] + gap, tiles[0].shape[1] + gap
     sheet = np.full((-(-len(tiles) // 6) * h + gap, min(6, len(tiles)) * w + gap, 3), 255, np.uint8)
     for i, tile in enumerate(tiles):

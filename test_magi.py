@@ -1982,7 +1982,7 @@ def test_sample_modes_and_formats(mode, ending, small_model, tmp_path, capsys):
         == 0
     )
     if ending == ".png":
-        assert Image.open(out).size == (6 * 50 + 2, 2 * 34 + 2)  # 8 tiles of 48x32
+        assert Image.open(out).size == (6 * 98 + 2, 2 * 66 + 2)  # 8 tiles of 48x32, doubled
     else:
         frames = read_frames(out)
         assert frames.shape == (30, 32, 48, 3)

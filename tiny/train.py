@@ -2,6 +2,7 @@
 
     vae    the video autoencoder, on 12-frame pieces                      -> tiny/vae/
     dit    latents of many clips, then text encoder + DiT together        -> tiny/t5/, tiny/base/
+    eval   what the judge says of prompts that were never trained on
 
 Each stage keeps checkpoints in --work and goes on from the last one when it is started again, after a kill
 too: the data of a step depend on its number alone. bf16 autocast, AdamW, warm-up then cosine, EMA of the
@@ -149,7 +150,8 @@ def fit(
                 model.load_state_dict(kept)
                 model.train()
     model.load_state_dict(ema)
-    plot(log)
+    if log.exists():
+        plot(log)
     return model.eval()
 
 
@@ -232,7 +234,7 @@ def train_vae(args) -> None:
 
 
 def no_autocast(conv: nn.Module) -> None:
-    """conv3d in float32, channels last: on a CPU its bf16 backward pass is very slow, its default one slow."""
+    """conv3d in float32, channels last: on a CPU its bf16 backward is very slow, its default one slow."""
     plain = conv.forward
 
     def forward(x: Tensor) -> Tensor:
@@ -430,11 +432,47 @@ def judge_prompts(pipe: magi.MAGI, prompts: list, **settings) -> dict[str, float
     return {name: count / len(prompts) for name, count in right.items()}
 
 
+def evaluate(args) -> None:
+    """Print what the README states: reconstruction, and how prompts of combinations never trained on fare."""
+    pipe = magi.load(args.out / "base")
+    test = np.stack([world.make_clip(10**6 + i, chunks=1).frames for i in range(32)])
+    video = to_video(test)
+    with torch.inference_mode():
+        out = torch.cat([pipe.vae.decode(pipe.vae.encode(v[None])) for v in video])
+    print(f"VAE reconstruction: {psnr(out, video):.1f} dB")
+    prompts = world.sample_prompts(args.prompts, seed=1)
+    text, mask = pipe.encode_text([text for text, _ in prompts])
+    row = {text: i for i, (text, _) in enumerate(prompts)}
+    pipe.encode_text = lambda captions: (text[[row[c] for c in captions]], mask[[row[c] for c in captions]])
+    for name, settings in (
+        ("as configured", {}),
+        ("without text guidance", {"text_scales": (1.0, 1.0, 1.0, 0.0, 0.0)}),
+    ):
+        scores = judge_prompts(pipe, prompts, **settings)
+        print(f"{len(prompts)} prompts, {name}: " + ", ".join(f"{k} {v:.0%}" for k, v in scores.items()))
+
+
+def examples(args) -> None:
+    """Write the inputs that the README's i2v and v2v commands use."""
+    import imageio.v3 as iio
+
+    from sample import Mp4Writer
+
+    folder = args.out / "examples"
+    folder.mkdir(parents=True, exist_ok=True)
+    iio.imwrite(folder / "image.png", world.scene("yellow", "square", "right", "night", seed=2).frames[0])
+    (folder / "video.mp4").unlink(missing_ok=True)
+    Mp4Writer(folder / "video.mp4", world.FPS).write(
+        world.scene("green", "ball", "bounce", "room", 2, 5).frames
+    )
+    print(f"wrote {folder}")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("stage", choices=["vae", "dit", "all"])
+    parser.add_argument("stage", choices=["vae", "dit", "all", "eval", "examples"])
     parser.add_argument("--work", type=Path, default=HERE / "work", help="checkpoints, latents, loss curves")
     parser.add_argument("--out", type=Path, default=HERE, help="where the finished models go")
     parser.add_argument("--vae-steps", type=int, default=5000)
@@ -442,12 +480,17 @@ def main() -> None:
     parser.add_argument("--dit-steps", type=int, default=10000)
     parser.add_argument("--batch", type=int, default=8)
     parser.add_argument("--lr", type=float, default=1e-3)
+    parser.add_argument("--prompts", type=int, default=42, help="eval: how many held-out prompts")
     args = parser.parse_args()
     started = time.time()
     if args.stage in ("vae", "all"):
         train_vae(args)
     if args.stage in ("dit", "all"):
         train_dit(args)
+    if args.stage == "eval":
+        evaluate(args)
+    if args.stage == "examples":
+        examples(args)
     print(f"{(time.time() - started) / 60:.1f} minutes")
 
 
