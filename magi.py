@@ -168,7 +168,7 @@ class SamplerConfig:
 
     num_steps: int = 64                                       # Euler steps per chunk
     window: int = 4                                           # chunks in flight at most
-    kv_ranges: tuple[int, ...] = (5, 4, 3, 2)                 # chunks seen, with itself, as it gets cleaner
+    kv_ranges: tuple[int, ...] = (5, 4, 3, 2)                 # chunks seen, itself too, as it clears; (): all
     clean_kv_range: int = 1                                   # the same for clean ones; -1: last of kv_ranges
     kv_ranges_at: tuple[tuple[int, tuple[int, ...]], ...] = ()  # shot transitions: (generated chunk, ranges)
     clean_t: float = 0.9999                                   # the t that clean chunks are shown with

@@ -1957,6 +1957,19 @@ def planned(monkeypatch) -> dict:
 # ------------------------------------------------------------------------------------------------ end to end
 
 
+def test_the_shipped_model_makes_a_video(tmp_path, capsys):
+    """What the README's first command does, shorter; red is what the least trained model gets right."""
+    out = tmp_path / "out.mp4"
+    assert (
+        sample.main(
+            ["--prompt", "a red ball bounces", "--num_frames", "24", "--out", str(out), "--device", "cpu"]
+        )
+        == 0
+    )
+    frames = read_frames(out)
+    assert frames.shape == (24, 64, 64, 3) and world.judge(frames).colour == "red"
+
+
 @pytest.mark.parametrize("ending", [".mp4", ".gif", ".png"])
 @pytest.mark.parametrize("mode", ["t2v", "i2v", "v2v"])
 def test_sample_modes_and_formats(mode, ending, small_model, tmp_path, capsys):
