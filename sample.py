@@ -28,6 +28,7 @@ import tempfile
 import time
 import warnings
 from collections import deque
+from difflib import get_close_matches
 from fractions import Fraction
 from functools import partial
 from pathlib import Path
@@ -56,8 +57,12 @@ class Parser(argparse.ArgumentParser):
     """argparse that raises ValueError, where it would print its usage and leave."""
 
     def error(self, message: str):
-        quotes = " (a prompt of several words needs quotes)" if message.startswith("unrecognized") else ""
-        raise ValueError(f"{message}{quotes}; see --help")
+        if message.startswith("unrecognized arguments: "):
+            word = message.split()[2]
+            known = get_close_matches(word, self._option_string_actions, 1)
+            message += f" (did you mean {known[0]}?)" if known and word.startswith("-") \
+                else " (a prompt of several words needs quotes)"
+        raise ValueError(f"{message}; see --help")
 
 
 def number(text: str) -> float:
@@ -67,6 +72,8 @@ def number(text: str) -> float:
 
 
 def frame_count(text: str) -> float:
+    if text != "inf" and not re.fullmatch(r"-?\d+", text):
+        raise argparse.ArgumentTypeError(f"{text!r} is neither a whole number nor inf")
     return math.inf if text == "inf" else int(text)
 
 
@@ -314,6 +321,8 @@ def check_flags(args: argparse.Namespace) -> None:
         require(path.resolve() not in inputs, f"{str(path)!r} is an input: give the output another name")
         require(not path.is_dir(), f"cannot write {str(path)!r}: it is a folder, add a file name")
         require(not path.exists() or os.access(path, os.W_OK), f"cannot write {str(path)!r}: it is protected")
+        require(path.parent.is_dir(),
+                f"cannot write {str(path)!r}: create the folder {str(path.parent)!r} first")
         try:
             tempfile.TemporaryFile(dir=path.parent).close()
         except OSError as error:
@@ -505,7 +514,7 @@ def generate(frames, cfg, chunks: float, out: Path, device: str) -> int:
     """Make the video and write it chunk by chunk, then say how it went. Returns the exit code."""
     endless, per_stage = chunks == math.inf, cfg.num_steps // cfg.window
     total = None if endless else (chunks + cfg.window - 1) * per_stage
-    bar = tqdm(total=total, unit="step", dynamic_ncols=True)
+    bar = tqdm(total=total, unit=" steps", desc="starting", dynamic_ncols=True)
 
     def progress(p) -> None:
         bar.set_description_str(f"chunk {p.chunk + 1}" + ("" if endless else f"/{chunks}"), refresh=False)
@@ -560,7 +569,7 @@ def main(argv: list[str] | None = None) -> int:
                 return 2
             return generate(**run)
         except KeyboardInterrupt:
-            print("interrupted")
+            print("interrupted before anything was written")
             return 130
         except (MemoryError, RuntimeError) as error:
             if not out_of_memory(error):

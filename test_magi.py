@@ -2403,6 +2403,7 @@ def assert_exits(flags: list, *words: str) -> None:
 
 BAD_FLAGS = {
     "no prompt": ([], "--prompt"),
+    "mistyped flag": (["--promt", "a"], "--promt", "did you mean --prompt?"),
     "unquoted prompt": (["--prompt", "a", "red", "ball"], "red ball", "quotes"),
     "unknown flag": (["--stpes", "3"], "--stpes"),
     "not a number": (["--height", "tall"], "--height", "tall"),
@@ -2439,7 +2440,7 @@ BAD_FLAGS = {
     "no prefix frames": (["--video", "clip.mp4", "--prefix_frames", "0"], "0"),
     "ending": (["--prompt", "a", "--out", "a.avi"], "a.avi", ".mp4"),
     "endless gif": (["--prompt", "a", "--num_frames", "inf", "--out", "a.gif"], "inf", ".mp4"),
-    "no such folder": (["--prompt", "a", "--out", "no/where/a.mp4"], "no/where", "No such file"),
+    "no such folder": (["--prompt", "a", "--out", "no/where/a.mp4"], "no/where", "create the folder"),
     "no access": (["--prompt", "a", "--out", "/proc/a.mp4"], "/proc"),
     "over the input": (["--video", "clip.mp4", "--out", "clip.mp4"], "clip.mp4", "input"),
     "no such model": (["--prompt", "a", "--model", "nowhere"], "nowhere", "does not exist"),
