@@ -132,7 +132,7 @@ class DiTConfig:
     text_length: int = 800        # L, padded and truncated
     null_length: int = 50         # how many rows of the null table are unmasked
     norm_eps: float = 1e-6
-    dtype: str = "bfloat16"       # of the blocks; embedders, most norms and the head stay float32
+    dtype: str = "bfloat16"       # of the blocks; embedders, head and half of the norms stay float32
     fp8: bool = False             # e4m3 weights in every layer but the first and last
 
     def __post_init__(self):
@@ -724,7 +724,7 @@ class T5:
         self.tokenizer = SentencePieceProcessor(model_file=str(Path(folder) / "spiece.model"))
         model, info = T5EncoderModel.from_pretrained(folder, dtype=dtype, local_files_only=True,
                                                      output_loading_info=True)
-        missing = sorted(set(info["missing_keys"]) - {"encoder.embed_tokens.weight"})   # it is shared.weight
+        missing = sorted(set(info["missing_keys"]) - {"encoder.embed_tokens.weight"})  # it is shared.weight
         _require(not missing, f"the text encoder in {str(folder)!r} lacks {len(missing)} tensor(s), such as "
                  f"{missing[:1]}: convert it again")                         # they would be random
         self.model = model.to(device).eval()
@@ -844,7 +844,7 @@ class ParallelAttention(nn.Module):
         self.qx = _linear(cfg, index, D, Hq * hd, "tensor", ops)
         self.kvx = nn.Linear(D, 2 * Hkv * hd, bias=False, dtype=cfg.torch_dtype)
         self.out = _linear(cfg, index, 2 * Hq * hd, D, "channel", ops)
-        self.q_norm, self.k_norm = (LayerNorm1p(hd, cfg.norm_eps) for _ in range(2))                # float32
+        self.q_norm, self.k_norm = (LayerNorm1p(hd, cfg.norm_eps) for _ in range(2))        # float32
         self.qx_norm, self.kx_norm = (LayerNorm1p(hd, cfg.norm_eps, dtype=cfg.torch_dtype) for _ in range(2))
 
     def forward(self, x: Tensor, ctx: Context) -> Tensor:                    # (B, N, D)
@@ -913,8 +913,8 @@ class DiTLayer(nn.Module):
 class DiT(nn.Module):
     """Velocity of the noisy chunks given the clean ones (report section 2.2).
 
-    Embedders, head and most norms are float32, the rest is cfg.dtype. Build it under torch.device("meta") to
-    look at shapes without memory.
+    Embedders, head, q, k, post- and final norms are float32, the rest is cfg.dtype. Build it under
+    torch.device("meta") to look at shapes without memory.
 
     >>> dit = DiT(PRESETS["tiny"].dit)
     >>> x, t = torch.randn(1, 16, 12, 8, 8), torch.tensor([[0.9, 0.2]])      # two chunks, the second noisier
@@ -959,7 +959,7 @@ class DiT(nn.Module):
         text         (B, n, L, C)      text of each chunk; text_mask (B, n, L), nonzero where valid
         chunks       (n,)              absolute index of each chunk, rising; default 0 .. n-1
         first_seen   (n,) or (B, n)    the first chunk each attends to (itself: no history); default: all
-        conditional  one or (B, n)     flag: has it a caption?
+        conditional  bool or (B, n)    has it a caption?
         d            number            for distilled models only
         cache        clean chunks to read; those of this forward named in `write` are stored there
 
@@ -1107,7 +1107,7 @@ class Stage:
 
 
 def stages(num_chunks: int | None, prefix_chunks: int = 0, window: int = 4) -> Iterator[Stage]:
-    """The stages of a run of `num_chunks` chunks (prefix included; None: for ever), a new chunk in each."""
+    """The stages of a run of `num_chunks` chunks (prefix included; None: for ever). One enters in each."""
     K, P = math.inf if num_chunks is None else num_chunks, prefix_chunks
     if K <= P:
         return
@@ -1130,7 +1130,7 @@ def clean_range(cfg: SamplerConfig, prefix: bool) -> float:
     if not cfg.kv_ranges and not prefix:
         return math.inf                      # "all history" holds for refreshed chunks whatever is set
     if cfg.clean_kv_range == -1:
-        return cfg.kv_ranges[-1] if cfg.kv_ranges else 8
+        return cfg.kv_ranges[-1] if cfg.kv_ranges else 8         # 8: the official default for prefix chunks
     return cfg.clean_kv_range
 
 
@@ -1139,11 +1139,12 @@ def oldest_read(cfg: SamplerConfig, stage: Stage, prefix_chunks: int = 0, num_ch
     """The oldest chunk that this stage or a later one can still read: the cache may forget what came before.
 
     As a chunk gets cleaner it sees fewer chunks, but others follow. With ranges 5, 4, 3, 2 the two cancel in
-    a window of 4: one clean chunk is all that is ever kept. In a window of 1 it is four.
+    a window of 4: one clean chunk is kept. In a window of 1, or just after a prefix, it is four.
     """
     P, exceptions = prefix_chunks, dict(cfg.kv_ranges_at)
     end = math.inf if num_chunks is None else num_chunks
-    later = [c for c in (stage.chunks[-1] + 1, *(P + k for k in exceptions)) if stage.chunks[-1] < c < end]
+    plain = next(c for c in itertools.count(stage.chunks[-1] + 1) if c - P not in exceptions)
+    later = [c for c in (plain, *(P + k for k in exceptions)) if stage.chunks[-1] < c < end]
     reads = [stage.refresh - clean_range(cfg, prefix=False) + 1] if stage.refresh is not None else []
     for chunk, m in [*zip(stage.chunks, stage.own_stage, strict=True), *((c, 0) for c in later)]:
         ranges = exceptions.get(chunk - P, cfg.kv_ranges)
@@ -1250,7 +1251,8 @@ class TextConditions:
         negative = token_vectors(cfg.negative_tokens, NEGATIVE_TOKENS, self.table)
         rows, _ = prepend_tokens(null, self.mask[0], negative)
         self.null = rows, (torch.arange(L, device=null.device) < dit.cfg.null_length).to(self.mask)
-        token_vectors(cfg.special_tokens, SPECIAL_TOKENS, self.table)  # find a missing one before the start
+        for remaining in range(1, int(min(8, self.K - self.P)) + 1):   # find a missing one before the start
+            token_vectors(cfg.special_tokens, SPECIAL_TOKENS, self.table, remaining)
 
     def caption(self, chunk: int) -> tuple[Tensor, Tensor]:
         """Special tokens and caption of a noisy chunk; null text where the caption is empty."""
@@ -1286,7 +1288,8 @@ def sample(dit: DiT, text: Tensor, text_mask: Tensor, sampler: SamplerConfig, *,
     frames, P = prefix.shape[1], prefix.shape[1] // CHUNK
     K = None if cfg.num_frames is None else math.ceil((cfg.num_frames // FRAMES_PER_LATENT + frames) / CHUNK)
     _require(K is None or K > P, f"num_frames {cfg.num_frames} leaves nothing to generate: give at least 4")
-    _require(noise is None or K is not None and noise.shape[1:] == (K * CHUNK, *prefix.shape[2:]),
+    _require(noise is None or K is not None, "noise needs num_frames: an endless run draws its own")
+    _require(noise is None or noise.shape[1:] == (K * CHUNK, *prefix.shape[2:]),
              f"noise must be {(channels, (K or 0) * CHUNK, *prefix.shape[2:])} for a run of {K} chunks, "
              f"not {None if noise is None else tuple(noise.shape)}")
     texts = TextConditions(dit, text, text_mask, cfg, special_tokens or {}, K, P)
@@ -1385,7 +1388,7 @@ class _Run:
             v = self.forward(seats, captioned=True, conditional=True, d=d, write=write)
             oldest = noisy[0]
             if oldest.t >= cfg.nearly_clean_t - 1e-7 and (oldest.first < oldest.chunk or not self.skip):
-                # Nearly clean, the oldest chunk leans on itself: history would carry its errors on.
+                # Part of its velocity is computed without history, whose errors it would carry on.
                 alone = self.forward([oldest], captioned=True, conditional=True, d=d, alone=True)
                 v[oldest.chunk] = cfg.nearly_clean_blend * v[oldest.chunk] \
                     + (1 - cfg.nearly_clean_blend) * alone[oldest.chunk]
@@ -1399,6 +1402,7 @@ class _Run:
         with_past = needed([*write, *(c for c, (w_prev, w_text) in w.items() if use(w_prev - w_text))], seats)
         alone = [s for s in noisy if use(1 - w[s.chunk][0])]
         texted = self.forward(with_text, captioned=True, conditional=True, d=d)
+        # This branch writes the cache; in that one step the texted branch uses its own fresh keys instead.
         previous = self.forward(with_past, captioned=False, conditional=False, d=d, write=write)
         nothing = self.forward(alone, captioned=False, conditional=False, d=d, alone=True)
         return {c: sum(weight * v[c] for weight, v in ((1 - w_prev, nothing), (w_prev - w_text, previous),
@@ -1417,7 +1421,7 @@ class _Run:
 class TrainingConfig:
     """How a clip is corrupted for the flow-matching objective: our choices, but for the 5 % noise.
 
-    The timestep law holds for the clips that are no moment of the pipeline; those spend half below t = 0.1.
+    Clips at a moment of the pipeline spend half their time below t = 0.1; the others follow `timestep_law`.
     """
 
     image_share: float = 0.15         # clips that begin with one clean frame (image to video)
@@ -1439,7 +1443,7 @@ def draw_times(batch: int, n: int, clean: Tensor, cfg: TrainingConfig, sampler: 
 
     clean (B,) whole chunks are given. A share of the clips take a moment of the pipeline, a random one: there
     the chunks are exactly one stage apart, and those that have left it are clean as well. The others sort
-    draws from the law over the noisy chunks, which leaves the law of all together as it is.
+    draws from the law over the noisy chunks of a clip, which leaves their distribution as a whole unchanged.
     """
     later = torch.arange(n) - clean[:, None]                             # (B, n) 0 = first noisy chunk
     law = timestep_law(batch, n, generator=generator).masked_fill(later < 0, 1)
@@ -1479,7 +1483,8 @@ def flow_matching_loss(dit: DiT, latents: Tensor, text: Tensor, text_mask: Tenso
     given = torch.where(task < cfg.image_share + cfg.video_share, given, 0).clamp(max=max(1, T - CHUNK))
     t, is_clean = draw_times(B, n, given // CHUNK, cfg, sampler, generator)
 
-    # Noise each chunk to its t; clean chunks a little, whatever t the model is told; given frames not at all.
+    # Noise each chunk to its t; clean chunks a little, whatever t the model is told; given frames of a noisy
+    # chunk not at all.
     level = torch.where(is_clean, 1 - cfg.clean_noise * rand(B, n), t)   # share of data in x
     frame = lambda u: u.repeat_interleave(CHUNK, dim=1).to(latents.device)[:, None, :, None, None]
     pasted = torch.arange(T) < given[:, None]                            # (B, T)
@@ -1692,8 +1697,10 @@ class MAGI:
         if cfg.num_frames is not None:       # whole latent frames; an image's own is among those emitted
             latents = math.ceil(cfg.num_frames / FRAMES_PER_LATENT) - is_image
             cfg = dataclasses.replace(cfg, num_frames=max(1, latents * FRAMES_PER_LATENT))
-        for _, latent in sample(self.dit, text, mask, cfg, special_tokens=self.special_tokens, prefix=prefix,
+        for i, latent in sample(self.dit, text, mask, cfg, special_tokens=self.special_tokens, prefix=prefix,
                                 progress=progress):
+            if i == 0 and prefix is not None and prefix.shape[1] == 1 and not is_image:
+                latent = latent[:, 1:]       # `sample` takes four frames of video for an image and keeps them
             frames = self.vae.decode((latent[None] / SCALE_FACTOR).to(self.vae.dtype))[0].float()
             frames = ((frames.clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8)
             frames = frames[:, : int(min(left, frames.shape[1]))].permute(1, 2, 3, 0).cpu().numpy()

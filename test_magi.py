@@ -398,7 +398,10 @@ def samplers(draw) -> tuple[magi.SamplerConfig, int]:
     window = draw(st.sampled_from([1, 2, 3, 4]))
     ranges = draw(st.sampled_from([(), (1,), (3,), (5, 4, 3, 2), (2, 1), (1, 1, 2, 2), (4, 5, 1)]))
     n = math.lcm(window, len(ranges) or 1) * draw(st.sampled_from([1, 2]))
+    own = st.lists(st.integers(1, 8), min_size=len(ranges), max_size=len(ranges)).map(tuple)
+    exceptions = draw(st.dictionaries(st.integers(0, 5), own, max_size=3))
     cfg = magi.SamplerConfig(
+        kv_ranges_at=tuple(exceptions.items()),
         num_steps=n,
         window=window,
         kv_ranges=ranges,
@@ -491,6 +494,10 @@ def test_oldest_read_by_hand():
     first = next(magi.stages(None, 6, 4))  # after 6 prefix chunks: 6 alone sees 2..6
     assert magi.oldest_read(cfg, first, 6) == 2
     assert magi.oldest_read(dataclasses.replace(cfg, kv_ranges=()), stage) == -math.inf
+    cuts = dataclasses.replace(
+        cfg, kv_ranges=(8, 4, 3, 2), kv_ranges_at=((7, (1, 1, 3, 2)), (8, (1, 1, 3, 2)))
+    )
+    assert magi.oldest_read(cuts, stage) == 2  # chunk 9, behind two cuts, will look back to 2
     far = dataclasses.replace(cfg, kv_ranges_at=((9, (9, 1)),))  # chunk 9 will look back to chunk 1
     assert magi.oldest_read(far, stage) == 1
 
@@ -1009,6 +1016,19 @@ def test_a_video_goes_on_after_its_last_frames(pipe):
     same_end = np.concatenate(list(pipe("a red ball", video=video[-32:], num_frames=8)))
     other_end = np.concatenate(list(pipe("a red ball", video=video[:-8], num_frames=8)))
     assert np.array_equal(seen, same_end) and not np.array_equal(seen, other_end)
+
+
+def test_four_frames_of_video_are_no_image(pipe):
+    """One latent frame is given in both cases, but what goes on after a video does not repeat it."""
+    video = np.random.default_rng(0).integers(0, 255, (4, 32, 32, 3), np.uint8)
+    x = pipe.vae.encode(magi.fit_frames(video, 32, 32))[0] * magi.SCALE_FACTOR
+    text, mask = pipe.encode_text(["a red ball"])
+    cfg = dataclasses.replace(pipe.sampler, num_frames=20)
+    latents = dict(magi.sample(pipe.dit, text, mask, cfg, special_tokens=pipe.special_tokens, prefix=x))[0]
+    expected = pipe.vae.decode(latents[None, :, 1:] / magi.SCALE_FACTOR)[0].clamp(-1, 1)
+    frames = next(iter(pipe((text, mask), video=video, num_frames=20)))
+    assert frames.shape[0] == 20
+    assert np.abs(frames.transpose(3, 0, 1, 2) - (expected.numpy() + 1) * 127.5).max() < 1
 
 
 def test_the_image_is_the_first_frame(pipe):
