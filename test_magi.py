@@ -2066,7 +2066,7 @@ def test_sample_is_reproducible(small_model, tmp_path):
             )
             == 0
         )
-    # Almost always the bytes are equal; a busy machine may sum floats in another order, which moves a rounding.
+    # Nearly always equal to the byte; a busy machine may sum floats in another order and move a rounding.
     a, b, c = (read_frames(tmp_path / f"{name}.mp4").astype(float) for name in "abc")
     assert np.abs(a - b).mean() < 0.05 < 1 < np.abs(a - c).mean()
 
