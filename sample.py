@@ -390,14 +390,11 @@ def tensor_names(file: Path) -> list[str]:
 
 def check_model(args: argparse.Namespace, dit, cfg) -> None:
     """Compare the files of the model with its configs and with what the run needs, by their headers."""
-    import torch
-
     import magi
 
     vae_cfg = magi.read_config(args.vae, "vae", magi.VAEConfig)
-    for folder, build in ((args.model, lambda: magi.DiT(dit)), (args.vae, lambda: magi.VAE(vae_cfg))):
-        with torch.device("meta"):
-            magi.check_weights(folder, build())
+    magi.build(lambda: magi.DiT(dit), args.model)
+    magi.build(lambda: magi.VAE(vae_cfg), args.vae)
     file = args.model / "special_tokens.safetensors"
     table = dict.fromkeys(tensor_names(file) if file.is_file() else ())
     magi.token_vectors(cfg.special_tokens, magi.SPECIAL_TOKENS, table, remaining=8)

@@ -54,6 +54,23 @@ def relative(a: torch.Tensor, b: torch.Tensor) -> float:
     return ((a.double() - b.double()).norm() / b.double().norm()).item()
 
 
+def train_tokenizer(lines: list[str], vocab_size: int, **where) -> None:
+    """A sentencepiece model with T5's ids; `where` says where it goes (model_prefix or model_writer)."""
+    import sentencepiece
+
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter(lines),
+        vocab_size=vocab_size,
+        pad_id=0,
+        eos_id=1,
+        unk_id=2,
+        bos_id=-1,
+        hard_vocab_limit=False,
+        minloglevel=2,
+        **where,
+    )
+
+
 def same(a, b) -> bool:
     """Equal but for the order in which a busy machine may sum floats: latents, or frames of 0..255."""
     a, b = torch.as_tensor(a), torch.as_tensor(b)
@@ -760,23 +777,12 @@ def test_final_projection_gives_narrow_models_spare_channels():
 @pytest.fixture(scope="session")
 def t5_folder(tmp_path_factory) -> Path:
     """A T5 of a few thousand random weights with a tokenizer of its own."""
-    import sentencepiece
     from transformers import T5Config, T5EncoderModel
 
     folder = tmp_path_factory.mktemp("t5")
     words = "a red ball bounces on the green floor while two blue cats sleep near an old tree".split()
     lines = [" ".join(words[i : i + 6]) for i in range(len(words))] * 20
-    sentencepiece.SentencePieceTrainer.train(
-        sentence_iterator=iter(lines),
-        model_prefix=str(folder / "spiece"),
-        vocab_size=60,
-        pad_id=0,
-        eos_id=1,
-        unk_id=2,
-        bos_id=-1,
-        hard_vocab_limit=False,
-        minloglevel=2,
-    )
+    train_tokenizer(lines, model_prefix=str(folder / "spiece"), vocab_size=60)
     torch.manual_seed(0)
     T5EncoderModel(
         T5Config(vocab_size=64, d_model=12, d_kv=4, num_heads=2, d_ff=16, num_layers=1, dropout_rate=0.0)
@@ -1451,22 +1457,11 @@ def test_optional_vae_modules_have_names_too():
 @cache
 def official_t5() -> tuple[object, bytes]:
     """A tiny T5 with its decoder, and a tokenizer trained for it."""
-    import sentencepiece
     from transformers import T5Config, T5ForConditionalGeneration
 
     model = io.BytesIO()
     lines = ["a red ball rolls", "the blue cat sleeps", "a cat on the ball"] * 20
-    sentencepiece.SentencePieceTrainer.train(
-        sentence_iterator=iter(lines),
-        model_writer=model,
-        vocab_size=40,
-        pad_id=0,
-        eos_id=1,
-        unk_id=2,
-        bos_id=-1,
-        hard_vocab_limit=False,
-        minloglevel=2,
-    )
+    train_tokenizer(lines, model_writer=model, vocab_size=40)
     torch.manual_seed(0)
     config = T5Config(
         vocab_size=64,
@@ -1915,7 +1910,6 @@ def write_model(folder: Path, cfg: magi.DiTConfig, **sampler) -> Path:
 @pytest.fixture(scope="session")
 def small_model(tmp_path_factory) -> Path:
     """A model folder; beside it are vae, t5 and two inputs: image.png, clip.mp4 (40 frames)."""
-    from sentencepiece import SentencePieceTrainer
     from transformers import T5Config, T5EncoderModel
 
     root = tmp_path_factory.mktemp("small")
@@ -1923,16 +1917,8 @@ def small_model(tmp_path_factory) -> Path:
     (root / "vae").mkdir()
     (root / "vae" / "config.json").write_text(json.dumps({"vae": asdict(SMALL_VAE)}))
     save_file(magi.VAE(SMALL_VAE).state_dict(), root / "vae" / "model.safetensors")
-    SentencePieceTrainer.train(
-        sentence_iterator=iter(["a red ball bounces", "a blue square slides"] * 20),
-        vocab_size=40,
-        model_prefix=str(root / "spiece"),
-        pad_id=0,
-        eos_id=1,
-        unk_id=2,
-        bos_id=-1,
-        hard_vocab_limit=False,
-        minloglevel=2,
+    train_tokenizer(
+        ["a red ball bounces", "a blue square slides"] * 20, vocab_size=40, model_prefix=str(root / "spiece")
     )
     t5 = T5EncoderModel(T5Config(vocab_size=40, d_model=32, d_kv=8, d_ff=32, num_layers=1, num_heads=2))
     t5.save_pretrained(root / "t5")

@@ -301,19 +301,20 @@ class Tiny(nn.Module):
         names = ["hq_token", *(f"duration_token_{i}" for i in range(1, 9))]
         self.tokens = nn.ParameterDict({name: nn.Parameter(torch.randn(1, width)) for name in names})
 
+    def encode(self, captions: list[str]) -> tuple[Tensor, Tensor]:
+        """Captions -> text (n, L, C) and mask (n, L), as magi.T5 gives them."""
+        ids, mask = magi.tokenize(tokenizer(), captions, self.dit.cfg.text_length)
+        used = max(1, int(mask.sum(1).max()))
+        hidden = self.t5(ids[:, :used], attention_mask=mask[:, :used]).last_hidden_state.float()
+        return F.pad(hidden, (0, 0, 0, mask.shape[1] - used)), mask
+
     def text(self, captions: list[list[str]], remaining: list[int]) -> tuple[Tensor, Tensor]:
         """Captions of each chunk of each clip -> text (B, n, L, C) with special tokens, mask (B, n, L).
 
         remaining: how many chunks are left at the first chunk of each clip, for its duration token.
         """
-        L = self.dit.cfg.text_length
         unique = sorted({c for clip in captions for c in clip})
-        ids = [tokenizer().encode(c) + [1] for c in unique]
-        longest = max(map(len, ids))
-        mask = torch.tensor([[1] * len(i) + [0] * (longest - len(i)) for i in ids])
-        ids = torch.tensor([i + [0] * (longest - len(i)) for i in ids])
-        hidden = F.pad(self.t5(ids, attention_mask=mask).last_hidden_state.float(), (0, 0, 0, L - longest))
-        mask = F.pad(mask, (0, L - longest))
+        hidden, mask = self.encode(unique)
         rows = []
         for clip, left in zip(captions, remaining, strict=True):
             for i, c in enumerate(clip):
@@ -326,14 +327,9 @@ class Tiny(nn.Module):
     @torch.no_grad()
     def pipeline(self, vae: magi.VAE) -> magi.MAGI:
         """The user's view of the model in training."""
-
-        def encode(captions):
-            ids, mask = magi.tokenize(tokenizer(), captions, self.dit.cfg.text_length)
-            used = max(1, int(mask.sum(1).max()))
-            hidden = self.t5(ids[:, :used], attention_mask=mask[:, :used]).last_hidden_state.float()
-            return F.pad(hidden, (0, 0, 0, mask.shape[1] - used)), mask
-
-        return magi.MAGI(self.dit, vae, self.sampler, {k: v.detach() for k, v in self.tokens.items()}, encode)
+        return magi.MAGI(
+            self.dit, vae, self.sampler, {k: v.detach() for k, v in self.tokens.items()}, self.encode
+        )
 
 
 @functools.cache
