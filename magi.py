@@ -1460,13 +1460,14 @@ def draw_times(batch: int, n: int, clean: Tensor, cfg: TrainingConfig, sampler: 
 
 def flow_matching_loss(dit: DiT, latents: Tensor, text: Tensor, text_mask: Tensor,
                        cfg: TrainingConfig = TrainingConfig(), sampler: SamplerConfig = SamplerConfig(),
-                       generator: torch.Generator | None = None) -> Tensor:
+                       weight: Tensor | None = None, generator: torch.Generator | None = None) -> Tensor:
     """E || v_theta(x_i^{t_i} | t_i, text, {x_j, j < i}) - (data_i - noise_i) ||^2 over noisy chunks.
 
     latents (B, 16, T, H, W), scaled, T = 6 n; text (B, n, L, C) with its special tokens, text_mask (B, n, L):
     one caption per chunk. Text, image and video to video are one objective (report 2.3): they differ in how
     many clean frames lead. Gradients flow through the clean chunks too (stopping them hurts much, says the
-    report). Draws come from `generator` (on the CPU); the scalar loss is a mean over the elements that count.
+    report). Draws come from `generator` (on the CPU). The scalar loss is a mean over the elements that count,
+    weighted by weight (B, 1, T, H, W) if that is given (ours: small objects deserve more than their size).
     """
     (B, _, T, _, _), n = latents.shape, latents.shape[2] // CHUNK
     fits = text.shape == (B, n, *dit.null_text.shape) and text_mask.shape == text.shape[:3]
@@ -1511,19 +1512,26 @@ def flow_matching_loss(dit: DiT, latents: Tensor, text: Tensor, text_mask: Tenso
     v = dit(x, t.to(latents.device), text, text_mask, first_seen=first_seen,
             conditional=~nulled.to(latents.device))
     counts = (~is_clean).repeat_interleave(CHUNK, 1) & ~pasted           # (B, T)
-    weight = counts.to(v)[:, None, :, None, None].expand_as(v)
-    return (weight * (v - (latents - noise)) ** 2).sum() / weight.sum().clamp(min=1)
+    counts = counts.to(v)[:, None, :, None, None] * (1 if weight is None else weight)
+    counts = counts.expand_as(v)
+    return (counts * (v - (latents - noise)) ** 2).sum() / counts.sum().clamp(min=1)
 
 
 def vae_loss(vae: VAE, video: Tensor, weight: Tensor | None = None, kl_weight: float = 1e-6,
-             generator: torch.Generator | None = None) -> tuple[Tensor, Tensor]:
+             latent_noise: Tensor | None = None, generator: torch.Generator | None = None
+             ) -> tuple[Tensor, Tensor]:
     """L1 + KL (report 2.1, without LPIPS and GAN terms): video (B, 3, frames, h, w) -> loss, reconstruction.
 
     weight (B, 1, frames, h, w) makes some pixels count more; the mean of |error| * weight is taken as it is.
+    latent_noise (B,) adds noise of that size, in deviations of a channel, to what is decoded: ours, for small
+    models. Latents then say coarsely what matters most, and the DiT's own errors do less harm.
     """
     mean, logvar = vae.moments(video)
-    noise = torch.randn(mean.shape, generator=generator).to(mean)
-    recon = vae.decoder(mean + noise * (0.5 * logvar).exp())
+    spread = (0.5 * logvar).exp()
+    if latent_noise is not None:
+        deviation = mean.detach().std(dim=(0, 2, 3, 4), keepdim=True)
+        spread = (spread**2 + (latent_noise.to(mean).view(-1, 1, 1, 1, 1) * deviation) ** 2).sqrt()
+    recon = vae.decoder(mean + spread * torch.randn(mean.shape, generator=generator).to(mean))
     if video.shape[2] == 1:
         recon = recon[:, :, :1]
     error = (recon.float() - video).abs()

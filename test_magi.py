@@ -862,6 +862,30 @@ def test_loss_counts_noisy_chunks_only_but_gradients_reach_the_clean_ones():
     assert latents.grad[:, :, :1].abs().sum() > 0  # through the keys of clean chunks
 
 
+def test_loss_can_weigh_places():
+    dit, latents, text, mask = training_batch()
+    loss = lambda weight: magi.flow_matching_loss(
+        dit, latents, text, mask, weight=weight, generator=torch.Generator().manual_seed(2)
+    )
+    left = torch.zeros(2, 1, 18, 4, 4)
+    left[..., :2] = 1
+    share = left.mean()
+    both = share * loss(left) + (1 - share) * loss(1 - left)
+    assert torch.allclose(both, loss(None), rtol=1e-5) and torch.allclose(loss(3 + 0 * left), loss(None))
+
+
+def test_muon_makes_updates_orthogonal():
+    torch.manual_seed(0)
+    for shape in (8, 8), (12, 5), (5, 12):
+        singular = torch.linalg.svdvals(train.orthogonal(torch.randn(shape) * 100))
+        assert (singular > 0.4).all() and (singular < 1.4).all(), singular
+    weight = torch.nn.Parameter(torch.zeros(6, 4))
+    optimizer = train.Muon([weight], lr=0.5)
+    (weight * torch.randn(6, 4)).sum().backward()
+    optimizer.step()
+    assert 0.05 < weight.square().mean().sqrt() < 0.15  # 0.2 lr, give or take what the iteration leaves
+
+
 def test_image_task_gives_one_clean_frame():
     dit, latents, text, mask = training_batch()
     seen = {}
@@ -913,16 +937,16 @@ def test_training_goes_on_where_it_was_killed(tmp_path):
     def learn(work: Path, stops: list[int]) -> torch.Tensor:
         for stop in stops:
             torch.manual_seed(0)
-            model = torch.nn.Linear(4, 1)
+            model = torch.nn.ModuleDict({"layers": torch.nn.Linear(4, 1)})  # Muon's weight, AdamW's bias
 
             def loss_of_step(step: int, model=model, stop=stop):
                 if step == stop:
                     raise KeyboardInterrupt
-                return ((model(video) - step) ** 2).mean(), {}
+                return ((model["layers"](video) - step) ** 2).mean(), {}
 
             with contextlib.suppress(KeyboardInterrupt):
                 train.fit("toy", model, loss_of_step, steps=4, lr=0.1, work=work, every=2, warmup=1)
-        return model.weight.detach()
+        return torch.cat([p.detach().flatten() for p in model.parameters()])
 
     assert torch.equal(learn(tmp_path / "a", [99]), learn(tmp_path / "b", [3, 99]))
 
@@ -955,6 +979,10 @@ def test_vae_loss_learns_and_weighs():
     assert torch.allclose(
         magi.vae_loss(vae, video, torch.zeros(2, 1, 4, 16, 16), kl_weight=0)[0], torch.tensor(0.0)
     )
+    seeded = lambda size: magi.vae_loss(
+        vae, video, latent_noise=size * torch.ones(2), generator=torch.Generator().manual_seed(0)
+    )
+    assert not torch.allclose(seeded(0.0)[1], seeded(0.5)[1])
     optimizer = torch.optim.AdamW(vae.parameters(), lr=3e-3)
     for _ in range(40):
         loss, recon = magi.vae_loss(vae, video)
