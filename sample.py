@@ -411,6 +411,22 @@ def check_model(args: argparse.Namespace, dit, cfg) -> None:
             tensor_names(file)
 
 
+def unknown_words(args: argparse.Namespace) -> list[str]:
+    """A note if a small text encoder, which lists its words in words.json, does not know one of the prompt."""
+    file = args.t5 / "words.json"
+    if not file.is_file():
+        return []
+    with reading("words", file):
+        known = json.loads(file.read_text())                                 # {"colours": ["red", ...], ...}
+        words = {word for phrases in known.values() for phrase in phrases for word in phrase.split()}
+    strange = [w for w in re.findall(r"\w+", " ".join(args.prompt or ()).lower()) if w not in words]
+    if not strange:
+        return []
+    lists = "; ".join(f"{kind}: {', '.join(phrases)}" for kind, phrases in known.items() if kind != "other")
+    return [f"note: this small model has never seen {', '.join(map(repr, dict.fromkeys(strange)))}. "
+            f"It knows {lists}. Say for example: a red ball bounces"]
+
+
 def count_chunks(num_frames: int | None, prefix_frames: int) -> float:
     """How many chunks a run generates after so many frames of video; those they fill are not generated."""
     if num_frames is None:
@@ -453,6 +469,7 @@ def prepare(argv: list[str] | None) -> dict:
         notes.append(f"warning: {len(args.prompt)} prompts for {chunks} chunks, the last ones are not used")
     if not args.prompt and not args.text:
         notes.append(f"note: no --prompt, the {'image' if args.image else 'video'} alone says what happens")
+    notes += unknown_words(args)
     text = load_text(args.text, dit) if args.text else None
     for note in notes:
         say(note)

@@ -2327,6 +2327,15 @@ def test_sample_notes_and_warnings_are_one_clean_line(small_model, tmp_path, cap
     assert line.startswith("note: no --prompt")
 
 
+def test_sample_says_what_a_small_model_knows(tmp_path, planned, capsys):
+    prompts = ["--prompt", "A red DRAGON bounces", "--prompt", "an orange ring rests, by day"]
+    sample.main([*prompts, "--out", str(tmp_path / "o.mp4")])
+    said = capsys.readouterr().err
+    assert "'dragon'" in said and "colours: red, orange" in said and "'red'" not in said, said
+    sample.main(["--prompt", "now a white ring turns and slides up", "--out", str(tmp_path / "o.mp4")])
+    assert "never seen" not in capsys.readouterr().err
+
+
 def test_sample_says_that_fp8_is_dequantised(small_model, tmp_path, capsys):
     model = write_model(tmp_path / "fp8", magi.DiTConfig(**SMALL_DIT | dict(fp8=True, dtype="bfloat16")))
     assert (

@@ -364,6 +364,7 @@ class Tiny(nn.Module):
         tokens = {k: v.detach() for k, v in self.tokens.items()}
         save_model(folder / "base", self.dit, config, special_tokens=tokens)
         copy.deepcopy(self.t5).to(torch.bfloat16).save_pretrained(folder / "t5")
+        (folder / "t5" / "words.json").write_text(json.dumps(world.words(), indent=1) + "\n")
 
     def encode(self, captions: list[str]) -> tuple[Tensor, Tensor]:
         """Captions -> text (n, L, C) and mask (n, L), as magi.T5 gives them."""

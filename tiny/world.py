@@ -92,10 +92,17 @@ def caption(triples, before=None, place: str | None = None, rng: np.random.Gener
     return now + " and ".join(clauses) + (f" {PLACES[place][0]}" if place else "")
 
 
+def words() -> dict[str, list[str]]:
+    """What the model is taught to understand, by kind: `sample.py` tells who asks for something else."""
+    plain, *others = zip(*MOTIONS.values(), strict=True)
+    places = [words for words, *_ in PLACES.values()]
+    other = [*sum(others, ()), "a", "an", "and", "now", "stops", "turns"]
+    return {"colours": [*COLOURS], "shapes": [*SHAPES], "motions": [*plain], "places": places, "other": other}
+
+
 def vocabulary() -> list[str]:
     """Every word a caption can hold, sorted."""
-    phrases = [*COLOURS, *SHAPES, *sum(MOTIONS.values(), ()), *(words for words, *_ in PLACES.values())]
-    return sorted(set(" ".join([*phrases, "a an and now stops turns"]).split()))
+    return sorted({word for phrases in words().values() for phrase in phrases for word in phrase.split()})
 
 
 def sample_prompts(n: int, seed: int = 0, heldout: bool | None = True) -> list[tuple[str, Triple]]:
