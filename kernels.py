@@ -1,0 +1,879 @@
+"""Fast paths for magi.py in Triton: block-causal attention, fp8 matmul, fused elementwise steps.
+
+magi.TORCH_OPS is the specification; TRITON_OPS here has the same names, signatures and results, and magi.py
+runs on either (`magi.load(..., backend="triton")`, `sample.py --backend triton`). Nothing here is needed.
+
+    operation          signature as in magi.py section 2                    what it saves
+    attention          (q, k, v)                                            scores, N x M floats, never exist
+    block_attention    (q, k, v, ranges, cached)                            a mask; a joined copy of the cache
+    fp8_matmul         (x, weight, divide, scale)                           half the bytes, twice the arithmetic
+    norm_rotary        (x, norm, angles)                                    61 of 65 bytes per element (bf16)
+    gated_residual     (x, gate, branch, norm)                              40 of 48 bytes per element (bf16)
+
+    python kernels.py               on a GPU: check against magi.py, then time, beside PyTorch's own kernels
+    python kernels.py --compile     anywhere: compile for four architectures; registers, memory, instructions
+
+Symbols as in magi.py: B batch, N queries, M keys, Hq Hkv query and key/value heads, hd head width, n chunks.
+In this file a *row* is one token of one head, and a *tile* a block of rows that one program holds on chip.
+
+Contents
+    1  Tiles                  how big, for which architecture, and why
+    2  Plans and launches     which program does what; one record for running and for compiling
+    3  Small parts            loads, products, casts shared by the kernels
+    4  Attention, forward     the online softmax; why block-causal needs no mask
+    5  Attention, backward    scores are computed again, never stored
+    6  Fp8 matmul             scales, and what they lose
+    7  Elementwise            where the bytes go
+    8  The operations         checks, autograd, TRITON_OPS
+    9  Compiling ahead        --compile
+    10 Timing                 on a GPU
+
+Left out on purpose: dropout, masks of any kind, more than two sources of keys, AMD. References: FlashAttention
+1 and 2 (arXiv 2205.14135, 2307.08691); SmoothQuant (2211.10438); Triton's tutorials 3, 6 and 9. To read first:
+`_attend_tile`, ten lines that everything else surrounds.
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+import os
+import re
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+import triton
+import triton.language as tl
+from torch import Tensor
+from triton.tools.tensor_descriptor import TensorDescriptor
+
+import magi
+
+LOG2E = tl.constexpr(math.log2(math.e))        # the hardware has 2^x, not e^x
+LN2 = tl.constexpr(math.log(2))
+
+# ----------------------------------------------------------------------------------------------------------
+# 1  Tiles
+# ----------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Tiles:
+    """How one kernel is cut up. Tensors are (rows, columns); a program keeps m x n (fp8: steps of k) on chip."""
+
+    m: int                        # rows of the tile that stays: queries; fp8: rows of the output
+    n: int                        # rows of the tile that moves: keys; fp8: columns of the output
+    k: int = 0                    # fp8 only: how much of the inner axis per step
+    warps: int = 4
+    stages: int = 2               # tiles in flight: loads run ahead of the arithmetic by this many
+    tma: bool = False             # let the copy engine fetch tiles by descriptor (sm_90 on)
+
+
+def tiles_for(kernel: str, arch: int, hd: int = 0, dtype: torch.dtype = torch.bfloat16) -> Tiles:
+    if arch == 0:
+        return Tiles(16, 16, 16)
+
+
+# ----------------------------------------------------------------------------------------------------------
+# 2  Plans and launches
+# ----------------------------------------------------------------------------------------------------------
+# Attention ranges are known on the CPU before a forward starts, and all layers share them. So what each
+# program shall do is written down once, as a list of integers, instead of being worked out on the GPU from a
+# mask. Programs start in the order of the list: the longest work comes first, so none trails at the end.
+
+
+def _spans(ranges: tuple, B: int, n_queries: int, keys: int) -> list[tuple[int, int, int, int, int]]:
+    """(batch, first query, end, first key, end) of every chunk, checked. Chunks are those of Tensor.chunk."""
+    n = len(ranges[0])
+    size = -(-n_queries // n)
+    magi._require(len(ranges) in (1, B) and -(-n_queries // size) == n,
+                  f"{len(ranges)} x {n} ranges do not fit {B} x {n_queries} queries")
+    out = []
+    for b in range(B):
+        for i, (start, end) in enumerate(ranges[b % len(ranges)]):
+            magi._require(0 <= start < end <= keys, f"range [{start}, {end}) of chunk {i} is empty or leaves "
+                          f"the {keys} keys: every chunk must see at least one")
+            out.append((b, i * size, min(n_queries, (i + 1) * size), start, end))
+    return out
+
+
+def query_plan(ranges: tuple, B: int, N: int, M: int, cached: int, m: int, strides: tuple[int, int]) -> list:
+    """One entry per tile of m queries: (row, rows, first cached key, how many, first new key, how many).
+
+    Keys 0 .. cached-1 are in the cache, the M others are new: a range is at most one run of each, which is
+    all it takes to read both where they are. `strides`: rows from one batch entry to the next, of each.
+    """
+    plan = []
+    for b, q0, q1, start, end in _spans(ranges, B, N, cached + M):
+        old = max(0, min(end, cached) - start), max(start, cached) - cached
+        for row in range(q0, q1, m):
+            plan.append((b * N + row, min(m, q1 - row), b * strides[0] + start, old[0],
+                         b * strides[1] + old[1], end - start - old[0]))
+    return sorted(plan, key=lambda entry: -entry[3] - entry[5])
+
+
+def key_plan(ranges: tuple, B: int, N: int, M: int, cached: int, n: int, first: int, count: int) -> tuple:
+    """For the keys first .. first+count of the axis: tiles (row, rows, start, number) and runs (row, rows).
+
+    The key axis is cut wherever a range starts or ends. So a tile lies wholly inside or outside any range, and
+    its queries are a few runs, runs[start : start + number]; a tile that nobody reads has none.
+    """
+    spans, tiles, runs = _spans(ranges, B, N, cached + M), [], []
+    for b in range(B):
+        mine = [(q0, q1, max(0, s - first), min(count, e - first)) for a, q0, q1, s, e in spans if a == b]
+        cuts = sorted({0, count, *(u for *_, s, e in mine if s < e for u in (s, e))})
+        for low, high in zip(cuts, cuts[1:], strict=False):
+            readers = [(b * N + q0, q1 - q0) for q0, q1, s, e in mine if s <= low and high <= e]
+            for row in range(low, high, n):
+                tiles.append((b * count + row, min(n, high - row), len(runs), len(readers)))
+            runs += readers
+    work = lambda tile: sum(rows for _, rows in runs[tile[2] : tile[2] + tile[3]])
+    return sorted(tiles, key=work, reverse=True), runs or [(0, 0)]
+
+
+@lru_cache(256)
+def _on_device(make: Callable, args: tuple, device: torch.device) -> Tensor | tuple[Tensor, Tensor]:
+    plan = make(*args)
+    move = lambda table: torch.tensor(table, dtype=torch.int32).to(device)
+    return tuple(map(move, plan)) if isinstance(plan, tuple) else move(plan)
+
+
+class Launch(NamedTuple):
+    """All there is to say about one kernel call: section 8 runs it, section 9 compiles it for other GPUs."""
+
+    kernel: Callable
+    grid: tuple[int, ...]
+    tiles: Tiles
+    args: dict[str, Any]
+
+    def run(self) -> None:
+        device = next(u.device for u in self.args.values() if isinstance(u, Tensor))
+        magi._require(device.type == "cuda" or INTERPRETED.value,
+                      f"Triton kernels need a GPU, the tensors are on {device}: use the backend 'torch'")
+        with torch.cuda.device(device) if device.type == "cuda" else torch.device("cpu"):
+            self.kernel[self.grid](**self.args, num_warps=self.tiles.warps, num_stages=self.tiles.stages)
+
+
+def _rows(u: Tensor, block: int, width: int, tma: bool) -> Tensor | TensorDescriptor:
+    """(B, N, heads, hd) as a matrix of tokens x (heads hd), for `_tile`: a descriptor of it, or itself."""
+    if not tma:
+        return u
+    batches, tokens = (u.shape[0] - 1) * u.stride(0) // u.stride(1), u.shape[1]
+    shape = [batches + tokens, (u.shape[2] - 1) * u.stride(2) + u.shape[3]]
+    return TensorDescriptor(u, shape, [u.stride(1), 1], [block, width])
+
+
+# ----------------------------------------------------------------------------------------------------------
+# 3  Small parts
+# ----------------------------------------------------------------------------------------------------------
+
+
+@triton.jit
+def _round_bits(x, DROP: tl.constexpr):
+    """float32 without its last DROP bits, to nearest even: adding half a unit, less one if even, carries."""
+    bits = x.to(tl.int32, bitcast=True)
+    bits = (bits + ((1 << (DROP - 1)) - 1) + ((bits >> DROP) & 1)) & (-1 << DROP)
+    return tl.where(tl.abs(x) < float("inf"), bits.to(tl.float32, bitcast=True), x)
+
+
+@triton.jit
+def _cast(x, TO: tl.constexpr):
+    """float32 -> TO, to nearest even. On a GPU that is one instruction. Triton 3.7's interpreter cuts bits off
+    where it should round, so there, and only there, what is cut off is made zero first."""
+    if INTERPRETED:
+        if TO == tl.bfloat16:
+            x = _round_bits(x, 16)
+        elif TO == tl.float8e4nv:                                            # below 2^-6 in steps of 2^-9:
+            x = tl.where(tl.abs(x) < 0.015625, (x + 24576.0) - 24576.0, _round_bits(x, 20))  # 1.5 * 2^(23-9)
+    return x.to(TO)
+
+
+@triton.jit
+def _dot(a, b, acc, PRECISION: tl.constexpr):
+    """a b + acc in float32. Triton 3.7's interpreter multiplies bf16 by its bit patterns: there, and only
+    there, the operands are widened first."""
+    if INTERPRETED:
+        a, b = a.to(tl.float32), b.to(tl.float32)
+    return tl.dot(a, b, acc, input_precision=PRECISION)
+
+
+@triton.jit
+def _tile(X, X_tma, row, col, stride, left, R: tl.constexpr, C: tl.constexpr, WIDTH: tl.constexpr,
+          EDGE: tl.constexpr, TMA: tl.constexpr):
+    """Rows row .. row+R and columns col .. col+C of a matrix, zeros beyond WIDTH columns.
+
+    A tile at the EDGE has only `left` rows; the last is then loaded again for those beyond, which belong to
+    others and might hold nan: a weight of 0 would not undo that.
+    """
+    if TMA and not EDGE:
+        x = X_tma.load([row, col])
+    else:
+        rows, cols = tl.arange(0, R)[:, None], tl.arange(0, C)[None, :]
+        if EDGE:
+            rows = tl.minimum(rows, left - 1)
+        at = X + row.to(tl.int64) * stride + col + (rows * stride + cols)
+        x = tl.load(at, (cols < WIDTH) & (rows >= 0), 0.0) if WIDTH < C else tl.load(at)
+    return x
+
+
+@triton.jit
+def _store(X, row, col, stride, left, x, R: tl.constexpr, C: tl.constexpr, WIDTH: tl.constexpr):
+    """Write the first `left` rows and WIDTH columns of a tile."""
+    rows, cols = tl.arange(0, R)[:, None], tl.arange(0, C)[None, :]
+    at = X + row.to(tl.int64) * stride + col + (rows * stride + cols)
+    tl.store(at, _cast(x, X.dtype.element_ty), (rows < left) & (cols < WIDTH))
+
+
+INTERPRETED = tl.constexpr(not isinstance(_tile, triton.JITFunction))        # TRITON_INTERPRET=1 at the import
+
+# ----------------------------------------------------------------------------------------------------------
+# 4  Attention, forward
+# ----------------------------------------------------------------------------------------------------------
+# For one query, attention is a weighted mean of the values: o = sum_j e^(s_j) v_j / sum_j e^(s_j). A mean can be
+# taken in passing. Keep the largest score so far m, the sum l of e^(s - m), the weighted values acc, and when
+# a tile of keys brings a larger score, shrink l and acc to the new scale:
+#
+#     m' = max(m, max s),    l' = l e^(m - m') + sum e^(s - m'),    acc' = acc e^(m - m') + e^(s - m') v
+#
+# That is the online softmax. Nothing of size N x M is ever in memory: for one chunk of the 4.5B at 720x720
+# (12,150 queries, 24 heads) against five chunks the scores would be 35 GB in bf16, written and read twice; what is
+# moved instead is q, k, v and o, 0.4 GB. The forward also keeps log sum e^s of each row, one float, which is
+# all that the backward needs to compute any score's weight again.
+#
+# Block-causal needs no mask. A chunk reads *all* keys of one contiguous range and no others, so its rule is a
+# start and an end. A loop from start to end touches only keys that count; the one tile at the end that
+# sticks out is masked, the hundreds before it are not. A mask tensor would cost a bit per pair to read and, worse,
+# the arithmetic of everything it forbids.
+#
+# Grouped queries: the Hq/Hkv heads that read the same keys are neighbours in the grid, so what one fetches from
+# memory the others find in the L2 cache. In the same way all tiles of a kv head run before the next head's
+# begin: keys and values of five chunks are 31 MB for one head, 249 MB for all, and the H100's L2 has 50 MB.
+
+
+@triton.jit
+def _attend_tile(q, acc, m, l, K, V, K_tma, V_tma, row, col, stride, left, scale, N: tl.constexpr, C: tl.constexpr,
+                 HD: tl.constexpr, EDGE: tl.constexpr, TMA: tl.constexpr, PRECISION: tl.constexpr):
+    """One step of the online softmax: N keys, of which in a tile at the EDGE only `left` count."""
+    k = _tile(K, K_tma, row, col, stride, left, N, C, HD, EDGE, TMA)
+    s = _dot(q, k.T, None, PRECISION)                                        # (m, N)
+    if EDGE:
+        s = tl.where(tl.arange(0, N)[None, :] < left, s, -float("inf"))
+    new = tl.maximum(m, tl.max(s, 1) * scale)          # scale holds log2(e) too: e^x is 2^(x log2(e))
+    p = tl.exp2(s * scale - new[:, None])
+    shrink = tl.exp2(m - new)
+    v = _tile(V, V_tma, row, col, stride, left, N, C, HD, EDGE, TMA)
+    acc = _dot(_cast(p, v.dtype), v, acc * shrink[:, None], PRECISION)
+    return acc, new, l * shrink + tl.sum(p, 1)
+
+
+@triton.jit
+def _attend(q, acc, m, l, K, V, K_tma, V_tma, row, col, stride, count, scale, N: tl.constexpr, C: tl.constexpr,
+            HD: tl.constexpr, TMA: tl.constexpr, PRECISION: tl.constexpr):
+    """All keys of one source, `count` from `row` on: whole tiles, then the rest."""
+    whole = count // N * N
+    for j in tl.range(0, whole, N):
+        acc, m, l = _attend_tile(q, acc, m, l, K, V, K_tma, V_tma, row + j, col, stride, N, scale, N, C, HD, False, TMA,
+                                 PRECISION)
+    if whole < count:
+        acc, m, l = _attend_tile(q, acc, m, l, K, V, K_tma, V_tma, row + whole, col, stride, count - whole, scale, N, C, HD,
+                                 True, TMA, PRECISION)
+    return acc, m, l
+
+
+@triton.jit
+def _forward_kernel(Q, K, V, K_old, V_old, K_tma, V_tma, K_old_tma, V_old_tma, Out, Lse, Plan, tokens, q_stride, k_stride, k_head, old_stride,
+                    old_head, scale, GROUP: tl.constexpr, HD: tl.constexpr, C: tl.constexpr, M: tl.constexpr,
+                    N: tl.constexpr, TMA: tl.constexpr, CACHE: tl.constexpr, PRECISION: tl.constexpr):
+    """One tile of queries of one head. Grid: (tiles * GROUP, Hkv)."""
+    plan, kv = Plan + tl.program_id(0) // GROUP * 6, tl.program_id(1)
+    head = kv * GROUP + tl.program_id(0) % GROUP
+    row, left = tl.load(plan), tl.load(plan + 1)
+    q = _tile(Q, Q, row, head * HD, q_stride, left, M, C, HD, True, False)      # (m, C)
+    acc = tl.zeros((M, C), tl.float32)
+    m = tl.full((M,), -float("inf"), tl.float32)
+    l = tl.zeros((M,), tl.float32)
+    if CACHE:
+        acc, m, l = _attend(q, acc, m, l, K_old, V_old, K_old_tma, V_old_tma, tl.load(plan + 2), kv * old_head, old_stride,
+                            tl.load(plan + 3), scale * LOG2E, N, C, HD, TMA, PRECISION)
+    acc, m, l = _attend(q, acc, m, l, K, V, K_tma, V_tma, tl.load(plan + 4), kv * k_head, k_stride, tl.load(plan + 5),
+                        scale * LOG2E, N, C, HD, TMA, PRECISION)
+    _store(Out, row, head * HD, q_stride, left, acc / l[:, None], M, C, HD)
+    rows = tl.arange(0, M)
+    tl.store(Lse + head.to(tl.int64) * tokens + row + rows, (m + tl.log2(l)) * LN2, rows < left)
+
+
+def _sources(k: Tensor, v: Tensor, cached: tuple | None) -> tuple[Tensor, Tensor, Tensor, Tensor, int]:
+    """New and cached keys and values, and how many keys are cached; if none are, the new ones stand in."""
+    return (k, v, *(cached or (k, v)), cached[0].shape[1] if cached else 0)
+
+
+def _batch_rows(k: Tensor) -> int:
+    return k.stride(0) // k.stride(1)
+
+
+def _common(q: Tensor, k: Tensor, k_old: Tensor, cached: int, tiles: Tiles) -> dict:
+    """Arguments of the forward kernel and the dq kernel alike."""
+    hd = q.shape[-1]
+    return dict(tokens=q.shape[0] * q.shape[1], q_stride=q.stride(1), k_stride=k.stride(1), k_head=k.stride(2),
+                old_stride=k_old.stride(1), old_head=k_old.stride(2), scale=hd**-0.5,
+                GROUP=q.shape[2] // k.shape[2], HD=hd, C=triton.next_power_of_2(hd), M=tiles.m, N=tiles.n,
+                TMA=tiles.tma, CACHE=cached > 0, PRECISION=_precision(q))
+
+
+def _precision(q: Tensor) -> str:
+    """Of float32 products: three TF32 products on the tensor cores have float32's error, one has 1e-3."""
+    return "tf32x3" if q.dtype == torch.float32 else "tf32"                  # other types: without effect
+
+
+def _query_plan(q: Tensor, k: Tensor, k_old: Tensor, cached: int, ranges: tuple, m: int) -> Tensor:
+    args = (ranges, *q.shape[:2], k.shape[1], cached, m, (_batch_rows(k_old), _batch_rows(k)))
+    return _on_device(query_plan, args, q.device)
+
+
+def forward_launch(q: Tensor, k: Tensor, v: Tensor, cached: tuple | None, ranges: tuple, out: Tensor,
+                   lse: Tensor, tiles: Tiles) -> Launch:
+    k, v, k_old, v_old, old = _sources(k, v, cached)
+    plan, common = _query_plan(q, k, k_old, old, ranges, tiles.m), _common(q, k, k_old, old, tiles)
+    tile = lambda u: _rows(u, tiles.n, common["C"], tiles.tma)
+    args = dict(Q=q, K=k, V=v, K_old=k_old, V_old=v_old, K_tma=tile(k), V_tma=tile(v), K_old_tma=tile(k_old), V_old_tma=tile(v_old), Out=out, Lse=lse, Plan=plan)
+    return Launch(_forward_kernel, (len(plan) * common["GROUP"], k.shape[2]), tiles, args | common)
+
+
+# ----------------------------------------------------------------------------------------------------------
+# 5  Attention, backward
+# ----------------------------------------------------------------------------------------------------------
+# With weights p = e^(s - lse), scores s = scale q k^T and the gradient do of the output:
+#
+#     dv = p^T do,    dp = do v^T,    ds = p (dp - delta),    dq = scale ds k,    dk = scale ds^T q
+#
+# where delta = sum_j p_j dp_j = do . o is one number per row. p is computed again tile by tile from q, k and lse:
+# 2.5 times the arithmetic of the forward, but N x M floats less to store. Two kernels, each the only writer of
+# what it sums, so there are no atomic additions and results repeat bit for bit. The first walks along the keys of a tile
+# of queries (and leaves delta behind), the second along the queries of a tile of keys, over all heads of the group.
+
+
+@triton.jit
+def _dq_tile(q, do, dq, lse, delta, K, V, K_tma, V_tma, row, col, stride, left, scale, N: tl.constexpr, C: tl.constexpr,
+             HD: tl.constexpr, EDGE: tl.constexpr, TMA: tl.constexpr, PRECISION: tl.constexpr):
+    k = _tile(K, K_tma, row, col, stride, left, N, C, HD, EDGE, TMA)
+    v = _tile(V, V_tma, row, col, stride, left, N, C, HD, EDGE, TMA)
+    p = tl.exp2(_dot(q, k.T, None, PRECISION) * scale - lse[:, None])        # (m, N)
+    if EDGE:
+        p = tl.where(tl.arange(0, N)[None, :] < left, p, 0.0)
+    ds = p * (_dot(do, v.T, None, PRECISION) - delta[:, None])
+    return _dot(_cast(ds, k.dtype), k, dq, PRECISION)
+
+
+@triton.jit
+def _dq(q, do, dq, lse, delta, K, V, K_tma, V_tma, row, col, stride, count, scale, N: tl.constexpr, C: tl.constexpr,
+        HD: tl.constexpr, TMA: tl.constexpr, PRECISION: tl.constexpr):
+    whole = count // N * N
+    for j in tl.range(0, whole, N):
+        dq = _dq_tile(q, do, dq, lse, delta, K, V, K_tma, V_tma, row + j, col, stride, N, scale, N, C, HD, False, TMA,
+                      PRECISION)
+    if whole < count:
+        dq = _dq_tile(q, do, dq, lse, delta, K, V, K_tma, V_tma, row + whole, col, stride, count - whole, scale, N, C, HD,
+                      True, TMA, PRECISION)
+    return dq
+
+
+@triton.jit
+def _dq_kernel(Q, K, V, K_old, V_old, K_tma, V_tma, K_old_tma, V_old_tma, Out, dOut, Lse, Delta, dQ, Plan, tokens, q_stride, k_stride, k_head,
+               old_stride, old_head, scale, GROUP: tl.constexpr, HD: tl.constexpr, C: tl.constexpr,
+               M: tl.constexpr, N: tl.constexpr, TMA: tl.constexpr, CACHE: tl.constexpr,
+               PRECISION: tl.constexpr):
+    """dq and delta of one tile of queries. Grid and plan as in the forward."""
+    plan, kv = Plan + tl.program_id(0) // GROUP * 6, tl.program_id(1)
+    head = kv * GROUP + tl.program_id(0) % GROUP
+    row, left = tl.load(plan), tl.load(plan + 1)
+    q = _tile(Q, Q, row, head * HD, q_stride, left, M, C, HD, True, False)
+    do = _tile(dOut, dOut, row, head * HD, q_stride, left, M, C, HD, True, False)
+    out = _tile(Out, Out, row, head * HD, q_stride, left, M, C, HD, True, False)
+    delta = tl.sum(out.to(tl.float32) * do.to(tl.float32), 1)
+    rows = tl.arange(0, M)
+    at = head.to(tl.int64) * tokens + row + rows
+    tl.store(Delta + at, delta, rows < left)
+    lse = tl.load(Lse + at, rows < left, 0.0) * LOG2E
+    dq = tl.zeros((M, C), tl.float32)
+    if CACHE:
+        dq = _dq(q, do, dq, lse, delta, K_old, V_old, K_old_tma, V_old_tma, tl.load(plan + 2), kv * old_head, old_stride,
+                 tl.load(plan + 3), scale * LOG2E, N, C, HD, TMA, PRECISION)
+    dq = _dq(q, do, dq, lse, delta, K, V, K_tma, V_tma, tl.load(plan + 4), kv * k_head, k_stride, tl.load(plan + 5),
+             scale * LOG2E, N, C, HD, TMA, PRECISION)
+    _store(dQ, row, head * HD, q_stride, left, dq * scale, M, C, HD)
+
+
+@triton.jit
+def _dkv_tile(k, v, dk, dv, Q, dOut, Q_tma, dOut_tma, lse_at, delta_at, row, col, stride, left, scale, M: tl.constexpr,
+              C: tl.constexpr, HD: tl.constexpr, EDGE: tl.constexpr, TMA: tl.constexpr,
+              PRECISION: tl.constexpr):
+    """Add what M queries of one head give to dk and dv. All scores are held transposed: keys x queries."""
+    rows = tl.arange(0, M)
+    q = _tile(Q, Q_tma, row, col, stride, left, M, C, HD, EDGE, TMA)
+    do = _tile(dOut, dOut_tma, row, col, stride, left, M, C, HD, EDGE, TMA)
+    lse = tl.load(lse_at + row + rows, rows < left, float("inf"))            # weight e^-inf = 0 beyond the edge
+    delta = tl.load(delta_at + row + rows, rows < left, 0.0)
+    p = tl.exp2(_dot(k, q.T, None, PRECISION) * scale - (lse * LOG2E)[None, :])                    # (n, M)
+    dv = _dot(_cast(p, do.dtype), do, dv, PRECISION)
+    ds = p * (_dot(v, do.T, None, PRECISION) - delta[None, :])
+    return _dot(_cast(ds, q.dtype), q, dk, PRECISION), dv
+
+
+@triton.jit
+def _dkv_kernel(Q, K, V, dOut, Q_tma, dOut_tma, Lse, Delta, dK, dV, Plan, Runs, tokens, q_stride, k_stride, scale,
+                GROUP: tl.constexpr, HD: tl.constexpr, C: tl.constexpr, M: tl.constexpr, N: tl.constexpr,
+                TMA: tl.constexpr, PRECISION: tl.constexpr):
+    """dk and dv of one tile of N keys. Grid: (tiles, Hkv). Plan and Runs: see `key_plan`."""
+    plan, kv = Plan + tl.program_id(0) * 4, tl.program_id(1)
+    row, left = tl.load(plan), tl.load(plan + 1)
+    runs, number = Runs + tl.load(plan + 2) * 2, tl.load(plan + 3)
+    k = _tile(K, K, row, kv * HD, k_stride, left, N, C, HD, True, False)
+    v = _tile(V, V, row, kv * HD, k_stride, left, N, C, HD, True, False)
+    dk, dv = tl.zeros((N, C), tl.float32), tl.zeros((N, C), tl.float32)
+    for i in range(number * GROUP):
+        head = kv * GROUP + i % GROUP
+        first, count = tl.load(runs + i // GROUP * 2), tl.load(runs + i // GROUP * 2 + 1)
+        lse_at, delta_at = Lse + head.to(tl.int64) * tokens, Delta + head.to(tl.int64) * tokens
+        whole = count // M * M
+        for j in tl.range(0, whole, M):
+            dk, dv = _dkv_tile(k, v, dk, dv, Q, dOut, Q_tma, dOut_tma, lse_at, delta_at, first + j, head * HD, q_stride, M,
+                               scale * LOG2E, M, C, HD, False, TMA, PRECISION)
+        if whole < count:
+            dk, dv = _dkv_tile(k, v, dk, dv, Q, dOut, Q_tma, dOut_tma, lse_at, delta_at, first + whole, head * HD, q_stride,
+                               count - whole, scale * LOG2E, M, C, HD, True, TMA, PRECISION)
+    _store(dK, row, kv * HD, k_stride, left, dk * scale, N, C, HD)
+    _store(dV, row, kv * HD, k_stride, left, dv, N, C, HD)
+
+
+def dq_launch(q: Tensor, k: Tensor, v: Tensor, cached: tuple | None, ranges: tuple, out: Tensor, dout: Tensor,
+              lse: Tensor, delta: Tensor, dq: Tensor, tiles: Tiles) -> Launch:
+    k, v, k_old, v_old, old = _sources(k, v, cached)
+    plan, common = _query_plan(q, k, k_old, old, ranges, tiles.m), _common(q, k, k_old, old, tiles)
+    tile = lambda u: _rows(u, tiles.n, common["C"], tiles.tma)
+    args = dict(Q=q, K=k, V=v, K_old=k_old, V_old=v_old, K_tma=tile(k), V_tma=tile(v), K_old_tma=tile(k_old), V_old_tma=tile(v_old), Out=out, dOut=dout, Lse=lse,
+                Delta=delta, dQ=dq, Plan=plan)
+    return Launch(_dq_kernel, (len(plan) * common["GROUP"], k.shape[2]), tiles, args | common)
+
+
+def dkv_launch(q: Tensor, k: Tensor, v: Tensor, first: int, old: int, new: int, ranges: tuple, dout: Tensor,
+               lse: Tensor, delta: Tensor, dk: Tensor, dv: Tensor, tiles: Tiles) -> Launch:
+    """For one source: its keys begin at `first` on an axis of `old` cached and `new` keys."""
+    hd, width = q.shape[-1], triton.next_power_of_2(q.shape[-1])
+    plan, runs = _on_device(key_plan, (ranges, *q.shape[:2], new, old, tiles.n, first, k.shape[1]), q.device)
+    args = dict(Q=q, K=k, V=v, dOut=dout, Q_tma=_rows(q, tiles.m, width, tiles.tma), dOut_tma=_rows(dout, tiles.m, width, tiles.tma),
+                Lse=lse, Delta=delta, dK=dk, dV=dv, Plan=plan, Runs=runs, tokens=q.shape[0] * q.shape[1],
+                q_stride=q.stride(1), k_stride=k.stride(1), scale=hd**-0.5, GROUP=q.shape[2] // k.shape[2],
+                HD=hd, C=width, M=tiles.m, N=tiles.n, TMA=tiles.tma, PRECISION=_precision(q))
+    return Launch(_dkv_kernel, (len(plan), k.shape[2]), tiles, args)
+
+
+# ----------------------------------------------------------------------------------------------------------
+# 6  Fp8 matmul
+# ----------------------------------------------------------------------------------------------------------
+# e4m3 has 4 bits of exponent and 3 of mantissa: 16 steps per factor of two... from 2^-9 to 448. Tensors are
+# brought into that range by scales: x = input_scale * x8, w = weight_scale * w8, so x w^T = (x8 w8^T) times one number,
+# applied to the float32 sum at the end. What is lost is 3 bits of mantissa, a relative error of up to 1/16 per
+# number (2.6 % rms), which a sum over thousands of terms averages out; and whatever is smaller than 2^-10 of the
+# unit, which becomes zero. The second is the worse: one outlier of 448 sets the scale for all, so a
+# channel 10^5 times smaller vanishes. Hence the smoothing scales of Wo and fc2, whose inputs have such channels:
+# x_j / s_j and w_j * s_j have the same product, and s_j is chosen to leave both moderate (`convert_weights.py
+# quantize`). Biases need no care: there are none.
+#
+# The rounding is that of magi.fp8_matmul exactly: float32 division, clamp, to bf16, to e4m3, so both paths multiply the
+# same numbers. On the H100 the tensor cores add fp8 products with about 14 bits; every 128 terms
+# (IMPRECISE) their sum is therefore moved to float32 registers, which is what makes "float32 accumulation" true.
+
+
+@triton.jit
+def _quantise_kernel(X, Divide, X8, rows, width, M: tl.constexpr, N: tl.constexpr):
+    """x / divide in e4m3, one pass: 2 + 1 bytes per element where PyTorch's five passes move 31. Grid: tiles."""
+    row, col = tl.program_id(0) * M + tl.arange(0, M)[:, None], tl.program_id(1) * N + tl.arange(0, N)[None, :]
+    at, mask = row.to(tl.int64) * width + col, (row < rows) & (col < width)
+    x = tl.load(X + at, mask, 0.0).to(tl.float32)
+    x = tl.div_rn(x, tl.load(Divide + col, col < width, 1.0))                # `/` would be off by an ulp
+    x = tl.clamp(x, -448.0, 448.0, tl.PropagateNan.ALL)
+    tl.store(X8 + at, _cast(_cast(x, tl.bfloat16).to(tl.float32), tl.float8e4nv), mask)
+
+
+@triton.jit
+def _fp8_kernel(X8, W8, Scale, Out, rows, cols, width, M: tl.constexpr, N: tl.constexpr, K: tl.constexpr,
+                BAND: tl.constexpr, TMA: tl.constexpr, EVEN: tl.constexpr, IMPRECISE: tl.constexpr):
+    """One tile (M, N) of (x8 w8^T) * scale. Both operands are stored along the inner axis, as wgmma wants."""
+    # Programs that run together should share operands in the L2 cache: go down in bands of BAND tiles of rows.
+    pid, down, across = tl.program_id(0), tl.cdiv(rows, M), tl.cdiv(cols, N)
+    band = pid // (BAND * across) * BAND
+    high = tl.minimum(down - band, BAND)
+    row, col = (band + pid % (BAND * across) % high) * M, pid % (BAND * across) // high * N
+    acc = tl.zeros((M, N), tl.float32)
+    for k in tl.range(0, width, K):
+        if TMA:                                                              # zeros beyond the edges
+            x, w = X8.load([row, k]), W8.load([col, k])
+        else:                                                                # beyond the edge: the last again
+            inner = k + tl.arange(0, K)[None, :]
+            x_row = tl.minimum(row + tl.arange(0, M), rows - 1)[:, None].to(tl.int64)
+            w_row = tl.minimum(col + tl.arange(0, N), cols - 1)[:, None].to(tl.int64)
+            if EVEN:
+                x, w = tl.load(X8 + x_row * width + inner), tl.load(W8 + w_row * width + inner)
+            else:
+                x = tl.load(X8 + x_row * width + inner, inner < width, 0.0)
+                w = tl.load(W8 + w_row * width + inner, inner < width, 0.0)
+        acc = tl.dot(x, w.T, acc, max_num_imprecise_acc=IMPRECISE)
+    at_row, at_col = row + tl.arange(0, M)[:, None], col + tl.arange(0, N)[None, :]
+    tl.store(Out + at_row.to(tl.int64) * cols + at_col, _cast(acc * tl.load(Scale), tl.bfloat16),
+             (at_row < rows) & (at_col < cols))
+
+
+def quantise_launch(x: Tensor, divide: Tensor, x8: Tensor, tiles: Tiles) -> Launch:
+    args = dict(X=x, Divide=divide, X8=x8, rows=x.shape[0], width=x.shape[1], M=tiles.m, N=tiles.n)
+    return Launch(_quantise_kernel, (triton.cdiv(len(x), tiles.m), triton.cdiv(x.shape[1], tiles.n)), tiles,
+                  args)
+
+
+def fp8_launch(x8: Tensor, weight: Tensor, scale: Tensor, out: Tensor, tiles: Tiles) -> Launch:
+    (rows, width), cols = x8.shape, len(weight)
+    tma = tiles.tma and width % 16 == 0                                      # rows must start at 16 bytes
+    tile = lambda u, block: TensorDescriptor(u, list(u.shape), [width, 1], [block, tiles.k]) if tma else u
+    args = dict(X8=tile(x8, tiles.m), W8=tile(weight, tiles.n), Scale=scale, Out=out, rows=rows, cols=cols,
+                width=width, M=tiles.m, N=tiles.n, K=tiles.k, BAND=8, TMA=tma, EVEN=width % tiles.k == 0,
+                IMPRECISE=min(128, tiles.k))
+    return Launch(_fp8_kernel, (triton.cdiv(rows, tiles.m) * triton.cdiv(cols, tiles.n),), tiles, args)
+
+
+# ----------------------------------------------------------------------------------------------------------
+# 7  Elementwise
+# ----------------------------------------------------------------------------------------------------------
+# Norms, gates and rotations do a few operations per number, and a GPU can do some 300 in the time it takes to
+# fetch one from memory. Their cost is the bytes they move, and PyTorch moves every intermediate twice. Per element of
+# the activations, bf16 in and out:
+#
+#     gated_residual   gate, repeated: w4 · branch to float32 r2 w4 · product r8 w4 · norm r4 w4 ·
+#                      x to float32 r2 w4 · sum r8 w4 · to bf16 r4 w2          54;   one pass: r2 r2 w2  6
+#     norm_rotary      to float32 r2 w4 · norm r4 w4 · four products r8 w6 (3/4 of the width, four halves) ...
+
+
+@triton.jit
+def _gated_residual_kernel(X, Gate, Branch, Weight, Bias, Out, tokens, chunk, chunks, gate_stride, width, eps,
+                           C: tl.constexpr):
+    """x + LN1(gate * branch) of one token. Grid: (tokens of all batch entries,)."""
+    token, cols = tl.program_id(0), tl.arange(0, C)
+    mask, at = cols < width, token.to(tl.int64) * width + cols
+    gate = token // tokens * chunks + token % tokens // chunk
+    u = tl.load(Gate + gate.to(tl.int64) * gate_stride + cols, mask, 0.0).to(tl.float32)
+    u *= tl.load(Branch + at, mask, 0.0).to(tl.float32)
+    u = tl.where(mask, u - tl.sum(u, 0) / width, 0.0)
+    u *= tl.rsqrt(tl.sum(u * u, 0) / width + eps)
+    u = u * (tl.load(Weight + cols, mask, 0.0) + 1) + tl.load(Bias + cols, mask, 0.0)
+    x = tl.load(X + at, mask, 0.0).to(tl.float32)
+    tl.store(Out + at, _cast(x + u, Out.dtype.element_ty), mask)
+
+
+@triton.jit
+def _norm_rotary_kernel(X, Weight, Bias, Angles, Out, rows, tokens, heads, eps, HD: tl.constexpr,
+                        C: tl.constexpr, PAIRS: tl.constexpr, M: tl.constexpr):
+    """LN1, then rotation of the pairs (j, j + PAIRS), for all heads of M tokens. Grid: (tiles,).
+
+    PAIRS, 48 of 128, is no power of two, so halves cannot be cut out of a tile. Instead every column also
+    loads its partner, which the first load has just brought into the cache.
+    """
+    row, col = tl.program_id(0) * M + tl.arange(0, M)[:, None], tl.arange(0, C)[None, :]
+    wide, turns = (row < rows) & (col < HD), (row < rows) & (col < 2 * PAIRS)
+    partner = tl.where(col < PAIRS, col + PAIRS, tl.where(col < 2 * PAIRS, col - PAIRS, col))
+    angle = tl.load(Angles + row % tokens * PAIRS + col % PAIRS, turns, 0.0)             # 0: no rotation
+    cos, sin = tl.cos(angle), tl.where(col < PAIRS, -tl.sin(angle), tl.sin(angle))
+    weight, bias = tl.load(Weight + col, col < HD, 0.0) + 1, tl.load(Bias + col, col < HD, 0.0)
+    weight_p, bias_p = tl.load(Weight + partner, col < HD, 0.0) + 1, tl.load(Bias + partner, col < HD, 0.0)
+    for head in range(heads):
+        at = (row.to(tl.int64) * heads + head) * HD
+        x = tl.load(X + at + col, wide, 0.0).to(tl.float32)
+        x_p = tl.load(X + at + partner, wide, 0.0).to(tl.float32)
+        mean = tl.sum(x, 1)[:, None] / HD
+        x, x_p = tl.where(col < HD, x - mean, 0.0), x_p - mean
+        scale = tl.rsqrt(tl.sum(x * x, 1)[:, None] / HD + eps)
+        y = (x * scale * weight + bias) * cos + (x_p * scale * weight_p + bias_p) * sin
+        tl.store(Out + at + col, _cast(y, Out.dtype.element_ty), wide)
+
+
+def gated_residual_launch(x: Tensor, gate: Tensor, branch: Tensor, weight: Tensor, bias: Tensor, eps: float,
+                          out: Tensor, tiles: Tiles) -> Launch:
+    (B, N, D), n = x.shape, gate.shape[1]
+    gate = gate.flatten(0, 1)                                                # a view of both gates' product
+    args = dict(X=x, Gate=gate, Branch=branch, Weight=weight, Bias=bias, Out=out, tokens=N, chunk=N // n,
+                chunks=n, gate_stride=gate.stride(0), width=D, eps=eps, C=triton.next_power_of_2(D))
+    return Launch(_gated_residual_kernel, (B * N,), tiles, args)
+
+
+def norm_rotary_launch(x: Tensor, weight: Tensor, bias: Tensor, angles: Tensor, eps: float, out: Tensor,
+                       tiles: Tiles) -> Launch:
+    B, N, heads, hd = x.shape
+    args = dict(X=x, Weight=weight, Bias=bias, Angles=angles, Out=out, rows=B * N, tokens=N, heads=heads,
+                eps=eps, HD=hd, C=triton.next_power_of_2(hd), PAIRS=angles.shape[1], M=tiles.m)
+    return Launch(_norm_rotary_kernel, (triton.cdiv(B * N, tiles.m),), tiles, args)
+
+
+# ----------------------------------------------------------------------------------------------------------
+# 8  The operations
+# ----------------------------------------------------------------------------------------------------------
+
+
+def arch_of(device: torch.device) -> int:
+    """Which column of the tables fits a device: 89, 90, 100, 120; 0 for Triton's interpreter on the CPU.
+
+    Raises ValueError if there is none, with what is missing.
+    """
+    device = torch.device(device)
+    if device.type != "cuda":
+        magi._require(INTERPRETED.value, f"backend 'triton' needs an NVIDIA GPU, not {str(device)!r}: use 'torch'")
+        return 0
+    magi._require(torch.cuda.is_available() and torch.version.hip is None,
+                  "backend 'triton' needs an NVIDIA GPU and a CUDA build of PyTorch: use 'torch'")
+    major, minor = torch.cuda.get_device_capability(device)
+    magi._require(major >= 8, f"backend 'triton' needs compute capability 8.0 (A100, RTX 30) or later, "
+                  f"{torch.cuda.get_device_name(device)} has {major}.{minor}: use 'torch'")
+    return {8: 89, 9: 90, 10: 100, 11: 100}.get(major, 120)
+
+
+class _Attention(torch.autograd.Function):
+    """All kernels of sections 4 and 5 as one differentiable step."""
+
+    @staticmethod
+    def forward(ctx, q, k, v, k_old, v_old, ranges, tiles):
+        cached = None if k_old is None else (k_old, v_old)
+        out, lse = torch.empty_like(q), q.new_empty(q.shape[2], *q.shape[:2], dtype=torch.float32)
+        arch = arch_of(q.device)
+        pick = lambda name: tiles or tiles_for(name, arch, q.shape[-1], q.dtype)
+        forward_launch(q, k, v, cached, ranges, out, lse, pick("forward")).run()
+        ctx.save_for_backward(q, k, v, k_old, v_old, out, lse)
+        ctx.ranges, ctx.pick = ranges, pick
+        ctx.mark_non_differentiable(lse)
+        return out, lse
+
+    @staticmethod
+    def backward(ctx, dout, _):
+        q, k, v, k_old, v_old, out, lse = ctx.saved_tensors
+        dout, dq, delta = dout.contiguous(), torch.empty_like(q), torch.empty_like(lse)
+        cached = None if k_old is None else (k_old, v_old)
+        dq_launch(q, k, v, cached, ctx.ranges, out, dout, lse, delta, dq, ctx.pick("dq")).run()
+        old, grads = 0 if cached is None else k_old.shape[1], []
+        for first, source in ((old, (k, v)), (0, cached)):
+            if source is None:
+                grads += [None, None]
+                continue
+            ks, vs = (u.contiguous() for u in source)
+            grads += [torch.empty_like(ks), torch.empty_like(vs)]
+            dkv_launch(q, ks, vs, first, old, k.shape[1], ctx.ranges, dout, lse, delta, *grads[-2:],
+                       ctx.pick("dkv")).run()
+        return dq, *grads, None, None
+
+
+def _readable(u: Tensor) -> bool:
+    """Can `_tile` walk over it? Heads may lie apart and batches far apart, but by whole tokens."""
+    return u.stride(3) == 1 and u.stride(1) >= u.shape[3] and u.stride(0) % u.stride(1) == 0 and \
+        all(u.stride(i) * u.element_size() % 16 == 0 for i in (1, 2)) and u.data_ptr() % 16 == 0
+
+
+def flash_attention(q: Tensor, k: Tensor, v: Tensor, ranges: Tensor,
+                    cached: tuple[Tensor, Tensor] | None = None, tiles: Tiles | None = None
+                    ) -> tuple[Tensor, Tensor]:
+    """Block-causal attention (see magi.block_attention) and the log of each row's sum of e^score.
+
+    q (B, N, Hq, hd), k and v (B, M, Hkv, hd), in float32, bfloat16 or float16; ranges (1 or B, n, 2) on the
+    CPU; cached: earlier (k, v), (B, M', Hkv, hd), read where they are. `tiles` replaces the table's. Returns
+    (B, N, Hq, hd) and float32 (Hq, B, N); gradients flow to q, k, v and the cached ones. Raises ValueError
+    for an empty range, one beyond the keys, another type or head width, or a device that cannot.
+    """
+    magi._require(q.dtype in (torch.float32, torch.bfloat16, torch.float16), f"attention in {q.dtype}: use "
+                  f"float32, bfloat16 or float16")
+    magi._require(q.shape[-1] % 16 == 0 and q.shape[-1] <= 256,
+                  f"head width {q.shape[-1]} must be a multiple of 16, at most 256: use the backend 'torch'")
+    for u in (k, v, *(cached or ())):
+        magi._require(u.shape[0] == q.shape[0] and u.shape[3] == q.shape[3] and q.shape[2] % u.shape[2] == 0
+                      and u.dtype == q.dtype and u.device == q.device,
+                      f"keys and values {tuple(u.shape)} {u.dtype} do not go with queries {tuple(q.shape)} "
+                      f"{q.dtype}")
+    pairs = []
+    for a, b in ((k, v), *([cached] if cached else ())):
+        same = a.stride() == b.stride() and _readable(a) and _readable(b)
+        pairs += [a, b] if same else [a.contiguous(), b.contiguous()]
+    pairs += [None] * (4 - len(pairs))
+    spans = tuple(tuple(map(tuple, row)) for row in ranges.tolist())
+    return _Attention.apply(q.contiguous(), *pairs, spans, tiles)
+
+
+def block_attention(q: Tensor, k: Tensor, v: Tensor, ranges: Tensor,
+                    cached: tuple[Tensor, Tensor] | None = None) -> Tensor:
+    """magi.block_attention: chunk i of the queries reads the keys [start_i, end_i). See flash_attention."""
+    return flash_attention(q, k, v, ranges, cached)[0]
+
+
+def attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """magi.attention: one chunk that reads all keys."""
+    return flash_attention(q, k, v, torch.tensor([[[0, k.shape[1]]]]))[0]
+
+
+class _ByReference(torch.autograd.Function):
+    """Forward by a kernel; backward through the reference, computed again. Both are memory-bound steps that
+    training spends little on, and one definition of their gradient is enough."""
+
+    @staticmethod
+    def forward(ctx, run, reference, *tensors):
+        ctx.reference = reference
+        ctx.save_for_backward(*tensors)
+        return run(*tensors)
+
+    @staticmethod
+    def backward(ctx, grad):
+        with torch.enable_grad():
+            tensors = [u.detach().requires_grad_(need)
+                       for u, need in zip(ctx.saved_tensors, ctx.needs_input_grad[2:], strict=True)]
+            wanted = [u for u in tensors if u.requires_grad]
+            grads = iter(torch.autograd.grad(ctx.reference(*tensors), wanted, grad))
+        return None, None, *(next(grads) if u.requires_grad else None for u in tensors)
+
+
+def _norm_of(weight: Tensor, bias: Tensor, eps: float) -> Callable[[Tensor], Tensor]:
+    return lambda u: F.layer_norm(u.to(weight.dtype), weight.shape, weight + 1, bias, eps)
+
+
+def norm_rotary(x: Tensor, norm: magi.LayerNorm1p, angles: Tensor) -> Tensor:
+    """magi.norm_rotary: x (B, N, heads, hd), angles (N, 3 hd/8) float32 -> LN1, rotated, like x."""
+    def run(x, weight, bias, angles):
+        x, out = x.contiguous(), torch.empty_like(x, memory_format=torch.contiguous_format)
+        norm_rotary_launch(x, weight, bias, angles.contiguous(), norm.eps, out,
+                           tiles_for("norm_rotary", arch_of(x.device))).run()
+        return out
+
+    reference = lambda x, weight, bias, angles: magi.norm_rotary(x, _norm_of(weight, bias, norm.eps), angles)
+    return _ByReference.apply(run, reference, x, norm.weight, norm.bias, angles)
+
+
+def gated_residual(x: Tensor, gate: Tensor, branch: Tensor, norm: magi.LayerNorm1p) -> Tensor:
+    """magi.gated_residual: x + LN1(gate * branch); x, branch (B, N, D), gate (B, n, D), n dividing N."""
+    def run(x, gate, branch, weight, bias):
+        x, branch = x.contiguous(), branch.contiguous()
+        gate = gate if gate.stride(2) == 1 else gate.contiguous()
+        out = torch.empty_like(x)
+        gated_residual_launch(x, gate, branch, weight, bias, norm.eps, out,
+                              tiles_for("gated_residual", arch_of(x.device))).run()
+        return out
+
+    magi._require(x.shape[1] % gate.shape[1] == 0, f"{x.shape[1]} tokens do not divide into {gate.shape[1]} chunks")
+    reference = lambda x, gate, branch, weight, bias: magi.gated_residual(x, gate, branch,
+                                                                          _norm_of(weight, bias, norm.eps))
+    return _ByReference.apply(run, reference, x, gate, branch, norm.weight, norm.bias)
+
+
+def fp8_matmul(x: Tensor, weight: Tensor, divide: Tensor, scale: Tensor) -> Tensor:
+    """magi.fp8_matmul: x (..., in) any float, weight (out, in) e4m3, divide (in,) or (1, in), scale (1,)
+    -> (..., out) bf16. GPUs without fp8 arithmetic (before sm_89), and training, take the reference itself."""
+    native = x.device.type != "cuda" or torch.cuda.get_device_capability(x.device) >= (8, 9)
+    if not native or x.requires_grad and torch.is_grad_enabled():
+        return magi.fp8_matmul(x, weight, divide, scale)
+    arch, rows = arch_of(x.device), x.reshape(-1, x.shape[-1]).contiguous()
+    x8 = torch.empty_like(rows, dtype=torch.float8_e4m3fn)
+    quantise_launch(rows, divide.float().contiguous(), x8, tiles_for("quantise", arch)).run()
+    out = rows.new_empty(len(rows), len(weight), dtype=torch.bfloat16)
+    fp8_launch(x8, weight.contiguous(), scale.float(), out, tiles_for("fp8", arch)).run()
+    return out.unflatten(0, x.shape[:-1])
+
+
+TRITON_OPS = SimpleNamespace(name="triton", attention=attention, block_attention=block_attention,
+                             norm_rotary=norm_rotary, gated_residual=gated_residual, fp8_matmul=fp8_matmul)
+
+
+# ----------------------------------------------------------------------------------------------------------
+# 9  Compiling ahead
+# ----------------------------------------------------------------------------------------------------------
+# Triton needs no GPU to compile for one. Tensors on the meta device have shapes, strides and types, which is all
+# that code depends on; the assembler and disassembler come in Triton's package. What the machine code says:
+# registers per thread, spills (values that did not fit and go through memory), shared memory, and which tensor core
+# instructions it uses. What it does not say is how fast it runs.
+
+SHARED_BYTES = {89: 99 * 1024, 90: 227 * 1024, 100: 227 * 1024, 120: 99 * 1024}      # of a block, at most
+# In machine code, of 16-bit (and TF32) and of fp8 matrices. sm_90: wgmma; sm_100: tcgen05; others: mma.
+TENSOR_CORE = {89: ("HMMA", "QMMA"), 90: ("HGMMA", "QGMMA"), 100: ("UTCHMMA", "UTCQMMA"), 120: ("HMMA", "QMMA")}
+
+
+class Facts(NamedTuple):
+    """What the machine code of one kernel says."""
+
+    registers: int                # of a thread; 255 is the most there is
+    spills: int                   # loads and stores of spilled registers
+    shared: int                   # bytes of a block
+    blocks: int                   # that fit on a multiprocessor at once, by registers and shared memory
+    loop: dict[str, int]          # instructions of the main inner loop, by kind
+    opcodes: frozenset[str]
+
+
+def machine_code(launch: Launch, arch: int) -> Facts:
+    """Compile one launch for an architecture, without a GPU. Its tensors are best on the meta device."""
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    magi._require(not INTERPRETED.value, "TRITON_INTERPRET is set: kernels are interpreted, not compiled")
+    signature, constants, attributes = {}, {}, {}
+    for i, parameter in enumerate(launch.kernel.params):
+        name, value = parameter.name, launch.args[parameter.name]
+        whole = lambda u: u if isinstance(u, int) else u.data_ptr() if isinstance(u, Tensor) else 1
+        signature[name] = "constexpr" if parameter.is_constexpr else _type_of(value)
+        if parameter.is_constexpr:
+            constants[name] = value
+        elif whole(value) % 16 == 0:                                         # as the launcher would find out
+            attributes[i,] = [["tt.divisibility", 16]]
+    source = ASTSource(launch.kernel, signature, constants, attributes)
+    options = dict(num_warps=launch.tiles.warps, num_stages=launch.tiles.stages)
+    compiled = triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options)
+    shared, threads = compiled.metadata.shared, 32 * compiled.metadata.num_warps
+    registers, code = _disassemble(compiled.asm["cubin"])
+    opcodes = [op for _, op, _ in code]
+    per_block = -(-registers // 8) * 8 * threads
+    blocks = min(65536 // per_block, (SHARED_BYTES[arch] + 1024) // (shared + 1024), (1536 if arch in (89, 120) else 2048) // threads)
+    return Facts(registers, sum(op in ("LDL", "STL") for op in opcodes), shared, blocks, _main_loop(code),
+                 frozenset(opcodes))
+
+
+def _type_of(value: Any) -> str:
+    if isinstance(value, TensorDescriptor):
+        return f"tensordesc<{_type_of(value.base)[1:]}{list(value.block_shape)}>"
+    if isinstance(value, Tensor):
+        return "*" + {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16", torch.int32: "i32",
+                      torch.float8_e4m3fn: "fp8e4nv"}[value.dtype]
+    return "fp32" if isinstance(value, float) else "i32"
+
+
+def _disassemble(cubin: bytes) -> tuple[int, list[tuple[int, str, str]]]:
+    """Registers, and (address, opcode without modifiers, operands) of every instruction."""
+    folder = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        dump = lambda flag: subprocess.run([folder / "cuobjdump", flag, file.name], check=True, text=True,
+                                           capture_output=True, env=os.environ | {"PATH": f"{folder}:{os.environ['PATH']}"}).stdout
+        registers = int(re.search(r"REG:(\d+)", dump("-res-usage"))[1])
+        line = re.compile(r"/\*([0-9a-f]{4,})\*/\s+(?:@!?U?P\w+\s+)?([A-Z][A-Z0-9]*)[\w.]*\s*(.*?);")
+        return registers, [(int(a, 16), op, rest) for a, op, rest in line.findall(dump("-sass"))]
+
+
+def _main_loop(code: list[tuple[int, str, str]]) -> dict[str, int]:
+    """The innermost loop with the most tensor core instructions: how many there are of each kind."""
+    best: dict[str, int] = {}
+    jumps = [(int(m[1], 16), at) for at, op, rest in code if op == "BRA" and (m := re.search(r"0x([0-9a-f]+)", rest))]
+    loops = [(to, at) for to, at in jumps if to < at]
+    for low, high in loops:
+        if any((a, b) != (low, high) and low <= a and b <= high for a, b in loops):
+            continue
+        ops = [op for at, op, _ in code if low <= at <= high]
+        count = lambda *names: sum(op in names for op in ops)
+        kinds = dict(all=len(ops), tensor=sum("MMA" in op for op in ops), exp=count("MUFU"),
+                     shared=count("LDS", "STS", "LDSM", "STSM"), copy=count("LDGSTS", "UTMALDG", "LDG"))
+        if kinds["tensor"] > best.get("tensor", 0):
+            best = kinds
+    return best
