@@ -33,7 +33,7 @@ Contents
     7  Schedule                 time grid, stages, attention ranges: pure functions
     8  Guidance                 three branches and their weights; what need not be computed
     9  Sampler                  the generator that ties 5-8 together
-    10 Training objectives      flow matching over chunks, the VAE loss
+    10 Training objectives      flow matching over chunks, the VAE loss, shortcut distillation, LoRA
     11 Loading and the pipeline folders on disk; the one object a user holds
 
 Left out on purpose: multi-GPU parallelism, CPU offload of the cache (a few chunks need none), CUDA graphs,
@@ -42,6 +42,7 @@ media files (sample.py reads and writes them). Fast kernels have the signatures 
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import html
 import itertools
@@ -809,11 +810,19 @@ class FP8Linear(nn.Module):
         return self.ops.fp8_matmul(x, self.weight, divide, self.input_scale[0] * self.weight_scale)
 
 
-def _linear(cfg: DiTConfig, index: int, n_in: int, n_out: int, kind: str, ops: SimpleNamespace) -> nn.Module:
+class Float32Linear(nn.Linear):
+    """A linear without bias that sums and answers in float32, whatever the type of its input and weight."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return matmul_float32(x, self.weight)
+
+
+def _linear(cfg: DiTConfig, index: int, n_in: int, n_out: int, kind: str, ops: SimpleNamespace,
+            plain: type[nn.Linear] = nn.Linear) -> nn.Module:
     """A bias-free linear of layer `index`; the first and last layer are too sensitive for fp8."""
     if cfg.fp8 and 0 < index < cfg.num_layers - 1:
         return FP8Linear(n_in, n_out, kind, ops)
-    return nn.Linear(n_in, n_out, bias=False, dtype=cfg.torch_dtype)
+    return plain(n_in, n_out, bias=False, dtype=cfg.torch_dtype)
 
 
 @dataclass
@@ -843,7 +852,7 @@ class ParallelAttention(nn.Module):
         self.v = _linear(cfg, index, D, Hkv * hd, "tensor", ops)
         self.qx = _linear(cfg, index, D, Hq * hd, "tensor", ops)
         self.kvx = nn.Linear(D, 2 * Hkv * hd, bias=False, dtype=cfg.torch_dtype)
-        self.out = _linear(cfg, index, 2 * Hq * hd, D, "channel", ops)
+        self.out = _linear(cfg, index, 2 * Hq * hd, D, "channel", ops, Float32Linear)
         self.q_norm, self.k_norm = (LayerNorm1p(hd, cfg.norm_eps) for _ in range(2))        # float32
         self.qx_norm, self.kx_norm = (LayerNorm1p(hd, cfg.norm_eps, dtype=cfg.torch_dtype) for _ in range(2))
 
@@ -852,7 +861,7 @@ class ParallelAttention(nn.Module):
         # The checkpoints were trained 8-way tensor parallel: each rank's slice of Wo saw its own heads' self-
         # and cross-attention side by side, so the features must be dealt out in that order.
         attn = rearrange(attn, "b n (two rank f) -> b n (rank two f)", two=2, rank=8)
-        return self.out(attn) if isinstance(self.out, FP8Linear) else matmul_float32(attn, self.out.weight)
+        return self.out(attn)
 
     def attend(self, x: Tensor, ctx: Context) -> tuple[Tensor, Tensor]:
         """Self- and cross-attention before the projection, each (B, N, Hq*hd)."""
@@ -1026,35 +1035,53 @@ def token_ranges(chunks: Sequence[int], first_seen: Sequence[int] | Tensor, have
 
 
 class KVCache:
-    """Keys and values of clean chunks. Which can be forgotten is the schedule's business (`oldest_read`)."""
+    """Keys and values of clean chunks. Which can be forgotten is the schedule's business (`oldest_read`).
+
+    Chunks stand joined, in order: they are written once and read in every step, so the copying is done when
+    one comes or goes, and reading is a view.
+    """
 
     def __init__(self):
-        self.layers: dict[int, dict[int, tuple[Tensor, Tensor]]] = {}       # layer -> chunk -> (k, v)
+        self.layers: dict[int, tuple[list[int], Tensor, Tensor]] = {}       # layer -> chunks, k and v
 
     def write(self, layer: int, chunk: int, k: Tensor, v: Tensor) -> None:
         """Store one chunk's k and v, (B, c, Hkv, hd), copied: a view keeps the whole forward's keys alive."""
-        self.layers.setdefault(layer, {})[chunk] = (k.clone(), v.clone())
+        self._join(layer, self._parts(layer) | {chunk: (k, v)})
+
+    def _parts(self, layer: int) -> dict[int, tuple[Tensor, Tensor]]:
+        chunks, k, v = self.layers.get(layer, ([], None, None))
+        pairs = zip(k.chunk(len(chunks), dim=1), v.chunk(len(chunks), dim=1), strict=True) if chunks else ()
+        return dict(zip(chunks, pairs, strict=True))
+
+    def _join(self, layer: int, stored: dict[int, tuple[Tensor, Tensor]]) -> None:
+        chunks = sorted(stored)
+        k, v = (torch.cat([stored[c][i] for c in chunks], dim=1) for i in (0, 1))
+        self.layers[layer] = chunks, k, v
 
     def chunks(self, before: int) -> list[int]:
         """Stored chunks older than `before`."""
-        return sorted(k for k in next(iter(self.layers.values()), {}) if k < before)
+        return [c for c in next(iter(self.layers.values()), ([],))[0] if c < before]
 
     def read(self, layer: int, before: int) -> tuple[Tensor, Tensor] | None:
         """k and v of the stored chunks older than `before`, joined, (B, chunks*c, Hkv, hd); None if none."""
-        stored = self.layers.get(layer, {})
-        pairs = [stored[k] for k in sorted(stored) if k < before]
-        return tuple(torch.cat(u, dim=1) for u in zip(*pairs, strict=True)) if pairs else None
+        chunks, k, v = self.layers.get(layer, ([], None, None))
+        old = sum(c < before for c in chunks)
+        end = old * (k.shape[1] // len(chunks)) if chunks else 0
+        return (k[:, :end], v[:, :end]) if old else None
 
     def evict(self, before: float) -> None:
         """Drop the chunks older than `before`."""
-        for stored in self.layers.values():
-            for chunk in [k for k in stored if k < before]:
-                del stored[chunk]
+        for layer in list(self.layers):
+            stored = self._parts(layer)
+            kept = {c: kv for c, kv in stored.items() if c >= before}
+            if not kept:
+                del self.layers[layer]
+            elif len(kept) < len(stored):
+                self._join(layer, kept)
 
     @property
     def bytes(self) -> int:
-        return sum(u.numel() * u.element_size()
-                   for stored in self.layers.values() for kv in stored.values() for u in kv)
+        return sum(u.numel() * u.element_size() for _, *kv in self.layers.values() for u in kv)
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -1458,6 +1485,55 @@ def draw_times(batch: int, n: int, clean: Tensor, cfg: TrainingConfig, sampler: 
     return torch.where(is_clean, sampler.clean_t, torch.where(use, moment, law)), is_clean
 
 
+def _check_clips(dit: DiT, latents: Tensor, text: Tensor, text_mask: Tensor) -> tuple[int, int, int]:
+    """(B, T, n) of a training batch, if its shapes fit each other."""
+    (B, _, T, _, _), n = latents.shape, latents.shape[2] // CHUNK
+    fits = text.shape == (B, n, *dit.null_text.shape) and text_mask.shape == text.shape[:3]
+    _require(T % CHUNK == 0 and fits,
+             f"latents {tuple(latents.shape)} need {CHUNK} frames per chunk and text "
+             f"{(B, n, *dit.null_text.shape)} with its mask; text is {tuple(text.shape)}, text_mask "
+             f"{tuple(text_mask.shape)}")
+    return B, T, n
+
+
+def _per_frame(u: Tensor, x: Tensor) -> Tensor:
+    """One number a chunk (B, n) -> one a frame, to multiply x: (B, 1, T, 1, 1)."""
+    return u.repeat_interleave(CHUNK, dim=1).to(x)[:, None, :, None, None]
+
+
+def _draw_given(B: int, T: int, cfg: TrainingConfig, rand: Callable[..., Tensor]) -> Tensor:
+    """How many frames of each clip are given, (B,): none, one (an image) or many (a video)."""
+    task = rand(B)
+    given = torch.where(task < cfg.image_share, 1, (2 + rand(B) * max(1, T - CHUNK - 1)).long())
+    return torch.where(task < cfg.image_share + cfg.video_share, given, 0).clamp(max=max(1, T - CHUNK))
+
+
+def _corrupt(latents: Tensor, t: Tensor, is_clean: Tensor, given: Tensor, cfg: TrainingConfig,
+             generator: torch.Generator | None) -> tuple[Tensor, Tensor, Tensor]:
+    """Noise each chunk to its t (B, n); clean chunks a little, whatever t the model is told; given frames of
+    a noisy chunk not at all. Returns x, the noise, and where those frames are (B, 1, T, 1, 1) bool."""
+    level = torch.where(is_clean, 1 - cfg.clean_noise * torch.rand(t.shape, generator=generator), t)
+    level = _per_frame(level, latents)                                   # share of data in x
+    noise = torch.randn(latents.shape, generator=generator).to(latents)
+    pasted = torch.arange(latents.shape[2]) < given[:, None]             # (B, T)
+    pasted = (pasted & ~is_clean.repeat_interleave(CHUNK, 1)).to(latents.device)[:, None, :, None, None]
+    return torch.where(pasted, latents, (1 - level) * noise + level * latents), noise, pasted
+
+
+def _with_null_text(dit: DiT, text: Tensor, mask: Tensor, nulled: Tensor) -> tuple[Tensor, Tensor]:
+    """Text (B, n, L, C) and mask (B, n, L), null text where nulled (B, n) or where the caption is empty."""
+    nulled = (nulled.to(mask.device) | ~mask.bool().any(-1))[..., None]  # (B, n, 1)
+    null_mask = (torch.arange(mask.shape[-1], device=mask.device) < dit.cfg.null_length).to(mask)
+    return (torch.where(nulled[..., None], dit.null_text.to(text), text),
+            torch.where(nulled, null_mask, mask))
+
+
+def _mean_square(error: Tensor, is_clean: Tensor, pasted: Tensor, weight: Tensor | None) -> Tensor:
+    """Weighted mean of error^2 over what counts: the frames of noisy chunks that were not given."""
+    counts = (_per_frame(~is_clean, error) * ~pasted * (1 if weight is None else weight)).expand_as(error)
+    return (counts * error**2).sum() / counts.sum().clamp(min=1)
+
+
 def flow_matching_loss(dit: DiT, latents: Tensor, text: Tensor, text_mask: Tensor,
                        cfg: TrainingConfig = TrainingConfig(), sampler: SamplerConfig = SamplerConfig(),
                        weight: Tensor | None = None, generator: torch.Generator | None = None) -> Tensor:
@@ -1469,37 +1545,16 @@ def flow_matching_loss(dit: DiT, latents: Tensor, text: Tensor, text_mask: Tenso
     report). Draws come from `generator` (on the CPU). The scalar loss is a mean over the elements that count,
     weighted by weight (B, 1, T, H, W) if that is given (ours: small objects deserve more than their size).
     """
-    (B, _, T, _, _), n = latents.shape, latents.shape[2] // CHUNK
-    fits = text.shape == (B, n, *dit.null_text.shape) and text_mask.shape == text.shape[:3]
-    _require(T % CHUNK == 0 and fits,
-             f"latents {tuple(latents.shape)} need {CHUNK} frames per chunk and text "
-             f"{(B, n, *dit.null_text.shape)} with its mask; text is {tuple(text.shape)}, text_mask "
-             f"{tuple(text_mask.shape)}")
+    B, T, n = _check_clips(dit, latents, text, text_mask)
     text, text_mask = text.to(latents.device), text_mask.to(latents.device)
     rand = lambda *shape: torch.rand(*shape, generator=generator)
-
-    # How many frames are given: none, one (an image) or many (a video).
-    task = rand(B)
-    given = torch.where(task < cfg.image_share, 1, (2 + rand(B) * max(1, T - CHUNK - 1)).long())
-    given = torch.where(task < cfg.image_share + cfg.video_share, given, 0).clamp(max=max(1, T - CHUNK))
+    given = _draw_given(B, T, cfg, rand)
     t, is_clean = draw_times(B, n, given // CHUNK, cfg, sampler, generator)
-
-    # Noise each chunk to its t; clean chunks a little, whatever t the model is told; given frames of a noisy
-    # chunk not at all.
-    level = torch.where(is_clean, 1 - cfg.clean_noise * rand(B, n), t)   # share of data in x
-    frame = lambda u: u.repeat_interleave(CHUNK, dim=1).to(latents.device)[:, None, :, None, None]
-    pasted = torch.arange(T) < given[:, None]                            # (B, T)
-    noise = torch.randn(latents.shape, generator=generator).to(latents)
-    x = (1 - frame(level)) * noise + frame(level) * latents
-    part = (pasted & ~is_clean.repeat_interleave(CHUNK, 1)).to(latents.device)[:, None, :, None, None]
-    x = torch.where(part, latents, x)
+    x, noise, pasted = _corrupt(latents, t, is_clean, given, cfg, generator)
 
     # Text: clean chunks are always shown null text, as the cache's are; some clips lose theirs altogether.
     nulled = is_clean | (rand(B, 1) < cfg.null_share) | ~text_mask.bool().any(-1).cpu()
-    drop = nulled.to(text.device)[..., None]
-    null_mask = (torch.arange(text.shape[2], device=text.device) < dit.cfg.null_length).to(text_mask)
-    text = torch.where(drop[..., None], dit.null_text.to(text), text)
-    text_mask = torch.where(drop, null_mask, text_mask)
+    text, text_mask = _with_null_text(dit, text, text_mask, nulled)
 
     # Attention ranges as in the sampler, by each chunk's own t; some clips see no history (third branch).
     ranges = sampler.kv_ranges or (n,)
@@ -1511,10 +1566,7 @@ def flow_matching_loss(dit: DiT, latents: Tensor, text: Tensor, text_mask: Tenso
 
     v = dit(x, t.to(latents.device), text, text_mask, first_seen=first_seen,
             conditional=~nulled.to(latents.device))
-    counts = (~is_clean).repeat_interleave(CHUNK, 1) & ~pasted           # (B, T)
-    counts = counts.to(v)[:, None, :, None, None] * (1 if weight is None else weight)
-    counts = counts.expand_as(v)
-    return (counts * (v - (latents - noise)) ** 2).sum() / counts.sum().clamp(min=1)
+    return _mean_square(v - (latents - noise), is_clean, pasted, weight)
 
 
 def vae_loss(vae: VAE, video: Tensor, weight: Tensor | None = None, kl_weight: float = 1e-6,
@@ -1537,6 +1589,228 @@ def vae_loss(vae: VAE, video: Tensor, weight: Tensor | None = None, kl_weight: f
     error = (recon.float() - video).abs()
     kl = 0.5 * (mean.float() ** 2 + logvar.float().exp() - 1 - logvar.float())
     return (error if weight is None else error * weight).mean() + kl_weight * kl.mean(), recon
+
+
+# Shortcut distillation (report section 2.5, after Frans et al. 2024). The student is also told its step size
+# s, as d = 1/(2s) (`shortcut_d`), and learns to go in one step as far as it went in two of half the size:
+#
+#     x' = x + dt1 v(x, t, s)
+#     v(x, t, 2s) := [dt1 v(x, t, s) + dt2 v(x', t + dt1, s)] / (dt1 + dt2)
+#
+# dt1 and dt2 differ, as the time grid is not uniform. At the smallest step the target is the teacher's guided
+# velocity, so three branches become one as well. Ours, where the report is silent: the corruption of a clip
+# (TrainingConfig, as for the base model) and that all chunks of a clip are at a moment of the pipeline.
+
+SHORTCUT_CYCLE = (64,) * 8 + (32, 16, 8)   # 1/s of one training step after the other, over and over
+
+
+def shortcut_steps(step: int) -> int:
+    """How many steps from noise to clean the student learns in training step `step`: 64, 32, 16 or 8."""
+    return SHORTCUT_CYCLE[step % len(SHORTCUT_CYCLE)]
+
+
+def two_half_steps(velocity: Callable[[Tensor, Tensor], Tensor], x: Tensor, times: Sequence[Tensor],
+                   paste: Callable[[Tensor], Tensor] = lambda x: x) -> Tensor:
+    """Mean velocity of two Euler steps: the right side of the formula above, (B, 16, T, H, W).
+
+    velocity(x, t) is asked twice; times: start, middle and end, each (B, n). Where they do not move (a clean
+    chunk) the answer is 0. paste(x') restores given frames, as the sampler does after each step.
+    """
+    dt1, dt2 = (_per_frame(b - a, x) for a, b in itertools.pairwise(times))
+    first = velocity(x, times[0])
+    second = velocity(paste(x + dt1 * first), times[1])
+    return (dt1 * first + dt2 * second) / (dt1 + dt2).clamp(min=1e-9)
+
+
+def guided_velocity(dit: DiT, x: Tensor, t: Tensor, text: Tensor, text_mask: Tensor, is_clean: Tensor,
+                    first_seen: Tensor, sampler: SamplerConfig) -> Tensor:
+    """What the sampler makes of a base model's three branches (section 8), here for a batch of clips.
+
+    x (B, 16, T, H, W), t, is_clean and first_seen (B, n), text (B, n, L, C) -> (B, 16, T, H, W). Clean chunks
+    have the unconditional flag in every branch: the sampler's cache holds their keys from such a branch.
+    """
+    all_null, alone = torch.ones_like(is_clean), torch.arange(t.shape[1]).expand(t.shape)
+    texts, masks = zip(*(_with_null_text(dit, text, text_mask, nulled)
+                         for nulled in (is_clean, all_null, all_null)), strict=True)
+    v = dit(torch.cat([x] * 3), t.repeat(3, 1), torch.cat(texts), torch.cat(masks),
+            first_seen=torch.cat([first_seen, first_seen, alone]),
+            conditional=torch.cat([~is_clean, ~all_null, ~all_null]).to(x.device))
+    texted, previous, nothing = v.chunk(3)
+    scales = torch.tensor([[guidance_scales(sampler, u) for u in clip] for clip in t.tolist()])  # (B, n, 2)
+    w_prev, w_text = (_per_frame(w, x) for w in scales.unbind(-1))
+    return (1 - w_prev) * nothing + (w_prev - w_text) * previous + w_text * texted
+
+
+def shortcut_loss(student: DiT, teacher: DiT, latents: Tensor, text: Tensor, text_mask: Tensor,
+                  num_steps: int, cfg: TrainingConfig = TrainingConfig(),
+                  sampler: SamplerConfig = SamplerConfig(), average: DiT | None = None,
+                  weight: Tensor | None = None, generator: torch.Generator | None = None) -> Tensor:
+    """|| v_student(x, t, s) - target ||^2 over noisy chunks, for s = 1/num_steps (see `shortcut_steps`).
+
+    latents, text, text_mask, weight, generator: as in flow_matching_loss. teacher: the base model, sampled as
+    `sampler` says (its guidance and ranges); it may be the student itself if that is a base model with a LoRA
+    (`add_lora`), which is then taken off while it teaches: one copy in memory. average: whose half steps are
+    the target, such as a moving average of the student; default: the student's own. No gradient reaches any
+    target. Of `cfg`, pipeline_share and null_share are not used.
+
+    Every clip is at a moment of the pipeline at which its last chunk is in flight. Earlier moments are those
+    of shorter clips, so train on clips of 1, 2, ... chunks. The student sees what it will see in the sampler:
+    null text for clean chunks only, its conditional flag and one d for all; clips of one chunk and those that
+    see no history (cfg.ranges_share) teach it the run "alone" of the oldest chunk.
+    """
+    _require(num_steps in SHORTCUT_CYCLE, f"num_steps {num_steps} is not one of {set(SHORTCUT_CYCLE)}")
+    B, T, n = _check_clips(student, latents, text, text_mask)
+    sampler = dataclasses.replace(sampler, num_steps=num_steps)
+    text, text_mask = text.to(latents.device), text_mask.to(latents.device)
+    rand = lambda *shape: torch.rand(*shape, generator=generator)
+
+    # A moment of the pipeline: how many steps of its own each chunk has done; num_steps or more: it has left.
+    given = _draw_given(B, T, cfg, rand)
+    last_stage, j = (torch.randint(m, (B, 1), generator=generator)
+                     for m in (sampler.window, num_steps // sampler.window))
+    chunk = torch.arange(n)
+    done = (last_stage + n - 1 - chunk) * (num_steps // sampler.window) + j                    # (B, n)
+    from_outside = chunk < (given // CHUNK)[:, None]
+    is_clean = from_outside | (done >= num_steps)
+    grid = lambda N, i: torch.where(is_clean, sampler.clean_t, timestep_grid(N)[i.clamp(max=N)])
+    t = grid(num_steps, done)
+    x, _, pasted = _corrupt(latents, t, is_clean, given, cfg, generator)
+    paste = lambda x: torch.where(pasted, latents, x)
+
+    # What each chunk sees, as in the sampler; some clips see no history.
+    reach = torch.tensor([int(min(n, kv_range(sampler, i))) for i in range(num_steps)])
+    reach = reach[done.clamp(max=num_steps - 1)]                                               # (B, n)
+    for which, prefix in ((is_clean, False), (from_outside, True)):
+        reach = torch.where(which, int(min(n, clean_range(sampler, prefix))), reach)
+    reach = torch.where(rand(B, 1) >= cfg.ranges_share, 1, reach)
+    first_seen = (chunk - reach + 1).clamp(min=0)
+
+    def velocity(dit: DiT, N: int) -> Callable[[Tensor, Tensor], Tensor]:
+        """v(x, t, 1/N) of a distilled model, as a function of x and t."""
+        shown = _with_null_text(dit, text, text_mask, is_clean)
+        return lambda x, t: dit(x, t.to(x.device), *shown, first_seen=first_seen, d=shortcut_d(N)[0])
+
+    with torch.no_grad():
+        if num_steps == max(SHORTCUT_CYCLE):
+            with lora_off(teacher) if teacher is student else contextlib.nullcontext():
+                target = guided_velocity(teacher, x, t.to(x.device), text, text_mask, is_clean, first_seen,
+                                         sampler)
+        else:
+            times = [grid(2 * num_steps, 2 * done + k) for k in range(3)]
+            target = two_half_steps(velocity(average or student, 2 * num_steps), x, times, paste)
+    return _mean_square(velocity(student, num_steps)(x, t) - target, is_clean, pasted, weight)
+
+
+# A low-rank part (Hu et al. 2021) is the affordable way in for a real checkpoint: once it is there, both
+# objectives above train it alone. It hangs on every linear layer of the blocks as a child named "lora", and
+# its file holds these children by name; the weights of the model keep their names.
+
+
+class LoRA(nn.Module):
+    """What is added to a linear layer's output: scale * up(down(x)), nothing until it is trained.
+
+    Float32 whatever the layer's type: small updates would be lost in bf16. A hook rather than a wrapper, so
+    that names stay as they are and layers with fp8 weights can have one too.
+    """
+
+    def __init__(self, linear: nn.Module, rank: int):
+        super().__init__()
+        (n_out, n_in), device = linear.weight.shape, linear.weight.device
+        self.down = nn.Parameter(torch.randn(rank, n_in, device=device) * n_in**-0.5)
+        self.up = nn.Parameter(torch.zeros(n_out, rank, device=device))
+        self.scale = 1.0
+        self.handle = linear.register_forward_hook(
+            lambda linear, args, out: (out + linear.lora(args[0])).to(out.dtype))
+
+    def forward(self, x: Tensor) -> Tensor:                                  # (..., in) -> (..., out)
+        return self.scale * F.linear(F.linear(x.float(), self.down), self.up)
+
+
+def lora_targets(dit: DiT) -> dict[str, nn.Module]:
+    """The layers that get one: every linear of the blocks, by name."""
+    return {name: m for name, m in dit.named_modules()
+            if name.startswith("layers.") and isinstance(m, nn.Linear | FP8Linear)}
+
+
+def loras(dit: DiT) -> list[LoRA]:
+    return [m for m in dit.modules() if isinstance(m, LoRA)]
+
+
+def add_lora(dit: DiT, rank: int) -> DiT:
+    """Freeze a DiT and give it a LoRA, the only part left to train: `[p for p in dit.parameters() if
+    p.requires_grad]`. Changes the model in place; ValueError if it has one already."""
+    _require(rank >= 1, f"LoRA rank {rank} must be at least 1")
+    _require(not loras(dit), "the model has a LoRA already: merge_lora it first")
+    dit.requires_grad_(False)
+    for linear in lora_targets(dit).values():
+        linear.lora = LoRA(linear, rank)
+    return dit
+
+
+def scale_lora(dit: DiT, scale: float) -> None:
+    """How strongly the LoRA acts: 1 as it was trained, 0 not at all."""
+    for lora in loras(dit):
+        lora.scale = scale
+
+
+@contextlib.contextmanager
+def lora_off(dit: DiT) -> Iterator[None]:
+    """The model without its LoRA, for the length of a `with` block."""
+    before = [lora.scale for lora in loras(dit)]
+    scale_lora(dit, 0.0)
+    try:
+        yield
+    finally:
+        for lora, scale in zip(loras(dit), before, strict=True):
+            lora.scale = scale
+
+
+@torch.no_grad()
+def merge_lora(dit: DiT) -> DiT:
+    """Add the LoRA to the weights and take it off: the same velocities, at the speed of the plain model.
+
+    ValueError for fp8 layers, whose e4m3 steps are coarser than what a LoRA adds: use it unmerged there.
+    """
+    targets = [linear for linear in lora_targets(dit).values() if hasattr(linear, "lora")]
+    _require(not any(isinstance(linear, FP8Linear) for linear in targets),
+             "a LoRA cannot be merged into fp8 weights: use it unmerged, or merge it into the bf16 model")
+    for linear in targets:
+        lora = linear.lora
+        linear.weight.copy_(linear.weight.float() + lora.scale * lora.up @ lora.down)
+        lora.handle.remove()
+        del linear.lora
+    return dit
+
+
+def save_lora(dit: DiT, file: str | Path) -> None:
+    """Write the LoRA alone: LAYER.lora.down (rank, in) and LAYER.lora.up (out, rank), in safetensors."""
+    from safetensors.torch import save_file
+
+    save_file({k: v.contiguous() for k, v in dit.state_dict().items() if ".lora." in k}, file)
+
+
+def check_lora(dit: DiT, file: str | Path) -> int:
+    """The rank of a LoRA file, from its header. ValueError if it does not fit the model (meta will do)."""
+    found = read_headers([file])
+    ranks = {shape[0] for name, (shape, _) in found.items() if name.endswith(".lora.down") and shape}
+    _require(len(ranks) == 1, f"{str(file)!r} is no LoRA of one rank: it has {len(found)} tensor(s), such as "
+             f"{next(iter(sorted(found)), None)!r}")
+    (rank,), expected = ranks, {}
+    for name, linear in lora_targets(dit).items():
+        n_out, n_in = linear.weight.shape
+        expected |= {f"{name}.lora.down": ((rank, n_in), False), f"{name}.lora.up": ((n_out, rank), False)}
+    compare_headers(found, expected, f"the LoRA {str(file)!r} is for another model")
+    return rank
+
+
+def load_lora(dit: DiT, file: str | Path, scale: float = 1.0) -> DiT:
+    """Add a saved LoRA to a model, in place; scale: how strongly it acts. ValueError if it does not fit."""
+    from safetensors.torch import load_file
+
+    add_lora(dit, check_lora(dit, file))
+    dit.load_state_dict(load_file(file, device=str(dit.null_text.device)), strict=False)
+    scale_lora(dit, scale)
+    return dit.requires_grad_(False)
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -1586,11 +1860,17 @@ def check_weights(folder: str | Path, module: nn.Module) -> None:
     Raises ValueError, naming the first differences, if a file is corrupt or a name, shape or fp8 type
     differs.
     """
+    expected = {k: (tuple(v.shape), v.dtype == torch.float8_e4m3fn) for k, v in module.state_dict().items()}
+    compare_headers(read_headers(weight_files(folder)), expected,
+                    f"the checkpoint in {str(folder)!r} does not fit its config")
+
+
+def read_headers(files: Sequence[str | Path]) -> dict[str, tuple[tuple[int, ...], bool]]:
+    """Name -> shape, whether fp8, of all tensors in safetensors files. ValueError if one is corrupt."""
     from safetensors import SafetensorError, safe_open
 
-    expected = {k: (tuple(v.shape), v.dtype == torch.float8_e4m3fn) for k, v in module.state_dict().items()}
     found = {}
-    for file in weight_files(folder):
+    for file in files:
         try:
             with safe_open(file, "pt") as f:
                 for name in f.keys():
@@ -1599,12 +1879,17 @@ def check_weights(folder: str | Path, module: nn.Module) -> None:
         except (SafetensorError, OSError) as error:
             raise ValueError(f"{file} is truncated or corrupt ({error}): "
                              f"download or convert it again") from None
+    return found
+
+
+def compare_headers(found: dict, expected: dict, complaint: str) -> None:
+    """ValueError, beginning with the complaint and naming the first differences, if they are not equal."""
     for problem, names in (("lacks", expected.keys() - found.keys()),
                            ("has unknown", found.keys() - expected.keys()),
                            ("has other shapes or types for", [k for k in expected if k in found
                                                               and found[k] != expected[k]])):
-        _require(not names, f"the checkpoint in {str(folder)!r} does not fit its config: it {problem} "
-                 f"{len(names)} tensor(s), such as {next(iter(sorted(names)), None)!r}")
+        _require(not names, f"{complaint}: it {problem} {len(names)} tensor(s), such as "
+                 f"{next(iter(sorted(names)), None)!r}")
 
 
 def build(make: Callable[[], nn.Module], folder: str | Path) -> nn.Module:
