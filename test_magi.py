@@ -1046,7 +1046,7 @@ def test_vae_loss_learns_and_weighs():
     assert loss < 0.8 * first and recon.shape == video.shape
 
 
-# ------------------------------------------------------------------------------------------------ distillation
+# ----------------------------------------------------------------------------------------------- distillation
 
 
 def distillation(n: int = 3, **cfg):
@@ -1102,8 +1102,8 @@ def test_two_half_steps_on_a_linear_field_by_hand():
 
 @pytest.mark.parametrize("num_steps", [32, 16, 8])
 def test_shortcut_target_is_two_steps_of_the_half_size(num_steps):
-    """The student's three forwards are what the sampler would do: two half steps, given frames pasted between,
-    clean chunks as they are; and the loss is the distance from there."""
+    """The student's three forwards are what the sampler would do: two half steps, given frames pasted in
+    between, clean chunks as they are; and the loss is the distance from there."""
     student, _, loss = distillation(image_share=0.5, video_share=0.5)
     for seed in range(4):
         calls = calls_of(student)
@@ -1115,7 +1115,8 @@ def test_shortcut_target_is_two_steps_of_the_half_size(num_steps):
         assert torch.equal(first["x"], one["x"]) and torch.equal(first["t"], one["t"])
         index = (fine[:, None, None] == one["t"]).int().argmax(0)  # exact: the times are on both grids
         assert torch.equal(fine[index][noisy], one["t"][noisy]) and (index[noisy] % 2 == 0).all()
-        assert torch.equal(second["t"], torch.where(noisy, fine[(index + 1).clamp(max=2 * num_steps)], one["t"]))
+        middle = fine[(index + 1).clamp(max=2 * num_steps)]
+        assert torch.equal(second["t"], torch.where(noisy, middle, one["t"]))
         end = fine[(index + 2).clamp(max=2 * num_steps)]
         times = [first["t"], second["t"], torch.where(noisy, end, one["t"])]
         dt1, dt2 = (magi._per_frame(b - a, one["x"]) for a, b in itertools.pairwise(times))

@@ -29,6 +29,7 @@ from collections import Counter
 from dataclasses import dataclass
 from functools import lru_cache
 from itertools import groupby, product
+from typing import NamedTuple
 
 import numpy as np
 
@@ -42,6 +43,7 @@ COLOURS = {
     "red":    (225,  30,  35), "orange": (255, 130,  10), "yellow": (255, 230,  40), "green": ( 35, 185,  60),
     "blue":   ( 35,  90, 245), "purple": (145,  40, 205), "pink":   (255, 125, 200), "white": (250, 250, 250),
 }
+NEW_COLOURS = {"cyan": (30, 225, 235)}  # never drawn by make_clip: for a LoRA to learn, by `scene`
 SHAPES = ("ball", "square", "triangle", "star", "ring")
 MOTIONS = {
     "bounce":        ("bounces", "bounces on the floor", "keeps bouncing"),
@@ -262,7 +264,7 @@ def render(things, place: str) -> np.ndarray:
     frames = np.broadcast_to(background(place), (len(things[0].triples), CHUNK, SIZE, SIZE, 3)).copy()
     for thing in things:
         for k, alpha, where in thing.windows():
-            under, paint = frames[k][where], np.float32(COLOURS[thing.triples[k][0]])
+            under, paint = frames[k][where], np.float32((COLOURS | NEW_COLOURS)[thing.triples[k][0]])
             frames[k][where] = under + alpha[..., None] * (paint - under) + 0.5
     return frames.reshape(-1, SIZE, SIZE, 3)
 
@@ -289,7 +291,7 @@ def scene(colour="red", shape="ball", motion="bounce", place="day", chunks: int 
     the others what must follow. ValueError: an unknown name, a list not `chunks` long, motions without room.
     """
     plan = [[names] * chunks if isinstance(names, str) else names for names in (colour, shape, motion)]
-    for names, known in zip([*plan, [place]], (COLOURS, SHAPES, MOTIONS, PLACES), strict=True):
+    for names, known in zip([*plan, [place]], (COLOURS | NEW_COLOURS, SHAPES, MOTIONS, PLACES), strict=True):
         if unknown := set(names) - set(known):
             raise ValueError(f"unknown {unknown}; choose from {', '.join(known)}")
     if any(len(names) != chunks for names in plan):
@@ -370,17 +372,18 @@ def _locate(alpha: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 
 @lru_cache
 def _silhouettes():
-    """Each shape at each size as `_locate` finds it: name, (36, 36), centre less centre of mass (2)."""
+    """Each shape at each size as `_locate` finds it: name, size, (36, 36), centre less centre of mass (2)."""
     path = np.random.default_rng(0).uniform(28, 36, (16, 2))  # to average over fractions of a pixel
-    names, images, offsets = [], [], []
+    names, sizes, images, offsets = [], [], [], []
     for shape, size in product(SHAPES, np.arange(17, 29.1, 0.5)):
         alpha, (window, where) = np.zeros((16, SIZE, SIZE)), coverage(shape, size, path)
         alpha[where] = window
         centre, image = _locate(_soften(alpha))
         names.append(shape)
+        sizes.append(size)
         images.append(image)
         offsets.append((path - centre).mean(0))
-    return names, np.array(images), np.array(offsets)
+    return names, sizes, np.array(images), np.array(offsets)
 
 
 @lru_cache
@@ -428,46 +431,92 @@ def _motion(centre: np.ndarray) -> str | None:
     ])[1]  # fmt: skip
 
 
-def _judge_chunk(frames: np.ndarray):
-    """Softened frames (n, 64, 64, 3) in 0..255 -> (colour, shape, motion) and centres (n, 2)."""
+class Sight(NamedTuple):
+    """The object as it is found in a chunk of n frames."""
+
+    paint: np.ndarray  # (3,) its colour
+    alpha: np.ndarray  # (n, 64, 64) how much of each pixel it covers
+    centres: np.ndarray  # (n, 2)
+    best: int  # which of `_silhouettes` it looks like
+
+
+def _find(frames: np.ndarray) -> Sight | None:
+    """Softened frames (n, 64, 64, 3) in 0..255 -> the object in them, None if there is none."""
     known = [_soften(background(place)[None].astype(np.float32))[0] for place in PLACES]
     wall = min(known, key=lambda b: np.minimum(np.abs(frames - b), 60).mean())
-    nothing = (None, None, None), np.full((len(frames), 2), np.nan)
     excess = frames - wall
     excess -= np.median(excess, (1, 2), keepdims=True)  # a model's light may drift from frame to frame
     distance = (excess**2).sum(-1) ** 0.5
     peak = np.percentile(distance, 98.5)  # even a small star fills 3 % of the frame
     paint = np.median(frames[distance >= 0.75 * peak], 0)
     alpha = (excess * (paint - wall)).sum(-1) / ((paint - wall) ** 2).sum(-1)
-    centre, image = _locate(np.clip(alpha, 0, 1))
+    alpha = np.clip(alpha, 0, 1)
+    centre, image = _locate(alpha)
     if peak < 40 or np.isnan(centre[:, 0]).mean() > 0.5:
-        return nothing
-    names, images, offsets = _silhouettes()
+        return None
+    _, _, images, offsets = _silhouettes()
     overlap = np.minimum(images, image).sum((1, 2)) / np.maximum(images, image).sum((1, 2))
     best = overlap.argmax()
     if overlap[best] < 0.5:  # noise alone reaches 0.4, a shape under strong blur still 0.7
-        return nothing
+        return None
+    return Sight(paint, alpha, centre + offsets[best], best)
+
+
+def _judge_chunk(frames: np.ndarray, colours: dict):
+    """Softened frames (n, 64, 64, 3) in 0..255 -> (colour, shape, motion) and centres (n, 2)."""
+    if (sight := _find(frames)) is None:
+        return (None, None, None), np.full((len(frames), 2), np.nan)
     # brightness, red - green, yellow - blue; brightness counts little, as generated colours fade
     opponent = np.array([[0.2, 0.7, 0.4], [0.2, -0.7, 0.4], [0.2, 0, -0.8]])
-    colour = min(COLOURS, key=lambda name: np.linalg.norm((paint - COLOURS[name]) @ opponent))
-    return (colour, names[best], _motion(centre)), centre + offsets[best]
+    colour = min(colours, key=lambda name: np.linalg.norm((sight.paint - colours[name]) @ opponent))
+    return (colour, _silhouettes()[0][sight.best], _motion(sight.centres)), sight.centres
 
 
-def judge(frames: np.ndarray) -> Verdict:
+def judge(frames: np.ndarray, colours: dict = COLOURS) -> Verdict:
     """Reads the one object in frames (n, 64, 64, 3), uint8 or float in [0, 1]. ValueError for another size.
 
     Each 24 frames are judged alone, then they vote; a clip is "still" only if all chunks are, as slides end.
+    colours: those to choose from, such as COLOURS | NEW_COLOURS.
     """
-    if frames.shape[1:] != (SIZE, SIZE, 3) or not len(frames):
-        raise ValueError(f"frames of shape {frames.shape}; the judge reads (frames, {SIZE}, {SIZE}, 3)")
-    frames = _soften(frames.astype(np.float32) * (1 if frames.dtype == np.uint8 else 255))
-    parts = [_judge_chunk(frames[i : i + CHUNK]) for i in range(0, len(frames), CHUNK)]
+    frames = _readable(frames)
+    parts = [_judge_chunk(frames[i : i + CHUNK], colours) for i in range(0, len(frames), CHUNK)]
     chunks, centres = zip(*parts, strict=True)
     votes = [Counter(name for name in names if name) for names in zip(*chunks, strict=True)]
     if len(votes[2]) > 1:
         del votes[2]["still"]
     first = [max(vote, key=vote.get, default=None) for vote in votes]
     return Verdict(*first, np.concatenate(centres), chunks)
+
+
+def _readable(frames: np.ndarray) -> np.ndarray:
+    """Frames as the judge wants them: float in 0..255, softened."""
+    if frames.shape[1:] != (SIZE, SIZE, 3) or not len(frames):
+        raise ValueError(f"frames of shape {frames.shape}; the judge reads (frames, {SIZE}, {SIZE}, 3)")
+    return _soften(frames.astype(np.float32) * (1 if frames.dtype == np.uint8 else 255))
+
+
+def flaws(frames: np.ndarray) -> tuple[float, float]:
+    """How badly the object is drawn, whatever was asked for: (colour error, edge error), each a mean over the
+    chunks that show one, NaN if none does.
+
+    Colour error: distance of its paint from the nearest colour of the world, 0..255 per channel (rms). Edge
+    error: its coverage against that of the ideal shape (the best of the judge's, at the judged place and
+    size), the sum of differences over the ideal's area: 0 is perfect, a wrong or ragged outline adds to it.
+    """
+    frames, errors = _readable(frames), []
+    for sight in filter(None, (_find(frames[i : i + CHUNK]) for i in range(0, len(frames), CHUNK))):
+        shapes, sizes, _, _ = _silhouettes()
+        seen = ~np.isnan(sight.centres[:, 0])
+        ideal = np.zeros((seen.sum(), SIZE, SIZE))
+        window, where = coverage(shapes[sight.best], sizes[sight.best], sight.centres[seen])
+        ideal[where] = window
+        ideal = _soften(ideal)
+        near = ideal > 0
+        near = _soften(_soften(near.astype(float))) > 0  # two pixels around it: stray spots are not its edge
+        off = (np.abs(sight.alpha[seen] - ideal) * near).sum() / ideal.sum()
+        paint = min(np.mean((sight.paint - np.array(c)) ** 2) ** 0.5 for c in COLOURS.values())
+        errors.append((paint, off))
+    return tuple(np.mean(errors, 0).tolist()) if errors else (float("nan"), float("nan"))
 
 
 # ------------------------------------------------------------------------------------------------ 6 tokenizer
