@@ -39,8 +39,8 @@ from tqdm import tqdm  # noqa: E402
 import magi  # noqa: E402
 
 # ------------------------------------------------------------------------------------ attention on a CPU
-# magi.block_attention is one call per chunk, which suits few long chunks. For many short ones in a batch there
-# are two faster ways, both with the signature of magi.py, section 2.
+# magi.block_attention is one call per chunk, which suits few long chunks. For many short ones in a batch
+# there are two faster ways, both with the signature of magi.py, section 2.
 
 
 def block_attention(q: Tensor, k: Tensor, v: Tensor, ranges: Tensor, cached=None) -> Tensor:
@@ -252,13 +252,16 @@ def train_vae(args) -> None:
     def loss_of_step(step: int):
         video, weight = batch(step)
         with autocast():
-            loss, recon = magi.vae_loss(vae, video, weight, latent_noise=0.5 * torch.rand(len(video)) ** 2)
-        recon = recon.float()
-        with torch.no_grad():
-            error = ((recon.clamp(-1, 1) - video) ** 2).mean()
-        return loss + 2 * (weight * (recon - video) ** 2).mean(), {
-            "psnr": (10 * torch.log10(4 / error)).item()
-        }
+            if step < args.vae_steps * 3 / 4:
+                noise = 0.5 * torch.rand(len(video)) ** 2
+                loss, recon = magi.vae_loss(vae, video, weight, latent_noise=noise)
+            else:  # the latents are final; the decoder learns to make the most of them
+                with torch.no_grad():
+                    latent, _ = vae.moments(video)
+                loss, recon = 0, vae.decode(latent, tile=None)[:, :, : video.shape[2]]
+        square = (recon.float() - video) ** 2
+        loss = loss + 2 * (weight * square).mean()
+        return loss, {"psnr": (10 * torch.log10(4 / square.detach().mean())).item()}
 
     test = to_video(np.stack([world.make_clip(10**6 + i, chunks=1).frames for i in range(16)]))
     mask = torch.from_numpy(np.stack([world.make_clip(10**6 + i, chunks=1).mask() for i in range(16)]))[
