@@ -5,17 +5,20 @@
     ckpt/vae/                                    vae SRC OUT
     ckpt/t5/t5-v1_1-xxl/                         t5 SRC OUT     spiece.model
     ckpt/ with any of these                      all SRC OUT    (OUT/4.5B-base/ ..., OUT/vae/, OUT/t5/)
+    a folder of ours, in bf16 or float32         quantize MODEL OUT    the same model in fp8
 
     python convert_weights.py all ckpt weights --special-tokens special_tokens.npz
     python convert_weights.py dit ckpt/magi/4.5B_base/inference_weight weights/4.5B-base \\
         --config 4.5B_base_config.json --special-tokens special_tokens.npz
+    python convert_weights.py quantize weights/4.5B-base weights/4.5B-base-fp8 --device cuda
 
 Three promises. Nothing is written before every name, shape and dtype in the files' headers agrees, both ways,
 with the model that the config describes. Tensors are streamed: one input file is open at a time, and at most
 one output file (5 GB) is held. OUT has its name only when it is complete. What is not understood is refused,
 with one line that says why and exit code 2.
 
-Contents: 1 Configs, 2 Names, 3 Reading, 4 Writing, 5 Command line. The knowledge is in the tables of 1 and 2.
+Contents: 1 Configs, 2 Names, 3 Reading, 4 Writing, 5 Quantising, 6 Command line. What is known of the official
+files is in the tables of 1 and 2.
 Left out on purpose: downloading, and MAGI-1.1 checkpoints (they pack q, k, v in an undocumented order).
 """
 
@@ -40,7 +43,7 @@ from typing import BinaryIO
 import numpy as np
 import torch
 from safetensors import safe_open
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from tqdm import tqdm
 
@@ -386,12 +389,13 @@ def make_plan(files: list[Path], convert: Callable, expected: dict[str, Tensor])
     check(convert(sd), expected)
     reads, shards, size = [], [{}], 0
     for name, file in source.items():
-        for new, tensor in convert({name: sd[name]}).items():                # none if it is not wanted
-            size += tensor.nbytes
+        if made := convert({name: sd[name]}):            # none if it is not wanted; several by quantising
+            bytes_made = sum(tensor.nbytes for tensor in made.values())
+            size += bytes_made
             if size > SHARD_BYTES and shards[-1]:
                 shards.append({})
-                size = tensor.nbytes
-            shards[-1][new] = tensor
+                size = bytes_made
+            shards[-1] |= made
             reads.append((file, name))
     return reads, shards
 
@@ -464,7 +468,123 @@ def new_folder(src: Path, out: Path, force: bool) -> Iterator[Path]:
 
 
 # ------------------------------------------------------------------------------------------------------------
-# 5  Command line
+# 5  Quantising
+# ------------------------------------------------------------------------------------------------------------
+# fp8 weights want fp8 inputs, and how large inputs get is known only by running the model: a few videos are
+# sampled, and the largest |x| of every channel of every quantised layer is noted (calibration). Then
+#
+#   per tensor (q, k, v, qx, fc1)   input_scale = max |x| / 448,   weight_scale = max |w| / 448
+#   per channel (Wo, fc2)           s_j = max|x_j|^a / max|w_j|^(1-a),  a = 0.45 (SmoothQuant, arXiv 2211.10438):
+#                                   x_j / s_j and w_j s_j have the same product and no outliers; then as above,
+#                                   with smooth_scale = s * input_scale, since the input is divided only once
+#
+# so that all lies within e4m3's +-448. An input larger than any that was seen is clamped.
+
+E4M3_MAX, ALPHA = 448.0, 0.45
+CALIBRATION_PROMPTS = ("a red ball bounces", "a blue star slides to the left at night",
+                       "a woman walks along a beach at sunset while waves roll in",
+                       "a camera flies over a city street full of cars in the rain")
+
+
+def calibrate(dit: magi.DiT, layers: Iterable[str], run: Callable[[], None]) -> dict[str, Tensor]:
+    """Largest |input| of every channel of the named layers while `run` uses the model: name -> (in,)."""
+    peaks: dict[str, Tensor] = {}
+
+    def watch(name: str) -> Callable:
+        def hook(module: nn.Module, args: tuple) -> None:
+            peak = args[0].detach().abs().flatten(0, -2).amax(0).float()
+            peaks[name] = torch.maximum(peaks[name], peak) if name in peaks else peak
+        return hook
+
+    hooks = [dit.get_submodule(name).register_forward_pre_hook(watch(name)) for name in layers]
+    try:
+        run()
+    finally:
+        for hook in hooks:
+            hook.remove()
+    for name, peak in peaks.items():
+        _require(bool(peak.isfinite().all()), f"the input of {name} overflows: this model cannot be quantised")
+    return {name: peak.cpu() for name, peak in peaks.items()}
+
+
+def quantise_layer(weight: Tensor, peak: Tensor, kind: str, alpha: float = ALPHA) -> dict[str, Tensor]:
+    """The tensors of a magi.FP8Linear of this kind ("tensor", "channel") for weight (out, in), peak (in,)."""
+    weight, peak = weight.float(), peak.to(weight.device).clamp(min=1e-6)    # a channel may never be used
+    if kind == "channel":
+        smooth = peak**alpha / weight.abs().amax(0).clamp(min=1e-6) ** (1 - alpha)
+        weight, peak = weight * smooth, peak / smooth
+    input_scale = (peak.max() / E4M3_MAX).reshape(1)
+    weight_scale = (weight.abs().max().clamp(min=1e-6) / E4M3_MAX).reshape(1)
+    out = {"weight": (weight / weight_scale).clamp(-E4M3_MAX, E4M3_MAX).to(E4M3), "weight_scale": weight_scale,
+           "input_scale": input_scale if kind == "channel" else input_scale.repeat(len(peak))}
+    return out | ({"smooth_scale": (smooth * input_scale)[None]} if kind == "channel" else {})
+
+
+def run_quantize(src: Path, out: Path, prompt: list[str] | None, t5: Path | None, device: str, backend: str,
+                 alpha: float, force: bool, **settings) -> None:
+    """Quantise every layer but the first and the last, which are too sensitive; the other blocks become bf16."""
+    cfg, sampler = (magi.read_config(src, part, kind) for part, kind in (("dit", DiTConfig),
+                                                                        ("sampler", SamplerConfig)))
+    _require(not cfg.fp8, f"{src} is an fp8 model already")
+    _require(cfg.num_layers > 2, f"{src} has {cfg.num_layers} layers: without the first and last none is left")
+    _require(0 <= alpha <= 1, f"alpha {alpha} must be in [0, 1]")
+    sampler_run = dataclasses.replace(sampler, **{k: v for k, v in settings.items() if v is not None})
+    t5, tokens = t5 or src.parent / "t5", src / "special_tokens.safetensors"
+    _require((t5 / "config.json").is_file(), f"no text encoder in {t5}: give its folder with --t5")
+    cfg8 = dataclasses.replace(cfg, fp8=True, dtype="bfloat16")
+    with torch.device("meta"):
+        kinds = {name: "tensor" if module.smooth_scale is None else "channel"
+                 for name, module in magi.DiT(cfg8).named_modules() if isinstance(module, magi.FP8Linear)}
+    expected = meta_weights(lambda: magi.DiT(cfg8))
+    files = magi.weight_files(src)
+
+    def convert(sd: dict[str, Tensor]) -> dict[str, Tensor]:
+        made = {}
+        for name, tensor in sd.items():
+            layer = name.removesuffix(".weight")
+            if layer in kinds:
+                peak = peaks[layer].to(tensor.device)
+                made |= {f"{layer}.{k}": v for k, v in quantise_layer(tensor, peak, kinds[layer], alpha).items()}
+            else:
+                made[name] = tensor.to(expected[name].dtype if name in expected else tensor.dtype)
+        return made
+
+    with torch.device("meta"):                           # check that it fits before the model runs for hours
+        peaks = {name: torch.empty(expected[f"{name}.weight"].shape[1]) for name in kinds}
+    make_plan(files, convert, expected)
+    with new_folder(src, out, force) as folder:
+        peaks = measure(src, sampler_run, prompt or CALIBRATION_PROMPTS, t5, device, backend, kinds)
+        write_weights(*make_plan(files, convert, expected), convert, folder)
+        write_json({"dit": asdict(cfg8), "sampler": asdict(sampler)}, folder / "config.json")
+        if tokens.is_file():
+            shutil.copy(tokens, folder)
+
+
+@torch.inference_mode()
+def measure(src: Path, cfg: SamplerConfig, prompts: Iterable[str], t5: Path, device: str, backend: str,
+            layers: Iterable[str]) -> dict[str, Tensor]:
+    """Calibrate a model folder, in bf16, by one sampling run per prompt, each with a seed of its own."""
+    dit_cfg = magi.read_config(src, "dit", DiTConfig)
+    from transformers.utils import logging               # takes seconds, so only here
+
+    logging.disable_progress_bar()
+    texts = magi.T5(t5, dit_cfg.text_length, device)(list(prompts))          # the encoder is freed here
+    dit = magi.load_dit(src, device, dtype="bfloat16", backend=backend)
+    file = src / "special_tokens.safetensors"
+    table = load_file(file) if file.is_file() else {}
+
+    def run() -> None:
+        runs = zip(*texts, strict=True)
+        for i, (text, mask) in enumerate(tqdm(list(runs), unit="video", desc="calibrating", disable=None)):
+            for _ in magi.sample(dit, text, mask, dataclasses.replace(cfg, seed=cfg.seed + i),
+                                 special_tokens=table):
+                pass
+
+    return calibrate(dit, layers, run)
+
+
+# ------------------------------------------------------------------------------------------------------------
+# 6  Command line
 # ------------------------------------------------------------------------------------------------------------
 
 
@@ -551,6 +671,20 @@ def main(argv: list[str] | None = None) -> int:
         if name == "dit":
             command.add_argument("--config", required=True, metavar="JSON",
                                  help=f"the official config, or a preset: {', '.join(magi.PRESETS)}")
+    text = "one of our model folders to fp8, with calibration by a few sampling runs"
+    command = commands.add_parser("quantize", help=text, description=f"Quantise {text}.")
+    command.set_defaults(run=run_quantize)
+    command.add_argument("src", type=Path, metavar="MODEL", help="a DiT folder, with t5 beside it")
+    command.add_argument("out", type=Path, metavar="OUT", help="the folder to make")
+    command.add_argument("--force", action="store_true", help="replace what is already there")
+    command.add_argument("--prompt", action="append", metavar="TEXT", help="to calibrate with; may be repeated")
+    command.add_argument("--t5", type=Path, metavar="FOLDER", help="default: t5 beside the model")
+    command.add_argument("--device", default="cpu", help="where the sampling runs; default: cpu")
+    command.add_argument("--backend", choices=["torch", "triton"], default="torch", help="default: torch")
+    command.add_argument("--alpha", type=float, default=ALPHA, help=f"smoothing strength; default: {ALPHA}")
+    for flag, help in (("num-frames", "video frames of each run"), ("num-steps", "steps per chunk"),
+                       ("height", "pixels"), ("width", "pixels"), ("seed", "of the first run")):
+        command.add_argument(f"--{flag}", type=int, metavar="N", help=f"{help}; default: the model's")
     args = vars(parser.parse_args(argv))
     try:
         args.pop("run")(**args)

@@ -53,6 +53,16 @@ OTHER_NAMES = {
 }  # fmt: skip
 
 
+# The small models that come along. "tiny" is the distilled one, or the base one where that has not been made.
+TINY = Path(__file__).resolve().parent / "tiny"
+SHIPPED = {"tiny": TINY / ("distill" if (TINY / "distill").is_dir() else "base"), "tiny-base": TINY / "base"}
+DEFAULT_MODEL = "tiny"
+
+
+def model_folder(text: str) -> Path:
+    return SHIPPED.get(text, Path(text))
+
+
 class Parser(argparse.ArgumentParser):
     """argparse that raises ValueError, where it would print its usage and leave."""
 
@@ -127,8 +137,10 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     flag("--negative_tokens", help="caption logo trans borderness; or: none", **many)
 
     flag = parser.add_argument_group("the model").add_argument
-    flag("--model", type=Path, default=Path(__file__).resolve().parent / "tiny" / "base", metavar="FOLDER",
-         help="default: tiny/base beside sample.py")
+    flag("--model", type=model_folder, default=DEFAULT_MODEL, metavar="FOLDER",
+         help=f"or {' or '.join(SHIPPED)}, which come along; default: {DEFAULT_MODEL}")
+    flag("--lora", type=Path, metavar="FILE", help="a low-rank addition to it, as tiny/train.py lora makes")
+    flag("--lora_scale", type=number, default=1.0, metavar="X", help="how strongly it acts; default: 1")
     flag("--vae", type=Path, metavar="FOLDER", help="default: vae beside the model")
     flag("--t5", type=Path, metavar="FOLDER", help="default: t5 beside the model")
     flag("--config_file", metavar="JSON", help="an official config: its runtime_config replaces the model's")
@@ -374,7 +386,11 @@ def choose_device(args: argparse.Namespace, fp8: bool, notes: list[str]) -> str:
         raise ValueError(f"device {device!r} is not available ({reason}): try --device cpu") from None
     gpu = device.startswith("cuda")
     require(gpu or args.backend != "triton", f"backend 'triton' needs a GPU, not {device!r}: use 'torch'")
-    magi.get_ops(args.backend)
+    magi.get_ops(args.backend)                                               # says if Triton is missing
+    if args.backend == "triton":
+        import kernels
+
+        kernels.arch_of(device)                                              # says if the GPU cannot
     if fp8 and not (gpu and torch.cuda.get_device_capability(device) >= (8, 9)):
         notes.append(f"note: {device} has no fp8 arithmetic: fp8 weights are dequantised, which is slower")
     return device
@@ -393,7 +409,10 @@ def check_model(args: argparse.Namespace, dit, cfg) -> None:
     import magi
 
     vae_cfg = magi.read_config(args.vae, "vae", magi.VAEConfig)
-    magi.build(lambda: magi.DiT(dit), args.model)
+    empty = magi.build(lambda: magi.DiT(dit), args.model)
+    if args.lora:
+        require(args.lora.is_file(), f"LoRA {str(args.lora)!r} does not exist: check the path")
+        magi.check_lora(empty, args.lora)
     magi.build(lambda: magi.VAE(vae_cfg), args.vae)
     file = args.model / "special_tokens.safetensors"
     table = dict.fromkeys(tensor_names(file) if file.is_file() else ())
@@ -478,6 +497,8 @@ def prepare(argv: list[str] | None) -> dict:
     pipe = magi.load(args.model, vae=args.vae, t5=args.t5, device=device, dtype=args.dtype,
                      backend=args.backend)
     pipe.sampler = cfg
+    if args.lora:
+        magi.load_lora(pipe.dit, args.lora, args.lora_scale)
     frames = partial(pipe, text, image=image, video=video, prefix_frames=args.prefix_frames, fit=args.fit)
     return dict(frames=frames, cfg=cfg, chunks=chunks, out=args.out, device=device)
 
