@@ -1,7 +1,7 @@
 """How the notebooks show things: nothing here belongs to MAGI-1.
 
     film({"name": frames, ...})     rows of still frames, one row per clip
-    play({"name": frames, ...})     clips side by side, moving: an animated PNG, small enough to keep in the file
+    play({"name": frames, ...})     clips side by side, moving: an animated PNG, small enough to commit
     table(rows, header)             a markdown table
 """
 
@@ -31,8 +31,8 @@ def to_uint8(frames) -> np.ndarray:
     return ((frames[0].clamp(-1, 1) + 1) * 127.5).round().byte().permute(1, 2, 3, 0).numpy()
 
 
-def _text(canvas: Image.Image, where: tuple[int, int], words: str, size: int = 12, anchor: str = "la") -> None:
-    ImageDraw.Draw(canvas).text(where, words, fill="black", font=ImageFont.load_default(size), anchor=anchor)
+def _text(canvas: Image.Image, where: tuple[int, int], words: str, anchor: str = "la") -> None:
+    ImageDraw.Draw(canvas).text(where, words, fill="black", font=ImageFont.load_default(12), anchor=anchor)
 
 
 def _enlarge(frame: np.ndarray, scale: int) -> Image.Image:
