@@ -2,7 +2,10 @@
 
     vae    the video autoencoder, on 12-frame pieces                      -> tiny/vae/
     dit    latents of many clips, then text encoder + DiT together        -> tiny/t5/, tiny/base/
+    distill  three branches and many steps into one branch and few        -> tiny/distill/
+    lora   a colour that the finished model has never seen                -> tiny/lora/cyan.safetensors
     eval   what the judge says of prompts that were never trained on
+    steps  base and distilled at 64 to 8 steps: a table and a plot        -> tiny/examples/steps.*
 
 Each stage keeps checkpoints in --work and goes on from the last one when it is started again, after a kill
 too: the data of a step depend on its number alone. bf16 autocast, AdamW, warm-up then cosine, EMA of the
@@ -471,6 +474,117 @@ def train_dit(args) -> None:
     model.save(args.out)
 
 
+# ----------------------------------------------------------------------------------- distillation, LoRA
+
+
+def draw_clips(rng: np.random.Generator, n: int, count: int, model: Tiny, data: tuple) -> tuple[Tensor, ...]:
+    """`count` pieces of n chunks from (latents, captions, objects): latents, text, mask, weight."""
+    latents, captions, objects = data
+    pick, remaining = rng.integers(len(latents), size=count), rng.integers(n, 12, count).tolist()
+    first = int(rng.integers(latents.shape[2] // magi.CHUNK - n + 1))
+    part = slice(first * magi.CHUNK, (first + n) * magi.CHUNK)
+    text, mask = model.text([captions[i][first : first + n] for i in pick], remaining)
+    return latents[pick][:, :, part].float(), text, mask, 1 + 2 * objects[pick][:, :, part].float()
+
+
+def distill(args) -> None:
+    """The base model teaches a copy of itself: one branch for three, one step for two, for four, for eight.
+
+    Text encoder, special tokens and VAE stay as they are. Clips of 1 to 4 chunks are the moments of a video's
+    first seconds and of all later ones; the short ones cost less, and there are more of them in a batch.
+    """
+    torch.manual_seed(2)
+    vae, model = magi.load_vae(args.out / "vae"), Tiny()
+    data = encode_clips(vae, args.clips, args.work)
+    model.load(args.out)
+    model.requires_grad_(False)
+    model.sampler = magi.read_config(args.out / "base", "sampler", magi.SamplerConfig)
+    student = copy.deepcopy(model.dit).requires_grad_()
+    sampler = dataclasses.replace(model.sampler, distilled=True, num_steps=8)
+
+    def loss_of_step(step: int):
+        rng, num_steps = np.random.default_rng([step, 13]), magi.shortcut_steps(step)
+        n = int(rng.choice([1, 2, 3, 4], p=[0.3, 0.15, 0.15, 0.4]))
+        with autocast():
+            *clips, weight = draw_clips(rng, n, args.batch // n, model, data)
+            loss = magi.shortcut_loss(
+                student,
+                model.dit,
+                *clips,
+                num_steps,
+                sampler=model.sampler,
+                weight=weight,
+                generator=torch.Generator().manual_seed(step),
+            )
+        return loss, {"steps": num_steps}
+
+    prompts = world.sample_prompts(16, seed=5, heldout=None)
+    pipe = magi.MAGI(student, vae, sampler, dict(model.tokens.items()), model.encode)
+
+    def report() -> str:
+        scores = judge_prompts(pipe, prompts, num_frames=24)
+        return "at 8 steps " + ", ".join(f"{k} {v:.0%}" for k, v in scores.items())
+
+    fit("distill", student, loss_of_step, args.distill_steps, args.distill_lr, args.work, every=250,
+        report=report)  # fmt: skip
+    config = {"dit": asdict(student.cfg), "sampler": asdict(sampler)}
+    save_model(args.out / "distill", student, config, special_tokens=dict(model.tokens.items()))
+
+
+def train_lora(args) -> None:
+    """A LoRA teaches the base model a colour that none of its clips had, in minutes on a CPU."""
+    torch.manual_seed(3)
+    (colour,) = world.NEW_COLOURS
+    vae, model = magi.load_vae(args.out / "vae"), Tiny()
+    model.load(args.out)
+    model.requires_grad_(False)
+    model.sampler = magi.read_config(args.out / "base", "sampler", magi.SamplerConfig)
+    magi.add_lora(model.dit, args.rank)
+
+    names = [(s, m) for s in world.SHAPES for m in world.MOTIONS]
+    taught, asked = ([n for n in names if world.held_out(colour, *n) == held] for held in (False, True))
+    clips = [world.scene(colour, *n, p, chunks=2, seed=i) for i, n in enumerate(taught) for p in world.PLACES]
+    with torch.no_grad():
+        tens = (to_video(np.stack([c.frames for c in clips[i : i + 10]])) for i in range(0, len(clips), 10))
+        latents = torch.cat([vae.encode(ten) * magi.SCALE_FACTOR for ten in tens])
+    masks = torch.from_numpy(np.stack([c.mask() for c in clips])[:, None]).float()
+    new = latents, [list(c.captions) for c in clips], F.max_pool3d(masks, (4, 8, 8)).bool()
+    old = encode_clips(vae, 500, args.work)  # half of every batch: what is not shown again is forgotten
+
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], 2e-3, weight_decay=0)
+    bar = tqdm(range(args.lora_steps), desc="lora", mininterval=5)
+    for step in bar:
+        optimizer.param_groups[0]["lr"] = 2e-3 * min(1, (step + 1) / 20, 3 * (1 - step / args.lora_steps))
+        rng, n = np.random.default_rng([step, 17]), 1 + step % 2
+        with autocast():
+            halves = [draw_clips(rng, n, args.batch // 4 // n, model, data) for data in (new, old)]
+            *batch, weight = (torch.cat(u) for u in zip(*halves, strict=True))
+            loss = magi.flow_matching_loss(model.dit, *batch, sampler=model.sampler, weight=weight,
+                                           generator=torch.Generator().manual_seed(step))  # fmt: skip
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        bar.set_postfix({"loss": f"{loss.item():.3f}"}, refresh=False)
+    file = args.out / "lora" / f"{colour}.safetensors"
+    file.parent.mkdir(exist_ok=True)
+    magi.save_lora(model.dit, file)
+    print(f"wrote {file}, {file.stat().st_size / 1e6:.1f} MB")
+
+    prompts = [(world.caption([(colour, *n)]), (colour, *n)) for n in asked]
+    others = world.sample_prompts(len(prompts), seed=1)
+    for folder in ("base", "distill"):
+        if not (args.out / folder).is_dir():
+            continue
+        for scale in (0.0, 1.0):
+            pipe = magi.load(args.out / folder)
+            encode_once(pipe)
+            magi.load_lora(pipe.dit, file, scale)
+            for kind, wanted in ((f"{colour}, held out", prompts), ("old colours", others)):
+                scores = judge_prompts(pipe, wanted, 24, world.COLOURS | world.NEW_COLOURS)
+                scores = ", ".join(f"{k} {v:.0%}" for k, v in scores.items())
+                print(f"{folder}, LoRA x {scale:g}, {kind} ({len(wanted)} prompts): {scores}", flush=True)
+
+
 # ------------------------------------------------------------------------------------------------ evaluation
 
 
@@ -490,10 +604,12 @@ def right(verdict, wanted: world.Triple) -> list[bool]:
 NAMES = ("colour", "shape", "motion")
 
 
-def judge_prompts(pipe: magi.MAGI, prompts: list, num_frames: int = 48, **settings) -> dict[str, float]:
+def judge_prompts(
+    pipe: magi.MAGI, prompts: list, num_frames: int = 48, colours: dict = world.COLOURS, **settings
+) -> dict[str, float]:
     """Share of prompts whose video shows the right colour, shape and motion, as the judge reads them."""
     hits = [
-        right(world.judge(film(pipe, text, num_frames, seed, **settings)), wanted)
+        right(world.judge(film(pipe, text, num_frames, seed, **settings), colours), wanted)
         for seed, (text, wanted) in enumerate(prompts)
     ]
     return dict(zip(NAMES, np.mean(hits, axis=0).tolist(), strict=True))
@@ -584,6 +700,74 @@ def evaluate(args) -> None:
     say("16 chunks, as asked in the last one", f"{judge_long(pipe, max(1, n // 5)):.0%} (goal 80 %)")
 
 
+def step_counts(args) -> None:
+    """What fewer steps cost, in quality, and save, in time: a table (markdown) and a plot (PNG).
+
+    Every row films the same held-out prompts from the same noise, 48 frames each. Time is that of the whole
+    pipeline for a second of video, on this machine; `flaws` is of the shape that is there, right or wrong.
+    """
+    prompts, rows = world.sample_prompts(args.prompts, seed=1), []
+    clips = [world.make_clip(10**6 + i, chunks=2, events=0, pairs=0) for i in range(len(prompts))]
+    for folder, counts in (("base", (64, 32, 16, 8)), ("distill", (64, 32, 16, 12, 8))):
+        if not (args.out / folder).is_dir():
+            continue
+        pipe = magi.load(args.out / folder)
+        encode_once(pipe)
+        if not rows:  # what the VAE alone does to true clips: no model behind it can do better
+            with torch.inference_mode():
+                decoded = [pipe.vae.decode(pipe.vae.encode(to_video(c.frames)[None]))[0] for c in clips]
+            videos = [((v.clamp(-1, 1) + 1) * 127.5).byte().movedim(0, -1).numpy() for v in decoded]
+            wanted = [c.things[0].seen()[0] for c in clips]
+            rows.append(("true clips, VAE", None, *measure(videos, wanted), None))
+        film(pipe, prompts[0][0], 24, 0)  # the first run is slower
+        for n in counts:
+            start = time.perf_counter()
+            videos = [film(pipe, text, 48, seed, num_steps=n) for seed, (text, _) in enumerate(prompts)]
+            seconds = (time.perf_counter() - start) / (2 * len(prompts))
+            rows.append((folder, n, *measure(videos, [wanted for _, wanted in prompts]), seconds))
+            print(*rows[-1], flush=True)
+    show = lambda v, how: "" if v is None else format(v, how)
+    cells = lambda row: [show(v, how) for v, how in zip(row, formats, strict=True)]
+    formats = ("", "", ".0%", ".0%", ".0%", ".0%", ".1f", ".3f", ".2f")
+    head = ("model", "steps", *NAMES, "all three", "colour error", "edge error", "s per s of video")
+    lines = [head, ["---"] * len(head), *map(cells, rows)]
+    table = "".join("| " + " | ".join(line) + " |\n" for line in lines)
+    (args.out / "examples").mkdir(parents=True, exist_ok=True)
+    (args.out / "examples" / "steps.md").write_text(table)
+    print(table)
+    plot_steps(rows, args.out / "examples" / "steps.png")
+
+
+def measure(videos: list[np.ndarray], wanted: list) -> tuple[float, ...]:
+    """Shares of videos with the right colour, shape, motion, all of them; mean colour and edge error."""
+    hits = np.array([right(world.judge(v), w) for v, w in zip(videos, wanted, strict=True)])
+    flaws = np.nanmean([world.flaws(v) for v in videos], axis=0)
+    return (*hits.mean(0).tolist(), hits.all(1).mean().item(), *flaws.tolist())
+
+
+def plot_steps(rows: list[tuple], file: Path) -> None:
+    """Left: share of prompts followed over time per second of video. Right: edge error, likewise."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    _, axes = plt.subplots(1, 2, figsize=(9, 3.5))
+    for folder, colour in (("base", "tab:grey"), ("distill", "tab:red")):
+        mine = [r for r in rows if r[0] == folder]
+        for axis, value in zip(axes, (lambda r: 100 * np.mean(r[2:5]), lambda r: r[7]), strict=True):
+            axis.plot([r[-1] for r in mine], [value(r) for r in mine], "o-", color=colour, label=folder)
+            for r in mine:
+                axis.annotate(f" {r[1]}", (r[-1], value(r)), color=colour)
+    axes[1].axhline(rows[0][7], color="tab:blue", ls=":", label="true clips through the VAE")
+    labels = ("right colour, shape, motion: mean, %", "edge error of the shape")
+    for axis, label in zip(axes, labels, strict=True):
+        axis.set(xscale="log", xlabel="seconds per second of video; numbers: steps", title=label)
+        axis.grid(alpha=0.3), axis.legend()
+    plt.savefig(file, dpi=100, bbox_inches="tight")
+    plt.close()
+
+
 def examples(args) -> None:
     """Write the inputs that the README's i2v and v2v commands use."""
     import imageio.v3 as iio
@@ -600,16 +784,24 @@ def examples(args) -> None:
     print(f"wrote {folder}")
 
 
+STAGES = {"vae": train_vae, "dit": train_dit, "distill": distill, "lora": train_lora, "eval": evaluate,
+          "steps": step_counts, "examples": examples}  # fmt: skip
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("stage", choices=["vae", "dit", "all", "eval", "examples"])
+    parser.add_argument("stage", choices=[*STAGES, "all"], help="all: vae, dit, distill")
     parser.add_argument("--work", type=Path, default=HERE / "work", help="checkpoints, latents, loss curves")
     parser.add_argument("--out", type=Path, default=HERE, help="where the finished models go")
     parser.add_argument("--vae-steps", type=int, default=5000)
     parser.add_argument("--clips", type=int, default=10000, help="how many clips to encode for the DiT")
     parser.add_argument("--dit-steps", type=int, default=10000)
+    parser.add_argument("--distill-steps", type=int, default=3000)
+    parser.add_argument("--distill-lr", type=float, default=1e-3)
+    parser.add_argument("--lora-steps", type=int, default=600)
+    parser.add_argument("--rank", type=int, default=4, help="of the LoRA")
     parser.add_argument("--batch", type=int, default=32, help="in chunks")
     parser.add_argument("--lr", type=float, default=4e-3)
     parser.add_argument("--model", type=Path, help="eval: the model's folder, if not base in --out")
@@ -617,14 +809,8 @@ def main() -> None:
     parser.add_argument("--prompts", type=int, default=100, help="eval: how many held-out prompts")
     args = parser.parse_args()
     started = time.time()
-    if args.stage in ("vae", "all"):
-        train_vae(args)
-    if args.stage in ("dit", "all"):
-        train_dit(args)
-    if args.stage == "eval":
-        evaluate(args)
-    if args.stage == "examples":
-        examples(args)
+    for stage in ("vae", "dit", "distill") if args.stage == "all" else (args.stage,):
+        STAGES[stage](args)
     print(f"{(time.time() - started) / 60:.1f} minutes")
 
 
