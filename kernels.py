@@ -60,6 +60,7 @@ import magi
 
 LOG2E = tl.constexpr(math.log2(math.e))        # the hardware has 2^x, not e^x
 LN2 = tl.constexpr(math.log(2))
+REST = tl.constexpr(16)                        # what is left of a range, less than a tile, goes in tiles of this
 
 # ----------------------------------------------------------------------------------------------------------
 # 1  Tiles
@@ -283,9 +284,9 @@ def _attend(q, acc, m, l, K, V, K_tma, V_tma, row, col, stride, count, scale, N:
     for j in tl.range(0, whole, N):
         acc, m, l = _attend_tile(q, acc, m, l, K, V, K_tma, V_tma, row + j, col, stride, N, scale, N, C, HD, False, TMA,
                                  PRECISION)
-    if whole < count:
-        acc, m, l = _attend_tile(q, acc, m, l, K, V, K_tma, V_tma, row + whole, col, stride, count - whole, scale, N, C, HD,
-                                 True, TMA, PRECISION)
+    for j in tl.range(whole, count, REST, num_stages=1):
+        acc, m, l = _attend_tile(q, acc, m, l, K, V, K_tma, V_tma, row + j, col, stride, count - j, scale, REST,
+                                 C, HD, True, TMA, PRECISION)
     return acc, m, l
 
 
@@ -380,9 +381,9 @@ def _dq(q, do, dq, lse, delta, K, V, K_tma, V_tma, row, col, stride, count, scal
     for j in tl.range(0, whole, N):
         dq = _dq_tile(q, do, dq, lse, delta, K, V, K_tma, V_tma, row + j, col, stride, N, scale, N, C, HD, False, TMA,
                       PRECISION)
-    if whole < count:
-        dq = _dq_tile(q, do, dq, lse, delta, K, V, K_tma, V_tma, row + whole, col, stride, count - whole, scale, N, C, HD,
-                      True, TMA, PRECISION)
+    for j in tl.range(whole, count, REST, num_stages=1):
+        dq = _dq_tile(q, do, dq, lse, delta, K, V, K_tma, V_tma, row + j, col, stride, count - j, scale, REST, C,
+                      HD, True, TMA, PRECISION)
     return dq
 
 
@@ -447,9 +448,9 @@ def _dkv_kernel(Q, K, V, dOut, Q_tma, dOut_tma, Lse, Delta, dK, dV, Plan, Runs, 
         for j in tl.range(0, whole, M):
             dk, dv = _dkv_tile(k, v, dk, dv, Q, dOut, Q_tma, dOut_tma, lse_at, delta_at, first + j, head * HD, q_stride, M,
                                scale * LOG2E, M, C, HD, False, TMA, PRECISION)
-        if whole < count:
-            dk, dv = _dkv_tile(k, v, dk, dv, Q, dOut, Q_tma, dOut_tma, lse_at, delta_at, first + whole, head * HD, q_stride,
-                               count - whole, scale * LOG2E, M, C, HD, True, TMA, PRECISION)
+        for j in tl.range(whole, count, REST, num_stages=1):
+            dk, dv = _dkv_tile(k, v, dk, dv, Q, dOut, Q_tma, dOut_tma, lse_at, delta_at, first + j, head * HD,
+                               q_stride, count - j, scale * LOG2E, REST, C, HD, True, TMA, PRECISION)
     _store(dK, row, kv * HD, k_stride, left, dk * scale, N, C, HD)
     _store(dV, row, kv * HD, k_stride, left, dv, N, C, HD)
 
