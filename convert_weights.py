@@ -565,7 +565,7 @@ def measure(src: Path, cfg: SamplerConfig, prompts: Iterable[str], t5: Path, dev
             layers: Iterable[str]) -> dict[str, Tensor]:
     """Calibrate a model folder, in bf16, by one sampling run per prompt, each with a seed of its own."""
     dit_cfg = magi.read_config(src, "dit", DiTConfig)
-    from transformers.utils import logging               # takes seconds, so only here
+    from transformers.utils import logging  # takes seconds, so only here
 
     logging.disable_progress_bar()
     texts = magi.T5(t5, dit_cfg.text_length, device)(list(prompts))          # the encoder is freed here

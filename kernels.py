@@ -44,7 +44,7 @@ import sys
 import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import lru_cache, partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, NamedTuple
@@ -60,7 +60,7 @@ import magi
 
 LOG2E = tl.constexpr(math.log2(math.e))        # the hardware has 2^x, not e^x
 LN2 = tl.constexpr(math.log(2))
-REST = tl.constexpr(16)                        # what is left of a range, less than a tile, goes in tiles of this
+REST = tl.constexpr(16)                        # less than a tile is left at the end: it goes in tiles of this
 
 # ----------------------------------------------------------------------------------------------------------
 # 1  Tiles
@@ -69,7 +69,7 @@ REST = tl.constexpr(16)                        # what is left of a range, less t
 
 @dataclass(frozen=True)
 class Tiles:
-    """How one kernel is cut up. Tensors are (rows, columns); a program keeps m x n (fp8: steps of k) on chip."""
+    """How one kernel is cut up: what a program holds on chip, by how many warps, with how many loads ahead."""
 
     m: int                        # rows of the tile that stays: queries; fp8: rows of the output
     n: int                        # rows of the tile that moves: keys; fp8: columns of the output
@@ -79,9 +79,40 @@ class Tiles:
     tma: bool = False             # let the copy engine fetch tiles by descriptor (sm_90 on)
 
 
+# Chosen by what the compiled code says (`python kernels.py --compile`), not by a GPU's clock: the largest tiles of
+# the few that were tried whose accumulators stay in registers. wgmma and tcgen05 (sm_90, sm_100) keep operands in
+# shared memory and so afford 128 queries and 8 warps; mma (sm_89, sm_120) has the operands in registers too.
+# What is not listed takes small tiles.
+# fmt: off
+TILES = {  # (kernel, head width up to, arch): tiles for 16-bit types
+    ("forward",  64, 90): Tiles(128, 128, warps=8, stages=3), ("forward", 128, 90): Tiles(128, 128, warps=8),
+    ("forward", 256, 90): Tiles(128, 64, warps=8),            ("dq",       64, 90): Tiles(128, 128, warps=8),
+    ("dq",      128, 90): Tiles(128, 64, warps=8),            ("dkv",      64, 90): Tiles(64, 128, warps=8, stages=3),
+    ("forward",  64, 89): Tiles(128, 64, stages=3),           ("forward", 128, 89): Tiles(128, 64, warps=8, stages=3),
+    ("dq",       64, 89): Tiles(128, 64, warps=8),            ("dq",      128, 89): Tiles(32, 64),
+    ("dkv",      64, 89): Tiles(64, 64),                      ("dkv",     128, 89): Tiles(32, 64),
+    ("forward",  64, 120): Tiles(128, 64, warps=8, stages=3), ("dq",       64, 120): Tiles(64, 32),
+    ("dq",      128, 120): Tiles(32, 32, stages=1),           ("dkv",      64, 120): Tiles(32, 64),
+    ("dkv",     128, 120): Tiles(32, 32),
+    ("dkv",      64, 100): Tiles(64, 128, warps=8, stages=3), ("dkv",     128, 100): Tiles(64, 128, warps=8, stages=1),
+}
+OTHERS = {
+    "quantise": Tiles(16, 128), "fp8": Tiles(128, 128, 64, warps=8, stages=3),
+    "gated_residual": Tiles(1, 1, warps=8), "norm_rotary": Tiles(16, 1),
+}
+# fmt: on
+
+
 def tiles_for(kernel: str, arch: int, hd: int = 0, dtype: torch.dtype = torch.bfloat16) -> Tiles:
+    """The tiles of one kernel for one architecture (89, 90, 100, 120; 0: the interpreter)."""
     if arch == 0:
         return Tiles(16, 16, 16)
+    if kernel in OTHERS:
+        return OTHERS[kernel]
+    if dtype == torch.float32:
+        return Tiles(16, 16, stages=1)
+    width = next(w for w in (64, 128, 256) if hd <= w)
+    return TILES.get((kernel, width, arch), Tiles(32, 32, stages=1) if width <= 128 else Tiles(16, 16, stages=1))
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -125,8 +156,8 @@ def query_plan(ranges: tuple, B: int, N: int, M: int, cached: int, m: int, strid
 def key_plan(ranges: tuple, B: int, N: int, M: int, cached: int, n: int, first: int, count: int) -> tuple:
     """For the keys first .. first+count of the axis: tiles (row, rows, start, number) and runs (row, rows).
 
-    The key axis is cut wherever a range starts or ends. So a tile lies wholly inside or outside any range, and
-    its queries are a few runs, runs[start : start + number]; a tile that nobody reads has none.
+    The key axis is cut wherever a range starts or ends. So a tile lies wholly inside or outside any range; its
+    queries are a few runs, runs[start : start + number]; a tile that nobody reads has none.
     """
     spans, tiles, runs = _spans(ranges, B, N, cached + M), [], []
     for b in range(B):
@@ -188,8 +219,8 @@ def _round_bits(x, DROP: tl.constexpr):
 
 @triton.jit
 def _cast(x, TO: tl.constexpr):
-    """float32 -> TO, to nearest even. On a GPU that is one instruction. Triton 3.7's interpreter cuts bits off
-    where it should round, so there, and only there, what is cut off is made zero first."""
+    """float32 -> TO, to nearest even: one instruction on a GPU. The interpreter of Triton 3.7 cuts bits off where
+    it should round, so there, and only there, what it cuts off is made zero first."""
     if INTERPRETED:
         if TO == tl.bfloat16:
             x = _round_bits(x, 16)
@@ -234,36 +265,38 @@ def _store(X, row, col, stride, left, x, R: tl.constexpr, C: tl.constexpr, WIDTH
     tl.store(at, _cast(x, X.dtype.element_ty), (rows < left) & (cols < WIDTH))
 
 
-INTERPRETED = tl.constexpr(not isinstance(_tile, triton.JITFunction))        # TRITON_INTERPRET=1 at the import
+INTERPRETED = tl.constexpr(not isinstance(_tile, triton.JITFunction))  # TRITON_INTERPRET was set at the import
 
 # ----------------------------------------------------------------------------------------------------------
 # 4  Attention, forward
 # ----------------------------------------------------------------------------------------------------------
-# For one query, attention is a weighted mean of the values: o = sum_j e^(s_j) v_j / sum_j e^(s_j). A mean can be
-# taken in passing. Keep the largest score so far m, the sum l of e^(s - m), the weighted values acc, and when
-# a tile of keys brings a larger score, shrink l and acc to the new scale:
+# For one query, attention is a weighted mean of the values: o = sum_j e^(s_j) v_j / sum_j e^(s_j). A mean
+# can be taken in passing. Keep the largest score so far m, the sum l of e^(s - m), the weighted values acc,
+# and when a tile of keys brings a larger score, shrink l and acc to the new scale:
 #
 #     m' = max(m, max s),    l' = l e^(m - m') + sum e^(s - m'),    acc' = acc e^(m - m') + e^(s - m') v
 #
 # That is the online softmax. Nothing of size N x M is ever in memory: for one chunk of the 4.5B at 720x720
-# (12,150 queries, 24 heads) against five chunks the scores would be 35 GB in bf16, written and read twice; what is
-# moved instead is q, k, v and o, 0.4 GB. The forward also keeps log sum e^s of each row, one float, which is
-# all that the backward needs to compute any score's weight again.
+# (12,150 queries, 24 heads) against five chunks the scores would be 35 GB in bf16, written and read twice;
+# what is moved instead is q, k, v and o, 0.4 GB. The forward also keeps log sum e^s of each row, one float,
+# which is all that the backward needs to compute any score's weight again.
 #
-# Block-causal needs no mask. A chunk reads *all* keys of one contiguous range and no others, so its rule is a
-# start and an end. A loop from start to end touches only keys that count; the one tile at the end that
-# sticks out is masked, the hundreds before it are not. A mask tensor would cost a bit per pair to read and, worse,
-# the arithmetic of everything it forbids.
+# Block-causal needs no mask. A chunk reads *all* keys of one contiguous range and no others, so its rule is
+# a start and an end. A loop from start to end touches only keys that count; the one tile at the end that
+# sticks out is masked, the hundreds before it are not. A mask tensor would cost a bit per pair to read and,
+# worse, the arithmetic of everything it forbids.
 #
-# Grouped queries: the Hq/Hkv heads that read the same keys are neighbours in the grid, so what one fetches from
-# memory the others find in the L2 cache. In the same way all tiles of a kv head run before the next head's
-# begin: keys and values of five chunks are 31 MB for one head, 249 MB for all, and the H100's L2 has 50 MB.
+# Grouped queries: the Hq/Hkv heads that read the same keys are neighbours in the grid, so what one fetches
+# from memory the others find in the L2 cache. In the same way all tiles of a kv head run before the next
+# head's begin: keys and values of five chunks are 31 MB for one head, 249 MB for all, and the H100's L2 has
+# 50 MB.
 
 
 @triton.jit
-def _attend_tile(q, acc, m, l, K, V, K_tma, V_tma, row, col, stride, left, scale, N: tl.constexpr, C: tl.constexpr,
+def _attend_tile(q, acc, m, l, keys, row, col, stride, left, scale, N: tl.constexpr, C: tl.constexpr,
                  HD: tl.constexpr, EDGE: tl.constexpr, TMA: tl.constexpr, PRECISION: tl.constexpr):
     """One step of the online softmax: N keys, of which in a tile at the EDGE only `left` count."""
+    K, V, K_tma, V_tma = keys
     k = _tile(K, K_tma, row, col, stride, left, N, C, HD, EDGE, TMA)
     s = _dot(q, k.T, None, PRECISION)                                        # (m, N)
     if EDGE:
@@ -277,57 +310,56 @@ def _attend_tile(q, acc, m, l, K, V, K_tma, V_tma, row, col, stride, left, scale
 
 
 @triton.jit
-def _attend(q, acc, m, l, K, V, K_tma, V_tma, row, col, stride, count, scale, N: tl.constexpr, C: tl.constexpr,
+def _attend(q, acc, m, l, keys, row, col, stride, count, scale, N: tl.constexpr, C: tl.constexpr,
             HD: tl.constexpr, TMA: tl.constexpr, PRECISION: tl.constexpr):
     """All keys of one source, `count` from `row` on: whole tiles, then the rest."""
     whole = count // N * N
     for j in tl.range(0, whole, N):
-        acc, m, l = _attend_tile(q, acc, m, l, K, V, K_tma, V_tma, row + j, col, stride, N, scale, N, C, HD, False, TMA,
+        acc, m, l = _attend_tile(q, acc, m, l, keys, row + j, col, stride, N, scale, N, C, HD, False, TMA,
                                  PRECISION)
     for j in tl.range(whole, count, REST, num_stages=1):
-        acc, m, l = _attend_tile(q, acc, m, l, K, V, K_tma, V_tma, row + j, col, stride, count - j, scale, REST,
-                                 C, HD, True, TMA, PRECISION)
+        acc, m, l = _attend_tile(q, acc, m, l, keys, row + j, col, stride, count - j, scale, REST, C, HD, True,
+                                 TMA, PRECISION)
     return acc, m, l
 
 
 @triton.jit
-def _forward_kernel(Q, K, V, K_old, V_old, K_tma, V_tma, K_old_tma, V_old_tma, Out, Lse, Plan, tokens, q_stride, k_stride, k_head, old_stride,
-                    old_head, scale, GROUP: tl.constexpr, HD: tl.constexpr, C: tl.constexpr, M: tl.constexpr,
-                    N: tl.constexpr, TMA: tl.constexpr, CACHE: tl.constexpr, PRECISION: tl.constexpr):
+def _forward_kernel(Q, K, V, K_old, V_old, K_tma, V_tma, K_old_tma, V_old_tma, Out, Lse, Plan, tokens, q_stride,
+                    k_stride, k_head, old_stride, old_head, scale, GROUP: tl.constexpr, HD: tl.constexpr,
+                    C: tl.constexpr, M: tl.constexpr, N: tl.constexpr, TMA: tl.constexpr, CACHE: tl.constexpr,
+                    PRECISION: tl.constexpr):
     """One tile of queries of one head. Grid: (tiles * GROUP, Hkv)."""
     plan, kv = Plan + tl.program_id(0) // GROUP * 6, tl.program_id(1)
     head = kv * GROUP + tl.program_id(0) % GROUP
     row, left = tl.load(plan), tl.load(plan + 1)
-    q = _tile(Q, Q, row, head * HD, q_stride, left, M, C, HD, True, False)      # (m, C)
+    q = _tile(Q, Q, row, head * HD, q_stride, left, M, C, HD, True, False)   # (m, C)
     acc = tl.zeros((M, C), tl.float32)
     m = tl.full((M,), -float("inf"), tl.float32)
     l = tl.zeros((M,), tl.float32)
     if CACHE:
-        acc, m, l = _attend(q, acc, m, l, K_old, V_old, K_old_tma, V_old_tma, tl.load(plan + 2), kv * old_head, old_stride,
-                            tl.load(plan + 3), scale * LOG2E, N, C, HD, TMA, PRECISION)
-    acc, m, l = _attend(q, acc, m, l, K, V, K_tma, V_tma, tl.load(plan + 4), kv * k_head, k_stride, tl.load(plan + 5),
-                        scale * LOG2E, N, C, HD, TMA, PRECISION)
+        acc, m, l = _attend(q, acc, m, l, (K_old, V_old, K_old_tma, V_old_tma), tl.load(plan + 2), kv * old_head,
+                            old_stride, tl.load(plan + 3), scale * LOG2E, N, C, HD, TMA, PRECISION)
+    acc, m, l = _attend(q, acc, m, l, (K, V, K_tma, V_tma), tl.load(plan + 4), kv * k_head, k_stride,
+                        tl.load(plan + 5), scale * LOG2E, N, C, HD, TMA, PRECISION)
     _store(Out, row, head * HD, q_stride, left, acc / l[:, None], M, C, HD)
     rows = tl.arange(0, M)
     tl.store(Lse + head.to(tl.int64) * tokens + row + rows, (m + tl.log2(l)) * LN2, rows < left)
 
 
-def _sources(k: Tensor, v: Tensor, cached: tuple | None) -> tuple[Tensor, Tensor, Tensor, Tensor, int]:
-    """New and cached keys and values, and how many keys are cached; if none are, the new ones stand in."""
-    return (k, v, *(cached or (k, v)), cached[0].shape[1] if cached else 0)
-
-
-def _batch_rows(k: Tensor) -> int:
-    return k.stride(0) // k.stride(1)
-
-
-def _common(q: Tensor, k: Tensor, k_old: Tensor, cached: int, tiles: Tiles) -> dict:
-    """Arguments of the forward kernel and the dq kernel alike."""
-    hd = q.shape[-1]
-    return dict(tokens=q.shape[0] * q.shape[1], q_stride=q.stride(1), k_stride=k.stride(1), k_head=k.stride(2),
-                old_stride=k_old.stride(1), old_head=k_old.stride(2), scale=hd**-0.5,
-                GROUP=q.shape[2] // k.shape[2], HD=hd, C=triton.next_power_of_2(hd), M=tiles.m, N=tiles.n,
-                TMA=tiles.tma, CACHE=cached > 0, PRECISION=_precision(q))
+def _keys(q: Tensor, k: Tensor, v: Tensor, cached: tuple | None, ranges: tuple, tiles: Tiles) -> dict:
+    """Arguments of the forward and the dq kernel alike. Without a cache, the new keys stand in for its own."""
+    k_old, v_old = cached or (k, v)
+    old, width = k_old.shape[1] if cached else 0, triton.next_power_of_2(q.shape[-1])
+    batch_rows = lambda u: u.stride(0) // u.stride(1)
+    job = ranges, *q.shape[:2], k.shape[1], old, tiles.m, (batch_rows(k_old), batch_rows(k))
+    named = dict(K=k, V=v, K_old=k_old, V_old=v_old)
+    return dict(
+        Q=q, **named, **{f"{name}_tma": _rows(u, tiles.n, width, tiles.tma) for name, u in named.items()},
+        Plan=_on_device(query_plan, job, q.device), tokens=q.shape[0] * q.shape[1], q_stride=q.stride(1),
+        k_stride=k.stride(1), k_head=k.stride(2), old_stride=k_old.stride(1), old_head=k_old.stride(2),
+        scale=q.shape[-1] ** -0.5, GROUP=q.shape[2] // k.shape[2], HD=q.shape[-1], C=width, M=tiles.m, N=tiles.n,
+        TMA=tiles.tma, CACHE=old > 0, PRECISION=_precision(q),
+    )  # fmt: skip
 
 
 def _precision(q: Tensor) -> str:
@@ -335,18 +367,10 @@ def _precision(q: Tensor) -> str:
     return "tf32x3" if q.dtype == torch.float32 else "tf32"                  # other types: without effect
 
 
-def _query_plan(q: Tensor, k: Tensor, k_old: Tensor, cached: int, ranges: tuple, m: int) -> Tensor:
-    args = (ranges, *q.shape[:2], k.shape[1], cached, m, (_batch_rows(k_old), _batch_rows(k)))
-    return _on_device(query_plan, args, q.device)
-
-
 def forward_launch(q: Tensor, k: Tensor, v: Tensor, cached: tuple | None, ranges: tuple, out: Tensor,
                    lse: Tensor, tiles: Tiles) -> Launch:
-    k, v, k_old, v_old, old = _sources(k, v, cached)
-    plan, common = _query_plan(q, k, k_old, old, ranges, tiles.m), _common(q, k, k_old, old, tiles)
-    tile = lambda u: _rows(u, tiles.n, common["C"], tiles.tma)
-    args = dict(Q=q, K=k, V=v, K_old=k_old, V_old=v_old, K_tma=tile(k), V_tma=tile(v), K_old_tma=tile(k_old), V_old_tma=tile(v_old), Out=out, Lse=lse, Plan=plan)
-    return Launch(_forward_kernel, (len(plan) * common["GROUP"], k.shape[2]), tiles, args | common)
+    args = _keys(q, k, v, cached, ranges, tiles) | dict(Out=out, Lse=lse)
+    return Launch(_forward_kernel, (len(args["Plan"]) * args["GROUP"], k.shape[2]), tiles, args)
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -356,15 +380,17 @@ def forward_launch(q: Tensor, k: Tensor, v: Tensor, cached: tuple | None, ranges
 #
 #     dv = p^T do,    dp = do v^T,    ds = p (dp - delta),    dq = scale ds k,    dk = scale ds^T q
 #
-# where delta = sum_j p_j dp_j = do . o is one number per row. p is computed again tile by tile from q, k and lse:
-# 2.5 times the arithmetic of the forward, but N x M floats less to store. Two kernels, each the only writer of
-# what it sums, so there are no atomic additions and results repeat bit for bit. The first walks along the keys of a tile
-# of queries (and leaves delta behind), the second along the queries of a tile of keys, over all heads of the group.
+# where delta = sum_j p_j dp_j = do . o is one number per row. p is computed again tile by tile from q, k
+# and lse: 2.5 times the arithmetic of the forward, but N x M floats less to store. Two kernels, each the
+# only writer of what it sums, so there are no atomic additions and results repeat bit for bit. The first
+# walks along the keys of a tile of queries (and leaves delta behind), the second along the queries of a
+# tile of keys, over all heads of the group.
 
 
 @triton.jit
-def _dq_tile(q, do, dq, lse, delta, K, V, K_tma, V_tma, row, col, stride, left, scale, N: tl.constexpr, C: tl.constexpr,
+def _dq_tile(q, do, dq, lse, delta, keys, row, col, stride, left, scale, N: tl.constexpr, C: tl.constexpr,
              HD: tl.constexpr, EDGE: tl.constexpr, TMA: tl.constexpr, PRECISION: tl.constexpr):
+    K, V, K_tma, V_tma = keys
     k = _tile(K, K_tma, row, col, stride, left, N, C, HD, EDGE, TMA)
     v = _tile(V, V_tma, row, col, stride, left, N, C, HD, EDGE, TMA)
     p = tl.exp2(_dot(q, k.T, None, PRECISION) * scale - lse[:, None])        # (m, N)
@@ -375,22 +401,21 @@ def _dq_tile(q, do, dq, lse, delta, K, V, K_tma, V_tma, row, col, stride, left, 
 
 
 @triton.jit
-def _dq(q, do, dq, lse, delta, K, V, K_tma, V_tma, row, col, stride, count, scale, N: tl.constexpr, C: tl.constexpr,
+def _dq(q, do, dq, lse, delta, keys, row, col, stride, count, scale, N: tl.constexpr, C: tl.constexpr,
         HD: tl.constexpr, TMA: tl.constexpr, PRECISION: tl.constexpr):
     whole = count // N * N
     for j in tl.range(0, whole, N):
-        dq = _dq_tile(q, do, dq, lse, delta, K, V, K_tma, V_tma, row + j, col, stride, N, scale, N, C, HD, False, TMA,
-                      PRECISION)
+        dq = _dq_tile(q, do, dq, lse, delta, keys, row + j, col, stride, N, scale, N, C, HD, False, TMA, PRECISION)
     for j in tl.range(whole, count, REST, num_stages=1):
-        dq = _dq_tile(q, do, dq, lse, delta, K, V, K_tma, V_tma, row + j, col, stride, count - j, scale, REST, C,
-                      HD, True, TMA, PRECISION)
+        dq = _dq_tile(q, do, dq, lse, delta, keys, row + j, col, stride, count - j, scale, REST, C, HD, True, TMA,
+                      PRECISION)
     return dq
 
 
 @triton.jit
-def _dq_kernel(Q, K, V, K_old, V_old, K_tma, V_tma, K_old_tma, V_old_tma, Out, dOut, Lse, Delta, dQ, Plan, tokens, q_stride, k_stride, k_head,
-               old_stride, old_head, scale, GROUP: tl.constexpr, HD: tl.constexpr, C: tl.constexpr,
-               M: tl.constexpr, N: tl.constexpr, TMA: tl.constexpr, CACHE: tl.constexpr,
+def _dq_kernel(Q, K, V, K_old, V_old, K_tma, V_tma, K_old_tma, V_old_tma, Out, dOut, Lse, Delta, dQ, Plan, tokens,
+               q_stride, k_stride, k_head, old_stride, old_head, scale, GROUP: tl.constexpr, HD: tl.constexpr,
+               C: tl.constexpr, M: tl.constexpr, N: tl.constexpr, TMA: tl.constexpr, CACHE: tl.constexpr,
                PRECISION: tl.constexpr):
     """dq and delta of one tile of queries. Grid and plan as in the forward."""
     plan, kv = Plan + tl.program_id(0) // GROUP * 6, tl.program_id(1)
@@ -406,22 +431,22 @@ def _dq_kernel(Q, K, V, K_old, V_old, K_tma, V_tma, K_old_tma, V_old_tma, Out, d
     lse = tl.load(Lse + at, rows < left, 0.0) * LOG2E
     dq = tl.zeros((M, C), tl.float32)
     if CACHE:
-        dq = _dq(q, do, dq, lse, delta, K_old, V_old, K_old_tma, V_old_tma, tl.load(plan + 2), kv * old_head, old_stride,
-                 tl.load(plan + 3), scale * LOG2E, N, C, HD, TMA, PRECISION)
-    dq = _dq(q, do, dq, lse, delta, K, V, K_tma, V_tma, tl.load(plan + 4), kv * k_head, k_stride, tl.load(plan + 5),
-             scale * LOG2E, N, C, HD, TMA, PRECISION)
+        dq = _dq(q, do, dq, lse, delta, (K_old, V_old, K_old_tma, V_old_tma), tl.load(plan + 2), kv * old_head,
+                 old_stride, tl.load(plan + 3), scale * LOG2E, N, C, HD, TMA, PRECISION)
+    dq = _dq(q, do, dq, lse, delta, (K, V, K_tma, V_tma), tl.load(plan + 4), kv * k_head, k_stride,
+             tl.load(plan + 5), scale * LOG2E, N, C, HD, TMA, PRECISION)
     _store(dQ, row, head * HD, q_stride, left, dq * scale, M, C, HD)
 
 
 @triton.jit
-def _dkv_tile(k, v, dk, dv, Q, dOut, Q_tma, dOut_tma, lse_at, delta_at, row, col, stride, left, scale, M: tl.constexpr,
-              C: tl.constexpr, HD: tl.constexpr, EDGE: tl.constexpr, TMA: tl.constexpr,
-              PRECISION: tl.constexpr):
+def _dkv_tile(k, v, dk, dv, queries, lse_at, delta_at, row, col, stride, left, scale, M: tl.constexpr,
+              C: tl.constexpr, HD: tl.constexpr, EDGE: tl.constexpr, TMA: tl.constexpr, PRECISION: tl.constexpr):
     """Add what M queries of one head give to dk and dv. All scores are held transposed: keys x queries."""
+    Q, dOut, Q_tma, dOut_tma = queries
     rows = tl.arange(0, M)
     q = _tile(Q, Q_tma, row, col, stride, left, M, C, HD, EDGE, TMA)
     do = _tile(dOut, dOut_tma, row, col, stride, left, M, C, HD, EDGE, TMA)
-    lse = tl.load(lse_at + row + rows, rows < left, float("inf"))            # weight e^-inf = 0 beyond the edge
+    lse = tl.load(lse_at + row + rows, rows < left, float("inf"))            # beyond the edge: e^-inf = 0
     delta = tl.load(delta_at + row + rows, rows < left, 0.0)
     p = tl.exp2(_dot(k, q.T, None, PRECISION) * scale - (lse * LOG2E)[None, :])                    # (n, M)
     dv = _dot(_cast(p, do.dtype), do, dv, PRECISION)
@@ -430,8 +455,8 @@ def _dkv_tile(k, v, dk, dv, Q, dOut, Q_tma, dOut_tma, lse_at, delta_at, row, col
 
 
 @triton.jit
-def _dkv_kernel(Q, K, V, dOut, Q_tma, dOut_tma, Lse, Delta, dK, dV, Plan, Runs, tokens, q_stride, k_stride, scale,
-                GROUP: tl.constexpr, HD: tl.constexpr, C: tl.constexpr, M: tl.constexpr, N: tl.constexpr,
+def _dkv_kernel(Q, K, V, dOut, Q_tma, dOut_tma, Lse, Delta, dK, dV, Plan, Runs, tokens, q_stride, k_stride,
+                scale, GROUP: tl.constexpr, HD: tl.constexpr, C: tl.constexpr, M: tl.constexpr, N: tl.constexpr,
                 TMA: tl.constexpr, PRECISION: tl.constexpr):
     """dk and dv of one tile of N keys. Grid: (tiles, Hkv). Plan and Runs: see `key_plan`."""
     plan, kv = Plan + tl.program_id(0) * 4, tl.program_id(1)
@@ -440,40 +465,39 @@ def _dkv_kernel(Q, K, V, dOut, Q_tma, dOut_tma, Lse, Delta, dK, dV, Plan, Runs, 
     k = _tile(K, K, row, kv * HD, k_stride, left, N, C, HD, True, False)
     v = _tile(V, V, row, kv * HD, k_stride, left, N, C, HD, True, False)
     dk, dv = tl.zeros((N, C), tl.float32), tl.zeros((N, C), tl.float32)
+    queries = (Q, dOut, Q_tma, dOut_tma)
     for i in range(number * GROUP):
         head = kv * GROUP + i % GROUP
         first, count = tl.load(runs + i // GROUP * 2), tl.load(runs + i // GROUP * 2 + 1)
         lse_at, delta_at = Lse + head.to(tl.int64) * tokens, Delta + head.to(tl.int64) * tokens
         whole = count // M * M
         for j in tl.range(0, whole, M):
-            dk, dv = _dkv_tile(k, v, dk, dv, Q, dOut, Q_tma, dOut_tma, lse_at, delta_at, first + j, head * HD, q_stride, M,
+            dk, dv = _dkv_tile(k, v, dk, dv, queries, lse_at, delta_at, first + j, head * HD, q_stride, M,
                                scale * LOG2E, M, C, HD, False, TMA, PRECISION)
         for j in tl.range(whole, count, REST, num_stages=1):
-            dk, dv = _dkv_tile(k, v, dk, dv, Q, dOut, Q_tma, dOut_tma, lse_at, delta_at, first + j, head * HD,
-                               q_stride, count - j, scale * LOG2E, REST, C, HD, True, TMA, PRECISION)
+            dk, dv = _dkv_tile(k, v, dk, dv, queries, lse_at, delta_at, first + j, head * HD, q_stride,
+                               count - j, scale * LOG2E, REST, C, HD, True, TMA, PRECISION)
     _store(dK, row, kv * HD, k_stride, left, dk * scale, N, C, HD)
     _store(dV, row, kv * HD, k_stride, left, dv, N, C, HD)
 
 
 def dq_launch(q: Tensor, k: Tensor, v: Tensor, cached: tuple | None, ranges: tuple, out: Tensor, dout: Tensor,
               lse: Tensor, delta: Tensor, dq: Tensor, tiles: Tiles) -> Launch:
-    k, v, k_old, v_old, old = _sources(k, v, cached)
-    plan, common = _query_plan(q, k, k_old, old, ranges, tiles.m), _common(q, k, k_old, old, tiles)
-    tile = lambda u: _rows(u, tiles.n, common["C"], tiles.tma)
-    args = dict(Q=q, K=k, V=v, K_old=k_old, V_old=v_old, K_tma=tile(k), V_tma=tile(v), K_old_tma=tile(k_old), V_old_tma=tile(v_old), Out=out, dOut=dout, Lse=lse,
-                Delta=delta, dQ=dq, Plan=plan)
-    return Launch(_dq_kernel, (len(plan) * common["GROUP"], k.shape[2]), tiles, args | common)
+    args = _keys(q, k, v, cached, ranges, tiles) | dict(Out=out, dOut=dout, Lse=lse, Delta=delta, dQ=dq)
+    return Launch(_dq_kernel, (len(args["Plan"]) * args["GROUP"], k.shape[2]), tiles, args)
 
 
 def dkv_launch(q: Tensor, k: Tensor, v: Tensor, first: int, old: int, new: int, ranges: tuple, dout: Tensor,
                lse: Tensor, delta: Tensor, dk: Tensor, dv: Tensor, tiles: Tiles) -> Launch:
     """For one source: its keys begin at `first` on an axis of `old` cached and `new` keys."""
-    hd, width = q.shape[-1], triton.next_power_of_2(q.shape[-1])
-    plan, runs = _on_device(key_plan, (ranges, *q.shape[:2], new, old, tiles.n, first, k.shape[1]), q.device)
-    args = dict(Q=q, K=k, V=v, dOut=dout, Q_tma=_rows(q, tiles.m, width, tiles.tma), dOut_tma=_rows(dout, tiles.m, width, tiles.tma),
-                Lse=lse, Delta=delta, dK=dk, dV=dv, Plan=plan, Runs=runs, tokens=q.shape[0] * q.shape[1],
-                q_stride=q.stride(1), k_stride=k.stride(1), scale=hd**-0.5, GROUP=q.shape[2] // k.shape[2],
-                HD=hd, C=width, M=tiles.m, N=tiles.n, TMA=tiles.tma, PRECISION=_precision(q))
+    width = triton.next_power_of_2(q.shape[-1])
+    job = ranges, *q.shape[:2], new, old, tiles.n, first, k.shape[1]
+    plan, runs = _on_device(key_plan, job, q.device)
+    tile = lambda u: _rows(u, tiles.m, width, tiles.tma)
+    args = dict(Q=q, K=k, V=v, dOut=dout, Q_tma=tile(q), dOut_tma=tile(dout), Lse=lse, Delta=delta, dK=dk, dV=dv,
+                Plan=plan, Runs=runs, tokens=q.shape[0] * q.shape[1], q_stride=q.stride(1), k_stride=k.stride(1),
+                scale=q.shape[-1] ** -0.5, GROUP=q.shape[2] // k.shape[2], HD=q.shape[-1], C=width, M=tiles.m,
+                N=tiles.n, TMA=tiles.tma, PRECISION=_precision(q))
     return Launch(_dkv_kernel, (len(plan), k.shape[2]), tiles, args)
 
 
@@ -481,23 +505,25 @@ def dkv_launch(q: Tensor, k: Tensor, v: Tensor, first: int, old: int, new: int, 
 # 6  Fp8 matmul
 # ----------------------------------------------------------------------------------------------------------
 # e4m3 has 4 bits of exponent and 3 of mantissa: 16 steps per factor of two... from 2^-9 to 448. Tensors are
-# brought into that range by scales: x = input_scale * x8, w = weight_scale * w8, so x w^T = (x8 w8^T) times one number,
-# applied to the float32 sum at the end. What is lost is 3 bits of mantissa, a relative error of up to 1/16 per
-# number (2.6 % rms), which a sum over thousands of terms averages out; and whatever is smaller than 2^-10 of the
-# unit, which becomes zero. The second is the worse: one outlier of 448 sets the scale for all, so a
-# channel 10^5 times smaller vanishes. Hence the smoothing scales of Wo and fc2, whose inputs have such channels:
-# x_j / s_j and w_j * s_j have the same product, and s_j is chosen to leave both moderate (`convert_weights.py
-# quantize`). Biases need no care: there are none.
+# brought into that range by scales: x = input_scale * x8, w = weight_scale * w8, so x w^T = (x8 w8^T) times
+# one number, applied to the float32 sum at the end. What is lost is 3 bits of mantissa, a relative error of
+# up to 1/16 per number (2.6 % rms), which a sum over thousands of terms averages out; and whatever is
+# smaller than 2^-10 of the unit, which becomes zero. The second is the worse: one outlier of 448 sets the
+# scale for all, so a channel 10^5 times smaller vanishes. Hence the smoothing scales of Wo and fc2, whose
+# inputs have such channels: x_j / s_j and w_j * s_j have the same product, and s_j is chosen to leave both
+# moderate (`convert_weights.py quantize`). Biases need no care: there are none.
 #
-# The rounding is that of magi.fp8_matmul exactly: float32 division, clamp, to bf16, to e4m3, so both paths multiply the
-# same numbers. On the H100 the tensor cores add fp8 products with about 14 bits; every 128 terms
-# (IMPRECISE) their sum is therefore moved to float32 registers, which is what makes "float32 accumulation" true.
+# The rounding is that of magi.fp8_matmul exactly: float32 division, clamp, to bf16, to e4m3, so both paths
+# multiply the same numbers. On the H100 the tensor cores add fp8 products with about 14 bits; every 128
+# terms (IMPRECISE) their sum is therefore moved to float32 registers, which is what makes "float32
+# accumulation" true.
 
 
 @triton.jit
 def _quantise_kernel(X, Divide, X8, rows, width, M: tl.constexpr, N: tl.constexpr):
-    """x / divide in e4m3, one pass: 2 + 1 bytes per element where PyTorch's five passes move 31. Grid: tiles."""
-    row, col = tl.program_id(0) * M + tl.arange(0, M)[:, None], tl.program_id(1) * N + tl.arange(0, N)[None, :]
+    """x / divide in e4m3, in one pass: 2 + 1 bytes per element where PyTorch's five passes move 31."""
+    row = tl.program_id(0) * M + tl.arange(0, M)[:, None]
+    col = tl.program_id(1) * N + tl.arange(0, N)[None, :]
     at, mask = row.to(tl.int64) * width + col, (row < rows) & (col < width)
     x = tl.load(X + at, mask, 0.0).to(tl.float32)
     x = tl.div_rn(x, tl.load(Divide + col, col < width, 1.0))                # `/` would be off by an ulp
@@ -509,7 +535,7 @@ def _quantise_kernel(X, Divide, X8, rows, width, M: tl.constexpr, N: tl.constexp
 def _fp8_kernel(X8, W8, Scale, Out, rows, cols, width, M: tl.constexpr, N: tl.constexpr, K: tl.constexpr,
                 BAND: tl.constexpr, TMA: tl.constexpr, EVEN: tl.constexpr, IMPRECISE: tl.constexpr):
     """One tile (M, N) of (x8 w8^T) * scale. Both operands are stored along the inner axis, as wgmma wants."""
-    # Programs that run together should share operands in the L2 cache: go down in bands of BAND tiles of rows.
+    # Programs that run together should share operands in the L2 cache: go down in bands of BAND tiles.
     pid, down, across = tl.program_id(0), tl.cdiv(rows, M), tl.cdiv(cols, N)
     band = pid // (BAND * across) * BAND
     high = tl.minimum(down - band, BAND)
@@ -552,9 +578,9 @@ def fp8_launch(x8: Tensor, weight: Tensor, scale: Tensor, out: Tensor, tiles: Ti
 # ----------------------------------------------------------------------------------------------------------
 # 7  Elementwise
 # ----------------------------------------------------------------------------------------------------------
-# Norms, gates and rotations do a few operations per number, and a GPU can do some 300 in the time it takes to
-# fetch one from memory. Their cost is the bytes they move, and PyTorch moves every intermediate twice. Per element of
-# the activations, bf16 in and out:
+# Norms, gates and rotations do a few operations per number, and a GPU can do some 300 in the time it takes
+# to fetch one from memory. Their cost is the bytes they move, and PyTorch moves every intermediate twice.
+# Per element of the activations, bf16 in and out:
 #
 #     gated_residual   gate, repeated: w4 · branch to float32 r2 w4 · product r8 w4 · norm r4 w4 ·
 #                      x to float32 r2 w4 · sum r8 w4 · to bf16 r4 w2          54;   one pass: r2 r2 w2  6
@@ -632,7 +658,8 @@ def arch_of(device: torch.device) -> int:
     """
     device = torch.device(device)
     if device.type != "cuda":
-        magi._require(INTERPRETED.value, f"backend 'triton' needs an NVIDIA GPU, not {str(device)!r}: use 'torch'")
+        magi._require(INTERPRETED.value,
+                      f"backend 'triton' needs an NVIDIA GPU, not {str(device)!r}: use 'torch'")
         return 0
     magi._require(torch.cuda.is_available() and torch.version.hip is None,
                   "backend 'triton' needs an NVIDIA GPU and a CUDA build of PyTorch: use 'torch'")
@@ -766,7 +793,8 @@ def gated_residual(x: Tensor, gate: Tensor, branch: Tensor, norm: magi.LayerNorm
                               tiles_for("gated_residual", arch_of(x.device))).run()
         return out
 
-    magi._require(x.shape[1] % gate.shape[1] == 0, f"{x.shape[1]} tokens do not divide into {gate.shape[1]} chunks")
+    magi._require(x.shape[1] % gate.shape[1] == 0,
+                  f"{x.shape[1]} tokens do not divide into {gate.shape[1]} chunks")
     reference = lambda x, gate, branch, weight, bias: magi.gated_residual(x, gate, branch,
                                                                           _norm_of(weight, bias, norm.eps))
     return _ByReference.apply(run, reference, x, gate, branch, norm.weight, norm.bias)
@@ -774,7 +802,7 @@ def gated_residual(x: Tensor, gate: Tensor, branch: Tensor, norm: magi.LayerNorm
 
 def fp8_matmul(x: Tensor, weight: Tensor, divide: Tensor, scale: Tensor) -> Tensor:
     """magi.fp8_matmul: x (..., in) any float, weight (out, in) e4m3, divide (in,) or (1, in), scale (1,)
-    -> (..., out) bf16. GPUs without fp8 arithmetic (before sm_89), and training, take the reference itself."""
+    -> (..., out) bf16. GPUs without fp8 arithmetic (before sm_89), and training, take the reference."""
     native = x.device.type != "cuda" or torch.cuda.get_device_capability(x.device) >= (8, 9)
     if not native or x.requires_grad and torch.is_grad_enabled():
         return magi.fp8_matmul(x, weight, divide, scale)
@@ -793,23 +821,26 @@ TRITON_OPS = SimpleNamespace(name="triton", attention=attention, block_attention
 # ----------------------------------------------------------------------------------------------------------
 # 9  Compiling ahead
 # ----------------------------------------------------------------------------------------------------------
-# Triton needs no GPU to compile for one. Tensors on the meta device have shapes, strides and types, which is all
-# that code depends on; the assembler and disassembler come in Triton's package. What the machine code says:
-# registers per thread, spills (values that did not fit and go through memory), shared memory, and which tensor core
-# instructions it uses. What it does not say is how fast it runs.
+# Triton needs no GPU to compile for one. Tensors on the meta device have shapes, strides and types, which
+# is all that code depends on; the assembler and disassembler come in Triton's package. What the machine
+# code says: registers per thread, spills (values that did not fit and go through memory), shared memory,
+# and which tensor core instructions it uses. What it does not say is how fast it runs.
 
 SHARED_BYTES = {89: 99 * 1024, 90: 227 * 1024, 100: 227 * 1024, 120: 99 * 1024}      # of a block, at most
-# In machine code, of 16-bit (and TF32) and of fp8 matrices. sm_90: wgmma; sm_100: tcgen05; others: mma.
-TENSOR_CORE = {89: ("HMMA", "QMMA"), 90: ("HGMMA", "QGMMA"), 100: ("UTCHMMA", "UTCQMMA"), 120: ("HMMA", "QMMA")}
+THREADS = {89: 1536, 90: 2048, 100: 2048, 120: 1536}                                 # of a multiprocessor
+# The tensor core's instructions in machine code, for 16-bit (or split float32) and for fp8 matrices.
+# sm_90's are wgmma in PTX, sm_100's tcgen05.mma, the others' mma.
+TENSOR_CORE = {89: ("HMMA", "QMMA"), 90: ("HGMMA", "QGMMA"), 100: ("UTCHMMA", "UTCQMMA"),
+               120: ("HMMA", "QMMA")}
 
 
 class Facts(NamedTuple):
     """What the machine code of one kernel says."""
 
     registers: int                # of a thread; 255 is the most there is
-    spills: int                   # loads and stores of spilled registers
+    spills: int                   # bytes of registers that did not fit, stored and loaded again
     shared: int                   # bytes of a block
-    blocks: int                   # that fit on a multiprocessor at once, by registers and shared memory
+    blocks: int                   # that fit on a multiprocessor at once
     loop: dict[str, int]          # instructions of the main inner loop, by kind
     opcodes: frozenset[str]
 
@@ -822,59 +853,313 @@ def machine_code(launch: Launch, arch: int) -> Facts:
     magi._require(not INTERPRETED.value, "TRITON_INTERPRET is set: kernels are interpreted, not compiled")
     signature, constants, attributes = {}, {}, {}
     for i, parameter in enumerate(launch.kernel.params):
-        name, value = parameter.name, launch.args[parameter.name]
-        whole = lambda u: u if isinstance(u, int) else u.data_ptr() if isinstance(u, Tensor) else 1
-        signature[name] = "constexpr" if parameter.is_constexpr else _type_of(value)
+        value = launch.args[parameter.name]
+        signature[parameter.name] = "constexpr" if parameter.is_constexpr else _type_of(value)
         if parameter.is_constexpr:
-            constants[name] = value
-        elif whole(value) % 16 == 0:                                         # as the launcher would find out
-            attributes[i,] = [["tt.divisibility", 16]]
-    source = ASTSource(launch.kernel, signature, constants, attributes)
-    options = dict(num_warps=launch.tiles.warps, num_stages=launch.tiles.stages)
-    compiled = triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options)
+            constants[parameter.name] = value
+        elif isinstance(value, Tensor) or isinstance(value, int) and value % 16 == 0:
+            attributes[i,] = [["tt.divisibility", 16]]                       # as the launcher would find out
+    compiled = triton.compile(ASTSource(launch.kernel, signature, constants, attributes),
+                              target=GPUTarget("cuda", arch, 32),
+                              options=dict(num_warps=launch.tiles.warps, num_stages=launch.tiles.stages))
+    with tempfile.TemporaryDirectory() as folder:
+        registers, code = _disassemble(compiled.asm["cubin"], Path(folder))
+        opcodes = [op for _, op, _ in code]
+        local = any(op in ("LDL", "STL") for op in opcodes)                  # sine and cosine use it as well
+        spills = _spilled_bytes(compiled.asm["ptx"], arch, Path(folder)) if local else 0
     shared, threads = compiled.metadata.shared, 32 * compiled.metadata.num_warps
-    registers, code = _disassemble(compiled.asm["cubin"])
-    opcodes = [op for _, op, _ in code]
-    per_block = -(-registers // 8) * 8 * threads
-    blocks = min(65536 // per_block, (SHARED_BYTES[arch] + 1024) // (shared + 1024), (1536 if arch in (89, 120) else 2048) // threads)
-    return Facts(registers, sum(op in ("LDL", "STL") for op in opcodes), shared, blocks, _main_loop(code),
-                 frozenset(opcodes))
+    blocks = min(65536 // (-(-registers // 8) * 8 * threads), THREADS[arch] // threads,
+                 (SHARED_BYTES[arch] + 1024) // (shared + 1024))             # 1 KiB of each block is reserved
+    return Facts(registers, spills, shared, blocks, _main_loop(code), frozenset(opcodes))
 
 
 def _type_of(value: Any) -> str:
     if isinstance(value, TensorDescriptor):
         return f"tensordesc<{_type_of(value.base)[1:]}{list(value.block_shape)}>"
     if isinstance(value, Tensor):
-        return "*" + {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16", torch.int32: "i32",
-                      torch.float8_e4m3fn: "fp8e4nv"}[value.dtype]
+        return "*" + {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16",
+                      torch.int32: "i32", torch.float8_e4m3fn: "fp8e4nv"}[value.dtype]
     return "fp32" if isinstance(value, float) else "i32"
 
 
-def _disassemble(cubin: bytes) -> tuple[int, list[tuple[int, str, str]]]:
-    """Registers, and (address, opcode without modifiers, operands) of every instruction."""
+def _tool(name: str, *args: str | Path) -> str:
+    """The output of one of the programs in Triton's package."""
     folder = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
-    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-        file.write(cubin)
-        file.flush()
-        dump = lambda flag: subprocess.run([folder / "cuobjdump", flag, file.name], check=True, text=True,
-                                           capture_output=True, env=os.environ | {"PATH": f"{folder}:{os.environ['PATH']}"}).stdout
-        registers = int(re.search(r"REG:(\d+)", dump("-res-usage"))[1])
-        line = re.compile(r"/\*([0-9a-f]{4,})\*/\s+(?:@!?U?P\w+\s+)?([A-Z][A-Z0-9]*)[\w.]*\s*(.*?);")
-        return registers, [(int(a, 16), op, rest) for a, op, rest in line.findall(dump("-sass"))]
+    path = f"{folder}{os.pathsep}{os.environ['PATH']}" # cuobjdump looks for nvdisasm there
+    done = subprocess.run([folder / name, *args], capture_output=True, text=True, check=True,
+                          env=os.environ | {"PATH": path})
+    return done.stdout + done.stderr
+
+
+def _disassemble(cubin: bytes, folder: Path) -> tuple[int, list[tuple[int, str, str]]]:
+    """Registers, and (address, opcode without modifiers, operands) of every instruction."""
+    (file := folder / "kernel.cubin").write_bytes(cubin)
+    registers = int(re.search(r"REG:(\d+)", _tool("cuobjdump", "-res-usage", file))[1])
+    line = re.compile(r"/\*([0-9a-f]{4,})\*/\s+(?:@!?U?P\w+\s+)?([A-Z][A-Z0-9]*)[\w.]*\s*(.*?);")
+    found = line.findall(_tool("cuobjdump", "-sass", file))
+    return registers, [(int(a, 16), op, rest) for a, op, rest in found]
+
+
+def _spilled_bytes(ptx: str, arch: int, folder: Path) -> int:
+    """What the assembler itself says: local memory alone does not tell spills from arrays."""
+    (file := folder / "kernel.ptx").write_text(ptx)
+    said = _tool("ptxas-blackwell" if arch >= 100 else "ptxas", "-v", file, "-o", folder / "again.cubin",
+                 f"--gpu-name=sm_{arch}{'a' * (arch >= 90)}")
+    return sum(map(int, re.findall(r"(\d+) bytes spill", said)))
 
 
 def _main_loop(code: list[tuple[int, str, str]]) -> dict[str, int]:
     """The innermost loop with the most tensor core instructions: how many there are of each kind."""
     best: dict[str, int] = {}
-    jumps = [(int(m[1], 16), at) for at, op, rest in code if op == "BRA" and (m := re.search(r"0x([0-9a-f]+)", rest))]
+    jumps = [(int(m[1], 16), at) for at, op, rest in code
+             if op == "BRA" and (m := re.search("0x([0-9a-f]+)", rest))]
     loops = [(to, at) for to, at in jumps if to < at]
     for low, high in loops:
         if any((a, b) != (low, high) and low <= a and b <= high for a, b in loops):
             continue
         ops = [op for at, op, _ in code if low <= at <= high]
-        count = lambda *names: sum(op in names for op in ops)
+        count = lambda *names, ops=ops: sum(op in names for op in ops)
         kinds = dict(all=len(ops), tensor=sum("MMA" in op for op in ops), exp=count("MUFU"),
                      shared=count("LDS", "STS", "LDSM", "STSM"), copy=count("LDGSTS", "UTMALDG", "LDG"))
         if kinds["tensor"] > best.get("tensor", 0):
             best = kinds
     return best
+
+
+def shipped(arch: int, quick: bool = False) -> dict[str, Launch]:
+    """Every kernel x type x head width with its shipped tiles, at the sizes of the 4.5B; quick: what it runs in
+    bf16 and fp8 at head width 128."""
+    tokens, cached, Hq, Hkv, D, ffn = 2 * 12150, 12150, 24, 8, 3072, 12288
+    ranges = (((0, cached + tokens // 2), (0, cached + tokens)),)
+    make = lambda *shape, dtype=torch.float32: torch.empty(*shape, dtype=dtype, device="meta")
+    out = {}
+    for dtype in (torch.bfloat16,) if quick else (torch.bfloat16, torch.float16, torch.float32):
+        name = str(dtype).removeprefix("torch.")
+        for hd in (128,) if quick else (64, 128):
+            q, k = make(1, tokens, Hq, hd, dtype=dtype), make(1, tokens, Hkv, hd, dtype=dtype)
+            old, lse = (make(1, cached, Hkv, hd, dtype=dtype),) * 2, make(Hq, 1, tokens)
+            t = lambda kernel, hd=hd, dtype=dtype: tiles_for(kernel, arch, hd, dtype)
+            out[f"forward {name} {hd}"] = forward_launch(q, k, k, old, ranges, q, lse, t("forward"))
+            if not quick:
+                out[f"dq {name} {hd}"] = dq_launch(q, k, k, old, ranges, q, q, lse, lse, q, t("dq"))
+                out[f"dkv {name} {hd}"] = dkv_launch(q, k, k, cached, cached, tokens, ranges, q, lse, lse, k, k,
+                                                     t("dkv"))
+        x, d, angles, heads = make(1, tokens, D, dtype=dtype), make(D), make(tokens, 48), make(1, tokens, Hq, 128,
+                                                                                              dtype=dtype)
+        out[f"gated_residual {name}"] = gated_residual_launch(
+            x, make(1, 2, D, dtype=dtype), make(1, tokens, D), d, d, 1e-6, x, tiles_for("gated_residual", arch))
+        out[f"norm_rotary {name}"] = norm_rotary_launch(heads, make(128), make(128), angles, 1e-6, heads,
+                                                        tiles_for("norm_rotary", arch))
+        x8, w8 = make(tokens, D, dtype=torch.float8_e4m3fn), make(ffn, D, dtype=torch.float8_e4m3fn)
+        out[f"quantise {name}"] = quantise_launch(x[0], d, x8, tiles_for("quantise", arch))
+    y = make(tokens, ffn, dtype=torch.bfloat16)
+    return out | {"fp8 matmul": fp8_launch(x8, w8, make(1), y, tiles_for("fp8", arch))}
+
+
+def compile_row(job: tuple[int, str, bool]) -> tuple[bool, str]:
+    """One line of the table: what the machine code says, and whether that is as it should be."""
+    arch, name, quick = job
+    launch = shipped(arch, quick)[name]
+    facts, kernel = machine_code(launch, arch), name.split()[0]
+    wanted = None
+    if kernel in ("forward", "dq", "dkv", "fp8"):
+        # wgmma and tcgen05 work on 64 rows; float32 comes in smaller tiles, on which mma is used everywhere
+        small = launch.tiles.m < 64 or kernel != "fp8" and launch.tiles.n < 16
+        wanted = TENSOR_CORE[89 if small else arch][kernel == "fp8"]
+    faults = [text for bad, text in ((facts.shared > SHARED_BYTES[arch], "does not fit"), (facts.spills, "spills"),
+                                     (wanted and wanted not in facts.opcodes, f"no {wanted}")) if bad]
+    tiles = launch.tiles
+    size = "x".join(str(u) for u in (tiles.m, tiles.n, tiles.k) if u)
+    loop = " ".join(f"{v} {k}" for k, v in facts.loop.items())
+    return not faults, (f"sm_{arch:<4} {name:24} {size:12} {tiles.warps:2} {tiles.stages:2} {facts.registers:4} "
+                        f"{facts.spills:6} {facts.shared / 1024:6.1f} {facts.blocks:3}  {wanted or '-':8} {loop:50} "
+                        f"{', '.join(faults) or 'ok'}")
+
+
+def compile_all(quick: bool = False) -> bool:
+    """Print the table of all kernels on all architectures; True if nothing is wrong."""
+    from concurrent.futures import ProcessPoolExecutor
+    from multiprocessing import get_context
+
+    print(f"{'GPU':7} {'kernel':24} {'tile':12}  w  s regs spills  sh/KiB blk {'uses':9} inner loop")
+    jobs = [(arch, name, quick) for arch in SHARED_BYTES for name in shipped(arch, quick)]
+    good = []
+    with ProcessPoolExecutor(os.cpu_count(), get_context("spawn")) as pool:
+        for ok, line in pool.map(compile_row, jobs):
+            print(line, flush=True)
+            good.append(ok)
+    print(f"{sum(good)} of {len(good)} fit, spill nothing and use the expected instructions")
+    return all(good)
+
+
+# ----------------------------------------------------------------------------------------------------------
+# 10 Timing
+# ----------------------------------------------------------------------------------------------------------
+# What a kernel achieves is useful arithmetic over time, whatever it does besides: masked pairs do not
+# count. Peaks are the makers' figures for dense matrices.
+
+# fmt: off
+PEAKS = {                                       # TFLOP/s in bf16 and fp8 (float32 sums), memory in GB/s
+    "H100 PCIe": (756, 1513, 2039), "H100 NVL": (835, 1671, 3938), "H100": (989, 1979, 3352), "H200": (989, 1979, 4800),
+    "RTX 4090":  (165, 330, 1008),  "B200":     (2250, 4500, 8000),
+}
+MODELS = {                                      # tokens in a chunk, Hq, D, FFN out and in; Hkv 8, hd 128 in both
+    "4.5B 720x720": (12150, 24, 3072, 12288, 12288), "24B 720x1280": (21600, 48, 6144, 32768, 16384),
+}
+# fmt: on
+
+
+def median_ms(run: Callable[[], object], repeats: int = 15) -> float:
+    """Median time of one call on the GPU, by CUDA events, after three calls to warm up."""
+    for _ in range(3):
+        run()
+    times = []
+    for _ in range(repeats):
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        start.record()
+        run()
+        end.record()
+        torch.cuda.synchronize()
+        times.append(start.elapsed_time(end))
+    return sorted(times)[repeats // 2]
+
+
+def check(device: str) -> None:
+    """Hold every operation against the reference on this device. Raises ValueError if one is off."""
+    def compare(name: str, ours: Tensor, exact: Tensor, bar: float) -> None:
+        error = ((ours.double() - exact.double()).norm() / exact.double().norm()).item()
+        print(f"{name:44} relative error {error:.1e}  (bar {bar:.0e})")
+        magi._require(error < bar, f"{name} is wrong: error {error}")
+
+    make = lambda *shape: torch.randn(*shape, device=device)
+    ranges = torch.tensor([[[0, 500], [130, 731], [7, 1031]], [[0, 3], [400, 1031], [399, 401]]])
+    for dtype, bar in ((torch.float32, 2e-5), (torch.float16, 2e-3), (torch.bfloat16, 1.5e-2)):
+        for hd in (16, 48, 64, 128, 256):
+            shapes = (999, 6), (631, 2), (631, 2), (400, 2), (400, 2)
+            ours = [make(2, tokens, heads, hd).to(dtype).requires_grad_() for tokens, heads in shapes]
+            exact = [u.detach().double().requires_grad_() for u in ours]
+            outs = [op(*u[:3], ranges, tuple(u[3:])) for op, u in ((block_attention, ours),
+                                                                   (magi.block_attention, exact))]
+            grad = make(*outs[0].shape).to(dtype)
+            grads = [torch.autograd.grad(o, u, grad.to(o.dtype)) for o, u in zip(outs, (ours, exact), strict=True)]
+            label = f"attention {str(dtype).removeprefix('torch.')} hd {hd}"
+            compare(label, *outs, bar)
+            for name, a, b in zip(("dq", "dk", "dv", "dk cached", "dv cached"), *grads, strict=True):
+                compare(f"{label} {name}", a, b, 2 * bar)
+    for dtype, bar in ((torch.float32, 1e-5), (torch.bfloat16, 5e-3)):
+        norm = magi.LayerNorm1p(128).to(device)
+        x, angles = make(2, 300, 24, 128).to(dtype), 20 * make(300, 48)
+        compare(f"norm_rotary {dtype}", norm_rotary(x, norm, angles), magi.norm_rotary(x, norm, angles), bar)
+        x, gate, norm = make(2, 300, 3072).to(dtype), make(2, 3, 3072).to(dtype), magi.LayerNorm1p(3072).to(device)
+        args = x, gate, make(2, 300, 3072), norm
+        compare(f"gated_residual {dtype}", gated_residual(*args), magi.gated_residual(*args), bar)
+    weight = make(1000, 3072).to(torch.float8_e4m3fn)
+    args = make(999, 3072).bfloat16(), weight, torch.rand(1, 3072, device=device) + 0.5, make(1).abs()
+    compare("fp8_matmul", fp8_matmul(*args), magi.fp8_matmul(*args), 2e-3)
+
+
+def flex(q: Tensor, k: Tensor, v: Tensor, ranges: Tensor, chunk: int) -> Callable[[], Tensor]:
+    """PyTorch's FlexAttention with the same ranges, compiled."""
+    from torch.nn.attention.flex_attention import create_block_mask, flex_attention
+
+    start, end = ranges[0].to(q.device).unbind(-1)
+    mask = create_block_mask(lambda b, h, i, j: (j >= start[i // chunk]) & (j < end[i // chunk]), None, None,
+                             q.shape[1], k.shape[1], device=q.device)
+    q, k, v = (u.transpose(1, 2) for u in (q, k, v))
+    run = torch.compile(flex_attention)
+    return lambda: run(q, k, v, block_mask=mask, enable_gqa=True)
+
+
+class Bench:
+    """Prints times, TFLOP/s (or GB/s) and share of the card's peak at the sizes of the models."""
+
+    def __init__(self, device: str):
+        card = torch.cuda.get_device_name(device)
+        known = (peak for name, peak in PEAKS.items() if all(word in card for word in name.split()))
+        self.device, (self.bf16, self.fp8, self.memory) = device, next(known, (None, None, None))
+        print(f"\n{card}, torch {torch.__version__}, triton {triton.__version__}")
+        print(f"{'':52} {'ms':>9} {'TFLOP/s':>9} of peak")
+
+    def row(self, label: str, work: float, peak: float | None, run: Callable, *args, unit: float = 1e12) -> None:
+        try:
+            ms = median_ms(lambda: run(*args))
+        except Exception as error:              # a peer that cannot run here must not end the table
+            print(f"{label:52} failed: {(str(error) or type(error).__name__).splitlines()[0][:60]}")
+            return
+        rate = work / ms * 1e3 / unit
+        print(f"{label:52} {ms:9.3f} {rate:9.1f} {f'{rate / peak:7.0%}' if peak else '      -'}", flush=True)
+
+    def random(self, *shape: int, dtype: torch.dtype = torch.bfloat16) -> Tensor:
+        return torch.randn(*shape, device=self.device).to(dtype)
+
+    def attention(self, model: str, c: int, Hq: int) -> None:
+        """Four chunks in flight that see 2, 3, 4, 5 chunks, and one that is clean: the pipeline in full swing."""
+        q, k, v = (self.random(1, 4 * c, heads, 128) for heads in (Hq, 8, 8))
+        old = self.random(1, c, 8, 128), self.random(1, c, 8, 128)
+        joined = [torch.cat(pair, 1) for pair in zip(old, (k, v), strict=True)]
+        ranges = torch.tensor([[[0, (i + 2) * c] for i in range(4)]])
+        work = 4 * (2 + 3 + 4 + 5) * c * c * Hq * 128
+        self.row(f"{model} attention", work, self.bf16, block_attention, q, k, v, ranges, old)
+        self.row("    SDPA per chunk, joining the cache", work, self.bf16, magi.block_attention, q, k, v, ranges, old)
+        self.row("    FlexAttention, cache joined before", work, self.bf16, flex(q, *joined, ranges, c))
+        ins, grad = [u.requires_grad_() for u in (q, *joined)], torch.randn_like(q)
+        for label, op in ((f"{model} attention, backward", block_attention),
+                          ("    SDPA, backward", magi.block_attention)):
+            with torch.enable_grad():
+                out = op(*ins, ranges)
+            self.row(label, 2.5 * work, self.bf16, partial(torch.autograd.grad, retain_graph=True), out, ins, grad)
+        text = torch.tensor([[[i * 200, (i + 1) * 200] for i in range(4)]])
+        self.row(f"{model} cross-attention, 200 tokens each", 4 * 4 * 200 * c * Hq * 128, self.bf16,
+                 block_attention, q, k, v, text)
+
+    def products(self, model: str, rows: int, name: str, width: int, cols: int) -> None:
+        x, w8 = self.random(rows, width), self.random(cols, width, dtype=torch.float8_e4m3fn)
+        divide, one = torch.ones(1, width, device=self.device), torch.ones(1, device=self.device)
+        x8, out, work = x.to(torch.float8_e4m3fn), self.random(rows, cols), 2 * rows * width * cols
+        self.row(f"{model} fp8 {name}, with quantising", work, self.fp8, fp8_matmul, x, w8, divide, one)
+        launch = fp8_launch(x8, w8, one, out, tiles_for("fp8", arch_of(self.device)))
+        self.row("    product alone", work, self.fp8, launch.run)
+        scaled = partial(torch._scaled_mm, out_dtype=torch.bfloat16)
+        self.row("    torch._scaled_mm alone", work, self.fp8, scaled, x8, w8.t(), one, one)
+        self.row("    bf16 product", work, self.bf16, F.linear, x, w8.bfloat16())
+
+    def elementwise(self, c: int, Hq: int, D: int) -> None:
+        x, gate, branch = (self.random(1, rows, D) for rows in (4 * c, 4, 4 * c))
+        heads, angles = self.random(1, 4 * c, Hq, 128), self.random(4 * c, 48, dtype=torch.float32)
+        norm, qk = (magi.LayerNorm1p(width).to(self.device) for width in (D, 128))
+        for name, ops in (("", TRITON_OPS), ("PyTorch ", magi.TORCH_OPS)):
+            self.row(f"    {name}gated_residual (GB/s)", 6 * x.numel(), self.memory, ops.gated_residual, x, gate,
+                     branch, norm, unit=1e9)
+            self.row(f"    {name}norm_rotary (GB/s)", 4 * heads.numel(), self.memory, ops.norm_rotary, heads, qk,
+                     angles, unit=1e9)
+
+    def run(self) -> None:
+        for model, (c, Hq, D, fc1, fc2) in MODELS.items():
+            self.attention(model, c, Hq)
+            for name, width, cols in (("q", D, Hq * 128), ("fc1", D, fc1), ("fc2", fc2, D)):
+                self.products(model, 4 * c, name, width, cols)
+            self.elementwise(c, Hq, D)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description="Check and time the kernels on a GPU, or compile them.")
+    parser.add_argument("--compile", action="store_true", help="for all architectures; needs no GPU")
+    parser.add_argument("--quick", action="store_true", help="with --compile: only what the 4.5B runs")
+    parser.add_argument("--device", default="cuda")
+    args = parser.parse_args(argv)
+    try:
+        if args.compile:
+            return 0 if compile_all(args.quick) else 1
+        arch_of(args.device)
+        with torch.cuda.device(args.device):
+            check(args.device)
+            with torch.no_grad():
+                Bench(args.device).run()
+    except ValueError as error:
+        print(f"kernels: {error} (python kernels.py --compile needs no GPU)", file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -431,7 +431,7 @@ def check_model(args: argparse.Namespace, dit, cfg) -> None:
 
 
 def unknown_words(args: argparse.Namespace) -> list[str]:
-    """A note if a small text encoder, which lists its words in words.json, does not know one of the prompt."""
+    """A note if a small text encoder, which lists its words in words.json, has not met one of these."""
     file = args.t5 / "words.json"
     if not file.is_file():
         return []

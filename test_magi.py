@@ -25,11 +25,13 @@ from dataclasses import asdict
 from functools import cache
 from pathlib import Path
 
+os.environ["TRITON_INTERPRET"] = "1"  # kernels run on the CPU, in Triton's interpreter
+
 import av
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from PIL import Image
 from safetensors.torch import load_file, save_file
@@ -315,7 +317,10 @@ def bad(text: str):
 def test_attention_is_the_formula():
     q, k, v = torch.randn(3, 10, 6, 16), torch.randn(3, 12, 2, 16), torch.randn(3, 12, 2, 16)
     out = magi.attention(q, k, v)
-    torch.testing.assert_close(out, train.attention(q, k, v))
+    scores = torch.einsum("bnhd, bmhd -> bhnm", q, k.repeat_interleave(3, dim=2)) / 4
+    torch.testing.assert_close(
+        out, torch.einsum("bhnm, bmhd -> bnhd", scores.softmax(-1), v.repeat_interleave(3, 2))
+    )
     # grouped queries: query heads 3..5 read kv head 1
     torch.testing.assert_close(out[:, :, 3:], magi.attention(q[:, :, 3:], k[:, :, 1:], v[:, :, 1:]))
 
@@ -338,6 +343,9 @@ def test_block_attention_is_masked_attention():
     torch.testing.assert_close(both[:1], out[:1])
     torch.testing.assert_close(both[1:], magi.block_attention(q, k, v, other[None])[1:])
     torch.testing.assert_close(train.block_attention(q, k, v, torch.stack([ranges, other])), both)
+    short = torch.tensor([[[0, 3], [4, 9], [9, 12], [9, 15]]]).expand(2, -1, -1)  # few keys each: gathered
+    expected = magi.block_attention(q, k, v, short)
+    torch.testing.assert_close(train.block_attention(q, k, v, short), expected)
 
 
 def test_a_chunk_never_sees_later_ones_nor_what_is_out_of_range():
@@ -1398,6 +1406,170 @@ def test_loras_that_do_not_fit_are_refused(tmp_path):
     file.write_bytes(b"no weights")
     with bad("truncated or corrupt"):
         magi.check_lora(deeper, file)
+
+
+# ------------------------------------------------------------------------------------------------ kernels
+# Triton decides at its own import whether to interpret: see the top of this file. What is compiled ahead is
+# checked in a process of its own, without that setting.
+
+
+@pytest.fixture(scope="module")
+def kernels():
+    module = pytest.importorskip("kernels")
+    assert module.INTERPRETED.value, "Triton was imported before TRITON_INTERPRET was set"
+    return module
+
+
+# The interpreter is slow: few examples, each with all there is to check.
+kernel_settings = settings(max_examples=10, deadline=None, suppress_health_check=list(HealthCheck))
+
+
+def close(ours: torch.Tensor, reference: torch.Tensor, exact: torch.Tensor) -> None:
+    """Ours is no further from the result in float64 than the reference in the same type (and a little)."""
+    size = exact.abs().max() + 1e-30
+    off, allowed = ((u.double() - exact).abs().max() / size for u in (ours, reference))
+    rounding = {torch.float32: 2e-5, torch.float16: 2e-3, torch.bfloat16: 1.6e-2}[ours.dtype]
+    assert torch.isfinite(ours).all() and off <= 3 * allowed + rounding, (float(off), float(allowed))
+
+
+@st.composite
+def attention_problem(draw):
+    """Ragged chunks, each with some non-empty range of its own, over cached and new keys."""
+    batch, chunks, c = draw(st.integers(1, 2)), draw(st.integers(1, 3)), draw(st.integers(1, 21))
+    heads, group = draw(st.integers(1, 2)), draw(st.integers(1, 3))
+    hd = draw(st.sampled_from([16, 32, 48, 64, 128]))
+    old, new = draw(st.integers(0, 20)), draw(st.integers(1, 30))
+    spans = []
+    for _ in range(draw(st.sampled_from([1, batch])) * chunks):
+        start = draw(st.integers(0, old + new - 1))
+        spans.append([start, draw(st.integers(start + 1, old + new))])
+    dtype = draw(st.sampled_from([torch.float32, torch.float16, torch.bfloat16]))
+    size = draw(st.sampled_from([1e-3, 1.0, 8.0]))
+    generator = torch.Generator().manual_seed(draw(st.integers(0, 1000)))
+    make = lambda n, h: (size * torch.randn(batch, n, h, hd, generator=generator)).to(dtype)
+    q, k, v = make(chunks * c, heads * group), make(new, heads), make(new, heads)
+    cached = (make(old, heads), make(old, heads)) if old else None
+    return q, k, v, torch.tensor(spans).reshape(-1, chunks, 2), cached
+
+
+@kernel_settings
+@given(attention_problem())
+def test_flash_attention_and_its_gradients_are_those_of_the_formula(kernels, problem):
+    q, k, v, ranges, cached = problem
+    results = []
+    for attend, dtype in (
+        (kernels.block_attention, q.dtype),
+        (magi.block_attention, q.dtype),
+        (magi.block_attention, torch.float64),
+    ):
+        inputs = [u.detach().to(dtype).requires_grad_() for u in (q, k, v, *(cached or ()))]
+        out = attend(*inputs[:3], ranges, tuple(inputs[3:]) or None)
+        weight = torch.randn(out.shape, generator=torch.Generator().manual_seed(1))
+        grads = torch.autograd.grad((out.double() * weight).sum(), inputs)
+        results.append([out.detach(), *grads])
+    for ours, reference, exact in zip(*results, strict=True):
+        close(ours, reference, exact)
+
+
+def test_flash_attention_returns_log_sum_exp(kernels):
+    torch.manual_seed(0)
+    q, k, v = torch.randn(1, 9, 4, 16), torch.randn(1, 13, 2, 16), torch.randn(1, 13, 2, 16)
+    _, lse = kernels.flash_attention(q, k, v, torch.tensor([[[0, 13], [2, 7], [12, 13]]]))
+    scores = torch.einsum("bnhd, bmhd -> hbnm", q, k.repeat_interleave(2, dim=2)) / 4
+    for i, (start, end) in enumerate([(0, 13), (2, 7), (12, 13)]):
+        rows = slice(3 * i, 3 * i + 3)
+        assert torch.allclose(lse[:, :, rows], scores[:, :, rows, start:end].logsumexp(-1), atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        (dict(ranges=[[2, 2]]), "empty|at least one key|range"),
+        (dict(ranges=[[0, 99]]), "range|keys"),
+        (dict(hd=24), "multiple of 16"),
+        (dict(dtype=torch.float64), "float64"),
+    ],
+)
+def test_flash_attention_refuses(kernels, change, message):
+    hd, dtype = change.get("hd", 16), change.get("dtype", torch.float32)
+    q, k, v = (torch.zeros(1, n, 1, hd, dtype=dtype) for n in (4, 6, 6))
+    with pytest.raises(ValueError, match=message):
+        kernels.block_attention(q, k, v, torch.tensor([change.get("ranges", [[0, 6]])]))
+
+
+@kernel_settings
+@given(
+    st.integers(1, 40),
+    st.integers(1, 6),
+    st.integers(1, 6),
+    st.sampled_from([1e-3, 1.0, 1e3]),
+    st.booleans(),
+    st.integers(0, 1000),
+)
+def test_fp8_matmul_rounds_as_the_reference(kernels, rows, n_in, n_out, size, smooth, seed):
+    torch.manual_seed(seed)
+    n_in, n_out = 16 * n_in, 16 * n_out
+    x = (size * torch.randn(rows, n_in)).bfloat16()
+    weight = torch.randn(n_out, n_in).to(torch.float8_e4m3fn)
+    divide = (size * (0.01 + torch.rand(1, n_in))) if smooth else torch.full((n_in,), size / 50)
+    scale = torch.tensor([0.37])
+    ours, reference = kernels.fp8_matmul(x, weight, divide, scale), magi.fp8_matmul(x, weight, divide, scale)
+    assert ours.dtype == reference.dtype == torch.bfloat16
+    # the sums are taken in another order, which can turn over the last bit of a bf16
+    assert (ours.float() - reference.float()).norm() <= 2e-3 * reference.float().norm()
+
+
+@kernel_settings
+@given(
+    st.sampled_from([(1, 1), (2, 3), (5, 2)]),
+    st.sampled_from([16, 40, 192]),
+    st.sampled_from([torch.float32, torch.bfloat16]),
+    st.sampled_from([1e-3, 1.0, 100.0]),
+    st.integers(0, 1000),
+)
+def test_fused_steps_and_their_gradients_are_the_references(kernels, shape, width, dtype, size, seed):
+    torch.manual_seed(seed)
+    (n, c), hd = shape, 16
+    norm, head_norm = magi.LayerNorm1p(width, 1e-6), magi.LayerNorm1p(hd, 1e-6)
+    for p in (*norm.parameters(), *head_norm.parameters()):
+        torch.nn.init.normal_(p, std=0.3)
+    x, branch = (size * torch.randn(2, 2, n * c, width)).to(dtype).requires_grad_().unbind()
+    gate, angles = torch.randn(2, n, width).tanh().to(dtype), torch.randn(n * c, 3 * hd // 8)
+    heads = (size * torch.randn(2, n * c, 3, hd)).to(dtype).requires_grad_()
+    for name, inputs, wrt in (
+        ("gated_residual", (x, gate, branch, norm), (x, branch, *norm.parameters())),
+        ("norm_rotary", (heads, head_norm, angles), (heads, *head_norm.parameters())),
+    ):
+        outs = [getattr(ops, name)(*inputs) for ops in (kernels, magi)]
+        grads = [torch.autograd.grad(out.float().square().sum(), wrt, retain_graph=True) for out in outs]
+        for ours, reference in zip((outs[0], *grads[0]), (outs[1], *grads[1]), strict=True):
+            assert ours.dtype == reference.dtype
+            close(ours, reference, reference.double())
+
+
+def test_a_whole_dit_and_a_run_through_the_kernels_equal_the_torch_path(kernels):
+    torch.manual_seed(0)
+    plain = magi.DiT(dataclasses.replace(SMALL, num_layers=1, head_dim=16))
+    for name, p in plain.named_parameters():
+        if "norm" in name:
+            torch.nn.init.normal_(p, std=0.1)
+    fast = magi.DiT(plain.cfg, kernels.TRITON_OPS)
+    fast.load_state_dict(plain.state_dict())
+    latents, text, mask = torch.randn(2, 16, 12, 4, 4), torch.randn(2, 2, 14, 12), torch.ones(2, 2, 14)
+    losses, grads = [], []
+    for dit in (plain, fast):
+        loss = magi.flow_matching_loss(dit, latents, text, mask, generator=torch.Generator().manual_seed(3))
+        loss.backward()
+        losses.append(loss.item())
+        grads.append(torch.cat([p.grad.flatten() for p in dit.parameters() if p.grad is not None]))
+    assert abs(losses[0] - losses[1]) < 1e-4 * losses[0]
+    assert (grads[0] - grads[1]).norm() < 1e-3 * grads[0].norm()
+    cfg = magi.SamplerConfig(
+        num_steps=2, window=2, kv_ranges=(2, 1), special_tokens=(), num_frames=48, height=32, width=32
+    )
+    runs = [list(magi.sample(dit, text[0, 0], mask[0, 0], cfg)) for dit in (plain, fast)]
+    for (_, a), (_, b) in zip(*runs, strict=True):
+        assert (a - b).norm() < 1e-3 * a.norm()
 
 
 # ---------------------------------------------------------------------------------- loading and the pipeline

@@ -758,6 +758,9 @@ def plot_steps(rows: list[tuple], file: Path) -> None:
     labels = ("right colour, shape, motion: mean, %", "edge error of the shape")
     for axis, label in zip(axes, labels, strict=True):
         axis.set(xscale="log", xlabel="seconds per second of video; numbers: steps", title=label)
+        axis.set_xticks(ticks := [0.1, 0.2, 0.5, 1, 2, 5, 10], ticks)
+        times = [r[-1] for r in rows[1:]]
+        axis.set_xlim(0.8 * min(times), 1.3 * max(times)), axis.minorticks_off()
         axis.grid(alpha=0.3), axis.legend()
     plt.savefig(file, dpi=100, bbox_inches="tight")
     plt.close()
