@@ -256,8 +256,9 @@ def _dot(a, b, acc, PRECISION: tl.constexpr):
     """a b + acc in float32. Triton 3.7's interpreter multiplies bf16 by its bit patterns: there, and only
     there, the operands are widened first."""
     if INTERPRETED:
-        a, b = a.to(tl.float32), b.to(tl.float32)
-    return tl.dot(a, b, acc, input_precision=PRECISION)
+        return tl.dot(a.to(tl.float32), b.to(tl.float32), acc, input_precision="ieee")
+    else:
+        return tl.dot(a, b, acc, input_precision=PRECISION)
 
 
 @triton.jit
