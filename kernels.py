@@ -6,7 +6,7 @@ runs on either (`magi.load(..., backend="triton")`, `sample.py --backend triton`
     operation          signature as in magi.py section 2                    what it saves
     attention          (q, k, v)                                            scores, N x M floats, never exist
     block_attention    (q, k, v, ranges, cached)                            a mask; a joined copy of the cache
-    fp8_matmul         (x, weight, divide, scale)                           half the bytes, twice the arithmetic
+    fp8_matmul         (x, weight, divide, scale)                           half the bytes, twice the rate
     norm_rotary        (x, norm, angles)                                    61 of 65 bytes per element (bf16)
     gated_residual     (x, gate, branch, norm)                              40 of 48 bytes per element (bf16)
 
@@ -28,9 +28,9 @@ Contents
     9  Compiling ahead        --compile
     10 Timing                 on a GPU
 
-Left out on purpose: dropout, masks of any kind, more than two sources of keys, AMD. References: FlashAttention
-1 and 2 (arXiv 2205.14135, 2307.08691); SmoothQuant (2211.10438); Triton's tutorials 3, 6 and 9. To read first:
-`_attend_tile`, ten lines that everything else surrounds.
+Left out on purpose: dropout, masks of any kind, more than two sources of keys, AMD. To read first:
+`_attend_tile`, ten lines that everything else surrounds. References: FlashAttention 1 and 2 (arXiv 2205.14135,
+2307.08691); SmoothQuant (2211.10438); Triton's tutorials 3, 6 and 9.
 """
 
 from __future__ import annotations
@@ -73,8 +73,10 @@ REST = tl.constexpr(16)                        # less than a tile is left at the
 #            scores, and each step has 66 exponentials to 16 matrix instructions of a warp group. sm_89 and
 #            sm_120 multiply from registers: half the keys per step, and with 99 KiB three stages still fit.
 #   dq       holds two tiles, q and do, and needs k twice: half the keys of the forward.
-#   dkv      holds four (k, v, dk, dv), two of them in float32. At head width 128 nothing that prefetches (2
-#            stages) fits the registers of sm_90 at 128 keys; one stage and 128 keys do.
+#   dkv      holds four (k, v, dk, dv), two of them in float32. At head width 128 sm_90 spills if it prefetches
+#            (2 stages) with 128 keys. 64 x 128 without it takes some 2,000 cycles of matrix products a step
+#            and bares some 1,000 of latency; 32 x 64 with it is held up by its 316 other instructions, for a
+#            quarter of the work. sm_100 keeps its sums outside the registers, and prefetches with 64 x 64.
 #   float32  is split into bf16 parts (`_precision`), which doubles every operand: small tiles.
 #   fp8      every 128 terms a partial sum moves on sm_90 (section 6), which takes a second set of
 #            accumulators: 128 x 256 spills (50 times), 128 x 128 does not. sm_100 has memory of its own for
@@ -105,16 +107,16 @@ ATTENTION_TILES = {               # sm_89             sm_90             sm_100  
     ("dq", 64, 2):             ((128,  64, 8, 2), (128, 128, 8, 2), (128, 128, 8, 2), ( 64,  32, 4, 2)),
     ("dq", 128, 2):            ((128,  64, 8, 2), (128,  64, 8, 2), (128,  64, 8, 2), ( 64,  64, 8, 2)),
     ("dq", 256, 2):            (( 32,  32, 4, 1), ( 64,  32, 8, 1), ( 64,  32, 8, 1), ( 32,  32, 4, 1)),
-    ("dkv", 64, 2):            (( 64,  64, 4, 2), ( 64, 128, 8, 3), ( 64, 128, 8, 3), ( 32,  64, 4, 2)),
-    ("dkv", 128, 2):           (( 32,  64, 4, 2), ( 64, 128, 8, 1), ( 64, 128, 8, 1), ( 32,  32, 4, 2)),
+    ("dkv", 64, 2):            (( 32,  64, 8, 2), ( 64, 128, 8, 3), ( 64, 128, 8, 3), ( 32,  64, 4, 1)),
+    ("dkv", 128, 2):           (( 32,  64, 4, 2), ( 64, 128, 8, 1), ( 64,  64, 8, 2), ( 32,  32, 4, 2)),
     ("dkv", 256, 2):           (( 32,  32, 8, 1), ( 32,  32, 8, 1), ( 32,  32, 8, 1), ( 32,  32, 8, 1)),
     ("forward", 64, 4):        (( 64,  32, 4, 2), ( 64,  32, 4, 2), ( 64,  32, 4, 2), ( 64,  32, 4, 2)),
     ("forward", 128, 4):       (( 32,  16, 4, 1), ( 64,  16, 4, 2), ( 32,  16, 4, 1), ( 32,  16, 4, 1)),
     ("forward", 256, 4):       (( 16,  16, 8, 1), ( 16,  16, 8, 1), ( 16,  16, 8, 1), ( 16,  16, 8, 1)),
     ("dq", 64, 4):             (( 32,  32, 4, 1), ( 32,  32, 4, 1), ( 32,  32, 4, 1), ( 32,  32, 4, 1)),
-    ("dq", 128, 4):            (( 16,  16, 4, 1), ( 32,  16, 4, 1), ( 16,  16, 4, 1), ( 16,  16, 4, 1)),
+    ("dq", 128, 4):            (( 16,  16, 8, 1), ( 16,  16, 4, 1), ( 16,  16, 4, 1), ( 16,  16, 4, 1)),
     ("dq", 256, 4):            (( 16,  16, 8, 1), ( 16,  16, 8, 1), ( 16,  16, 8, 1), ( 16,  16, 8, 1)),
-    ("dkv", 64, 4):            (( 32,  32, 4, 1), ( 32,  32, 4, 1), ( 32,  32, 4, 1), ( 32,  32, 4, 1)),
+    ("dkv", 64, 4):            (( 32,  32, 4, 1), ( 32,  32, 8, 1), ( 32,  32, 8, 1), ( 32,  32, 8, 1)),
     ("dkv", 128, 4):           (( 16,  16, 4, 1), ( 16,  16, 4, 1), ( 16,  16, 4, 1), ( 16,  16, 4, 1)),
     ("dkv", 256, 4):           (( 16,  16, 8, 1), ( 16,  16, 8, 1), ( 16,  16, 8, 1), ( 16,  16, 8, 1)),
 }
@@ -129,7 +131,7 @@ def tiles_for(kernel: str, arch: int, hd: int = 0, dtype: torch.dtype = torch.bf
     if kernel in STREAM_TILES:
         return STREAM_TILES[kernel]
     if arch == 0:
-        return Tiles(32, 32, 32)
+        return Tiles(16, 16, 16)
     if kernel == "fp8":
         return FP8_TILES[arch]
     width = max(64, triton.next_power_of_2(hd))
@@ -952,7 +954,7 @@ def _main_loop(code: list[tuple[int, str, str]]) -> dict[str, int]:
 
 
 def shipped(arch: int, quick: bool = False) -> dict[str, Launch]:
-    """Every kernel x type x head width with its shipped tiles, at the sizes of the 4.5B; quick: what it runs in
+    """Every kernel x type x head width with its shipped tiles, at the sizes of the 4.5B; quick: what it runs,
     bf16 and fp8 at head width 128."""
     tokens, cached, Hq, Hkv, D, ffn = 2 * 12150, 12150, 24, 8, 3072, 12288
     ranges = (((0, cached + tokens // 2), (0, cached + tokens)),)
@@ -963,21 +965,22 @@ def shipped(arch: int, quick: bool = False) -> dict[str, Launch]:
         for hd in (128,) if quick else (64, 128):
             q, k = make(1, tokens, Hq, hd, dtype=dtype), make(1, tokens, Hkv, hd, dtype=dtype)
             old, lse = (make(1, cached, Hkv, hd, dtype=dtype),) * 2, make(Hq, 1, tokens)
-            t = lambda kernel, hd=hd, dtype=dtype: tiles_for(kernel, arch, hd, dtype)
-            out[f"forward {name} {hd}"] = forward_launch(q, k, k, old, ranges, q, lse, t("forward"))
-            if not quick:
-                out[f"dq {name} {hd}"] = dq_launch(q, k, k, old, ranges, q, q, lse, lse, q, t("dq"))
-                out[f"dkv {name} {hd}"] = dkv_launch(q, k, k, cached, cached, tokens, ranges, q, lse, lse, k, k,
-                                                     t("dkv"))
-        x, d, angles, heads = make(1, tokens, D, dtype=dtype), make(D), make(tokens, 48), make(1, tokens, Hq, 128,
-                                                                                              dtype=dtype)
-        out[f"gated_residual {name}"] = gated_residual_launch(
-            x, make(1, 2, D, dtype=dtype), make(1, tokens, D), d, d, 1e-6, x, tiles_for("gated_residual", arch))
-        out[f"norm_rotary {name}"] = norm_rotary_launch(heads, make(128), make(128), angles, 1e-6, heads,
-                                                        tiles_for("norm_rotary", arch))
-        x8, w8 = make(tokens, D, dtype=torch.float8_e4m3fn), make(ffn, D, dtype=torch.float8_e4m3fn)
-        out[f"quantise {name}"] = quantise_launch(x[0], d, x8, tiles_for("quantise", arch))
-    y = make(tokens, ffn, dtype=torch.bfloat16)
+            forward, dq, dkv = (tiles_for(kernel, arch, hd, dtype) for kernel in ("forward", "dq", "dkv"))
+            out |= {
+                f"forward {name} {hd}": forward_launch(q, k, k, old, ranges, q, lse, forward),
+                f"dq {name} {hd}": dq_launch(q, k, k, old, ranges, q, q, lse, lse, q, dq),
+                f"dkv {name} {hd}": dkv_launch(q, k, k, cached, cached, tokens, ranges, q, lse, lse, k, k, dkv),
+            }
+        x, gate, d, h = make(1, tokens, D, dtype=dtype), make(1, 2, D, dtype=dtype), make(D), make(128)
+        x8 = make(tokens, D, dtype=torch.float8_e4m3fn)
+        gated, rotary, quantise = (tiles_for(k, arch) for k in ("gated_residual", "norm_rotary", "quantise"))
+        args = x, gate, make(1, tokens, D), d, d, 1e-6, x, gated
+        out |= {
+            f"gated_residual {name}": gated_residual_launch(*args),
+            f"norm_rotary {name}": norm_rotary_launch(q, h, h, make(tokens, 48), 1e-6, q, rotary),
+            f"quantise {name}": quantise_launch(x[0], d, x8, quantise),
+        }
+    w8, y = make(ffn, D, dtype=torch.float8_e4m3fn), make(tokens, ffn, dtype=torch.bfloat16)
     return out | {"fp8 matmul": fp8_launch(x8, w8, make(1), y, tiles_for("fp8", arch))}
 
 
