@@ -17,8 +17,8 @@ with the model that the config describes. Tensors are streamed: one input file i
 one output file (5 GB) is held. OUT has its name only when it is complete. What is not understood is refused,
 with one line that says why and exit code 2.
 
-Contents: 1 Configs, 2 Names, 3 Reading, 4 Writing, 5 Quantising, 6 Command line. What is known of the official
-files is in the tables of 1 and 2.
+Contents: 1 Configs, 2 Names, 3 Reading, 4 Writing, 5 Quantising, 6 Command line. What is known of the
+official files is in the tables of 1 and 2.
 Left out on purpose: downloading, and MAGI-1.1 checkpoints (they pack q, k, v in an undocumented order).
 """
 
@@ -474,9 +474,9 @@ def new_folder(src: Path, out: Path, force: bool) -> Iterator[Path]:
 # sampled, and the largest |x| of every channel of every quantised layer is noted (calibration). Then
 #
 #   per tensor (q, k, v, qx, fc1)   input_scale = max |x| / 448,   weight_scale = max |w| / 448
-#   per channel (Wo, fc2)           s_j = max|x_j|^a / max|w_j|^(1-a),  a = 0.45 (SmoothQuant, arXiv 2211.10438):
-#                                   x_j / s_j and w_j s_j have the same product and no outliers; then as above,
-#                                   with smooth_scale = s * input_scale, since the input is divided only once
+#   per channel (Wo, fc2)           s_j = max|x_j|^a / max|w_j|^(1-a), a = 0.45: x_j / s_j and w_j s_j have the
+#                                   same product and no outliers (SmoothQuant, arXiv 2211.10438); then as above,
+#                                   but smooth_scale = s * input_scale, since the input is divided only once
 #
 # so that all lies within e4m3's +-448. An input larger than any that was seen is clamped.
 
@@ -503,7 +503,7 @@ def calibrate(dit: magi.DiT, layers: Iterable[str], run: Callable[[], None]) -> 
         for hook in hooks:
             hook.remove()
     for name, peak in peaks.items():
-        _require(bool(peak.isfinite().all()), f"the input of {name} overflows: this model cannot be quantised")
+        _require(bool(peak.isfinite().all()), f"the input of {name} overflows: it cannot be quantised")
     return {name: peak.cpu() for name, peak in peaks.items()}
 
 
@@ -515,18 +515,19 @@ def quantise_layer(weight: Tensor, peak: Tensor, kind: str, alpha: float = ALPHA
         weight, peak = weight * smooth, peak / smooth
     input_scale = (peak.max() / E4M3_MAX).reshape(1)
     weight_scale = (weight.abs().max().clamp(min=1e-6) / E4M3_MAX).reshape(1)
-    out = {"weight": (weight / weight_scale).clamp(-E4M3_MAX, E4M3_MAX).to(E4M3), "weight_scale": weight_scale,
+    weight8 = (weight / weight_scale).clamp(-E4M3_MAX, E4M3_MAX).to(E4M3)
+    out = {"weight": weight8, "weight_scale": weight_scale,
            "input_scale": input_scale if kind == "channel" else input_scale.repeat(len(peak))}
     return out | ({"smooth_scale": (smooth * input_scale)[None]} if kind == "channel" else {})
 
 
 def run_quantize(src: Path, out: Path, prompt: list[str] | None, t5: Path | None, device: str, backend: str,
                  alpha: float, force: bool, **settings) -> None:
-    """Quantise every layer but the first and the last, which are too sensitive; the other blocks become bf16."""
+    """Quantise every layer but the first and the last, which are too sensitive; they become bf16."""
     cfg, sampler = (magi.read_config(src, part, kind) for part, kind in (("dit", DiTConfig),
                                                                         ("sampler", SamplerConfig)))
     _require(not cfg.fp8, f"{src} is an fp8 model already")
-    _require(cfg.num_layers > 2, f"{src} has {cfg.num_layers} layers: without the first and last none is left")
+    _require(cfg.num_layers > 2, f"{src} has {cfg.num_layers} layers: none but the first and last")
     _require(0 <= alpha <= 1, f"alpha {alpha} must be in [0, 1]")
     sampler_run = dataclasses.replace(sampler, **{k: v for k, v in settings.items() if v is not None})
     t5, tokens = t5 or src.parent / "t5", src / "special_tokens.safetensors"
@@ -544,7 +545,8 @@ def run_quantize(src: Path, out: Path, prompt: list[str] | None, t5: Path | None
             layer = name.removesuffix(".weight")
             if layer in kinds:
                 peak = peaks[layer].to(tensor.device)
-                made |= {f"{layer}.{k}": v for k, v in quantise_layer(tensor, peak, kinds[layer], alpha).items()}
+                parts = quantise_layer(tensor, peak, kinds[layer], alpha)
+                made |= {f"{layer}.{k}": v for k, v in parts.items()}
             else:
                 made[name] = tensor.to(expected[name].dtype if name in expected else tensor.dtype)
         return made
@@ -677,7 +679,7 @@ def main(argv: list[str] | None = None) -> int:
     command.add_argument("src", type=Path, metavar="MODEL", help="a DiT folder, with t5 beside it")
     command.add_argument("out", type=Path, metavar="OUT", help="the folder to make")
     command.add_argument("--force", action="store_true", help="replace what is already there")
-    command.add_argument("--prompt", action="append", metavar="TEXT", help="to calibrate with; may be repeated")
+    command.add_argument("--prompt", action="append", metavar="TEXT", help="for calibration, may be repeated")
     command.add_argument("--t5", type=Path, metavar="FOLDER", help="default: t5 beside the model")
     command.add_argument("--device", default="cpu", help="where the sampling runs; default: cpu")
     command.add_argument("--backend", choices=["torch", "triton"], default="torch", help="default: torch")

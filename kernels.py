@@ -7,8 +7,8 @@ runs on either (`magi.load(..., backend="triton")`, `sample.py --backend triton`
     attention          (q, k, v)                                            scores, N x M floats, never exist
     block_attention    (q, k, v, ranges, cached)                            a mask; a joined copy of the cache
     fp8_matmul         (x, weight, divide, scale)                           half the bytes, twice the rate
-    norm_rotary        (x, norm, angles)                                    61 of 65 bytes per element (bf16)
-    gated_residual     (x, gate, branch, norm)                              40 of 48 bytes per element (bf16)
+    norm_rotary        (x, norm, angles)                                    45 of 49 bytes per element (bf16)
+    gated_residual     (x, gate, branch, norm)                              48 of 54 bytes per element (bf16)
 
     python kernels.py               on a GPU: check against magi.py, then time, beside PyTorch's own kernels
     python kernels.py --compile     anywhere: compile for four architectures; registers, memory, instructions
@@ -29,8 +29,8 @@ Contents
     10 Timing                 on a GPU
 
 Left out on purpose: dropout, masks of any kind, more than two sources of keys, AMD. To read first:
-`_attend_tile`, ten lines that everything else surrounds. References: FlashAttention 1 and 2 (arXiv 2205.14135,
-2307.08691); SmoothQuant (2211.10438); Triton's tutorials 3, 6 and 9.
+`_attend_tile`, ten lines that everything else surrounds. References: FlashAttention 1 and 2 (arXiv
+2205.14135, 2307.08691); SmoothQuant (2211.10438); Triton's tutorials 3, 6 and 9.
 """
 
 from __future__ import annotations
@@ -69,14 +69,14 @@ REST = tl.constexpr(16)                        # less than a tile is left at the
 # sm_100, 99 KiB on sm_89 and sm_120). The lists below were chosen by what the compiler said (--compile), for
 # nothing here has been timed yet: of those that spill no register, the largest.
 #
-#   forward  sm_90 and sm_100 multiply from shared memory (wgmma, tcgen05), so 128 x 128 leaves registers for the
-#            scores, and each step has 66 exponentials to 16 matrix instructions of a warp group. sm_89 and
+#   forward  sm_90 and sm_100 multiply from shared memory (wgmma, tcgen05), so 128 x 128 leaves registers for
+#            the scores; a step has 66 exponentials to 16 matrix instructions of a warp group. sm_89 and
 #            sm_120 multiply from registers: half the keys per step, and with 99 KiB three stages still fit.
 #   dq       holds two tiles, q and do, and needs k twice: half the keys of the forward.
-#   dkv      holds four (k, v, dk, dv), two of them in float32. At head width 128 sm_90 spills if it prefetches
-#            (2 stages) with 128 keys. 64 x 128 without it takes some 2,000 cycles of matrix products a step
-#            and bares some 1,000 of latency; 32 x 64 with it is held up by its 316 other instructions, for a
-#            quarter of the work. sm_100 keeps its sums outside the registers, and prefetches with 64 x 64.
+#   dkv      holds four (k, v, dk, dv), two of them in float32. At head width 128 sm_90 spills if it
+#            prefetches (2 stages) with 128 keys. 64 x 128 without it takes some 2,000 cycles of matrix
+#            products a step and bares some 1,000 of latency; 32 x 64 with it is held up by its 316 other
+#            instructions, for a quarter of the work. sm_100 keeps its sums outside the registers, and prefetches with 64 x 64.
 #   float32  is split into bf16 parts (`_precision`), which doubles every operand: small tiles.
 #   fp8      every 128 terms a partial sum moves on sm_90 (section 6), which takes a second set of
 #            accumulators: 128 x 256 spills (50 times), 128 x 128 does not. sm_100 has memory of its own for
@@ -89,7 +89,7 @@ REST = tl.constexpr(16)                        # less than a tile is left at the
 
 
 class Tiles(NamedTuple):
-    """How one kernel is cut up: what a program holds on chip, by how many warps, with how many loads ahead."""
+    """How one kernel is cut up: what a program holds on chip, in how many warps, loading how far ahead."""
 
     m: int                        # rows of queries; fp8: rows of the output
     n: int                        # rows of keys; fp8: columns of the output
@@ -122,7 +122,8 @@ ATTENTION_TILES = {               # sm_89             sm_90             sm_100  
 }
 FP8_TILES = {89: Tiles(128, 128, 64, 8, 3), 90: Tiles(128, 128, 128, 8, 4, True),
              100: Tiles(128, 256, 128, 8, 4, True), 120: Tiles(128, 128, 64, 8, 3, True)}
-STREAM_TILES = {"quantise": Tiles(4, 1024), "gated_residual": Tiles(1, 0, warps=8), "norm_rotary": Tiles(8, 0)}
+STREAM_TILES = {"quantise": Tiles(4, 1024), "gated_residual": Tiles(1, 0, warps=8),
+                "norm_rotary": Tiles(8, 0)}
 # fmt: on
 
 
@@ -180,8 +181,8 @@ def query_plan(ranges: tuple, B: int, N: int, M: int, cached: int, m: int, strid
 def key_plan(ranges: tuple, B: int, N: int, M: int, cached: int, n: int, first: int, count: int) -> tuple:
     """For the keys first .. first+count of the axis: tiles (row, rows, start, number) and runs (row, rows).
 
-    The key axis is cut wherever a range starts or ends. So a tile lies wholly inside or outside any range; its
-    queries are a few runs, runs[start : start + number]; a tile that nobody reads has none.
+    The key axis is cut wherever a range starts or ends. So a tile lies wholly inside or outside any range,
+    and its queries are a few runs, runs[start : start + number]; a tile that nobody reads has none.
     """
     spans, tiles, runs = _spans(ranges, B, N, cached + M), [], []
     for b in range(B):
@@ -243,8 +244,8 @@ def _round_bits(x, DROP: tl.constexpr):
 
 @triton.jit
 def _cast(x, TO: tl.constexpr):
-    """float32 -> TO, to nearest even: one instruction on a GPU. The interpreter of Triton 3.7 cuts bits off where
-    it should round, so there, and only there, what it cuts off is made zero first."""
+    """float32 -> TO, to nearest even: one instruction on a GPU. The interpreter of Triton 3.7 cuts bits off
+    where it should round, so there, and only there, what it cuts off is made zero first."""
     if INTERPRETED:
         if TO == tl.bfloat16:
             x = _round_bits(x, 16)
@@ -290,7 +291,8 @@ def _store(X, row, col, stride, left, x, R: tl.constexpr, C: tl.constexpr, WIDTH
     tl.store(at, _cast(x, X.dtype.element_ty), (rows < left) & (cols < WIDTH))
 
 
-INTERPRETED = tl.constexpr(not isinstance(_tile, triton.JITFunction))  # TRITON_INTERPRET was set at the import
+# Was TRITON_INTERPRET set when Triton was imported?
+INTERPRETED = tl.constexpr(not isinstance(_tile, triton.JITFunction))
 
 # ----------------------------------------------------------------------------------------------------------
 # 4  Attention, forward
@@ -343,16 +345,16 @@ def _attend(q, acc, m, l, keys, row, col, stride, count, scale, N: tl.constexpr,
         acc, m, l = _attend_tile(q, acc, m, l, keys, row + j, col, stride, N, scale, N, C, HD, False, TMA,
                                  PRECISION)
     for j in tl.range(whole, count, REST, num_stages=1):
-        acc, m, l = _attend_tile(q, acc, m, l, keys, row + j, col, stride, count - j, scale, REST, C, HD, True,
-                                 TMA, PRECISION)
+        acc, m, l = _attend_tile(q, acc, m, l, keys, row + j, col, stride, count - j, scale, REST, C, HD,
+                                 True, TMA, PRECISION)
     return acc, m, l
 
 
 @triton.jit
-def _forward_kernel(Q, K, V, K_old, V_old, K_tma, V_tma, K_old_tma, V_old_tma, Out, Lse, Plan, tokens, q_stride,
-                    k_stride, k_head, old_stride, old_head, scale, GROUP: tl.constexpr, HD: tl.constexpr,
-                    C: tl.constexpr, M: tl.constexpr, N: tl.constexpr, TMA: tl.constexpr, CACHE: tl.constexpr,
-                    PRECISION: tl.constexpr):
+def _forward_kernel(Q, K, V, K_old, V_old, K_tma, V_tma, K_old_tma, V_old_tma, Out, Lse, Plan, tokens,
+                    q_stride, k_stride, k_head, old_stride, old_head, scale, GROUP: tl.constexpr,
+                    HD: tl.constexpr, C: tl.constexpr, M: tl.constexpr, N: tl.constexpr, TMA: tl.constexpr,
+                    CACHE: tl.constexpr, PRECISION: tl.constexpr):
     """One tile of queries of one head. Grid: (tiles * GROUP, Hkv)."""
     plan, kv = Plan + tl.program_id(0) // GROUP * 6, tl.program_id(1)
     head = kv * GROUP + tl.program_id(0) % GROUP
@@ -362,8 +364,9 @@ def _forward_kernel(Q, K, V, K_old, V_old, K_tma, V_tma, K_old_tma, V_old_tma, O
     m = tl.full((M,), -float("inf"), tl.float32)
     l = tl.zeros((M,), tl.float32)
     if CACHE:
-        acc, m, l = _attend(q, acc, m, l, (K_old, V_old, K_old_tma, V_old_tma), tl.load(plan + 2), kv * old_head,
-                            old_stride, tl.load(plan + 3), scale * LOG2E, N, C, HD, TMA, PRECISION)
+        acc, m, l = _attend(q, acc, m, l, (K_old, V_old, K_old_tma, V_old_tma), tl.load(plan + 2),
+                            kv * old_head, old_stride, tl.load(plan + 3), scale * LOG2E, N, C, HD, TMA,
+                            PRECISION)
     acc, m, l = _attend(q, acc, m, l, (K, V, K_tma, V_tma), tl.load(plan + 4), kv * k_head, k_stride,
                         tl.load(plan + 5), scale * LOG2E, N, C, HD, TMA, PRECISION)
     _store(Out, row, head * HD, q_stride, left, acc / l[:, None], M, C, HD)
@@ -372,7 +375,7 @@ def _forward_kernel(Q, K, V, K_old, V_old, K_tma, V_tma, K_old_tma, V_old_tma, O
 
 
 def _keys(q: Tensor, k: Tensor, v: Tensor, cached: tuple | None, ranges: tuple, tiles: Tiles) -> dict:
-    """Arguments of the forward and the dq kernel alike. Without a cache, the new keys stand in for its own."""
+    """Arguments of the forward and the dq kernel alike. Without a cache, the new keys stand in for it."""
     k_old, v_old = cached or (k, v)
     old, width = k_old.shape[1] if cached else 0, triton.next_power_of_2(q.shape[-1])
     batch_rows = lambda u: u.stride(0) // u.stride(1)
@@ -382,15 +385,15 @@ def _keys(q: Tensor, k: Tensor, v: Tensor, cached: tuple | None, ranges: tuple, 
         Q=q, **named, **{f"{name}_tma": _rows(u, tiles.n, width, tiles.tma) for name, u in named.items()},
         Plan=_on_device(query_plan, job, q.device), tokens=q.shape[0] * q.shape[1], q_stride=q.stride(1),
         k_stride=k.stride(1), k_head=k.stride(2), old_stride=k_old.stride(1), old_head=k_old.stride(2),
-        scale=q.shape[-1] ** -0.5, GROUP=q.shape[2] // k.shape[2], HD=q.shape[-1], C=width, M=tiles.m, N=tiles.n,
-        TMA=tiles.tma, CACHE=old > 0, PRECISION=_precision(q),
+        scale=q.shape[-1] ** -0.5, GROUP=q.shape[2] // k.shape[2], HD=q.shape[-1], C=width, M=tiles.m,
+        N=tiles.n, TMA=tiles.tma, CACHE=old > 0, PRECISION=_precision(q),
     )  # fmt: skip
 
 
 def _precision(q: Tensor) -> str:
-    """How float32 is multiplied: as the sum of two bf16 parts, three products, which leaves 16 of 24 bits, an
-    error of 1e-5 (plain TF32: 1e-3). Three TF32 products, 1e-6, spill hundreds of registers at head width 128.
-    Other types take no notice."""
+    """How float32 is multiplied: as the sum of two bf16 parts, in three products, which keeps 16 of 24 bits.
+    Three TF32 products keep more, but spill hundreds of registers at head width 128; one keeps 10. Other
+    types take no notice."""
     return "bf16x3" if q.dtype == torch.float32 else "tf32"
 
 
@@ -432,18 +435,19 @@ def _dq(q, do, dq, lse, delta, keys, row, col, stride, count, scale, N: tl.const
         HD: tl.constexpr, TMA: tl.constexpr, PRECISION: tl.constexpr):
     whole = count // N * N
     for j in tl.range(0, whole, N):
-        dq = _dq_tile(q, do, dq, lse, delta, keys, row + j, col, stride, N, scale, N, C, HD, False, TMA, PRECISION)
-    for j in tl.range(whole, count, REST, num_stages=1):
-        dq = _dq_tile(q, do, dq, lse, delta, keys, row + j, col, stride, count - j, scale, REST, C, HD, True, TMA,
+        dq = _dq_tile(q, do, dq, lse, delta, keys, row + j, col, stride, N, scale, N, C, HD, False, TMA,
                       PRECISION)
+    for j in tl.range(whole, count, REST, num_stages=1):
+        dq = _dq_tile(q, do, dq, lse, delta, keys, row + j, col, stride, count - j, scale, REST, C, HD, True,
+                      TMA, PRECISION)
     return dq
 
 
 @triton.jit
-def _dq_kernel(Q, K, V, K_old, V_old, K_tma, V_tma, K_old_tma, V_old_tma, Out, dOut, Lse, Delta, dQ, Plan, tokens,
-               q_stride, k_stride, k_head, old_stride, old_head, scale, GROUP: tl.constexpr, HD: tl.constexpr,
-               C: tl.constexpr, M: tl.constexpr, N: tl.constexpr, TMA: tl.constexpr, CACHE: tl.constexpr,
-               PRECISION: tl.constexpr):
+def _dq_kernel(Q, K, V, K_old, V_old, K_tma, V_tma, K_old_tma, V_old_tma, Out, dOut, Lse, Delta, dQ, Plan,
+               tokens, q_stride, k_stride, k_head, old_stride, old_head, scale, GROUP: tl.constexpr,
+               HD: tl.constexpr, C: tl.constexpr, M: tl.constexpr, N: tl.constexpr, TMA: tl.constexpr,
+               CACHE: tl.constexpr, PRECISION: tl.constexpr):
     """dq and delta of one tile of queries. Grid and plan as in the forward."""
     plan, kv = Plan + tl.program_id(0) // GROUP * 6, tl.program_id(1)
     head = kv * GROUP + tl.program_id(0) % GROUP
@@ -458,8 +462,8 @@ def _dq_kernel(Q, K, V, K_old, V_old, K_tma, V_tma, K_old_tma, V_old_tma, Out, d
     lse = tl.load(Lse + at, rows < left, 0.0) * LOG2E
     dq = tl.zeros((M, C), tl.float32)
     if CACHE:
-        dq = _dq(q, do, dq, lse, delta, (K_old, V_old, K_old_tma, V_old_tma), tl.load(plan + 2), kv * old_head,
-                 old_stride, tl.load(plan + 3), scale * LOG2E, N, C, HD, TMA, PRECISION)
+        dq = _dq(q, do, dq, lse, delta, (K_old, V_old, K_old_tma, V_old_tma), tl.load(plan + 2),
+                 kv * old_head, old_stride, tl.load(plan + 3), scale * LOG2E, N, C, HD, TMA, PRECISION)
     dq = _dq(q, do, dq, lse, delta, (K, V, K_tma, V_tma), tl.load(plan + 4), kv * k_head, k_stride,
              tl.load(plan + 5), scale * LOG2E, N, C, HD, TMA, PRECISION)
     _store(dQ, row, head * HD, q_stride, left, dq * scale, M, C, HD)
@@ -467,7 +471,8 @@ def _dq_kernel(Q, K, V, K_old, V_old, K_tma, V_tma, K_old_tma, V_old_tma, Out, d
 
 @triton.jit
 def _dkv_tile(k, v, dk, dv, queries, lse_at, delta_at, row, col, stride, left, scale, M: tl.constexpr,
-              C: tl.constexpr, HD: tl.constexpr, EDGE: tl.constexpr, TMA: tl.constexpr, PRECISION: tl.constexpr):
+              C: tl.constexpr, HD: tl.constexpr, EDGE: tl.constexpr, TMA: tl.constexpr,
+              PRECISION: tl.constexpr):
     """Add what M queries of one head give to dk and dv. All scores are held transposed: keys x queries."""
     Q, dOut, Q_tma, dOut_tma = queries
     rows = tl.arange(0, M)
@@ -483,8 +488,8 @@ def _dkv_tile(k, v, dk, dv, queries, lse_at, delta_at, row, col, stride, left, s
 
 @triton.jit
 def _dkv_kernel(Q, K, V, dOut, Q_tma, dOut_tma, Lse, Delta, dK, dV, Plan, Runs, tokens, q_stride, k_stride,
-                scale, GROUP: tl.constexpr, HD: tl.constexpr, C: tl.constexpr, M: tl.constexpr, N: tl.constexpr,
-                TMA: tl.constexpr, PRECISION: tl.constexpr):
+                scale, GROUP: tl.constexpr, HD: tl.constexpr, C: tl.constexpr, M: tl.constexpr,
+                N: tl.constexpr, TMA: tl.constexpr, PRECISION: tl.constexpr):
     """dk and dv of one tile of N keys. Grid: (tiles, Hkv). Plan and Runs: see `key_plan`."""
     plan, kv = Plan + tl.program_id(0) * 4, tl.program_id(1)
     row, left = tl.load(plan), tl.load(plan + 1)
@@ -521,24 +526,23 @@ def dkv_launch(q: Tensor, k: Tensor, v: Tensor, first: int, old: int, new: int, 
     job = ranges, *q.shape[:2], new, old, tiles.n, first, k.shape[1]
     plan, runs = _on_device(key_plan, job, q.device)
     tile = lambda u: _rows(u, tiles.m, width, tiles.tma)
-    args = dict(Q=q, K=k, V=v, dOut=dout, Q_tma=tile(q), dOut_tma=tile(dout), Lse=lse, Delta=delta, dK=dk, dV=dv,
-                Plan=plan, Runs=runs, tokens=q.shape[0] * q.shape[1], q_stride=q.stride(1), k_stride=k.stride(1),
-                scale=q.shape[-1] ** -0.5, GROUP=q.shape[2] // k.shape[2], HD=q.shape[-1], C=width, M=tiles.m,
-                N=tiles.n, TMA=tiles.tma, PRECISION=_precision(q))
+    args = dict(Q=q, K=k, V=v, dOut=dout, Q_tma=tile(q), dOut_tma=tile(dout), Lse=lse, Delta=delta, dK=dk,
+                dV=dv, Plan=plan, Runs=runs, tokens=q.shape[0] * q.shape[1], q_stride=q.stride(1),
+                k_stride=k.stride(1), scale=q.shape[-1] ** -0.5, GROUP=q.shape[2] // k.shape[2],
+                HD=q.shape[-1], C=width, M=tiles.m, N=tiles.n, TMA=tiles.tma, PRECISION=_precision(q))
     return Launch(_dkv_kernel, (len(plan), k.shape[2]), tiles, args)
 
 
 # ----------------------------------------------------------------------------------------------------------
 # 6  Fp8 matmul
 # ----------------------------------------------------------------------------------------------------------
-# e4m3 has 4 bits of exponent and 3 of mantissa: 16 steps per factor of two... from 2^-9 to 448. Tensors are
+# e4m3 has 4 bits of exponent and 3 of mantissa: eight steps per factor of two, from 2^-9 to 448. Tensors are
 # brought into that range by scales: x = input_scale * x8, w = weight_scale * w8, so x w^T = (x8 w8^T) times
-# one number, applied to the float32 sum at the end. What is lost is 3 bits of mantissa, a relative error of
-# up to 1/16 per number (2.6 % rms), which a sum over thousands of terms averages out; and whatever is
-# smaller than 2^-10 of the unit, which becomes zero. The second is the worse: one outlier of 448 sets the
-# scale for all, so a channel 10^5 times smaller vanishes. Hence the smoothing scales of Wo and fc2, whose
-# inputs have such channels: x_j / s_j and w_j * s_j have the same product, and s_j is chosen to leave both
-# moderate (`convert_weights.py quantize`). Biases need no care: there are none.
+# one number, applied to the float32 sum at the end. What is lost is, first, mantissa: a relative error of up
+# to 1/16 per number, 2.6 % rms, which a sum over thousands of terms averages out. Second, what is smaller
+# than 2^-10 becomes zero, and that is worse: one outlier sets the scale for all, and a channel 500,000 times
+# smaller is gone. Hence the smoothing scales of Wo and fc2, whose inputs have such channels: x_j / s_j and
+# w_j * s_j have the same product, and s_j is chosen to leave both moderate (`convert_weights.py quantize`).
 #
 # The rounding is that of magi.fp8_matmul exactly: float32 division, clamp, to bf16, to e4m3, so both paths
 # multiply the same numbers. On the H100 the tensor cores add fp8 products with about 14 bits; every 128
@@ -609,9 +613,12 @@ def fp8_launch(x8: Tensor, weight: Tensor, scale: Tensor, out: Tensor, tiles: Ti
 # to fetch one from memory. Their cost is the bytes they move, and PyTorch moves every intermediate twice.
 # Per element of the activations, bf16 in and out:
 #
-#     gated_residual   gate, repeated: w4 · branch to float32 r2 w4 · product r8 w4 · norm r4 w4 ·
-#                      x to float32 r2 w4 · sum r8 w4 · to bf16 r4 w2          54;   one pass: r2 r2 w2  6
-#     norm_rotary      to float32 r2 w4 · norm r4 w4 · four products r8 w6 (3/4 of the width, four halves) ...
+#     gated_residual   gate to all rows w4 · branch to float32 r2 w4 · product r8 w4 · norm r4 w4 ·
+#                      x to float32 r2 w4 · sum r8 w4 · to bf16 r4 w2           54 bytes, in one pass  6
+#     norm_rotary      to float32 r2 w4 · norm r4 w4 · on 3/4 of the width: two products r8 w8 and
+#                      their sum r8 w4 · joined r4 w4 · to bf16 r4 w2           49 bytes, in one pass  4
+#
+# (r read, w written; gates, angles and norms are small beside x, and stay in the cache.)
 
 
 @triton.jit
@@ -966,10 +973,11 @@ def shipped(arch: int, quick: bool = False) -> dict[str, Launch]:
             q, k = make(1, tokens, Hq, hd, dtype=dtype), make(1, tokens, Hkv, hd, dtype=dtype)
             old, lse = (make(1, cached, Hkv, hd, dtype=dtype),) * 2, make(Hq, 1, tokens)
             forward, dq, dkv = (tiles_for(kernel, arch, hd, dtype) for kernel in ("forward", "dq", "dkv"))
+            old_and_new = cached, cached, tokens
             out |= {
                 f"forward {name} {hd}": forward_launch(q, k, k, old, ranges, q, lse, forward),
                 f"dq {name} {hd}": dq_launch(q, k, k, old, ranges, q, q, lse, lse, q, dq),
-                f"dkv {name} {hd}": dkv_launch(q, k, k, cached, cached, tokens, ranges, q, lse, lse, k, k, dkv),
+                f"dkv {name} {hd}": dkv_launch(q, k, k, *old_and_new, ranges, q, lse, lse, k, k, dkv),
             }
         x, gate, d, h = make(1, tokens, D, dtype=dtype), make(1, 2, D, dtype=dtype), make(D), make(128)
         x8 = make(tokens, D, dtype=torch.float8_e4m3fn)
@@ -994,14 +1002,15 @@ def compile_row(job: tuple[int, str, bool]) -> tuple[bool, str]:
         # wgmma and tcgen05 work on 64 rows; float32 comes in smaller tiles, on which mma is used everywhere
         small = launch.tiles.m < 64 or kernel != "fp8" and launch.tiles.n < 16
         wanted = TENSOR_CORE[89 if small else arch][kernel == "fp8"]
-    faults = [text for bad, text in ((facts.shared > SHARED_BYTES[arch], "does not fit"), (facts.spills, "spills"),
-                                     (wanted and wanted not in facts.opcodes, f"no {wanted}")) if bad]
+    checks = ((facts.shared > SHARED_BYTES[arch], "does not fit"), (facts.spills, "spills"),
+              (wanted and wanted not in facts.opcodes, f"no {wanted}"))
+    faults = [text for bad, text in checks if bad]
     tiles = launch.tiles
     size = "x".join(str(u) for u in (tiles.m, tiles.n, tiles.k) if u)
     loop = " ".join(f"{v} {k}" for k, v in facts.loop.items())
-    return not faults, (f"sm_{arch:<4} {name:24} {size:12} {tiles.warps:2} {tiles.stages:2} {facts.registers:4} "
-                        f"{facts.spills:6} {facts.shared / 1024:6.1f} {facts.blocks:3}  {wanted or '-':8} {loop:50} "
-                        f"{', '.join(faults) or 'ok'}")
+    return not faults, (f"sm_{arch:<4} {name:24} {size:12} {tiles.warps:2} {tiles.stages:2} "
+                        f"{facts.registers:4} {facts.spills:6} {facts.shared / 1024:6.1f} {facts.blocks:3}  "
+                        f"{wanted or '-':8} {loop:50} {', '.join(faults) or 'ok'}")
 
 
 def compile_all(quick: bool = False) -> bool:
@@ -1028,10 +1037,10 @@ def compile_all(quick: bool = False) -> bool:
 
 # fmt: off
 PEAKS = {                                       # TFLOP/s in bf16 and fp8 (float32 sums), memory in GB/s
-    "H100 PCIe": (756, 1513, 2039), "H100 NVL": (835, 1671, 3938), "H100": (989, 1979, 3352), "H200": (989, 1979, 4800),
-    "RTX 4090":  (165, 330, 1008),  "B200":     (2250, 4500, 8000),
+    "H100 PCIe": (756, 1513, 2039), "H100 NVL": (835, 1671, 3938), "H100": (989, 1979, 3352),
+    "H200":      (989, 1979, 4800), "RTX 4090": (165, 330, 1008),  "B200": (2250, 4500, 8000),
 }
-MODELS = {                                      # tokens in a chunk, Hq, D, FFN out and in; Hkv 8, hd 128 in both
+MODELS = {                                      # tokens in a chunk, Hq, D, FFN out and in; Hkv 8, hd 128
     "4.5B 720x720": (12150, 24, 3072, 12288, 12288), "24B 720x1280": (21600, 48, 6144, 32768, 16384),
 }
 # fmt: on
@@ -1069,7 +1078,8 @@ def check(device: str) -> None:
             outs = [op(*u[:3], ranges, tuple(u[3:])) for op, u in ((block_attention, ours),
                                                                    (magi.block_attention, exact))]
             grad = make(*outs[0].shape).to(dtype)
-            grads = [torch.autograd.grad(o, u, grad.to(o.dtype)) for o, u in zip(outs, (ours, exact), strict=True)]
+            grads = [torch.autograd.grad(out, u, grad.to(out.dtype))
+                     for out, u in zip(outs, (ours, exact), strict=True)]
             label = f"attention {str(dtype).removeprefix('torch.')} hd {hd}"
             compare(label, *outs, bar)
             for name, a, b in zip(("dq", "dk", "dv", "dk cached", "dv cached"), *grads, strict=True):
@@ -1078,7 +1088,8 @@ def check(device: str) -> None:
         norm = magi.LayerNorm1p(128).to(device)
         x, angles = make(2, 300, 24, 128).to(dtype), 20 * make(300, 48)
         compare(f"norm_rotary {dtype}", norm_rotary(x, norm, angles), magi.norm_rotary(x, norm, angles), bar)
-        x, gate, norm = make(2, 300, 3072).to(dtype), make(2, 3, 3072).to(dtype), magi.LayerNorm1p(3072).to(device)
+        x, gate = make(2, 300, 3072).to(dtype), make(2, 3, 3072).to(dtype)
+        norm = magi.LayerNorm1p(3072).to(device)
         args = x, gate, make(2, 300, 3072), norm
         compare(f"gated_residual {dtype}", gated_residual(*args), magi.gated_residual(*args), bar)
     weight = make(1000, 3072).to(torch.float8_e4m3fn)
@@ -1108,7 +1119,7 @@ class Bench:
         print(f"\n{card}, torch {torch.__version__}, triton {triton.__version__}")
         print(f"{'':52} {'ms':>9} {'TFLOP/s':>9} of peak")
 
-    def row(self, label: str, work: float, peak: float | None, run: Callable, *args, unit: float = 1e12) -> None:
+    def row(self, label: str, work: float, peak: float | None, run: Callable, *args, unit: float = 1e12):
         try:
             ms = median_ms(lambda: run(*args))
         except Exception as error:              # a peer that cannot run here must not end the table
@@ -1121,21 +1132,22 @@ class Bench:
         return torch.randn(*shape, device=self.device).to(dtype)
 
     def attention(self, model: str, c: int, Hq: int) -> None:
-        """Four chunks in flight that see 2, 3, 4, 5 chunks, and one that is clean: the pipeline in full swing."""
+        """Four chunks in flight that see 2, 3, 4, 5 chunks, one of them clean: the pipeline in full swing."""
         q, k, v = (self.random(1, 4 * c, heads, 128) for heads in (Hq, 8, 8))
         old = self.random(1, c, 8, 128), self.random(1, c, 8, 128)
         joined = [torch.cat(pair, 1) for pair in zip(old, (k, v), strict=True)]
         ranges = torch.tensor([[[0, (i + 2) * c] for i in range(4)]])
         work = 4 * (2 + 3 + 4 + 5) * c * c * Hq * 128
         self.row(f"{model} attention", work, self.bf16, block_attention, q, k, v, ranges, old)
-        self.row("    SDPA per chunk, joining the cache", work, self.bf16, magi.block_attention, q, k, v, ranges, old)
+        sdpa = magi.block_attention
+        self.row("    SDPA per chunk, joining the cache", work, self.bf16, sdpa, q, k, v, ranges, old)
         self.row("    FlexAttention, cache joined before", work, self.bf16, flex(q, *joined, ranges, c))
         ins, grad = [u.requires_grad_() for u in (q, *joined)], torch.randn_like(q)
-        for label, op in ((f"{model} attention, backward", block_attention),
-                          ("    SDPA, backward", magi.block_attention)):
+        back = partial(torch.autograd.grad, retain_graph=True)
+        for label, op in ((f"{model} attention, backward", block_attention), ("    SDPA, backward", sdpa)):
             with torch.enable_grad():
                 out = op(*ins, ranges)
-            self.row(label, 2.5 * work, self.bf16, partial(torch.autograd.grad, retain_graph=True), out, ins, grad)
+            self.row(label, 2.5 * work, self.bf16, back, out, ins, grad)
         text = torch.tensor([[[i * 200, (i + 1) * 200] for i in range(4)]])
         self.row(f"{model} cross-attention, 200 tokens each", 4 * 4 * 200 * c * Hq * 128, self.bf16,
                  block_attention, q, k, v, text)
@@ -1156,10 +1168,10 @@ class Bench:
         heads, angles = self.random(1, 4 * c, Hq, 128), self.random(4 * c, 48, dtype=torch.float32)
         norm, qk = (magi.LayerNorm1p(width).to(self.device) for width in (D, 128))
         for name, ops in (("", TRITON_OPS), ("PyTorch ", magi.TORCH_OPS)):
-            self.row(f"    {name}gated_residual (GB/s)", 6 * x.numel(), self.memory, ops.gated_residual, x, gate,
-                     branch, norm, unit=1e9)
-            self.row(f"    {name}norm_rotary (GB/s)", 4 * heads.numel(), self.memory, ops.norm_rotary, heads, qk,
-                     angles, unit=1e9)
+            self.row(f"    {name}gated_residual (GB/s)", 6 * x.numel(), self.memory, ops.gated_residual,
+                     x, gate, branch, norm, unit=1e9)
+            self.row(f"    {name}norm_rotary (GB/s)", 4 * heads.numel(), self.memory, ops.norm_rotary,
+                     heads, qk, angles, unit=1e9)
 
     def run(self) -> None:
         for model, (c, Hq, D, fc1, fc2) in MODELS.items():
