@@ -473,10 +473,10 @@ def new_folder(src: Path, out: Path, force: bool) -> Iterator[Path]:
 # fp8 weights want fp8 inputs, and how large inputs get is known only by running the model: a few videos are
 # sampled, and the largest |x| of every channel of every quantised layer is noted (calibration). Then
 #
-#   per tensor (q, k, v, qx, fc1)   input_scale = max |x| / 448,   weight_scale = max |w| / 448
-#   per channel (Wo, fc2)           s_j = max|x_j|^a / max|w_j|^(1-a), a = 0.45: x_j / s_j and w_j s_j have the
-#                                   same product and no outliers (SmoothQuant, arXiv 2211.10438); then as above,
-#                                   but smooth_scale = s * input_scale, since the input is divided only once
+#   per tensor (others)     input_scale = max |x| / 448,   weight_scale = max |w| / 448
+#   per channel (Wo, fc2)   s_j = max|x_j|^a / max|w_j|^(1-a), a = 0.45: x_j / s_j and w_j s_j have the same
+#                           product and no outliers (SmoothQuant, arXiv 2211.10438); then as above, but with
+#                           smooth_scale = s * input_scale, since the input is divided only once
 #
 # so that all lies within e4m3's +-448. An input larger than any that was seen is clamped.
 

@@ -76,7 +76,8 @@ REST = tl.constexpr(16)                        # less than a tile is left at the
 #   dkv      holds four (k, v, dk, dv), two of them in float32. At head width 128 sm_90 spills if it
 #            prefetches (2 stages) with 128 keys. 64 x 128 without it takes some 2,000 cycles of matrix
 #            products a step and bares some 1,000 of latency; 32 x 64 with it is held up by its 316 other
-#            instructions, for a quarter of the work. sm_100 keeps its sums outside the registers, and prefetches with 64 x 64.
+#            instructions, for a quarter of the work. sm_100 keeps its sums outside the registers, and
+#            prefetches with 64 x 64.
 #   float32  is split into bf16 parts (`_precision`), which doubles every operand: small tiles.
 #   fp8      every 128 terms a partial sum moves on sm_90 (section 6), which takes a second set of
 #            accumulators: 128 x 256 spills (50 times), 128 x 128 does not. sm_100 has memory of its own for
