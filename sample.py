@@ -124,7 +124,7 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
 
     flag = parser.add_argument_group("sampling (likewise)").add_argument
     flag("--steps", dest="num_steps", type=int, metavar="N", help="per chunk; a chunk is one second of video")
-    flag("--window", type=int, metavar="N", help="chunks in flight at once; fewer need less memory")
+    flag("--window", type=int, metavar="N", help="chunks in flight at once")
     flag("--kv_range", dest="kv_ranges", type=chunks_seen, **many,
          help="chunks seen, itself included, while a chunk gets cleaner, like 5 4 3 2; or: all")
     flag("--clean_kv_range", type=int, metavar="N", help="for clean chunks; -1: the last of --kv_range")
@@ -609,7 +609,7 @@ def main(argv: list[str] | None = None) -> int:
         except (MemoryError, RuntimeError) as error:
             if not out_of_memory(error):
                 raise                                                       # a fault in the code: show it all
-            say(f"error: out of memory, try a smaller --height and --width or --window 1 ({error})")
+            say(f"error: out of memory, try a smaller --height and --width, or --window 1 with --kv_range 2 ({error})")
             return 1
 
 
