@@ -609,7 +609,8 @@ def main(argv: list[str] | None = None) -> int:
         except (MemoryError, RuntimeError) as error:
             if not out_of_memory(error):
                 raise                                                       # a fault in the code: show it all
-            say(f"error: out of memory, try a smaller --height and --width, or --window 1 --kv_range 2 ({error})")
+            say(f"error: out of memory, try a smaller --height and --width, "
+                f"or --window 1 --kv_range 2 ({error})")
             return 1
 
 
