@@ -1508,6 +1508,17 @@ def _draw_given(B: int, T: int, cfg: TrainingConfig, rand: Callable[..., Tensor]
     return torch.where(task < cfg.image_share + cfg.video_share, given, 0).clamp(max=max(1, T - CHUNK))
 
 
+def _with_images(latents: Tensor, given: Tensor, images: Tensor | None) -> Tensor:
+    """Clips of which one frame is given begin with the latent of a still image, as in the sampler."""
+    if images is None:
+        return latents
+    _require(images.shape == latents[:, :, :1].shape,
+             f"images {tuple(images.shape)} are not one latent frame for each of latents "
+             f"{tuple(latents.shape)}")
+    first = torch.where((given == 1).to(images.device).view(-1, 1, 1, 1, 1), images, latents[:, :, :1])
+    return torch.cat([first, latents[:, :, 1:]], dim=2)
+
+
 def _corrupt(latents: Tensor, t: Tensor, is_clean: Tensor, given: Tensor, cfg: TrainingConfig,
              generator: torch.Generator | None) -> tuple[Tensor, Tensor, Tensor]:
     """Noise each chunk to its t (B, n); clean chunks a little, whatever t the model is told; given frames of
@@ -1536,7 +1547,8 @@ def _mean_square(error: Tensor, is_clean: Tensor, pasted: Tensor, weight: Tensor
 
 def flow_matching_loss(dit: DiT, latents: Tensor, text: Tensor, text_mask: Tensor,
                        cfg: TrainingConfig = TrainingConfig(), sampler: SamplerConfig = SamplerConfig(),
-                       weight: Tensor | None = None, generator: torch.Generator | None = None) -> Tensor:
+                       images: Tensor | None = None, weight: Tensor | None = None,
+                       generator: torch.Generator | None = None) -> Tensor:
     """E || v_theta(x_i^{t_i} | t_i, text, {x_j, j < i}) - (data_i - noise_i) ||^2 over noisy chunks.
 
     latents (B, 16, T, H, W), scaled, T = 6 n; text (B, n, L, C) with its special tokens, text_mask (B, n, L):
@@ -1544,11 +1556,16 @@ def flow_matching_loss(dit: DiT, latents: Tensor, text: Tensor, text_mask: Tenso
     many clean frames lead. Gradients flow through the clean chunks too (stopping them hurts much, says the
     report). Draws come from `generator` (on the CPU). The scalar loss is a mean over the elements that count,
     weighted by weight (B, 1, T, H, W) if that is given (ours: small objects deserve more than their size).
+
+    images (B, 16, 1, H, W): a frame of each clip encoded alone, as the sampler encodes the image of image to
+    video; best the fourth, the last that a first latent stands for. Without it the clip's own first latent
+    takes that place, which tells more than an image can: its four frames move.
     """
     B, T, n = _check_clips(dit, latents, text, text_mask)
     text, text_mask = text.to(latents.device), text_mask.to(latents.device)
     rand = lambda *shape: torch.rand(*shape, generator=generator)
     given = _draw_given(B, T, cfg, rand)
+    latents = _with_images(latents, given, images)
     t, is_clean = draw_times(B, n, given // CHUNK, cfg, sampler, generator)
     x, noise, pasted = _corrupt(latents, t, is_clean, given, cfg, generator)
 
@@ -1644,14 +1661,15 @@ def guided_velocity(dit: DiT, x: Tensor, t: Tensor, text: Tensor, text_mask: Ten
 def shortcut_loss(student: DiT, teacher: DiT, latents: Tensor, text: Tensor, text_mask: Tensor,
                   num_steps: int, cfg: TrainingConfig = TrainingConfig(),
                   sampler: SamplerConfig = SamplerConfig(), average: DiT | None = None,
-                  weight: Tensor | None = None, generator: torch.Generator | None = None) -> Tensor:
+                  images: Tensor | None = None, weight: Tensor | None = None,
+                  generator: torch.Generator | None = None) -> Tensor:
     """|| v_student(x, t, s) - target ||^2 over noisy chunks, for s = 1/num_steps (see `shortcut_steps`).
 
-    latents, text, text_mask, weight, generator: as in flow_matching_loss. teacher: the base model, sampled as
-    `sampler` says (its guidance and ranges); it may be the student itself if that is a base model with a LoRA
-    (`add_lora`), which is then taken off while it teaches: one copy in memory. average: whose half steps are
-    the target, such as a moving average of the student; default: the student's own. No gradient reaches any
-    target. Of `cfg`, pipeline_share and null_share are not used.
+    latents, text, text_mask, images, weight, generator: as in flow_matching_loss. teacher: the base model,
+    sampled as `sampler` says (its guidance and ranges); it may be the student itself if that is a base model
+    with a LoRA (`add_lora`), which is then taken off while it teaches: one copy in memory. average: whose
+    half steps are the target, such as a moving average of the student; default: the student's own. No
+    gradient reaches any target. Of `cfg`, pipeline_share and null_share are not used.
 
     Every clip is at a moment of the pipeline at which its last chunk is in flight. Earlier moments are those
     of shorter clips, so train on clips of 1, 2, ... chunks. The student sees what it will see in the sampler:
@@ -1666,6 +1684,7 @@ def shortcut_loss(student: DiT, teacher: DiT, latents: Tensor, text: Tensor, tex
 
     # A moment of the pipeline: how many steps of its own each chunk has done; num_steps or more: it has left.
     given = _draw_given(B, T, cfg, rand)
+    latents = _with_images(latents, given, images)
     last_stage, j = (torch.randint(m, (B, 1), generator=generator)
                      for m in (sampler.window, num_steps // sampler.window))
     chunk = torch.arange(n)

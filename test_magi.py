@@ -47,6 +47,8 @@ import world  # noqa: E402
 HERE = Path(__file__).parent
 GOLDENS = HERE / "goldens"
 torch.manual_seed(0)
+settings.register_profile("repeatable", derandomize=True, deadline=None)  # the same examples in every clone
+settings.load_profile("repeatable")
 
 
 def golden(name: str) -> dict[str, torch.Tensor]:
@@ -451,7 +453,7 @@ def samplers(draw) -> tuple[magi.SamplerConfig, int]:
     return cfg, draw(st.sampled_from([0, 0, 1, 5, 6, 8, 13]))
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 @given(samplers())
 def test_any_run_emits_what_it_should_and_skipping_changes_nothing(drawn):
     cfg, frames = drawn
@@ -469,7 +471,7 @@ def test_any_run_emits_what_it_should_and_skipping_changes_nothing(drawn):
         assert fast[-1].tokens <= slow[-1].tokens and fast[-1].step == fast[-1].total == len(fast)
 
 
-@settings(max_examples=15, deadline=None)
+@settings(max_examples=15)
 @given(samplers())
 def test_the_ring_forgets_only_what_is_never_read_again(drawn):
     cfg, frames = drawn
@@ -680,7 +682,7 @@ def test_bad_settings_are_refused_when_the_config_is_made(change, message):
         magi.SamplerConfig(**GOOD | change)
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(st.integers(1, 70), st.integers(1, 8), st.integers(0, 6))
 def test_steps_are_accepted_exactly_if_divisible_and_the_advice_is_right(n, window, r):
     ranges = tuple(range(1, r + 1))
@@ -895,16 +897,22 @@ def test_muon_makes_updates_orthogonal():
     assert 0.05 < weight.square().mean().sqrt() < 0.15  # 0.2 lr, give or take what the iteration leaves
 
 
-def test_image_task_gives_one_clean_frame():
+@pytest.mark.parametrize("share", [0.0, 1.0])
+def test_image_task_gives_one_clean_frame_that_of_a_still_if_there_is_one(share):
     dit, latents, text, mask = training_batch()
-    seen = {}
-    hook = dit.register_forward_hook(lambda m, a, out: seen.update(x=a[0]))
-    cfg = magi.TrainingConfig(image_share=1, video_share=0, pipeline_share=0)
-    magi.flow_matching_loss(dit, latents, text, mask, cfg)
-    hook.remove()
-    assert torch.equal(seen["x"][:, :, 0], latents[:, :, 0]) and not torch.equal(
-        seen["x"][:, :, 1], latents[:, :, 1]
-    )
+    calls = calls_of(dit)
+    cfg = magi.TrainingConfig(image_share=share, video_share=1 - share, pipeline_share=0)
+    stills = torch.randn(2, 16, 1, 4, 4)
+    for images, first in ((None, latents[:, :, 0]), (stills, stills[:, :, 0])):
+        magi.flow_matching_loss(dit, latents, text, mask, cfg, images=images)
+        x = calls.pop()["x"]
+        assert torch.equal(x[:, :, 0], first) == (share == 1)  # an image; in a video, clean chunks are noisy
+        assert not torch.equal(x[:, :, 1], latents[:, :, 1])
+        magi.shortcut_loss(dit, dit, latents, text, mask, 8, cfg, images=images)
+        assert torch.equal(calls[0]["x"][:, :, 0], first) == (share == 1)
+        calls.clear()
+    with bad("are not one latent frame for each of latents"):
+        magi.flow_matching_loss(dit, latents, text, mask, cfg, images=latents[:, :, :2])
 
 
 def test_loss_is_zero_for_the_true_velocity_of_a_known_batch():
@@ -1421,7 +1429,7 @@ def kernels():
 
 
 # The interpreter is slow: few examples, each with all there is to check.
-kernel_settings = settings(max_examples=20, deadline=None, suppress_health_check=list(HealthCheck))
+kernel_settings = settings(max_examples=20, suppress_health_check=list(HealthCheck))
 
 
 def close(ours: torch.Tensor, reference: torch.Tensor, exact: torch.Tensor, least: float = 0) -> None:
@@ -1546,7 +1554,9 @@ def test_fused_steps_and_their_gradients_are_the_references(kernels, shape, widt
         ("norm_rotary", (heads, head_norm, angles), (heads, *head_norm.parameters())),
     ):
         outs = [getattr(ops, name)(*inputs) for ops in (kernels, magi)]
-        grads = [torch.autograd.grad(out.float().square().sum(), wrt, retain_graph=True) for out in outs]
+        # of a fixed weighting, as a bf16 output may be rounded the other way, and its square with it
+        weight = torch.randn(outs[0].shape)
+        grads = [torch.autograd.grad((out * weight).sum(), wrt, retain_graph=True) for out in outs]
         for ours, reference in zip((outs[0], *grads[0]), (outs[1], *grads[1]), strict=True):
             assert ours.dtype == reference.dtype
             close(ours, reference, reference.double())
@@ -1607,7 +1617,7 @@ def test_attention_bears_tiny_and_huge_numbers(kernels, size):
 
 
 @pytest.mark.slow
-@settings(max_examples=100, deadline=None, suppress_health_check=list(HealthCheck))
+@settings(max_examples=100, suppress_health_check=list(HealthCheck))
 @given(attention_problem(), st.sampled_from([16, 32, 64]), st.sampled_from([16, 32, 64]), st.booleans())
 def test_attention_is_right_with_any_tiles(kernels, problem, m, n, tma):
     q, k, v, ranges, cached = problem
@@ -2669,7 +2679,7 @@ def test_special_tokens_are_checked_before_anything_is_written(tmp_path):
     assert code == 0 and "only runs with special_tokens=()" in err
 
 
-@settings(max_examples=12, deadline=None)
+@settings(max_examples=12)
 @given(data=st.data())
 def test_any_single_wrong_tensor_is_caught(data, tmp_path_factory):
     name = data.draw(st.sampled_from(("base", "fp8", "vae")))
@@ -2696,7 +2706,7 @@ def test_any_single_wrong_tensor_is_caught(data, tmp_path_factory):
 
 
 @given(st.sampled_from(["tensor", "channel"]), st.floats(0, 1), st.integers(0, 1000))
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 def test_a_quantised_layer_multiplies_like_its_weight(kind, alpha, seed):
     generator = torch.Generator().manual_seed(seed)
     weight = torch.randn(24, 64, generator=generator)
@@ -3505,7 +3515,7 @@ bad_values = st.one_of(
 )
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(bad=st.lists(bad_values, min_size=1, max_size=3), data=st.data())
 def test_sample_refuses_any_bad_combination(small_model, bad, data):
     """Whatever comes together, it is one line and exit code 2, and no weight is read."""

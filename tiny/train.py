@@ -64,8 +64,15 @@ def block_attention(q: Tensor, k: Tensor, v: Tensor, ranges: Tensor, cached=None
     else:
         valid = ((index >= start) & (index < end)).repeat_interleave(N // n, dim=1)[:, None]  # (B, 1, N, M)
         rows = q
-    rows, k, v = (u.transpose(1, 2) for u in (rows, k, v))
-    return F.scaled_dot_product_attention(rows, k, v, valid, enable_gqa=True).transpose(1, 2).reshape(q.shape)
+    # Written out: at these sizes PyTorch's fused CPU attention takes longer, its backward ten times so.
+    kv, group = k.shape[2], q.shape[2] // k.shape[2]
+    rows = rows.unflatten(2, (kv, group)).permute(0, 2, 3, 1, 4)  # (b, kv, group, rows, d)
+    scores = rows.flatten(2, 3) * q.shape[-1] ** -0.5 @ k.permute(0, 2, 3, 1)  # (b, kv, group * rows, keys)
+    scores = scores.unflatten(2, (group, -1))
+    if not valid.all():
+        scores = scores.masked_fill(~valid[:, None], float("-inf"))
+    out = scores.softmax(-1).to(v).flatten(2, 3) @ v.transpose(1, 2)
+    return out.unflatten(2, (group, -1)).permute(0, 3, 1, 2, 4).reshape(q.shape)
 
 
 CPU_OPS = SimpleNamespace(**vars(magi.TORCH_OPS) | {"block_attention": block_attention})
@@ -410,38 +417,55 @@ def tokenizer():
 
 
 @torch.no_grad()
-def encode_clips(vae: magi.VAE, clips: int, work: Path, per_file: int = 500):
-    """Latents (clips, 16, 24, 8, 8) bf16, captions of each chunk, and which latents show an object, (clips,
-    1, 24, 8, 8) bool; encoded once and kept in files of --work."""
+def encode(vae: magi.VAE, clips: list[world.Clip]) -> dict:
+    """What training needs of clips of n chunks: latents (clips, 16, 6 n, 8, 8), and images, the fourth frame
+    alone as an image is encoded (clips, 16, 1, 8, 8), bf16; captions of each chunk; where objects are."""
+    latents, images = [], []
+    for i in range(0, len(clips), 10):
+        video = to_video(np.stack([c.frames for c in clips[i : i + 10]]))
+        with autocast():
+            latents.append(vae.encode(video) * magi.SCALE_FACTOR)
+            images.append(vae.encode(video[:, :, 3:4]) * magi.SCALE_FACTOR)
+    masks = torch.from_numpy(np.stack([c.mask() for c in clips])[:, None]).float()
+    return {
+        "latents": torch.cat(latents).bfloat16(),
+        "images": torch.cat(images).bfloat16(),
+        "captions": [list(c.captions) for c in clips],
+        "objects": F.max_pool3d(masks, (4, 8, 8)).bool(),  # (clips, 1, 6 n, 8, 8)
+    }
+
+
+def encode_clips(vae: magi.VAE, clips: int, work: Path, per_file: int = 500) -> dict:
+    """`encode` of the training clips 0, 1, 2, ..., done once and kept in files of --work."""
     parts = []
     work.mkdir(parents=True, exist_ok=True)
     for start in tqdm(range(0, clips, per_file), desc="encode clips", unit_scale=per_file):
-        file = work / f"latents.{start:06d}.pt"
+        file = work / f"clips.{start:06d}.pt"
         if not file.exists():
             made = [world.make_clip(seed) for seed in range(start, start + per_file)]
-            tens = (np.stack([c.frames for c in made[i : i + 10]]) for i in range(0, per_file, 10))
-            with autocast():
-                latents = torch.cat([vae.encode(to_video(ten)) * magi.SCALE_FACTOR for ten in tens])
-            masks = torch.from_numpy(np.stack([c.mask() for c in made])[:, None])
-            masks = F.max_pool3d(masks.float(), (4, 8, 8)).bool()
-            captions = [list(c.captions) for c in made]
-            torch.save((latents.bfloat16(), captions, masks), file.with_suffix(".tmp"))
+            torch.save(encode(vae, made), file.with_suffix(".tmp"))
             os.replace(file.with_suffix(".tmp"), file)
         parts.append(torch.load(file, weights_only=True))
-    latents, captions, masks = zip(*parts, strict=True)
-    return torch.cat(latents), sum(captions, []), torch.cat(masks)
+    join = lambda lists: sum(lists, []) if isinstance(lists[0], list) else torch.cat(lists)
+    return {k: join([part[k] for part in parts]) for k in parts[0]}
 
 
-def draw_clips(rng: np.random.Generator, n: int, count: int, model: Tiny, data: tuple) -> tuple[Tensor, ...]:
-    """The first n chunks of `count` clips from (latents, captions, objects): latents, text, mask, weight.
+def draw_clips(rng: np.random.Generator, n: int, count: int, model: Tiny, data: dict) -> dict[str, Tensor]:
+    """The first n chunks of `count` encoded clips, as the losses of magi.py take them.
 
     The first: later on a slide may rest at the wall, and without its past that caption would be a lie.
     """
-    latents, captions, objects = data
-    pick, part = rng.integers(len(latents), size=count), slice(n * magi.CHUNK)
+    pick, part = rng.integers(len(data["latents"]), size=count), slice(n * magi.CHUNK)
     # The clips have no end of their own, so how much is left is drawn: every duration token gets trained.
-    text, mask = model.text([captions[i][:n] for i in pick], rng.integers(n, 12, count).tolist())
-    return latents[pick][:, :, part].float(), text, mask, 1 + 2 * objects[pick][:, :, part].float()
+    captions = [data["captions"][i][:n] for i in pick]
+    text, mask = model.text(captions, rng.integers(n, 12, count).tolist())
+    return {
+        "latents": data["latents"][pick][:, :, part].float(),
+        "text": text,
+        "text_mask": mask,
+        "images": data["images"][pick].float(),
+        "weight": 1 + 2 * data["objects"][pick][:, :, part].float(),
+    }
 
 
 def train_dit(args) -> None:
@@ -458,14 +482,12 @@ def train_dit(args) -> None:
         rng = np.random.default_rng([step, 11])
         n = 1 if rng.random() < (0.75 if step < args.dit_steps / 2 else 0.5) else 4
         with autocast():
-            *clips, weight = draw_clips(rng, n, args.batch // n, model, data)
             loss = magi.flow_matching_loss(
                 model.dit,
-                *clips,
-                alone if n == 1 else together,
-                model.sampler,
-                weight,
-                torch.Generator().manual_seed(step),
+                **draw_clips(rng, n, args.batch // n, model, data),
+                cfg=alone if n == 1 else together,
+                sampler=model.sampler,
+                generator=torch.Generator().manual_seed(step),
             )
         return loss, {"chunks": n}
 
@@ -501,14 +523,12 @@ def distill(args) -> None:
         rng, num_steps = np.random.default_rng([step, 13]), magi.shortcut_steps(step)
         n = int(rng.choice([1, 2, 3, 4], p=[0.3, 0.15, 0.15, 0.4]))
         with autocast():
-            *clips, weight = draw_clips(rng, n, args.batch // n, model, data)
             loss = magi.shortcut_loss(
                 student,
                 model.dit,
-                *clips,
-                num_steps,
+                **draw_clips(rng, n, args.batch // n, model, data),
+                num_steps=num_steps,
                 sampler=model.sampler,
-                weight=weight,
                 generator=torch.Generator().manual_seed(step),
             )
         return loss, {"steps": num_steps}
@@ -539,11 +559,7 @@ def train_lora(args) -> None:
     names = [(s, m) for s in world.SHAPES for m in world.MOTIONS]
     taught, asked = ([n for n in names if world.held_out(colour, *n) == held] for held in (False, True))
     clips = [world.scene(colour, *n, p, chunks=2, seed=i) for i, n in enumerate(taught) for p in world.PLACES]
-    with torch.no_grad():
-        tens = (to_video(np.stack([c.frames for c in clips[i : i + 10]])) for i in range(0, len(clips), 10))
-        latents = torch.cat([vae.encode(ten) * magi.SCALE_FACTOR for ten in tens])
-    masks = torch.from_numpy(np.stack([c.mask() for c in clips])[:, None]).float()
-    new = latents, [list(c.captions) for c in clips], F.max_pool3d(masks, (4, 8, 8)).bool()
+    new = encode(vae, clips)
     old = encode_clips(vae, 500, args.work)  # half of every batch: what is not shown again is forgotten
 
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], 2e-3, weight_decay=0)
@@ -553,8 +569,8 @@ def train_lora(args) -> None:
         rng, n = np.random.default_rng([step, 17]), 1 + step % 2
         with autocast():
             halves = [draw_clips(rng, n, args.batch // 4 // n, model, data) for data in (new, old)]
-            *batch, weight = (torch.cat(u) for u in zip(*halves, strict=True))
-            loss = magi.flow_matching_loss(model.dit, *batch, sampler=model.sampler, weight=weight,
+            batch = {k: torch.cat([half[k] for half in halves]) for k in halves[0]}
+            loss = magi.flow_matching_loss(model.dit, **batch, sampler=model.sampler,
                                            generator=torch.Generator().manual_seed(step))  # fmt: skip
         optimizer.zero_grad()
         loss.backward()
