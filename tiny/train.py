@@ -75,7 +75,12 @@ def block_attention(q: Tensor, k: Tensor, v: Tensor, ranges: Tensor, cached=None
     return out.unflatten(2, (group, -1)).permute(0, 3, 1, 2, 4).reshape(q.shape)
 
 
-CPU_OPS = SimpleNamespace(**vars(magi.TORCH_OPS) | {"block_attention": block_attention})
+def attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """magi.attention: one chunk that sees all keys."""
+    return block_attention(q, k, v, torch.tensor([[[0, k.shape[1]]]]))
+
+
+CPU_OPS = SimpleNamespace(**vars(magi.TORCH_OPS) | dict(attention=attention, block_attention=block_attention))
 
 
 class Muon(torch.optim.Optimizer):
@@ -126,16 +131,17 @@ def fit(
     """Train `model` by loss_of_step(step) -> (loss, numbers to log) and leave its EMA weights in it.
 
     Goes on from work/name.pt if that is there. The matrices of the blocks learn by Muon at rate lr and decay,
-    all else by AdamW at 1e-3. Rates warm up, stay, and fall to zero in the last third: to
+    all else by AdamW at lr, but at most 1e-3. Rates warm up, stay, and fall to zero in the last third: to
     train a finished model further, give more steps.
     """
     work.mkdir(parents=True, exist_ok=True)
     file = work / f"{name}.pt"
     named = [(k, p) for k, p in model.named_parameters() if p.requires_grad]
     inner = {k for k, p in named if p.ndim == 2 and ("layers." in k or "block" in k) and "bias" not in k}
+    matrices, others = ([p for k, p in named if (k in inner) == which] for which in (True, False))
     optimizers = [
-        Muon([p for k, p in named if k in inner], lr, weight_decay=weight_decay),
-        torch.optim.AdamW([p for k, p in named if k not in inner], 1e-3, (0.9, 0.95), weight_decay=0),
+        Muon(matrices, lr, weight_decay=weight_decay),
+        torch.optim.AdamW(others, min(lr, 1e-3), (0.9, 0.95), weight_decay=0),
     ]
     rates = [optimizer.param_groups[0]["lr"] for optimizer in optimizers]
     ema = {k: v.detach().clone() for k, v in model.state_dict().items()}
@@ -241,6 +247,8 @@ def psnr(a: Tensor, b: Tensor) -> float:
 def train_vae(args) -> None:
     torch.manual_seed(0)
     vae = magi.VAE(magi.VAE_PRESETS["tiny"], CPU_OPS)
+    if args.init:
+        vae.load_state_dict(magi.load_vae(args.init / "vae").state_dict())
     for conv in (vae.encoder.patch_embed, vae.decoder.last_layer):
         no_autocast(conv)
 
@@ -262,7 +270,7 @@ def train_vae(args) -> None:
     def loss_of_step(step: int):
         video, weight = batch(step)
         with autocast():
-            if step < args.vae_steps * 3 / 4:
+            if step < args.vae_steps * 3 / 4 and not args.init:
                 noise = 0.5 * torch.rand(len(video)) ** 2
                 loss, recon = magi.vae_loss(vae, video, weight, latent_noise=noise)
             else:  # the latents are final; the decoder learns to make the most of them
@@ -284,8 +292,10 @@ def train_vae(args) -> None:
         inside = (((out - test) ** 2) * mask).sum() / (3 * mask.sum())
         return f"PSNR {psnr(out, test):.2f} dB, objects {10 * math.log10(4 / inside):.2f} dB"
 
-    fit("vae", vae, loss_of_step, args.vae_steps, 2e-3, args.work, every=100, report=report)
-    standardise(vae, test)
+    lr = 5e-4 if args.init else 2e-3
+    fit("vae", vae, loss_of_step, args.vae_steps, lr, args.work, every=100, report=report)
+    if not args.init:
+        standardise(vae, test)
     save_model(args.out / "vae", vae, {"vae": asdict(vae.cfg)})
 
 
@@ -819,7 +829,12 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=32, help="in chunks")
     parser.add_argument("--lr", type=float, default=4e-3)
     parser.add_argument("--model", type=Path, help="eval: the model's folder, if not base in --out")
-    parser.add_argument("--init", type=Path, help="dit: start from the weights in this folder, such as tiny")
+    parser.add_argument(
+        "--init",
+        type=Path,
+        help="vae, dit: go on from this folder, such as tiny; "
+        "vae: with the decoder alone, so that latents stay as they are",
+    )
     parser.add_argument("--prompts", type=int, default=100, help="eval: how many held-out prompts")
     args = parser.parse_args()
     started = time.time()
