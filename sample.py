@@ -431,9 +431,11 @@ def check_model(args: argparse.Namespace, dit, cfg) -> None:
 
 
 def unknown_words(args: argparse.Namespace) -> list[str]:
-    """A note if a small text encoder, which lists its words in words.json, has not met one of these."""
+    """A note if a small text encoder, which lists its words in words.json, has not met one of these.
+
+    With a LoRA there is none: it may have taught another."""
     file = args.t5 / "words.json"
-    if not file.is_file():
+    if args.lora or not file.is_file():
         return []
     with reading("words", file):
         known = json.loads(file.read_text())                                 # {"colours": ["red", ...], ...}
