@@ -19,8 +19,9 @@ only in how many clean frames stand before the noise.
 
 Symbols, the same everywhere:
     B batch   T latent frames   H W latent height, width   N tokens   D model width   L text length, C width
-    Hq Hkv query, key/value heads   hd head width   n chunks in a forward   c tokens in a chunk, 6 (H/2)(W/2)
+    Hq Hkv query, key/value heads   hd head width   n chunks in a forward   c a chunk's index in the video
     K chunks in the video   P of them given from outside   d how fine the steps of a distilled model are
+    A chunk's *range* is how many chunks it attends to, itself included; its *span* the key tokens of these.
     Video is (B, 3, frames, height, width) in [-1, 1], latents (B, 16, T, H, W); tokens are ordered t, h, w.
 
 Contents
@@ -511,28 +512,26 @@ class VAE(nn.Module):
     def encode(self, video: Tensor, tile: tuple[int, int, int] | None = (12, 256, 256),
                overlap: float = 0.25) -> Tensor:
         """(B, 3, frames, height, width) in [-1, 1], 1 or 4T frames -> mean latent (B, 16, T, H, W)."""
-        if tile is None:
-            return self.moments(video)[0]
         return _tiled(lambda x: self.encoder(x)[0], self._checked(video), self.patch, (1, 1, 1), tile,
                       overlap, blend_blended=True)
 
     def decode(self, latent: Tensor, tile: tuple[int, int, int] | None = (12, 256, 256),
                overlap: float = 0.25) -> Tensor:
         """(B, 16, T, H, W) -> video (B, 3, 4T, 8H, 8W). 4 frames for each latent frame: cut an image to 1."""
-        if tile is None:
-            return self.decoder(latent)
         return _tiled(self.decoder, latent, (1, 1, 1), self.patch, tile, overlap, blend_blended=False)
 
 
-def _tiled(fn: Callable, x: Tensor, unit_in: tuple, unit_out: tuple, tile: tuple, overlap: float,
+def _tiled(fn: Callable, x: Tensor, unit_in: tuple, unit_out: tuple, tile: tuple | None, overlap: float,
            blend_blended: bool) -> Tensor:
-    """Apply fn tile by tile and blend the seams. Sizes are counted in latent pixels, so encoding (unit_in =
-    patch) and decoding (unit_out = patch) are one piece of code.
+    """Apply fn tile by tile and blend the seams; without a tile, at once. Sizes are counted in latent pixels,
+    so encoding (unit_in = patch) and decoding (unit_out = patch) are one piece of code.
 
     Faithful to the official code in two ways one would not guess: tiles start at every stride even where the
     one before already reaches the edge, and a tile is blended against its neighbour as that was before
     (decoding) or after (encoding) its own blending.
     """
+    if tile is None:
+        return fn(x)
     patch = [max(a, b) for a, b in zip(unit_in, unit_out, strict=True)]
     _require(all(t > 0 and t % p == 0 for t, p in zip(tile, patch, strict=True)) and 0 <= overlap < 1,
              f"tile {tuple(tile)} must be positive multiples of {tuple(patch)} "
@@ -985,8 +984,7 @@ class DiT(nn.Module):
         have = sorted({*(cache.chunks(chunks[0]) if cache is not None else ()), *chunks})
         first_seen = [have[0]] * n if first_seen is None else first_seen
         ranges = token_ranges(chunks, first_seen, have, (T // n) * (H // p) * (W // p))
-        if not torch.is_tensor(conditional):
-            conditional = torch.full((B, n), bool(conditional), device=x.device)
+        conditional = torch.as_tensor(conditional, device=x.device).expand(B, n)
 
         if cfg.in_channels == 2 * cfg.latent_channels:
             x = torch.cat([x, x], dim=1)                                     # (B, 32, T, H, W)
@@ -1002,7 +1000,7 @@ class DiT(nn.Module):
         frames = torch.cat([torch.arange(i * (T // n), (i + 1) * (T // n), device=x.device) for i in chunks])
         ctx = Context(self.condition(t, conditional, d).to(cfg.torch_dtype),
                       rotary_angles(self.rope_bands, frames, H // p, W // p), ranges, packed,
-                      torch.stack([F.pad(ends[:-1], (1, 0)), ends], dim=-1)[None], chunks, cache, write)
+                      F.pad(ends, (1, 0)).unfold(0, 2, 1)[None], chunks, cache, write)
         for layer in self.layers:
             tokens = layer(tokens, ctx)
 
@@ -1019,11 +1017,11 @@ class DiT(nn.Module):
 
 
 def token_ranges(chunks: Sequence[int], first_seen: Sequence[int] | Tensor, have: Sequence[int],
-                 c: int) -> Tensor:
+                 size: int) -> Tensor:
     """Key tokens [start, end) that each chunk reads, on the axis [cached chunks, chunks of this forward].
 
-    first_seen (n,), or (B, n) in training; have: the chunks on that axis, rising, c tokens each -> (1 or B,
-    n, 2). Raises ValueError if a chunk would read one that is not there.
+    first_seen (n,), or (B, n) in training; have: the chunks on that axis, rising, `size` tokens each ->
+    (1 or B, n, 2). Raises ValueError if a chunk would read one that is not there.
     """
     have, own = torch.tensor(have), torch.tensor(chunks)
     first = torch.atleast_2d(torch.as_tensor(first_seen).cpu())
@@ -1031,7 +1029,7 @@ def token_ranges(chunks: Sequence[int], first_seen: Sequence[int] | Tensor, have
     complete = (end - start == own - first + 1) & (first <= own)       # one place for each chunk of the range
     _require(bool(complete.all()), f"chunks {chunks} attend back to chunks {first.tolist()}, but only chunks "
              f"{have.tolist()} are in this forward or in the cache")
-    return torch.stack([start * c, (end * c).expand_as(start)], dim=-1)
+    return torch.stack([start * size, (end * size).expand_as(start)], dim=-1)
 
 
 class KVCache:
@@ -1045,25 +1043,17 @@ class KVCache:
         self.layers: dict[int, tuple[list[int], Tensor, Tensor]] = {}       # layer -> chunks, k and v
 
     def write(self, layer: int, chunk: int, k: Tensor, v: Tensor) -> None:
-        """Store one chunk's k and v, (B, c, Hkv, hd), copied: a view keeps the whole forward's keys alive."""
-        self._join(layer, self._parts(layer) | {chunk: (k, v)})
-
-    def _parts(self, layer: int) -> dict[int, tuple[Tensor, Tensor]]:
-        chunks, k, v = self.layers.get(layer, ([], None, None))
-        pairs = zip(k.chunk(len(chunks), dim=1), v.chunk(len(chunks), dim=1), strict=True) if chunks else ()
-        return dict(zip(chunks, pairs, strict=True))
-
-    def _join(self, layer: int, stored: dict[int, tuple[Tensor, Tensor]]) -> None:
-        chunks = sorted(stored)
-        k, v = (torch.cat([stored[c][i] for c in chunks], dim=1) for i in (0, 1))
-        self.layers[layer] = chunks, k, v
+        """Append a chunk's k and v, (B, tokens, Hkv, hd), copied: a view keeps the whole forward's alive."""
+        chunks, *old = self.layers.get(layer, ([], k[:, :0], v[:, :0]))
+        assert not chunks or chunk > chunks[-1], (chunk, chunks)
+        self.layers[layer] = [*chunks, chunk], *(torch.cat(u, dim=1) for u in zip(old, (k, v), strict=True))
 
     def chunks(self, before: int) -> list[int]:
         """Stored chunks older than `before`."""
         return [c for c in next(iter(self.layers.values()), ([],))[0] if c < before]
 
     def read(self, layer: int, before: int) -> tuple[Tensor, Tensor] | None:
-        """k and v of the stored chunks older than `before`, joined, (B, chunks*c, Hkv, hd); None if none."""
+        """k and v of the stored chunks older than `before`, joined, (B, tokens, Hkv, hd); None if none."""
         chunks, k, v = self.layers.get(layer, ([], None, None))
         old = sum(c < before for c in chunks)
         end = old * (k.shape[1] // len(chunks)) if chunks else 0
@@ -1071,13 +1061,13 @@ class KVCache:
 
     def evict(self, before: float) -> None:
         """Drop the chunks older than `before`."""
-        for layer in list(self.layers):
-            stored = self._parts(layer)
-            kept = {c: kv for c, kv in stored.items() if c >= before}
-            if not kept:
+        for layer, (chunks, *kv) in list(self.layers.items()):
+            old = sum(c < before for c in chunks)
+            end = old * (kv[0].shape[1] // len(chunks))
+            if old == len(chunks):
                 del self.layers[layer]
-            elif len(kept) < len(stored):
-                self._join(layer, kept)
+            elif old:
+                self.layers[layer] = chunks[old:], *(u[:, end:].clone() for u in kv)
 
     @property
     def bytes(self) -> int:
@@ -1100,11 +1090,9 @@ def timestep_grid(num_steps: int, shortcut_mode: str = "8,16,16") -> Tensor:
 
     s = i/n, u = s^2, t = u w / (1 - (1-w) u) with w = 1/3. n = 12 thins a 16-step grid (see `shortcut_d`).
     """
-    if num_steps == 12:
-        offsets = (0, 2, 3) if shortcut_mode == "8,16,16" else (0, 1, 2)
-        s = torch.tensor([(4 * quarter + k) / 16 for quarter in range(4) for k in offsets] + [1.0])
-    else:
-        s = torch.linspace(0, 1, num_steps + 1)
+    s = torch.linspace(0, 1, num_steps + 1)
+    if num_steps == 12:                      # a step with d covers 1/(2d) of the way
+        s = F.pad((0.5 / torch.tensor(shortcut_d(12, shortcut_mode))).cumsum(0), (1, 0))
     return shift_time(s**2)
 
 
@@ -1165,8 +1153,9 @@ def oldest_read(cfg: SamplerConfig, stage: Stage, prefix_chunks: int = 0, num_ch
                 ) -> float:
     """The oldest chunk that this stage or a later one can still read: the cache may forget what came before.
 
-    As a chunk gets cleaner it sees fewer chunks, but others follow. With ranges 5, 4, 3, 2 the two cancel in
-    a window of 4: one clean chunk is kept. In a window of 1, or just after a prefix, it is four.
+    With ranges 5, 4, 3, 2 each stage costs a chunk one chunk of its view, and in a window of 4 each follower
+    stands one chunk later: all look back to the same one, and one clean chunk is kept. In a window of 1, or
+    just after a prefix, it is four.
     """
     P, exceptions = prefix_chunks, dict(cfg.kv_ranges_at)
     end = math.inf if num_chunks is None else num_chunks
@@ -1190,8 +1179,8 @@ def shot_transition(cfg: SamplerConfig, chunk: int, kind: str = "cut") -> Sample
     _require(chunk >= 1, f"transition at chunk {chunk}: the first chunk has no history, choose 1 or later")
     _require(len(cfg.kv_ranges) >= 2, f"a transition needs at least two kv_ranges, not {cfg.kv_ranges}")
     half = len(cfg.kv_ranges) // 2
-    alone = (1,) * half
-    ranges = alone + cfg.kv_ranges[half:] if kind == "cut" else cfg.kv_ranges[: -half] + alone
+    blind = (1,) * half
+    ranges = blind + cfg.kv_ranges[half:] if kind == "cut" else cfg.kv_ranges[: -half] + blind
     return dataclasses.replace(cfg, kv_ranges_at=(*cfg.kv_ranges_at, (chunk, ranges)))
 
 
@@ -1265,16 +1254,14 @@ class TextConditions:
 
     def __init__(self, dit: DiT, text: Tensor, mask: Tensor, cfg: SamplerConfig, table: dict[str, Tensor],
                  num_chunks: int | None, prefix_chunks: int):
-        null = dit.null_text.float()
+        null, (L, C) = dit.null_text.float(), dit.null_text.shape
         self.cfg, self.P, self.K = cfg, prefix_chunks, math.inf if num_chunks is None else num_chunks
-        self.text, self.mask = (text[None], mask[None]) if text.dim() == 2 else (text, mask)
         self.table = {name: v.to(null) for name, v in table.items()}
-        L, C = null.shape
-        _require(self.text.dim() == 3 and self.text.shape[1:] == (L, C)
-                 and self.mask.shape == self.text.shape[:2],
+        texts, masks = (text[None], mask[None]) if text.dim() == 2 else (text, mask)
+        _require(texts.shape[1:] == (L, C) and masks.shape == texts.shape[:2],
                  f"text {tuple(text.shape)} and text_mask {tuple(mask.shape)} must be ({L}, {C}) and ({L},), "
                  f"or that for each chunk")
-        self.text, self.mask = self.text.to(null), self.mask.to(null.device)
+        self.text, self.mask = texts.to(null), masks.to(null.device)
         negative = token_vectors(cfg.negative_tokens, NEGATIVE_TOKENS, self.table)
         rows, _ = prepend_tokens(null, self.mask[0], negative)
         self.null = rows, (torch.arange(L, device=null.device) < dit.cfg.null_length).to(self.mask)
@@ -1315,10 +1302,11 @@ def sample(dit: DiT, text: Tensor, text_mask: Tensor, sampler: SamplerConfig, *,
     frames, P = prefix.shape[1], prefix.shape[1] // CHUNK
     K = None if cfg.num_frames is None else math.ceil((cfg.num_frames // FRAMES_PER_LATENT + frames) / CHUNK)
     _require(K is None or K > P, f"num_frames {cfg.num_frames} leaves nothing to generate: give at least 4")
-    _require(noise is None or K is not None, "noise needs num_frames: an endless run draws its own")
-    _require(noise is None or noise.shape[1:] == (K * CHUNK, *prefix.shape[2:]),
-             f"noise must be {(channels, (K or 0) * CHUNK, *prefix.shape[2:])} for a run of {K} chunks, "
-             f"not {None if noise is None else tuple(noise.shape)}")
+    if noise is not None:
+        _require(K is not None, "noise needs num_frames: an endless run draws its own")
+        shape = channels, K * CHUNK, *prefix.shape[2:]
+        _require(noise.shape == shape,
+                 f"noise must be {shape} for a run of {K} chunks, not {tuple(noise.shape)}")
     texts = TextConditions(dit, text, text_mask, cfg, special_tokens or {}, K, P)
     return _Run(dit, cfg, texts, prefix, noise, skip).stream(K, P, progress or (lambda _: None))
 
@@ -1346,7 +1334,7 @@ class _Run:
         for stage in stages(K, P, cfg.window):
             self.cache.evict(oldest_read(cfg, stage, P, K))
             newest = stage.chunks[-1]
-            if newest not in x:
+            if newest not in x:                          # none enters while the last ones drain
                 x[newest] = self.paste(newest, self.fresh(newest))
             for j in range(per_stage):
                 at = {c: m * per_stage + j for c, m in zip(stage.chunks, stage.own_stage, strict=True)}
@@ -1354,7 +1342,7 @@ class _Run:
                          for c, i in at.items()]
                 if j == 0 and stage.refresh is not None:
                     seats.insert(0, self.clean_seat(stage.refresh, prefix=False))
-                velocity = self.velocity(seats, d[j])
+                velocity = self.velocity(seats, d[j])    # one d for all: each one's own in windows 1, 2, 4
                 for c, i in at.items():
                     x[c] = self.paste(c, x[c] + velocity[c] * (grid[i + 1] - grid[i]))
                 x.pop(stage.refresh, None)               # its keys are in the cache now
@@ -1384,7 +1372,7 @@ class _Run:
         return Seat(chunk, self.cfg.clean_t, first, clean=True)
 
     def prefill(self, P: int, oldest: float, d: float) -> None:
-        """Run the given chunks that will be read once, together, to fill the cache."""
+        """Run the given chunks that will be read once, together, to fill the cache (`forward` takes x)."""
         wanted = [c for c in range(P) if c >= oldest]
         self.x |= {c: self.prefix[:, :, c * CHUNK : (c + 1) * CHUNK] for c in range(P)}
         self.forward(needed(wanted, [self.clean_seat(c, prefix=True) for c in range(P)]), captioned=False,
@@ -1415,7 +1403,7 @@ class _Run:
             v = self.forward(seats, captioned=True, conditional=True, d=d, write=write)
             oldest = noisy[0]
             if oldest.t >= cfg.nearly_clean_t - 1e-7 and (oldest.first < oldest.chunk or not self.skip):
-                # Part of its velocity is computed without history, whose errors it would carry on.
+                # Part of its velocity is computed without history: else the errors there are carried on.
                 alone = self.forward([oldest], captioned=True, conditional=True, d=d, alone=True)
                 v[oldest.chunk] = cfg.nearly_clean_blend * v[oldest.chunk] \
                     + (1 - cfg.nearly_clean_blend) * alone[oldest.chunk]
@@ -1485,38 +1473,30 @@ def draw_times(batch: int, n: int, clean: Tensor, cfg: TrainingConfig, sampler: 
     return torch.where(is_clean, sampler.clean_t, torch.where(use, moment, law)), is_clean
 
 
-def _check_clips(dit: DiT, latents: Tensor, text: Tensor, text_mask: Tensor) -> tuple[int, int, int]:
-    """(B, T, n) of a training batch, if its shapes fit each other."""
+def _per_frame(u: Tensor, x: Tensor) -> Tensor:
+    """One number a chunk (B, n) -> one a frame, to multiply x: (B, 1, T, 1, 1)."""
+    return u.repeat_interleave(CHUNK, dim=1).to(x)[:, None, :, None, None]
+
+
+def _clips(dit: DiT, latents: Tensor, text: Tensor, text_mask: Tensor, images: Tensor | None,
+           cfg: TrainingConfig, rand: Callable[..., Tensor]) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """A training batch, checked and on one device, and how many frames of each clip are given, (B,): none,
+    one (an image, which takes the place of the clip's own first latent) or many (a video)."""
     (B, _, T, _, _), n = latents.shape, latents.shape[2] // CHUNK
     fits = text.shape == (B, n, *dit.null_text.shape) and text_mask.shape == text.shape[:3]
     _require(T % CHUNK == 0 and fits,
              f"latents {tuple(latents.shape)} need {CHUNK} frames per chunk and text "
              f"{(B, n, *dit.null_text.shape)} with its mask; text is {tuple(text.shape)}, text_mask "
              f"{tuple(text_mask.shape)}")
-    return B, T, n
-
-
-def _per_frame(u: Tensor, x: Tensor) -> Tensor:
-    """One number a chunk (B, n) -> one a frame, to multiply x: (B, 1, T, 1, 1)."""
-    return u.repeat_interleave(CHUNK, dim=1).to(x)[:, None, :, None, None]
-
-
-def _draw_given(B: int, T: int, cfg: TrainingConfig, rand: Callable[..., Tensor]) -> Tensor:
-    """How many frames of each clip are given, (B,): none, one (an image) or many (a video)."""
-    task = rand(B)
-    given = torch.where(task < cfg.image_share, 1, (2 + rand(B) * max(1, T - CHUNK - 1)).long())
-    return torch.where(task < cfg.image_share + cfg.video_share, given, 0).clamp(max=max(1, T - CHUNK))
-
-
-def _with_images(latents: Tensor, given: Tensor, images: Tensor | None) -> Tensor:
-    """Clips of which one frame is given begin with the latent of a still image, as in the sampler."""
-    if images is None:
-        return latents
-    _require(images.shape == latents[:, :, :1].shape,
-             f"images {tuple(images.shape)} are not one latent frame for each of latents "
-             f"{tuple(latents.shape)}")
-    first = torch.where((given == 1).to(images.device).view(-1, 1, 1, 1, 1), images, latents[:, :, :1])
-    return torch.cat([first, latents[:, :, 1:]], dim=2)
+    task, most = rand(B), max(1, T - CHUNK)
+    given = (2 + rand(B) * max(1, most - 1)).long().clamp(max=most)
+    given = torch.where(task < cfg.image_share, 1, given * (task < cfg.image_share + cfg.video_share))
+    if images is not None:
+        _require(images.shape == latents[:, :, :1].shape, f"images {tuple(images.shape)} are not one latent "
+                 f"frame for each of latents {tuple(latents.shape)}")
+        first = torch.where((given == 1).to(images.device).view(-1, 1, 1, 1, 1), images, latents[:, :, :1])
+        latents = torch.cat([first, latents[:, :, 1:]], dim=2)
+    return latents, text.to(latents.device), text_mask.to(latents.device), given
 
 
 def _corrupt(latents: Tensor, t: Tensor, is_clean: Tensor, given: Tensor, cfg: TrainingConfig,
@@ -1537,6 +1517,17 @@ def _with_null_text(dit: DiT, text: Tensor, mask: Tensor, nulled: Tensor) -> tup
     null_mask = (torch.arange(mask.shape[-1], device=mask.device) < dit.cfg.null_length).to(mask)
     return (torch.where(nulled[..., None], dit.null_text.to(text), text),
             torch.where(nulled, null_mask, mask))
+
+
+def _first_seen(reach: Tensor, is_clean: Tensor, from_outside: Tensor, cfg: TrainingConfig,
+                sampler: SamplerConfig, rand: Callable[..., Tensor]) -> Tensor:
+    """The first chunk each chunk attends to, (B, n), from the ranges of the noisy ones; clean ones have their
+    own (`clean_range`), and some clips see no history, for the branch without."""
+    B, n = is_clean.shape
+    for which, prefix in ((is_clean, False), (from_outside, True)):
+        reach = torch.where(which, int(min(n, clean_range(sampler, prefix))), reach)
+    reach = torch.where(rand(B, 1) >= cfg.ranges_share, 1, reach)
+    return (torch.arange(n) - reach + 1).clamp(min=0)
 
 
 def _mean_square(error: Tensor, is_clean: Tensor, pasted: Tensor, weight: Tensor | None) -> Tensor:
@@ -1561,11 +1552,9 @@ def flow_matching_loss(dit: DiT, latents: Tensor, text: Tensor, text_mask: Tenso
     video; best the fourth, the last that a first latent stands for. Without it the clip's own first latent
     takes that place, which tells more than an image can: its four frames move.
     """
-    B, T, n = _check_clips(dit, latents, text, text_mask)
-    text, text_mask = text.to(latents.device), text_mask.to(latents.device)
     rand = lambda *shape: torch.rand(*shape, generator=generator)
-    given = _draw_given(B, T, cfg, rand)
-    latents = _with_images(latents, given, images)
+    latents, text, text_mask, given = _clips(dit, latents, text, text_mask, images, cfg, rand)
+    B, n = text.shape[:2]
     t, is_clean = draw_times(B, n, given // CHUNK, cfg, sampler, generator)
     x, noise, pasted = _corrupt(latents, t, is_clean, given, cfg, generator)
 
@@ -1577,9 +1566,8 @@ def flow_matching_loss(dit: DiT, latents: Tensor, text: Tensor, text_mask: Tenso
     ranges = sampler.kv_ranges or (n,)
     edges = shift_time((torch.arange(1, len(ranges)) / len(ranges)) ** 2)
     reach = torch.tensor(ranges)[torch.bucketize(t, edges, right=True)]
-    reach = torch.where(is_clean, int(min(n, clean_range(sampler, prefix=True))), reach)
-    reach = torch.where(rand(B, 1) >= cfg.ranges_share, 1, reach)
-    first_seen = (torch.arange(n) - reach + 1).clamp(min=0)
+    from_outside = torch.arange(n) < (given // CHUNK)[:, None]
+    first_seen = _first_seen(reach, is_clean, from_outside, cfg, sampler, rand)
 
     v = dit(x, t.to(latents.device), text, text_mask, first_seen=first_seen,
             conditional=~nulled.to(latents.device))
@@ -1677,14 +1665,12 @@ def shortcut_loss(student: DiT, teacher: DiT, latents: Tensor, text: Tensor, tex
     see no history (cfg.ranges_share) teach it the run "alone" of the oldest chunk.
     """
     _require(num_steps in SHORTCUT_CYCLE, f"num_steps {num_steps} is not one of {set(SHORTCUT_CYCLE)}")
-    B, T, n = _check_clips(student, latents, text, text_mask)
     sampler = dataclasses.replace(sampler, num_steps=num_steps)
-    text, text_mask = text.to(latents.device), text_mask.to(latents.device)
     rand = lambda *shape: torch.rand(*shape, generator=generator)
 
     # A moment of the pipeline: how many steps of its own each chunk has done; num_steps or more: it has left.
-    given = _draw_given(B, T, cfg, rand)
-    latents = _with_images(latents, given, images)
+    latents, text, text_mask, given = _clips(student, latents, text, text_mask, images, cfg, rand)
+    B, n = text.shape[:2]
     last_stage, j = (torch.randint(m, (B, 1), generator=generator)
                      for m in (sampler.window, num_steps // sampler.window))
     chunk = torch.arange(n)
@@ -1699,10 +1685,7 @@ def shortcut_loss(student: DiT, teacher: DiT, latents: Tensor, text: Tensor, tex
     # What each chunk sees, as in the sampler; some clips see no history.
     reach = torch.tensor([int(min(n, kv_range(sampler, i))) for i in range(num_steps)])
     reach = reach[done.clamp(max=num_steps - 1)]                                               # (B, n)
-    for which, prefix in ((is_clean, False), (from_outside, True)):
-        reach = torch.where(which, int(min(n, clean_range(sampler, prefix))), reach)
-    reach = torch.where(rand(B, 1) >= cfg.ranges_share, 1, reach)
-    first_seen = (chunk - reach + 1).clamp(min=0)
+    first_seen = _first_seen(reach, is_clean, from_outside, cfg, sampler, rand)
 
     def velocity(dit: DiT, N: int) -> Callable[[Tensor, Tensor], Tensor]:
         """v(x, t, 1/N) of a distilled model, as a function of x and t."""
@@ -1813,11 +1796,11 @@ def check_lora(dit: DiT, file: str | Path) -> int:
     found = read_headers([file])
     ranks = {shape[0] for name, (shape, _) in found.items() if name.endswith(".lora.down") and shape}
     _require(len(ranks) == 1, f"{str(file)!r} is no LoRA of one rank: it has {len(found)} tensor(s), such as "
-             f"{next(iter(sorted(found)), None)!r}")
-    (rank,), expected = ranks, {}
-    for name, linear in lora_targets(dit).items():
-        n_out, n_in = linear.weight.shape
-        expected |= {f"{name}.lora.down": ((rank, n_in), False), f"{name}.lora.up": ((n_out, rank), False)}
+             f"{min(found, default=None)!r}")
+    (rank,) = ranks
+    expected = {f"{name}.lora.{part}": (shape, False) for name, linear in lora_targets(dit).items()
+                for part, shape in (("down", (rank, linear.weight.shape[1])),
+                                    ("up", (linear.weight.shape[0], rank)))}
     compare_headers(found, expected, f"the LoRA {str(file)!r} is for another model")
     return rank
 
@@ -1873,17 +1856,6 @@ def weight_files(folder: str | Path) -> list[Path]:
     return paths
 
 
-def check_weights(folder: str | Path, module: nn.Module) -> None:
-    """Compare the headers of a folder's files with a module (on the meta device will do), reading no weights.
-
-    Raises ValueError, naming the first differences, if a file is corrupt or a name, shape or fp8 type
-    differs.
-    """
-    expected = {k: (tuple(v.shape), v.dtype == torch.float8_e4m3fn) for k, v in module.state_dict().items()}
-    compare_headers(read_headers(weight_files(folder)), expected,
-                    f"the checkpoint in {str(folder)!r} does not fit its config")
-
-
 def read_headers(files: Sequence[str | Path]) -> dict[str, tuple[tuple[int, ...], bool]]:
     """Name -> shape, whether fp8, of all tensors in safetensors files. ValueError if one is corrupt."""
     from safetensors import SafetensorError, safe_open
@@ -1908,14 +1880,19 @@ def compare_headers(found: dict, expected: dict, complaint: str) -> None:
                            ("has other shapes or types for", [k for k in expected if k in found
                                                               and found[k] != expected[k]])):
         _require(not names, f"{complaint}: it {problem} {len(names)} tensor(s), such as "
-                 f"{next(iter(sorted(names)), None)!r}")
+                 f"{min(names, default=None)!r}")
 
 
 def build(make: Callable[[], nn.Module], folder: str | Path) -> nn.Module:
-    """A module without memory (on the meta device), checked against a folder's files."""
+    """A module without memory (on the meta device), after a look at the headers of a folder's files.
+
+    ValueError, naming the first differences, if a file is corrupt or a name, shape or fp8 type differs.
+    """
     with torch.device("meta"):
         module = make()
-    check_weights(folder, module)
+    expected = {k: (tuple(v.shape), v.dtype == torch.float8_e4m3fn) for k, v in module.state_dict().items()}
+    compare_headers(read_headers(weight_files(folder)), expected,
+                    f"the checkpoint in {str(folder)!r} does not fit its config")
     return module
 
 
@@ -1954,8 +1931,10 @@ def fit_frames(frames: np.ndarray, height: int, width: int, how: str = "crop") -
     _require(how in ("crop", "pad", "stretch"), f"fit {how!r} is not 'crop', 'pad' or 'stretch'")
     x = torch.from_numpy(np.ascontiguousarray(frames)).movedim(-1, 1).float()  # (frames, 3, h, w)
     h, w = x.shape[-2:]
-    scale = {"crop": max, "pad": min}.get(how, lambda *_: None)(height / h, width / w)
-    size = (height, width) if scale is None else (max(1, round(h * scale)), max(1, round(w * scale)))
+    scales = height / h, width / w
+    if how != "stretch":
+        scales = [max(scales) if how == "crop" else min(scales)] * 2
+    size = tuple(max(1, round(s * scale)) for s, scale in zip((h, w), scales, strict=True))
     if size != (h, w):
         x = F.interpolate(x, size, mode="bicubic", antialias=True, align_corners=False).clamp(0, 255)
     top, left = (height - size[0]) // 2, (width - size[1]) // 2              # negative: cut instead of add
@@ -1992,9 +1971,13 @@ class MAGI:
         replace fields of the sampler's config, such as num_frames, seed, num_steps, height, width. Raises
         ValueError for bad ones.
         """
+        known = [field.name for field in dataclasses.fields(SamplerConfig)]
+        unknown = ", ".join(settings.keys() - set(known))
+        _require(not unknown, f"unknown setting {unknown}: choose from {', '.join(known)}")
         cfg = dataclasses.replace(self.sampler, **settings)
         given = prefix_clip(image, video, prefix_frames)
         prompt = [prompt] if isinstance(prompt, str) else prompt
+        _require(len(prompt) > 0, "the prompt is an empty list: give at least one caption, which may be ''")
         text, mask = self.encode_text(prompt) if isinstance(prompt[0], str) else prompt
         return self._frames(cfg, text, mask, given, fit, image is not None, progress)
 
