@@ -125,10 +125,10 @@ class DiTConfig:
     head_dim: int = 128           # hd
     ffn_size: int = 12288
     gated_ffn: bool = False       # SwiGLU instead of GELU
-    in_channels: int = 16         # or twice latent_channels: the latent is fed in twice (24B)
-    out_channels: int = 16        # likewise; only the first latent_channels are kept
+    in_channels: int = 16         # the 24B was built with 32: its latent is fed in twice, and of what comes
+    out_channels: int = 16        # out only the first latent_channels are kept (why, the report does not say)
     latent_channels: int = 16
-    x_scale: float = 1.0          # input times this, output divided by it
+    x_scale: float = 1.0          # input times this, output divided by it: 0.1 in the 24B
     patch_size: int = 2           # latent pixels per token side
     text_dim: int = 4096          # width of the T5 embeddings
     text_length: int = 800        # L, padded and truncated
@@ -144,7 +144,8 @@ class DiTConfig:
                  f"num_heads {self.num_heads} must be a multiple of num_kv_heads {self.num_kv_heads}")
         _require(self.head_dim % 8 == 0, f"head_dim {self.head_dim} must be a multiple of 8 (rotary bands)")
         _require(self.num_heads * self.head_dim % 8 == 0 and self.hidden_size % 4 == 0,
-                 f"num_heads * head_dim must be a multiple of 8 and hidden_size ({self.hidden_size}) of 4")
+                 f"num_heads * head_dim must be a multiple of 8 (see ParallelAttention.forward) and "
+                 f"hidden_size ({self.hidden_size}) of 4")
         for name in ("in_channels", "out_channels"):
             _require(getattr(self, name) in (self.latent_channels, 2 * self.latent_channels),
                      f"{name} {getattr(self, name)} must be latent_channels ({self.latent_channels}) "
@@ -170,8 +171,9 @@ class SamplerConfig:
 
     num_steps: int = 64                                       # Euler steps per chunk
     window: int = 4                                           # chunks in flight at most
-    kv_ranges: tuple[int, ...] = (5, 4, 3, 2)                 # chunks seen, itself too, as it clears; (): all
-    clean_kv_range: int = 1                                   # the same for clean ones; -1: last of kv_ranges
+    kv_ranges: tuple[int, ...] = (5, 4, 3, 2)                 # chunks a chunk sees, itself included, in each
+                                                              # part of its way from noise to clean; (): all
+    clean_kv_range: int = 1                                   # once it is clean; -1: the last of kv_ranges
     kv_ranges_at: tuple[tuple[int, tuple[int, ...]], ...] = ()  # shot transitions: (generated chunk, ranges)
     clean_t: float = 0.9999                                   # the t that clean chunks are shown with
     distilled: bool = False                                   # one branch, guidance distilled in
@@ -180,7 +182,7 @@ class SamplerConfig:
     text_scales: tuple[float, ...] = (7.5, 7.5, 7.5, 0.0, 0.0)  # ... w_text of each: towards the caption
     nearly_clean_t: float = 0.3                               # distilled: from this t, the oldest is blended
     nearly_clean_blend: float = 0.7                           # ... this much with history, the rest run alone
-    shortcut_mode: str = "8,16,16"                            # 12 steps: the double one first, or "16,16,8"
+    shortcut_mode: str = "8,16,16"                            # or "16,16,8": how 12 steps are ordered
     special_tokens: tuple[str, ...] = ("hq", "duration")      # put in front of every caption
     negative_tokens: tuple[str, ...] = ()                     # put in front of the null text
     num_frames: int | None = 96                               # video frames to generate; None: until stopped
@@ -277,7 +279,7 @@ def timestep_features(t: Tensor, dim: int = 256) -> Tensor:
     """Sinusoidal features of t in [0, 1]: (...) -> (..., dim), [cos | sin], float32 (Vaswani et al. 2017)."""
     freqs = torch.exp(-math.log(10000) * torch.arange(dim // 2, device=t.device, dtype=torch.float32)
                       / (dim // 2))
-    angles = t.float()[..., None] * freqs * 1000
+    angles = t.float()[..., None] * freqs * 1000             # the scale of diffusion's thousand steps
     return torch.cat([angles.cos(), angles.sin()], dim=-1)
 
 
@@ -289,7 +291,8 @@ def rotary_angles(bands: Tensor, frames: Tensor, height: int, width: int) -> Ten
     """
     def centred(size: int) -> Tensor:
         # Centre the axis, then stretch it so that every resolution and aspect ratio is measured against the
-        # same 16x16 grid: a model trained at one size then sees familiar angles at another.
+        # same 16x16 grid: a model trained at one size then sees familiar angles at another. Its ends land
+        # at +-(size/r - 1)/2, where r = sqrt(height width)/16.
         i = torch.arange(size, device=bands.device, dtype=torch.float32) - (size - 1) / 2
         return i * (size / math.sqrt(height * width / 256) - 1) / (size - 1)
 
@@ -368,6 +371,8 @@ def fp8_matmul(x: Tensor, weight: Tensor, divide: Tensor, scale: Tensor) -> Tens
 
 TORCH_OPS = SimpleNamespace(name="torch", attention=attention, block_attention=block_attention,
                             norm_rotary=norm_rotary, gated_residual=gated_residual, fp8_matmul=fp8_matmul)
+
+
 def get_ops(backend: str) -> SimpleNamespace:
     """The operations of a backend: "torch" (anywhere) or "triton" (kernels.py, on a GPU)."""
     _require(backend in ("torch", "triton"), f"backend {backend!r} is not 'torch' or 'triton'")
@@ -600,7 +605,8 @@ _HYPHENATION = re.compile("[-_]")
 
 
 def _web_address(scheme: str) -> str:
-    """The scheme with its slashes, or a bare host with its path; each is dropped on its own."""
+    """A pattern for either the scheme with its slashes or a host with its path: "http://a.it/b" is two
+    matches, and both go."""
     return rf"\b(?:{scheme}:(?:/{{1,3}}|[a-z0-9%])|[a-z0-9.-]+\.(?:{_DOMAINS})[\w/-]*\b/?(?!@))"
 
 
@@ -791,7 +797,7 @@ def token_vectors(names: Sequence[str], order: Sequence[str], table: dict[str, T
 class FP8Linear(nn.Module):
     """A linear layer with e4m3 weights, in the official checkpoint's two kinds.
 
-    "tensor" (q, k, v, qx, fc1): one input scale, stored once per input channel. "channel" (Wo, fc2): the
+    "tensor" (q, k, v, qx, fc1): one input scale, in a vector of equal numbers. "channel" (Wo, fc2): the
     input is divided by a smoothing scale per channel, which moves outliers from activations to weights.
     """
 
@@ -940,14 +946,15 @@ class DiT(nn.Module):
         self.null_text = nn.Parameter(torch.randn(cfg.text_length, cfg.text_dim) * 0.02)
         self.text_proj = nn.Linear(cfg.text_dim, D)
         self.flag_proj = nn.Linear(cfg.text_dim, cond)
-        bands = cfg.head_dim // 8
+        bands = cfg.head_dim // 8                            # of each axis; 3 axes turn 3/4 of a head's width
         self.rope_bands = nn.Parameter(10000.0 ** (-torch.arange(bands) / bands))
         self.layers = nn.ModuleList(DiTLayer(cfg, i, ops) for i in range(cfg.num_layers))
         self.final_norm = LayerNorm1p(D, cfg.norm_eps)
         self.final_linear = nn.Linear(D, p * p * cfg.out_channels, bias=False)
 
     def condition(self, t: Tensor, conditional: Tensor, d: float | None = None) -> Tensor:
-        """What the gates see of each chunk: its time, and one bit that says whether it has a caption.
+        """What the gates see of each chunk: its time, and one bit that says whether it has a caption. (The
+        official model keeps the vectors for that bit in two masked, otherwise unused, rows of the null text.)
 
         t (B, n), conditional (B, n) bool, d of a distilled model (see `shortcut_d`) -> (B, n, D/4) float32.
         """
