@@ -347,7 +347,7 @@ class Tiny(nn.Module):
         from transformers import T5Config, T5EncoderModel
 
         preset = magi.PRESETS["tiny"]
-        self.sampler = dataclasses.replace(preset.sampler, text_scales=(1.5, 1.5, 1.5, 1.0, 1.0))
+        self.sampler = dataclasses.replace(preset.sampler, text_scales=(2.5, 2.5, 2.5, 1.0, 1.0))
         self.dit = magi.DiT(preset.dit, CPU_OPS)
         width = preset.dit.text_dim
         self.t5 = T5EncoderModel(
