@@ -14,8 +14,8 @@ runs on either (`magi.load(..., backend="triton")`, `sample.py --backend triton`
     python kernels.py --compile     anywhere: compile for four architectures; registers, memory, instructions
 
 Symbols as in magi.py: B batch, N queries, M keys, Hq Hkv query and key/value heads, hd head width, n chunks.
-In this file a *row* is one token of one head, or a token's whole vector where there are no heads. In kernels
-`Capitals` are addresses in the GPU's memory, `CAPITALS` are known when the kernel is compiled.
+In this file a *row* is one token of one head. In kernels, capitals are places in memory (Q, Out, Plan) or
+known when the kernel is compiled (S, N, EDGE: `tl.constexpr`).
 
 Contents
     1  What a kernel is       programs, tiles, memory; the parts all share
@@ -295,10 +295,9 @@ class Pair(NamedTuple):
 
 
 @triton.jit
-def _pair(along, j, left, ROWS: tl.constexpr, EDGE: tl.constexpr, S: tl.constexpr):
-    x = _tile(along.X, along.X_tma, along.row + j, along.col, along.stride, left, ROWS, EDGE, S)
-    y = _tile(along.Y, along.Y_tma, along.row + j, along.col, along.stride, left, ROWS, EDGE, S)
-    return x, y
+def _next(X, X_tma, along, j, left, ROWS: tl.constexpr, EDGE: tl.constexpr, S: tl.constexpr):
+    """The tile of one of the two matrices, j rows into the walk."""
+    return _tile(X, X_tma, along.row + j, along.col, along.stride, left, ROWS, EDGE, S)
 
 
 @triton.jit
@@ -317,13 +316,14 @@ def _attend_tile(held, sums, keys, j, left, scale, N: tl.constexpr, EDGE: tl.con
     """One step of the online softmax: N keys from j on, of which in a tile at the EDGE only `left` count."""
     q, = held
     acc, m, l = sums
-    k, v = _pair(keys, j, left, N, EDGE, S)
+    k = _next(keys.X, keys.X_tma, keys, j, left, N, EDGE, S)
     s = _dot(q, k.T, None, S.precision)                                      # (m, N)
     if EDGE:
         s = tl.where(tl.arange(0, N)[None, :] < left, s, -float("inf"))
     new = tl.maximum(m, tl.max(s, 1) * scale)          # scale holds log2(e) too: e^x is 2^(x log2(e))
     p = tl.exp2(s * scale - new[:, None])
     shrink = tl.exp2(m - new)
+    v = _next(keys.Y, keys.Y_tma, keys, j, left, N, EDGE, S)   # loaded with k, it makes sm_120 spill
     acc = _dot(_cast(p, v.dtype), v, acc * shrink[:, None], S.precision)
     return acc, new, l * shrink + tl.sum(p, 1)
 
@@ -398,7 +398,8 @@ def query_launch(kernel: Callable, q: Tensor, k: Tensor, v: Tensor, cached: tupl
 def _dq_tile(held, dq, keys, j, left, scale, N: tl.constexpr, EDGE: tl.constexpr, S: tl.constexpr):
     """Add to dq what N keys give."""
     q, do, lse, delta = held
-    k, v = _pair(keys, j, left, N, EDGE, S)
+    k = _next(keys.X, keys.X_tma, keys, j, left, N, EDGE, S)
+    v = _next(keys.Y, keys.Y_tma, keys, j, left, N, EDGE, S)
     p = tl.exp2(_dot(q, k.T, None, S.precision) * scale - lse[:, None])      # (m, N)
     if EDGE:
         p = tl.where(tl.arange(0, N)[None, :] < left, p, 0.0)
@@ -433,7 +434,8 @@ def _dkv_tile(held, sums, queries, j, left, scale, M: tl.constexpr, EDGE: tl.con
     """Add to dk and dv what M queries of one head give. Scores are held transposed: keys x queries."""
     k, v, Lse, Delta = held
     dk, dv = sums
-    q, do = _pair(queries, j, left, M, EDGE, S)
+    q = _next(queries.X, queries.X_tma, queries, j, left, M, EDGE, S)
+    do = _next(queries.Y, queries.Y_tma, queries, j, left, M, EDGE, S)
     rows = tl.arange(0, M)
     lse = tl.load(Lse + queries.row + j + rows, rows < left, float("inf"))   # beyond the edge: e^-inf = 0
     delta = tl.load(Delta + queries.row + j + rows, rows < left, 0.0)
@@ -485,19 +487,18 @@ class _Attention(torch.autograd.Function):
         pick = lambda name: tiles or tiles_for(name, arch, q.shape[-1], q.dtype)
         query_launch(_forward_kernel, q, k, v, cached, ranges, pick("forward"), Out=out, Lse=lse).run()
         ctx.save_for_backward(q, k, v, k_old, v_old, out, lse)
-        ctx.cached, ctx.ranges, ctx.pick = cached is not None, ranges, pick
+        ctx.ranges, ctx.pick = ranges, pick
         ctx.mark_non_differentiable(lse)
         return out, lse
 
     @staticmethod
     def backward(ctx, dout, _):
         q, k, v, k_old, v_old, out, lse = ctx.saved_tensors
-        cached = (k_old, v_old) if ctx.cached else None
+        cached = None if k_old is None else (k_old, v_old)
         dout, dq, delta = dout.contiguous(), torch.empty_like(q), torch.empty_like(lse)
         rows = dict(dOut=dout, Lse=lse, Delta=delta)
         query_launch(_dq_kernel, q, k, v, cached, ctx.ranges, ctx.pick("dq"), Out=out, dQ=dq, **rows).run()
-        old = k_old.shape[1] if ctx.cached else 0
-        grads = [dq]
+        old, grads = 0 if cached is None else k_old.shape[1], [dq]
         for first, source in ((old, (k, v)), (0, cached)):
             if source is None:
                 grads += [None, None]
@@ -857,17 +858,15 @@ def machine_code(launch: Launch, arch: int) -> tuple[int, int, int, set[str]]:
     return registers, spills, compiled.metadata.shared, set(re.findall(r"\b[A-Z]+MMA\b", code))
 
 
-
-def shipped(arch: int, quick: bool = False) -> dict[str, Launch]:
-    """Every kernel x type x head width with its shipped tiles, at the sizes of the 4.5B; quick: what it runs,
-    bf16 and fp8 at head width 128."""
+def shipped(arch: int) -> dict[str, Launch]:
+    """Every kernel x type x head width with its shipped tiles, at the sizes of the 4.5B."""
     tokens, cached, Hq, Hkv, D, ffn = 2 * 12150, 12150, 24, 8, 3072, 12288
     ranges = (((0, cached + tokens // 2), (0, cached + tokens)),)
     make = lambda *shape, dtype=torch.float32: torch.empty(*shape, dtype=dtype, device="meta")
     out = {}
-    for dtype in (torch.bfloat16,) if quick else (torch.bfloat16, torch.float16, torch.float32):
+    for dtype in (torch.bfloat16, torch.float16, torch.float32):
         name = str(dtype).removeprefix("torch.")
-        for hd in (128,) if quick else (64, 128):
+        for hd in (64, 128):
             q, k = make(1, tokens, Hq, hd, dtype=dtype), make(1, tokens, Hkv, hd, dtype=dtype)
             old, lse = (make(1, cached, Hkv, hd, dtype=dtype),) * 2, make(Hq, 1, tokens)
             forward, dq, dkv = (tiles_for(kernel, arch, hd, dtype) for kernel in ("forward", "dq", "dkv"))
@@ -890,15 +889,15 @@ def shipped(arch: int, quick: bool = False) -> dict[str, Launch]:
     return out | {"fp8 matmul": fp8_launch(x8, w8, make(1), y, tiles_for("fp8", arch))}
 
 
-def compile_row(job: tuple[int, str, bool]) -> tuple[bool, str]:
+def compile_row(job: tuple[int, str]) -> tuple[bool, str]:
     """One line of the table: what the machine code says, and whether that is as it should be."""
-    arch, name, quick = job
-    launch = shipped(arch, quick)[name]
+    arch, name = job
+    launch = shipped(arch)[name]
     kernel, tiles = name.split()[0], launch.tiles
     registers, spills, shared, instructions = machine_code(launch, arch)
     wanted = None
     if kernel in ("forward", "dq", "dkv", "fp8"):
-        # wgmma and tcgen05 work on 64 rows; float32 comes in smaller tiles, on which mma is used everywhere
+        # wgmma and tcgen05 work on 64 rows; smaller tiles (float32) are multiplied by mma everywhere
         wanted = TENSOR_CORE[89 if tiles.m < 64 else arch][kernel == "fp8"]
     checks = ((shared > SHARED_BYTES[arch], "does not fit"), (spills, "spills"),
               (wanted and wanted not in instructions, f"no {wanted}"))
@@ -910,12 +909,14 @@ def compile_row(job: tuple[int, str, bool]) -> tuple[bool, str]:
 
 
 def compile_all(quick: bool = False) -> bool:
-    """Print the table of all kernels on all architectures; True if nothing is wrong."""
+    """Print the table of all kernels on all architectures; True if nothing is wrong. quick: only those that
+    the 4.5B runs, in bf16 and fp8 at head width 128."""
     from concurrent.futures import ProcessPoolExecutor
     from multiprocessing import get_context
 
     print(f"GPU     {'kernel':24} {'tile':12} warps stages registers spills shared/KiB  uses")
-    jobs = [(arch, name, quick) for arch in SHARED_BYTES for name in shipped(arch, quick)]
+    used = lambda name: "fp8" in name or "bfloat16" in name and not name.endswith("64")
+    jobs = [(arch, name) for arch in SHARED_BYTES for name in shipped(arch) if used(name) or not quick]
     good = []
     with ProcessPoolExecutor(os.cpu_count(), get_context("spawn")) as pool:
         for ok, line in pool.map(compile_row, jobs):

@@ -1776,7 +1776,7 @@ def test_kernels_compile_for_every_architecture(kernels, flags, rows):
 def test_the_compile_table_finds_faults(kernels, monkeypatch):
     def row(spills=0, shared=90 * 1024, instruction="QMMA") -> tuple[bool, str]:
         monkeypatch.setattr(kernels, "machine_code", lambda *_: (200, spills, shared, {instruction}))
-        return kernels.compile_row((89, "fp8 matmul", True))
+        return kernels.compile_row((89, "fp8 matmul"))
 
     assert row()[0] and row()[1].endswith(" ok")
     for changes, fault in (
