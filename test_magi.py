@@ -1774,20 +1774,36 @@ def test_kernels_compile_for_every_architecture(kernels, flags, rows):
 
 
 def test_the_compile_table_finds_faults(kernels, monkeypatch):
-    facts = kernels.Facts(200, 0, 90 * 1024, 1, {}, frozenset({"QMMA"}))
-
-    def row(**changes) -> tuple[bool, str]:
-        monkeypatch.setattr(kernels, "machine_code", lambda *_: facts._replace(**changes))
-        return kernels.compile_row((89, "fp8 matmul", True))
+    def row(spills=0, shared=90 * 1024, instruction="QMMA") -> tuple[bool, str]:
+        monkeypatch.setattr(kernels, "machine_code", lambda *_: (200, spills, shared, {instruction}))
+        return kernels.compile_row((89, "fp8 matmul"))
 
     assert row()[0] and row()[1].endswith(" ok")
     for changes, fault in (
         (dict(spills=4), "spills"),
         (dict(shared=100 * 1024), "does not fit"),
-        (dict(opcodes=frozenset({"HMMA"})), "no QMMA"),
+        (dict(instruction="HMMA"), "no QMMA"),
     ):
         good, line = row(**changes)
         assert not good and line.endswith(fault)
+
+
+def test_the_report_checks_times_and_writes_a_table(kernels, monkeypatch, tmp_path):
+    """On the CPU, with launches left out: every row is there; a peer that fails ends nothing."""
+    monkeypatch.setattr(kernels, "MODELS", {"tiny": (256, 8, 32, 48, 64)})
+    monkeypatch.setattr(kernels.Launch, "run", lambda launch: None)
+    monkeypatch.setattr(kernels, "flex", lambda *_: lambda: torch.zeros(1) @ torch.zeros(2))
+    monkeypatch.setattr(kernels, "comparisons", lambda _: [("sum", torch.ones(2), torch.ones(2), 0.1)])
+    monkeypatch.setattr(kernels.triton.testing, "do_bench", lambda run, **_: run() is None or 2.0)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda _: "NVIDIA H100 80GB HBM3")
+    kernels.report("cpu", tmp_path / "kernels.md")
+    lines = (tmp_path / "kernels.md").read_text().splitlines()
+    assert lines[0].startswith("NVIDIA H100") and len(lines) == 4 + 6 + 3 * 4 + 4
+    assert {line.count("|") for line in lines[2:]} == {5}
+    assert [line for line in lines if "failed" in line] == [line for line in lines if "Flex" in line]
+    monkeypatch.setattr(kernels, "comparisons", lambda _: [("sum", torch.ones(2), torch.zeros(2) + 2, 0.1)])
+    with bad("sum is wrong: error 0.5"):
+        kernels.report("cpu", tmp_path / "none.md")
 
 
 # ---------------------------------------------------------------------------------- loading and the pipeline
