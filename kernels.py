@@ -771,7 +771,8 @@ TRITON_OPS = SimpleNamespace(name="triton", attention=attention, block_attention
 #            products a step and bares some 1,000 of latency; 32 x 64 with it is held up by its 300 other
 #            instructions, for a quarter of the work. sm_100 keeps its sums outside the registers, and
 #            prefetches with 64 x 64.
-#   float32  is split into bf16 parts (`_shared_args`), which doubles every operand: small squares.
+#   float32  is split into bf16 parts (`_shared_args`), which doubles every operand: small squares. At head
+#            width 256, which no model here has and --compile leaves out, its backward spills even so.
 #   fp8      every 128 terms a partial sum moves on sm_90 (section 5), which takes a second set of
 #            accumulators: 128 x 256 spills (50 times), 128 x 128 does not. sm_100 has memory of its own for
 #            sums, so 256 columns fit. 99 KiB: inner steps of 64.
@@ -788,7 +789,7 @@ ATTENTION_TILES = {     # (kernel, head width at most): m, n, warps, stages
     ("forward", 256):  (( 32,  32, 4, 1), (128,  64, 8, 2), ( 64,  64, 8, 2), ( 32,  32, 4, 1)),
     ("dq", 64):        ((128,  64, 8, 2), (128, 128, 8, 2), (128, 128, 8, 2), ( 64,  32, 4, 2)),
     ("dq", 128):       ((128,  64, 8, 2), (128,  64, 8, 2), (128,  64, 8, 2), ( 64,  64, 8, 2)),
-    ("dq", 256):       (( 32,  32, 4, 1), ( 64,  32, 8, 1), ( 64,  32, 8, 1), ( 32,  32, 4, 1)),
+    ("dq", 256):       (( 32,  32, 4, 1), ( 32,  32, 4, 1), ( 64,  32, 8, 1), ( 32,  32, 4, 1)),
     ("dkv", 64):       (( 32,  64, 8, 2), ( 64, 128, 8, 3), ( 64, 128, 8, 3), ( 32,  64, 4, 1)),
     ("dkv", 128):      (( 32,  64, 4, 2), ( 64, 128, 8, 1), ( 64,  64, 8, 2), ( 32,  32, 4, 2)),
     ("dkv", 256):      (( 32,  32, 8, 1), ( 32,  32, 8, 1), ( 32,  32, 8, 1), ( 32,  32, 8, 1)),
