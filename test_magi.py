@@ -3012,9 +3012,10 @@ def test_sample_is_reproducible(small_model, tmp_path):
             )
             == 0
         )
-    # Nearly always equal to the byte; a busy machine may sum floats in another order and move a rounding.
+    # Nearly always equal to the byte; where memory is aligned otherwise, sums may run in another order, and
+    # the video codec spreads a rounding that went the other way.
     a, b, c = (read_frames(tmp_path / f"{name}.mp4").astype(float) for name in "abc")
-    assert np.abs(a - b).mean() < 0.05 < 1 < np.abs(a - c).mean()
+    assert np.abs(a - b).mean() < 0.5 < 1 < np.abs(a - c).mean()
 
 
 def test_sample_takes_one_prompt_per_chunk(small_model, tmp_path):
