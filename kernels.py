@@ -982,7 +982,7 @@ def flex(q: Tensor, k: Tensor, v: Tensor, ranges: Tensor, chunk: int) -> Callabl
     mask = create_block_mask(lambda b, h, i, j: (j >= start[i // chunk]) & (j < end[i // chunk]), None, None,
                              q.shape[1], k.shape[1], device=q.device)
     q, k, v = (u.transpose(1, 2) for u in (q, k, v))
-    return lambda: torch.compile(flex_attention)(q, k, v, block_mask=mask, enable_gqa=True)
+    return partial(torch.compile(flex_attention), q, k, v, block_mask=mask, enable_gqa=True)
 
 
 def cases(device: str) -> Iterator[tuple[str, str, float, Callable[[], object]]]:

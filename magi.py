@@ -21,7 +21,7 @@ Symbols, the same everywhere:
     B batch   T latent frames   H W latent height, width   N tokens   D model width   L text length, C width
     Hq Hkv query, key/value heads   hd head width   n chunks in a forward   c a chunk's index in the video
     K chunks in the video   P of them given from outside   d how fine the steps of a distilled model are
-    A chunk's *range* is how many chunks it attends to, itself included; its *span* the key tokens of these.
+    A chunk's range counts chunks, itself included; the `ranges` that attention takes count key tokens.
     Video is (B, 3, frames, height, width) in [-1, 1], latents (B, 16, T, H, W); tokens are ordered t, h, w.
 
 Contents

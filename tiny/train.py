@@ -8,8 +8,8 @@
     steps  base and distilled at 64 to 8 steps: a table and a plot        -> tiny/examples/steps.*
 
 Each stage keeps checkpoints in --work and goes on from the last one when it is started again, after a kill
-too: the data of a step depend on its number alone. bf16 autocast, AdamW, warm-up then cosine, EMA of the
-weights; the loss is written to --work/STAGE.csv and drawn in STAGE.png.
+too: the data of a step depend on its number alone. bf16 autocast where that is faster, Muon and AdamW, EMA
+of the weights; the loss is written to --work/STAGE.csv and drawn in STAGE.png.
 """
 
 from __future__ import annotations
@@ -267,10 +267,12 @@ def train_vae(args) -> None:
         weight = F.max_pool2d(torch.from_numpy(np.stack(masks)).float(), 5, 1, 2)[:, None]
         return to_video(np.stack(pieces)), 1 + 4 * weight
 
+    encoder_steps = 0 if args.init else args.vae_steps * 3 / 4
+
     def loss_of_step(step: int):
         video, weight = batch(step)
         with autocast():
-            if step < args.vae_steps * 3 / 4 and not args.init:
+            if step < encoder_steps:
                 noise = 0.5 * torch.rand(len(video)) ** 2
                 loss, recon = magi.vae_loss(vae, video, weight, latent_noise=noise)
             else:  # the latents are final; the decoder learns to make the most of them
