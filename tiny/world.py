@@ -250,6 +250,13 @@ class Clip:
     place: str
     things: tuple[Thing, ...]  # one, or two that keep to the left and the right half
 
+    def circles(self) -> list[bool]:
+        """Whether anything circles, for each chunk."""
+        return [
+            any(m in ORBITS for _, _, m in chunk)
+            for chunk in zip(*(thing.triples for thing in self.things), strict=True)
+        ]
+
     def mask(self) -> np.ndarray:
         """(frames, 64, 64) bool, true on the objects, to weight them in a loss."""
         mask = np.zeros((len(self.captions), CHUNK, SIZE, SIZE), bool)
