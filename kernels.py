@@ -975,14 +975,20 @@ def comparisons(device: str) -> Iterator[tuple[str, Tensor, Tensor, float]]:
 
 
 def flex(q: Tensor, k: Tensor, v: Tensor, ranges: Tensor, chunk: int) -> Callable[[], Tensor]:
-    """PyTorch's FlexAttention with the same ranges, compiled."""
+    """PyTorch's FlexAttention with the same ranges, compiled in the first call."""
     from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
     start, end = ranges[0].to(q.device).unbind(-1)
-    mask = create_block_mask(lambda b, h, i, j: (j >= start[i // chunk]) & (j < end[i // chunk]), None, None,
-                             q.shape[1], k.shape[1], device=q.device)
+    seen = lambda b, h, i, j: (j >= start[i // chunk]) & (j < end[i // chunk])
     q, k, v = (u.transpose(1, 2) for u in (q, k, v))
-    return partial(torch.compile(flex_attention), q, k, v, block_mask=mask, enable_gqa=True)
+
+    @lru_cache
+    def compiled() -> Callable[[], Tensor]:
+        # _compile: without it the mask of all pairs is written out first, 9 GB for the 24B
+        mask = create_block_mask(seen, None, None, q.shape[2], k.shape[2], device=q.device, _compile=True)
+        return partial(torch.compile(flex_attention), q, k, v, block_mask=mask, enable_gqa=True)
+
+    return lambda: compiled()()
 
 
 def cases(device: str) -> Iterator[tuple[str, str, float, Callable[[], object]]]:

@@ -1616,9 +1616,9 @@ def vae_loss(vae: VAE, video: Tensor, weight: Tensor | None = None, kl_weight: f
 SHORTCUT_CYCLE = (64,) * 8 + (32, 16, 8)   # 1/s of one training step after the other, over and over
 
 
-def shortcut_steps(step: int) -> int:
+def shortcut_steps(step: int, cycle: Sequence[int] = SHORTCUT_CYCLE) -> int:
     """How many steps from noise to clean the student learns in training step `step`: 64, 32, 16 or 8."""
-    return SHORTCUT_CYCLE[step % len(SHORTCUT_CYCLE)]
+    return cycle[step % len(cycle)]
 
 
 def two_half_steps(velocity: Callable[[Tensor, Tensor], Tensor], x: Tensor, times: Sequence[Tensor],
@@ -1671,7 +1671,8 @@ def shortcut_loss(student: DiT, teacher: DiT, latents: Tensor, text: Tensor, tex
     null text for clean chunks only, its conditional flag and one d for all; clips of one chunk and those that
     see no history (cfg.ranges_share) teach it the run "alone" of the oldest chunk.
     """
-    _require(num_steps in SHORTCUT_CYCLE, f"num_steps {num_steps} is not one of {set(SHORTCUT_CYCLE)}")
+    halvings = [max(SHORTCUT_CYCLE) >> i for i in range(7)]
+    _require(num_steps in halvings, f"num_steps {num_steps} is not one of {halvings}")
     sampler = dataclasses.replace(sampler, num_steps=num_steps)
     rand = lambda *shape: torch.rand(*shape, generator=generator)
 

@@ -1117,7 +1117,7 @@ def test_two_half_steps_on_a_linear_field_by_hand():
         assert torch.allclose(out[clip, :, 6 * chunk : 6 * chunk + 6], (end - part) / (t2 - t0), atol=1e-12)
 
 
-@pytest.mark.parametrize("num_steps", [32, 16, 8])
+@pytest.mark.parametrize("num_steps", [32, 16, 8, 4])
 def test_shortcut_target_is_two_steps_of_the_half_size(num_steps):
     """The student's three forwards are what the sampler would do: two half steps, given frames pasted in
     between, clean chunks as they are; and the loss is the distance from there."""
