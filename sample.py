@@ -55,7 +55,8 @@ OTHER_NAMES = {
 
 # The small models that come along. "tiny" is the distilled one, or the base one where that has not been made.
 TINY = Path(__file__).resolve().parent / "tiny"
-SHIPPED = {"tiny": TINY / ("distill" if (TINY / "distill").is_dir() else "base"), "tiny-base": TINY / "base"}
+SHIPPED = {"tiny-distill": TINY / "distill", "tiny-base": TINY / "base"}
+SHIPPED["tiny"] = SHIPPED["tiny-distill" if (TINY / "distill").is_dir() else "tiny-base"]
 DEFAULT_MODEL = "tiny"
 
 
@@ -138,7 +139,7 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
 
     flag = parser.add_argument_group("the model").add_argument
     flag("--model", type=model_folder, default=DEFAULT_MODEL, metavar="FOLDER",
-         help=f"or {' or '.join(SHIPPED)}, which come along; default: {DEFAULT_MODEL}")
+         help="or tiny-distill (8 steps) or tiny-base (16 steps), which come along; default: tiny-distill")
     flag("--lora", type=Path, metavar="FILE", help="a low-rank addition to it, as tiny/train.py lora makes")
     flag("--lora_scale", type=number, default=1.0, metavar="X", help="how strongly it acts; default: 1")
     flag("--vae", type=Path, metavar="FOLDER", help="default: vae beside the model")
@@ -211,6 +212,7 @@ def read_video(path: str, fps: int, count: int) -> np.ndarray:
             while len(recent) > 1 and recent[1][0] <= now - (count - 1) / fps:
                 recent.popleft()
         require(recent, "it has no frames")
+        require(i, "it is a single picture (--mode i2v --image shows one)")
         times = np.array([t for t, _ in recent])
         n = min(count, int((times[-1] - times[0]) * fps + 1e-3) + 1)
         nearest = [np.abs(times - (times[-1] - k / fps)).argmin() for k in reversed(range(n))]
@@ -430,22 +432,35 @@ def check_model(args: argparse.Namespace, dit, cfg) -> None:
             tensor_names(file)
 
 
-def unknown_words(args: argparse.Namespace) -> list[str]:
-    """A note if a small text encoder, which lists its words in words.json, has not met one of these.
+def beyond_small_model(args: argparse.Namespace, cfg) -> list[str]:
+    """Notes on what a small model, whose text encoder lists its words in words.json, cannot do.
 
-    With a LoRA there is none: it may have taught another."""
-    file = args.t5 / "words.json"
-    if args.lora or not file.is_file():
+    With a LoRA there is none on words: it may have taught another."""
+    import magi
+
+    file, notes = args.t5 / "words.json", []
+    if not file.is_file():
         return []
+    native = magi.read_config(args.model, "sampler", magi.SamplerConfig)
+    if (cfg.height, cfg.width) != (native.height, native.width):
+        notes.append(f"note: this small model has only seen {native.height}x{native.width} pixels: "
+                     f"at {cfg.height}x{cfg.width} expect fragments")
+    if args.lora:
+        return notes
     with reading("words", file):
         known = json.loads(file.read_text())                                 # {"colours": ["red", ...], ...}
         words = {word for phrases in known.values() for phrase in phrases for word in phrase.split()}
-    strange = [w for w in re.findall(r"\w+", " ".join(args.prompt or ()).lower()) if w not in words]
-    if not strange:
-        return []
+    said = [re.findall(r"\w+", prompt.lower()) for prompt in args.prompt or ()]
+    strange = dict.fromkeys(w for prompt in said for w in prompt if w not in words)
+    shapeless = [p for p, ws in zip(args.prompt or (), said, strict=True) if not {*ws} & {*known["shapes"]}]
     lists = "; ".join(f"{kind}: {', '.join(phrases)}" for kind, phrases in known.items() if kind != "other")
-    return [f"note: this small model has never seen {', '.join(map(repr, dict.fromkeys(strange)))}. "
-            f"It knows {lists}. Say for example: a red ball bounces"]
+    if strange:
+        notes.append(f"note: this small model has never seen {', '.join(map(repr, strange))}. "
+                     f"It knows {lists}. Say for example: a red ball bounces")
+    elif shapeless and args.mode == "t2v":
+        notes.append(f"note: the prompt {shapeless[0]!r} names no shape that this small model knows: "
+                     f"{', '.join(known['shapes'])}. Say for example: a red ball bounces")
+    return notes
 
 
 def count_chunks(num_frames: int | None, prefix_frames: int) -> float:
@@ -490,7 +505,7 @@ def prepare(argv: list[str] | None) -> dict:
         notes.append(f"warning: {len(args.prompt)} prompts for {chunks} chunks, the last ones are not used")
     if not args.prompt and not args.text:
         notes.append(f"note: no --prompt, the {'image' if args.image else 'video'} alone says what happens")
-    notes += unknown_words(args)
+    notes += beyond_small_model(args, cfg)
     text = load_text(args.text, dit) if args.text else None
     for note in notes:
         say(note)

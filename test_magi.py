@@ -3266,7 +3266,11 @@ def test_sample_says_what_a_small_model_knows(tmp_path, planned, capsys):
     said = capsys.readouterr().err
     assert "'dragon'" in said and "colours: red, orange" in said and "'red'" not in said, said
     sample.main(["--prompt", "now a white ring turns and slides up", "--out", str(tmp_path / "o.mp4")])
-    assert "never seen" not in capsys.readouterr().err
+    assert "note" not in capsys.readouterr().err
+    sample.main(["--prompt", "a red circle rests", "--height", "128", "--out", str(tmp_path / "o.mp4")])
+    size, shape = (line for line in capsys.readouterr().err.splitlines() if line.startswith("note"))
+    assert "64x64" in size and "128x64" in size
+    assert "'a red circle rests' names no shape" in shape and "ball, square" in shape
 
 
 def test_sample_says_that_fp8_is_dequantised(small_model, tmp_path, capsys):
@@ -3414,7 +3418,7 @@ BAD_FLAGS = {
     "no such video": (["--video", "nowhere.mp4"], "nowhere.mp4", "does not exist"),
     "bad image": (["--image", "clip.mp4"], "clip.mp4", "cannot read"),
     "bad video": (["--video", "broken.mp4"], "broken.mp4", "cannot read"),
-    "image as video": (["--video", "image.png"], "1 frames", "4"),
+    "image as video": (["--video", "image.png"], "single picture", "--mode i2v"),
     "prefix frames": (["--video", "clip.mp4", "--prefix_frames", "6"], "6", "multiple of 4"),
     "no prefix frames": (["--video", "clip.mp4", "--prefix_frames", "0"], "0"),
     "ending": (["--prompt", "a", "--out", "a.avi"], "a.avi", ".mp4"),
