@@ -1773,6 +1773,47 @@ def test_kernels_compile_for_every_architecture(kernels, flags, rows):
     assert all(line.endswith(" ok") for line in lines), done.stdout
 
 
+LAUNCHES = """
+import sys, torch, kernels, magi
+from types import SimpleNamespace
+from triton.backends.compiler import GPUTarget
+from triton.runtime import driver
+
+arch = int(sys.argv[1])
+driver.set_active(SimpleNamespace(get_current_target=lambda: GPUTarget("cuda", arch, 32),
+                                  get_current_device=lambda: 0, get_current_stream=lambda device: 0))
+kernels.arch_of = lambda device: arch
+
+def compile_only(launch):
+    options = dict(num_warps=launch.tiles.warps, num_stages=launch.tiles.stages)
+    launch.kernel.warmup(grid=launch.grid, **launch.args, **options)
+    print(launch.kernel.__name__)
+
+kernels.Launch.run = compile_only
+random = lambda *shape: torch.randn(*shape).bfloat16()
+shapes = (200, 6), (120, 2), (120, 2), (100, 2), (100, 2)
+q, k, v, *old = (random(1, tokens, heads, 128).requires_grad_() for tokens, heads in shapes)
+kernels.block_attention(q, k, v, torch.tensor([[[0, 90], [50, 220]]]), tuple(old)).sum().backward()
+kernels.norm_rotary(random(1, 30, 4, 128), magi.LayerNorm1p(128), torch.randn(30, 48))
+kernels.gated_residual(random(1, 30, 256), random(1, 3, 256), random(1, 30, 256), magi.LayerNorm1p(256))
+kernels.fp8_matmul(random(30, 256), random(64, 256).to(torch.float8_e4m3fn), torch.ones(256), torch.ones(1))
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("arch", [89, 90])
+def test_calls_as_on_a_gpu_compile_just_in_time(kernels, arch):
+    """Every operation goes through Triton's own launcher, with a stand-in for the driver, but for the launch:
+    arguments are bound, specialised and compiled as a GPU would have it."""
+    env = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    command = [sys.executable, "-c", LAUNCHES, str(arch)]
+    done = subprocess.run(command, capture_output=True, text=True, env=env, cwd=HERE)
+    assert done.stdout.split() == [
+        *("_forward_kernel", "_dq_kernel", "_dkv_kernel", "_dkv_kernel", "_norm_rotary_kernel"),
+        *("_gated_residual_kernel", "_quantise_kernel", "_fp8_kernel"),
+    ], done.stderr
+
+
 def test_the_compile_table_finds_faults(kernels, monkeypatch):
     def row(spills=0, shared=90 * 1024, instruction="QMMA") -> tuple[bool, str]:
         monkeypatch.setattr(kernels, "machine_code", lambda *_: (200, spills, shared, {instruction}))
