@@ -561,7 +561,7 @@ def attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 # e4m3 has 4 bits of exponent and 3 of mantissa: eight steps per factor of two, from 2^-9 to 448. Tensors are
 # brought into that range by scales: x = input_scale * x8, w = weight_scale * w8, so x w^T = (x8 w8^T) times
 # one number, applied to the float32 sum at the end. What is lost is, first, mantissa: a relative error of up
-# to 1/16 per number, 2.6 % rms, which a sum over thousands of terms averages out. Second, what is smaller
+# to 1/17 per number, 2.7 % rms, which a sum over thousands of terms averages out. Second, what is smaller
 # than 2^-10 becomes zero, and that is worse: one outlier sets the scale for all, and a channel 500,000 times
 # smaller is gone. Hence the smoothing scales of Wo and fc2, whose inputs have such channels: x_j / s_j and
 # w_j * s_j have the same product, and s_j is chosen to leave both moderate (`convert_weights.py quantize`).

@@ -365,7 +365,7 @@ def fp8_matmul(x: Tensor, weight: Tensor, divide: Tensor, scale: Tensor) -> Tens
 
     Runs anywhere, on e4m3 numbers held in wider types, and returns bf16: the reference for the fp8 kernels.
     """
-    x8 = (x.float() / divide).clamp(-448, 448).to(torch.bfloat16).to(torch.float8_e4m3fn)  # 448: e4m3's max
+    x8 = (x / divide.float()).clamp_(-448, 448).to(torch.bfloat16).to(torch.float8_e4m3fn)  # 448: e4m3's max
     return (matmul_float32(x8.bfloat16(), weight.bfloat16()) * scale).to(torch.bfloat16)
 
 
@@ -898,11 +898,10 @@ class FeedForward(nn.Module):
         self.fc2 = _linear(cfg, index, cfg.ffn_size, cfg.hidden_size, "channel", ops)
 
     def forward(self, x: Tensor) -> Tensor:                                  # (B, N, D)
-        h = self.fc1(self.norm(x))                                           # (B, N, FFN or 2 FFN)
         if self.gated:
-            gate, value = h.chunk(2, dim=-1)
+            gate, value = self.fc1(self.norm(x)).chunk(2, dim=-1)            # (B, N, FFN) each
             return self.fc2(F.silu(gate) * value)
-        return self.fc2(F.gelu(h))
+        return self.fc2(F.gelu(self.fc1(self.norm(x))))
 
 
 class DiTLayer(nn.Module):
