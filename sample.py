@@ -139,7 +139,8 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
 
     flag = parser.add_argument_group("the model").add_argument
     flag("--model", type=model_folder, default=DEFAULT_MODEL, metavar="FOLDER",
-         help="or tiny-distill (8 steps) or tiny-base (16 steps), which come along; default: tiny-distill")
+         help=f"or one that comes along: {', '.join(SHIPPED)}; default: {DEFAULT_MODEL}, which is "
+              f"tiny/{SHIPPED[DEFAULT_MODEL].name}")
     flag("--lora", type=Path, metavar="FILE", help="a low-rank addition to it, as tiny/train.py lora makes")
     flag("--lora_scale", type=number, default=1.0, metavar="X", help="how strongly it acts; default: 1")
     flag("--vae", type=Path, metavar="FOLDER", help="default: vae beside the model")

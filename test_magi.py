@@ -1748,16 +1748,16 @@ def test_triton_backend_says_what_is_missing(kernels, monkeypatch):
         magi.get_ops("triton")
 
 
-def run_kernels(*flags: str) -> subprocess.CompletedProcess:
-    """python kernels.py, compiling and not interpreting."""
+def run_compiling(*arguments: str) -> subprocess.CompletedProcess:
+    """python with these arguments, where Triton compiles and does not interpret."""
     env = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
-    command = [sys.executable, HERE / "kernels.py", *flags]
-    return subprocess.run(command, capture_output=True, text=True, env=env)
+    command = [sys.executable, *arguments]
+    return subprocess.run(command, capture_output=True, text=True, env=env, cwd=HERE)
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
 def test_without_a_gpu_kernels_points_at_compile():
-    done = run_kernels()
+    done = run_compiling("kernels.py")
     assert done.returncode == 2 and done.stderr.count("\n") == 1 and "--compile" in done.stderr
 
 
@@ -1767,7 +1767,7 @@ def test_without_a_gpu_kernels_points_at_compile():
 )
 def test_kernels_compile_for_every_architecture(kernels, flags, rows):
     """They fit into shared memory, spill no register, use the tensor core instruction of the architecture."""
-    done = run_kernels("--compile", *flags)
+    done = run_compiling("kernels.py", "--compile", *flags)
     lines = [line for line in done.stdout.splitlines() if line.startswith("sm_")]
     assert done.returncode == 0 and len(lines) == rows, done.stdout + done.stderr
     assert all(line.endswith(" ok") for line in lines), done.stdout
@@ -1805,9 +1805,7 @@ kernels.fp8_matmul(random(30, 256), random(64, 256).to(torch.float8_e4m3fn), tor
 def test_calls_as_on_a_gpu_compile_just_in_time(kernels, arch):
     """Every operation goes through Triton's own launcher, with a stand-in for the driver, but for the launch:
     arguments are bound, specialised and compiled as a GPU would have it."""
-    env = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
-    command = [sys.executable, "-c", LAUNCHES, str(arch)]
-    done = subprocess.run(command, capture_output=True, text=True, env=env, cwd=HERE)
+    done = run_compiling("-c", LAUNCHES, str(arch))
     assert done.stdout.split() == [
         *("_forward_kernel", "_dq_kernel", "_dkv_kernel", "_dkv_kernel", "_norm_rotary_kernel"),
         *("_gated_residual_kernel", "_quantise_kernel", "_fp8_kernel"),
@@ -3047,16 +3045,16 @@ def test_sample_is_reproducible(small_model, tmp_path):
                 "--prompt",
                 "a red ball",
                 "--out",
-                tmp_path / f"{name}.mp4",
+                tmp_path / f"{name}.png",
                 "--seed",
                 8 if name == "c" else 7,
             )
             == 0
         )
-    # Nearly always equal to the byte; where memory is aligned otherwise, sums may run in another order, and
-    # the video codec spreads a rounding that went the other way.
-    a, b, c = (read_frames(tmp_path / f"{name}.mp4").astype(float) for name in "abc")
-    assert np.abs(a - b).mean() < 0.5 < 1 < np.abs(a - c).mean()
+    # Nearly always equal to the byte; a busy machine may sum floats in another order and move a rounding,
+    # which a lossless file leaves where it is.
+    a, b, c = (read_frames(tmp_path / f"{name}.png").astype(float) for name in "abc")
+    assert np.abs(a - b).mean() < 0.05 < 1 < np.abs(a - c).mean()
 
 
 def test_sample_takes_one_prompt_per_chunk(small_model, tmp_path):
