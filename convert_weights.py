@@ -124,6 +124,7 @@ def configs_from_upstream(config: dict) -> tuple[DiTConfig, SamplerConfig]:
              f"{distilled}: a base model has 3 branches, a distilled one 1")
     if "dtype" in values:
         values["dtype"] = str(values["dtype"]).removeprefix("torch.")
+    values["null_length"] = min(DiTConfig.null_length, values.get("text_length", DiTConfig.text_length))
     in_dit = {field.name for field in dataclasses.fields(DiTConfig)}
     return (_build(DiTConfig, {k: v for k, v in values.items() if k in in_dit}),
             _build(SamplerConfig, {k: v for k, v in values.items() if k not in in_dit}))

@@ -192,24 +192,34 @@ class SamplerConfig:
     seed: int = 1234
 
     def __post_init__(self):
+        for name in ("num_steps", "window", "clean_kv_range", "num_frames", "height", "width", "fps", "seed"):
+            v = getattr(self, name)
+            _require(hasattr(v, "__index__") or (name, v) == ("num_frames", None),
+                     f"{name} {v!r} must be a whole number")
+        for name in ("clean_t", "nearly_clean_t", "nearly_clean_blend"):
+            _require(not math.isnan(getattr(self, name)), f"{name} {getattr(self, name)} must be a number")
         n, w = self.num_steps, self.window
         _require(w >= 1, f"window {w} must be at least 1")
         _require(n >= 1 and n % w == 0, f"steps {n} must be a multiple of the window {w}: "
                  f"try {max(w, round(n / w) * w)}")
         for ranges in (self.kv_ranges, *(ranges for _, ranges in self.kv_ranges_at)):
             unit = math.lcm(w, len(ranges) or 1)
-            _require(all(v >= 1 for v in ranges), f"kv_ranges {ranges} must all be at least 1")
+            _require(all(v >= 1 and hasattr(v, "__index__") for v in ranges),
+                     f"kv_ranges {ranges} must all be whole numbers of at least 1")
             _require(n % unit == 0,
                      f"steps {n} must be a multiple of the number of kv_ranges ({len(ranges)}) "
                      f"and of the window {w}: try {unit * max(1, round(n / unit))}")
         _require(self.clean_kv_range >= 1 or self.clean_kv_range == -1,
                  f"clean_kv_range {self.clean_kv_range} must be at least 1, or -1")
         _require(len(self.cfg_t) == len(self.prev_scales) == len(self.text_scales) >= 1
-                 and list(self.cfg_t) == sorted(self.cfg_t) and self.cfg_t[0] <= 0,
-                 f"guidance tables must have one length and rise from t = 0: cfg_t {self.cfg_t}, prev_scales "
-                 f"{self.prev_scales}, text_scales {self.text_scales}")
+                 and self.cfg_t[0] <= 0 and all(a <= b for a, b in itertools.pairwise(self.cfg_t))
+                 and all(map(math.isfinite, (*self.prev_scales, *self.text_scales))),
+                 f"guidance tables must have one length, rise from t = 0 and be finite: cfg_t {self.cfg_t}, "
+                 f"prev_scales {self.prev_scales}, text_scales {self.text_scales}")
         _require(self.shortcut_mode in ("8,16,16", "16,16,8"),
                  f"shortcut_mode {self.shortcut_mode!r} is not '8,16,16' or '16,16,8'")
+        _require(n != 12 or not self.distilled or w in (1, 2, 4), f"12 steps of a distilled model come in "
+                 f"threes, of two sizes (see shortcut_d): window {w} must be 1, 2 or 4")
         for kind, known in (("special_tokens", SPECIAL_TOKENS), ("negative_tokens", NEGATIVE_TOKENS)):
             for name in getattr(self, kind):
                 _require(name in known, f"unknown {kind[:-1].replace('_', ' ')} {name!r}: choose from "
@@ -542,7 +552,7 @@ def _tiled(fn: Callable, x: Tensor, unit_in: tuple, unit_out: tuple, tile: tuple
              f"tile {tuple(tile)} must be positive multiples of {tuple(patch)} "
              f"and overlap {overlap} in [0, 1)")
     tile = [t // p for t, p in zip(tile, patch, strict=True)]
-    stride = [tile[0], *(max(1, int(s * (1 - overlap))) for s in tile[1:])]
+    stride = [tile[0], *(max(1, int(s * (1 - overlap) + 1e-6)) for s in tile[1:])]
     size = [s // u for s, u in zip(x.shape[2:], unit_in, strict=True)]
     if all(s <= t for s, t in zip(size, tile, strict=True)):
         return fn(x)
@@ -780,6 +790,16 @@ def token_vectors(names: Sequence[str], order: Sequence[str], table: dict[str, T
                      f"{', '.join(sorted(table)) or 'nothing'}")
             out.append(table[key])
     return out
+
+
+def check_tokens(cfg: SamplerConfig, table: dict[str, Tensor], width: int, num_chunks: float) -> None:
+    """Raise ValueError if a run of so many generated chunks needs a token that the table lacks, or has in
+    another shape than (1, width)."""
+    for remaining in range(1, int(min(8, num_chunks)) + 1):
+        for v in (*token_vectors(cfg.special_tokens, SPECIAL_TOKENS, table, remaining),
+                  *token_vectors(cfg.negative_tokens, NEGATIVE_TOKENS, table)):
+            _require(v.shape == (1, width), f"a special token has shape {tuple(v.shape)}, not {(1, width)}: "
+                     f"the table is for another model")
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -1183,6 +1203,7 @@ def shot_transition(cfg: SamplerConfig, chunk: int, kind: str = "cut") -> Sample
     """
     _require(kind in ("cut", "restyle"), f"transition {kind!r} is not 'cut' or 'restyle'")
     _require(chunk >= 1, f"transition at chunk {chunk}: the first chunk has no history, choose 1 or later")
+    _require(chunk not in dict(cfg.kv_ranges_at), f"chunk {chunk} has a transition already: choose one kind")
     _require(len(cfg.kv_ranges) >= 2, f"a transition needs at least two kv_ranges, not {cfg.kv_ranges}")
     half = len(cfg.kv_ranges) // 2
     blind = (1,) * half
@@ -1264,15 +1285,14 @@ class TextConditions:
         self.cfg, self.P, self.K = cfg, prefix_chunks, math.inf if num_chunks is None else num_chunks
         self.table = {name: v.to(null) for name, v in table.items()}
         texts, masks = (text[None], mask[None]) if text.dim() == 2 else (text, mask)
-        _require(texts.shape[1:] == (L, C) and masks.shape == texts.shape[:2],
+        _require(texts.shape[1:] == (L, C) and masks.shape == texts.shape[:2] and len(texts) > 0,
                  f"text {tuple(text.shape)} and text_mask {tuple(mask.shape)} must be ({L}, {C}) and ({L},), "
                  f"or that for each chunk")
         self.text, self.mask = texts.to(null), masks.to(null.device)
+        check_tokens(cfg, self.table, C, self.K - self.P)
         negative = token_vectors(cfg.negative_tokens, NEGATIVE_TOKENS, self.table)
         rows, _ = prepend_tokens(null, self.mask[0], negative)
         self.null = rows, (torch.arange(L, device=null.device) < dit.cfg.null_length).to(self.mask)
-        for remaining in range(1, int(min(8, self.K - self.P)) + 1):   # find a missing one before the start
-            token_vectors(cfg.special_tokens, SPECIAL_TOKENS, self.table, remaining)
 
     def caption(self, chunk: int) -> tuple[Tensor, Tensor]:
         """Special tokens and caption of a noisy chunk; null text where the caption is empty."""
@@ -1292,7 +1312,8 @@ def sample(dit: DiT, text: Tensor, text_mask: Tensor, sampler: SamplerConfig, *,
     text            (L, C) with text_mask (L,), or (chunks, L, C) with (chunks, L): the last caption goes on
     special_tokens  name -> (1, C)
     prefix          (16, T, H, W), clean latents that come first
-    noise           (16, 6 K, H, W), in place of the seeded noise; prefix chunks count
+    noise           (16, 6 K, H, W), in place of the seeded noise; prefix chunks count. H and W of the video
+                    are those of prefix or noise, the sampler's height and width only without both
     skip            False: compute what is multiplied by zero, too
 
     Yields float32 latents (16, 6, H, W), less the frames that were given; only an image run (a prefix of one
@@ -1348,7 +1369,7 @@ class _Run:
                          for c, i in at.items()]
                 if j == 0 and stage.refresh is not None:
                     seats.insert(0, self.clean_seat(stage.refresh, prefix=False))
-                velocity = self.velocity(seats, d[j])    # one d for all: each one's own in windows 1, 2, 4
+                velocity = self.velocity(seats, d[j])    # one d serves all: each quarter of d repeats
                 for c, i in at.items():
                     x[c] = self.paste(c, x[c] + velocity[c] * (grid[i + 1] - grid[i]))
                 x.pop(stage.refresh, None)               # its keys are in the cache now
@@ -1446,7 +1467,7 @@ class TrainingConfig:
     """
 
     image_share: float = 0.15         # clips that begin with one clean frame (image to video)
-    video_share: float = 0.35         # clips that begin with more: whole clean chunks and part of the next
+    video_share: float = 0.35         # clips that begin with more: part of a chunk, or whole ones and part
     pipeline_share: float = 0.5       # clips timed as a moment of the sampler's pipeline; the rest: the law
     null_share: float = 0.15          # clips that lose their captions, for the branches without text
     clean_noise: float = 0.05         # most noise a clean chunk carries: generated history is not perfect
@@ -1494,8 +1515,8 @@ def _clips(dit: DiT, latents: Tensor, text: Tensor, text_mask: Tensor, images: T
              f"latents {tuple(latents.shape)} need {CHUNK} frames per chunk and text "
              f"{(B, n, *dit.null_text.shape)} with its mask; text is {tuple(text.shape)}, text_mask "
              f"{tuple(text_mask.shape)}")
-    task, most = rand(B), max(1, T - CHUNK)
-    given = (2 + rand(B) * max(1, most - 1)).long().clamp(max=most)
+    task, most = rand(B), max(CHUNK - 1, T - CHUNK)                      # something is left to predict
+    given = (2 + rand(B) * (most - 1)).long().clamp(max=most)
     given = torch.where(task < cfg.image_share, 1, given * (task < cfg.image_share + cfg.video_share))
     if images is not None:
         _require(images.shape == latents[:, :, :1].shape, f"images {tuple(images.shape)} are not one latent "
@@ -1565,7 +1586,8 @@ def flow_matching_loss(dit: DiT, latents: Tensor, text: Tensor, text_mask: Tenso
     x, noise, pasted = _corrupt(latents, t, is_clean, given, cfg, generator)
 
     # Text: clean chunks are always shown null text, as the cache's are; some clips lose theirs altogether.
-    nulled = is_clean | (rand(B, 1) < cfg.null_share) | ~text_mask.bool().any(-1).cpu()
+    # An empty caption is null text too, but keeps the flag of a caption, as in the sampler.
+    nulled = is_clean | (rand(B, 1) < cfg.null_share)
     text, text_mask = _with_null_text(dit, text, text_mask, nulled)
 
     # Attention ranges as in the sampler, by each chunk's own t; some clips see no history (third branch).
@@ -1663,7 +1685,8 @@ def shortcut_loss(student: DiT, teacher: DiT, latents: Tensor, text: Tensor, tex
     sampled as `sampler` says (its guidance and ranges); it may be the student itself if that is a base model
     with a LoRA (`add_lora`), which is then taken off while it teaches: one copy in memory. average: whose
     half steps are the target, such as a moving average of the student; default: the student's own. No
-    gradient reaches any target. Of `cfg`, pipeline_share and null_share are not used.
+    gradient reaches any target. Not used: pipeline_share and null_share of `cfg`, negative tokens and shot
+    transitions of `sampler`.
 
     Every clip is at a moment of the pipeline at which its last chunk is in flight. Earlier moments are those
     of shorter clips, so train on clips of 1, 2, ... chunks. The student sees what it will see in the sampler:
@@ -2040,6 +2063,8 @@ def load(folder: str | Path, *, vae: str | Path | None = None, t5: str | Path | 
     vae_cfg = read_config(vae, "vae", VAEConfig)
     build(lambda: VAE(vae_cfg), vae)                     # only to check it before the large DiT is read
     tokens = folder / "special_tokens.safetensors"
+    if tokens.is_file():
+        read_headers([tokens])                           # says if it is corrupt
     special_tokens = {k: v.float() for k, v in load_file(tokens).items()} if tokens.is_file() else {}
 
     def encode_text(captions: Sequence[str]) -> tuple[Tensor, Tensor]:

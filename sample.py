@@ -354,13 +354,22 @@ def settings(args: argparse.Namespace, dit, notes: list[str]):
 
         with reading("config", args.config_file):
             official = json.loads(Path(args.config_file).read_text())
-            theirs, cfg = convert_weights.configs_from_upstream(official)
+            theirs, official = convert_weights.configs_from_upstream(official)
+        if official.distilled != cfg.distilled:
+            kinds = ("a base model", "a distilled one")
+            notes.append(f"note: --config_file describes {kinds[official.distilled]}, but "
+                         f"{str(args.model)!r} is {kinds[cfg.distilled]} and is run as such")
+        cfg = dataclasses.replace(official, distilled=cfg.distilled)
         if (theirs.num_layers, theirs.hidden_size) != (dit.num_layers, dit.hidden_size):
             notes.append(f"note: only the sampler settings of --config_file are used, it describes another "
                          f"model ({theirs.num_layers} layers, this one has {dit.num_layers})")
     given = {f.name: getattr(args, f.name, None) for f in dataclasses.fields(cfg)}
-    given = {name: tuple(u for u in v if u not in ("all", "none")) if isinstance(v, list) else v
-             for name, v in given.items() if v is not None}
+    given = {name: v for name, v in given.items() if v is not None}
+    for name, v in given.items():
+        if isinstance(v, list):
+            word = next((u for u in v if u in ("all", "none")), None)
+            require(word is None or len(v) == 1, f"{name} {' '.join(map(str, v))!r}: {word!r} stands alone")
+            given[name] = () if word else tuple(v)
     if args.num_frames == math.inf:
         given["num_frames"] = None
     for name, neutral in (("text_scales", 0), ("prev_scales", 1)):
@@ -399,16 +408,10 @@ def choose_device(args: argparse.Namespace, fp8: bool, notes: list[str]) -> str:
     return device
 
 
-def tensor_names(file: Path) -> list[str]:
-    """From the header alone, which also finds a file that was cut short."""
-    from safetensors import safe_open
-
-    with reading("weights", file), safe_open(file, "pt") as f:
-        return list(f.keys())
-
-
-def check_model(args: argparse.Namespace, dit, cfg) -> None:
+def check_model(args: argparse.Namespace, dit, cfg, chunks: float) -> None:
     """Compare the files of the model with its configs and with what the run needs, by their headers."""
+    import torch
+
     import magi
 
     vae_cfg = magi.read_config(args.vae, "vae", magi.VAEConfig)
@@ -418,9 +421,9 @@ def check_model(args: argparse.Namespace, dit, cfg) -> None:
         magi.check_lora(empty, args.lora)
     magi.build(lambda: magi.VAE(vae_cfg), args.vae)
     file = args.model / "special_tokens.safetensors"
-    table = dict.fromkeys(tensor_names(file) if file.is_file() else ())
-    magi.token_vectors(cfg.special_tokens, magi.SPECIAL_TOKENS, table, remaining=8)
-    magi.token_vectors(cfg.negative_tokens, magi.NEGATIVE_TOKENS, table)
+    shapes = magi.read_headers([file] if file.is_file() else [])
+    table = {name: torch.empty(shape, device="meta") for name, (shape, _) in shapes.items()}
+    magi.check_tokens(cfg, table, dit.text_dim, chunks)
     if not args.text:
         config, weights = args.t5 / "config.json", [*args.t5.glob("*.safetensors"), *args.t5.glob("*.bin")]
         require(weights and config.is_file() and (args.t5 / "spiece.model").is_file(),
@@ -429,8 +432,7 @@ def check_model(args: argparse.Namespace, dit, cfg) -> None:
             width = json.loads(config.read_text())["d_model"]
         require(width == dit.text_dim, f"the text encoder in {str(args.t5)!r} has width {width}, this "
                 f"model needs {dit.text_dim}: give the right one with --t5")
-        for file in args.t5.glob("*.safetensors"):
-            tensor_names(file)
+        magi.read_headers([*args.t5.glob("*.safetensors")])                  # finds a file that was cut short
 
 
 def beyond_small_model(args: argparse.Namespace, cfg) -> list[str]:
@@ -493,11 +495,11 @@ def prepare(argv: list[str] | None) -> dict:
     dit = dataclasses.replace(dit, dtype=args.dtype or dit.dtype)
     cfg = settings(args, dit, notes)
     device = choose_device(args, dit.fp8, notes)
-    check_model(args, dit, cfg)
     image = read_image(args.image) if args.image else None
     video = read_video(args.video, cfg.fps, max(4, args.prefix_frames)) if args.video else None
     clip = magi.prefix_clip(image, video, args.prefix_frames)
     chunks = count_chunks(cfg.num_frames, 0 if video is None else len(clip))
+    check_model(args, dit, cfg, chunks)
     fastest = 50 if args.out.suffix.lower() == ".gif" else 1000
     require(cfg.fps <= fastest, f"fps {cfg.fps} is too fast: {str(args.out)!r} can play {fastest} at most")
     for chunk, _ in args.transition:

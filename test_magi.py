@@ -440,7 +440,7 @@ def samplers(draw) -> tuple[magi.SamplerConfig, int]:
         window=window,
         kv_ranges=ranges,
         clean_kv_range=draw(st.sampled_from([1, 2, -1])),
-        distilled=draw(st.booleans()),
+        distilled=draw(st.booleans()) and (n != 12 or window in (1, 2, 4)),
         prev_scales=draw(TABLES),
         text_scales=draw(TABLES),
         special_tokens=tuple(draw(st.sets(st.sampled_from(magi.SPECIAL_TOKENS)))),
@@ -542,9 +542,12 @@ def test_bad_tensors_are_refused_at_the_call():
         (dict(prefix=torch.zeros(8, 1, 4, 4)), "prefix must be .16, T, H, W."),
         (dict(noise=torch.zeros(16, 6, 4, 4)), "noise must be .16, 18, 4, 4. for a run of 3"),
         (dict(special_tokens={}), "special token 'hq' needs 'hq_token'"),
+        (dict(special_tokens=tokens | {"duration_token_1": torch.zeros(12)}), "shape .12,., not .1, 12."),
     ):
         with bad(message):
             magi.sample(dit, text, mask, QUICK, **dict(special_tokens=tokens) | more)
+    with bad("text .0, 14, 12."):
+        magi.sample(dit, text.new_zeros(0, 14, 12), mask.new_zeros(0, 14), QUICK, special_tokens=tokens)
     with bad("text .13, 12. .* must be .14, 12."):
         magi.sample(dit, text[1:], mask[1:], QUICK, special_tokens=tokens)
     with bad("leaves nothing to generate"):
@@ -626,6 +629,8 @@ def test_shot_transition_changes_only_from_its_chunk_on():
         magi.shot_transition(QUICK, 0)
     with bad("'fade' is not"):
         magi.shot_transition(QUICK, 1, "fade")
+    with bad("chunk 1 has a transition already"):
+        magi.shot_transition(cfg, 1)
 
 
 def test_nearly_clean_blend_is_a_field():
@@ -673,6 +678,14 @@ BAD_SETTINGS = [
     (dict(seed=-1), "seed -1"),
     (dict(clean_kv_range=0), "clean_kv_range 0"),
     (dict(fps=0), "fps 0"),
+    (dict(num_steps=16.0), "num_steps 16.0 must be a whole number"),
+    (dict(seed=None), "seed None must be a whole number"),
+    (dict(num_frames=50.5), "num_frames 50.5"),
+    (dict(kv_ranges=(2.5,)), "kv_ranges .2.5,. must all be whole"),
+    (dict(clean_t=math.nan), "clean_t nan"),
+    (dict(cfg_t=(0.0, math.nan), prev_scales=(1.0, 1.0), text_scales=(1.0, 1.0)), "rise from t = 0"),
+    (dict(text_scales=(7.5, 7.5, math.inf, 0.0, 0.0)), "be finite"),
+    (dict(num_steps=12, window=3, kv_ranges=(2,), distilled=True), "window 3 must be 1, 2 or 4"),
 ]
 
 
@@ -910,10 +923,26 @@ def test_image_task_gives_one_clean_frame_that_of_a_still_if_there_is_one(share)
         assert not torch.equal(x[:, :, 1], latents[:, :, 1])
         one = latents[:, :, :6], text[:, :1], mask[:, :1]  # of more chunks the first may have left, noised
         magi.shortcut_loss(dit, dit, *one, 8, cfg, images=images)
-        assert torch.equal(calls[0]["x"][:, :, 0], first)  # one chunk has no room for a longer video
+        x = calls[0]["x"]  # a video before a single chunk: two to five of its frames, and no still
+        assert torch.equal(x[:, :, 0], first if share == 1 else latents[:, :, 0])
+        assert torch.equal(x[:, :, 1], latents[:, :, 1]) == (share == 0)
+        assert not torch.equal(x[:, :, 5], latents[:, :, 5])
         calls.clear()
     with bad("are not one latent frame for each of latents"):
         magi.flow_matching_loss(dit, latents, text, mask, cfg, images=latents[:, :, :2])
+
+
+def test_an_empty_caption_is_null_text_under_the_flag_of_a_caption():
+    """As the sampler shows it; clips that lose their caption, and clean chunks, have the other flag."""
+    dit, latents, text, mask = training_batch()
+    calls, mask = calls_of(dit), mask.clone()
+    mask[0] = 0
+    for null_share in 0.0, 1.0:
+        cfg = magi.TrainingConfig(image_share=0, video_share=0, pipeline_share=0, null_share=null_share)
+        magi.flow_matching_loss(dit, latents, text, mask, cfg)
+        call = calls.pop()
+        assert torch.equal(call["text"][0, 0], dit.null_text)
+        assert torch.equal(call["text"][1], text[1]) == (null_share == 0) == call["conditional"].all()
 
 
 def test_loss_is_zero_for_the_true_velocity_of_a_known_batch():
@@ -1984,6 +2013,12 @@ def test_broken_folders_are_refused(tiny_folder, tmp_path):
         magi.load(work / "base")
     weights.write_bytes(whole)
     config = json.loads((work / "base" / "config.json").read_text())
+    tokens = work / "base" / "special_tokens.safetensors"
+    whole = tokens.read_bytes()
+    tokens.write_bytes(whole[:-9])
+    with bad("special_tokens.safetensors is truncated or corrupt"):
+        magi.load(work / "base")
+    tokens.write_bytes(whole)
     config["dit"]["num_layers"] = 3
     (work / "base" / "config.json").write_text(json.dumps(config))
     with bad("does not fit its config: it lacks 26"):
@@ -2188,6 +2223,8 @@ def test_what_an_official_config_may_leave_out():
     assert sampler == magi.SamplerConfig()
     config["runtime_config"] = {"cfg_number": 1}
     assert cw.configs_from_upstream(config)[1].distilled
+    config["model_config"]["caption_max_length"] = 32  # fewer than the 50 rows of null text
+    assert cw.configs_from_upstream(config)[0].null_length == 32
     ddconfig = json.loads((GOLDENS / "manifests.json").read_text())["vae"]["ddconfig"]
     assert cw.vae_config_from_upstream({"ddconfig": ddconfig}) == magi.VAEConfig()
 
@@ -3183,6 +3220,12 @@ def test_sample_takes_the_official_flags(small_model, tmp_path, planned, capsys)
     assert planned["frames"].keywords["video"].shape == (32, 32, 48, 3)
     assert (planned["cfg"].height, planned["cfg"].width) == (64, 32)  # a flag beats the file
     assert capsys.readouterr().err == ""
+    official = official_json()
+    official["engine_config"]["distill"] = True
+    official["runtime_config"]["cfg_number"] = 1
+    config.write_text(json.dumps(official))
+    assert run_sample(*common, "--prompt", "a") == 0
+    assert not planned["cfg"].distilled and "describes a distilled one" in capsys.readouterr().err
 
 
 def test_sample_flags_reach_the_sampler(small_model, tmp_path, planned):
@@ -3437,7 +3480,9 @@ BAD_FLAGS = {
     "window": (["--prompt", "a", "--window", "0"], "window 0"),
     "kv range": (["--prompt", "a", "--kv_range", "5", "4", "3"], "kv_ranges", "3"),
     "kv range 0": (["--prompt", "a", "--kv_range", "0"], "0"),
+    "kv range and all": (["--prompt", "a", "--kv_range", "5", "all"], "5 all", "'all' stands alone"),
     "special token": (["--prompt", "a", "--special_tokens", "4k"], "4k", "hq"),
+    "token and none": (["--prompt", "a", "--special_tokens", "hq", "none"], "'none' stands alone"),
     "negative token": (["--prompt", "a", "--negative_tokens", "blur"], "blur", "logo"),
     "no frames": (["--prompt", "a", "--num_frames", "0"], "0", "at least 1"),
     "negative frames": (["--prompt", "a", "--num_frames", "-3"], "-3"),
@@ -3547,6 +3592,11 @@ def test_sample_refuses_bad_models(small_model, tmp_path, no_weights):
     root = copy("no token")
     save_file({"hq_token": torch.zeros(1, 32)}, root / "base" / "special_tokens.safetensors")
     assert_exits([*flags, root / "base", "--special_tokens", "2d"], "2d", "two_d_anime_token")
+    tokens = {f"duration_token_{i}": torch.zeros(1, 32) for i in range(2, 9)}
+    save_file(tokens, root / "base" / "special_tokens.safetensors")
+    assert_exits([*flags, root / "base", "--special_tokens", "duration"], "duration_token_1")
+    save_file({"hq_token": torch.zeros(1, 16)}, root / "base" / "special_tokens.safetensors")
+    assert_exits([*flags, root / "base", "--special_tokens", "hq"], "(1, 16), not (1, 32)")
     root = copy("other t5")
     config = json.loads((root / "t5" / "config.json").read_text())
     (root / "t5" / "config.json").write_text(json.dumps(config | {"d_model": 64}))

@@ -8,8 +8,9 @@
     steps  base and distilled at 64 to 4 steps: a table and a plot        -> tiny/examples/steps.*
 
 Each stage keeps checkpoints in --work and goes on from the last one when it is started again, after a kill
-too: the data of a step depend on its number alone. bf16 autocast where that is faster, Muon and AdamW, EMA
-of the weights; the loss is written to --work/STAGE.csv and drawn in STAGE.png.
+too: the data of a step depend on its number alone. bf16 autocast where that is faster, EMA of the weights;
+the loss is written to --work/STAGE.csv and drawn in STAGE.png. Ours, as it suits so small a model, where the
+report has AdamW at 1e-4: Muon for the matrices, AdamW for the rest, at higher rates.
 """
 
 from __future__ import annotations
@@ -445,7 +446,7 @@ def encode(vae: magi.VAE, clips: list[world.Clip]) -> dict:
         "images": torch.cat(images).bfloat16(),
         "captions": [list(c.captions) for c in clips],
         "objects": F.max_pool3d(masks, (4, 8, 8)).bool(),  # (clips, 1, 6 n, 8, 8)
-        "orbits": torch.tensor([c.circles() for c in clips]),  # (clips, n)
+        "circles": torch.tensor([c.circles() for c in clips]),  # (clips, n)
     }
 
 
@@ -471,7 +472,7 @@ def draw_clips(rng: np.random.Generator, n: int, count: int, model: Tiny, data: 
     with a circle come three times as often as others: it is the last motion to be learned, since the two
     directions pass through the same places and only one word and the order of frames tell them apart.
     """
-    odds = 1 + 2 * data["orbits"][:, :n].any(1).double().numpy()
+    odds = 1 + 2 * data["circles"][:, :n].any(1).double().numpy()
     pick, part = rng.choice(len(odds), count, p=odds / odds.sum()), slice(n * magi.CHUNK)
     # The clips have no end of their own, so how much is left is drawn: every duration token gets trained.
     captions = [data["captions"][i][:n] for i in pick]
