@@ -42,7 +42,7 @@ from typing import BinaryIO
 
 import numpy as np
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from tqdm import tqdm
@@ -151,15 +151,9 @@ def _translate(part: str, values: dict, table: tuple, required: Iterable[str] = 
 
 
 def _build(kind: type, values: dict) -> DiTConfig | SamplerConfig | VAEConfig:
-    """Make a config from JSON's types: lists become tuples, whole numbers floats where the field is one."""
-    for name, value in values.items():
-        want = type(getattr(kind, name))                 # of the default: dataclasses keep it on the class
-        value = tuple(value) if isinstance(value, list) else value
-        values[name] = value = float(value) if want is float and type(value) is int else value
-        _require(type(value) is want, f"{name} is {value!r}: it must be of type {want.__name__}")
     try:
-        return kind(**values)
-    except TypeError as error:                           # such as text in a list of numbers
+        return magi.make_config(kind, values)
+    except (TypeError, ZeroDivisionError) as error:      # such as text in a list of numbers
         raise ValueError(f"bad value in the official config: {error}") from None
 
 
@@ -454,6 +448,10 @@ def new_folder(src: Path, out: Path, force: bool) -> Iterator[Path]:
                  f"{out} is not a model folder of ours, or it holds the source: --force does not replace it")
     partial = out.with_name(f"{out.name}.partial")
     if partial.exists():                                 # left by a run that was killed
+        ours = ("config.json", "spiece.model", INDEX)
+        _require(partial.is_dir() and all(f.name in ours or f.suffix in (".safetensors", ".unpacked")
+                                          for f in partial.iterdir()),
+                 f"{partial} is in the way and holds files that are not ours: move it elsewhere")
         shutil.rmtree(partial)
     partial.mkdir(parents=True)
     try:
@@ -530,6 +528,15 @@ def run_quantize(src: Path, out: Path, prompt: list[str] | None, t5: Path | None
     _require(not cfg.fp8, f"{src} is an fp8 model already")
     _require(cfg.num_layers > 2, f"{src} has {cfg.num_layers} layers: none but the first and last")
     _require(0 <= alpha <= 1, f"alpha {alpha} must be in [0, 1]")
+    try:
+        torch.empty(1, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise ValueError(f"device {device!r} is not available ({str(error).splitlines()[0]}): "
+                         f"try cpu") from None
+    if magi.get_ops(backend) is not magi.TORCH_OPS:
+        import kernels
+
+        kernels.arch_of(device)                          # says if the GPU cannot
     sampler_run = dataclasses.replace(sampler, **{k: v for k, v in settings.items() if v is not None})
     t5, tokens = t5 or src.parent / "t5", src / "special_tokens.safetensors"
     _require((t5 / "config.json").is_file(), f"no text encoder in {t5}: give its folder with --t5")
@@ -593,6 +600,8 @@ def measure(src: Path, cfg: SamplerConfig, prompts: Iterable[str], t5: Path, dev
 
 def run_dit(src: Path, out: Path, config: str, special_tokens: Path | None, force: bool) -> None:
     preset = magi.PRESETS.get(config)
+    _require(preset or Path(config).is_file(), f"config {config!r} is neither a file nor one of "
+             f"{', '.join(magi.PRESETS)}")
     cfg, sampler = (preset.dit, preset.sampler) if preset else configs_from_upstream(read_json(Path(config)))
     tokens = special_tokens_from_npz(special_tokens, cfg.text_dim) if special_tokens else {}
     files = weight_files(src, "model.safetensors")
@@ -603,7 +612,8 @@ def run_dit(src: Path, out: Path, config: str, special_tokens: Path | None, forc
         if tokens:
             save_file(tokens, folder / "special_tokens.safetensors")
     if not tokens:
-        print(f"note: without --special-tokens, {out} only runs with special_tokens=()", file=sys.stderr)
+        print(f"note: without --special-tokens, {out} only runs with special_tokens=(), in sample.py "
+              f"--special_tokens none", file=sys.stderr)
 
 
 def run_vae(src: Path, out: Path, force: bool) -> None:
@@ -691,9 +701,12 @@ def main(argv: list[str] | None = None) -> int:
     args = vars(parser.parse_args(argv))
     try:
         args.pop("run")(**args)
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, SafetensorError) as error:
         print("convert_weights:", " ".join(str(error).split()), file=sys.stderr)
         return 2
+    except KeyboardInterrupt:
+        print("convert_weights: interrupted, nothing was left behind", file=sys.stderr)
+        return 130
     return 0
 
 

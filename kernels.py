@@ -1073,6 +1073,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         if args.compile:
             return 0 if compile_all(args.quick) else 1
+        magi._require(args.out.parent.is_dir(), f"cannot write {str(args.out)!r}: create its folder first")
+        magi._require(re.fullmatch(r"cpu|cuda(:\d+)?", args.device),
+                      f"device {args.device!r} is unknown: try cuda or cuda:1")
         arch_of(args.device)
         with torch.cuda.device(args.device):
             report(args.device, args.out)

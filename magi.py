@@ -100,6 +100,8 @@ class VAEConfig:
         _require(self.video_size % self.patch_size == 0 and self.video_length % self.patch_length == 0,
                  f"video_size {self.video_size} and video_length {self.video_length} must be multiples of "
                  f"the patch ({self.patch_length} frames, {self.patch_size} px)")
+        _require(self.embed_dim % self.num_heads == 0,
+                 f"embed_dim {self.embed_dim} must be a multiple of num_heads {self.num_heads}")
         _require(self.use_final_proj or self.embed_dim % self.patch_volume == 0,
                  f"embed_dim {self.embed_dim} must be a multiple of {self.patch_volume}, "
                  f"or set use_final_proj")
@@ -200,6 +202,7 @@ class SamplerConfig:
             _require(not math.isnan(getattr(self, name)), f"{name} {getattr(self, name)} must be a number")
         n, w = self.num_steps, self.window
         _require(w >= 1, f"window {w} must be at least 1")
+        _require(n <= 10_000, f"steps {n} are too many: at most 10000")
         _require(n >= 1 and n % w == 0, f"steps {n} must be a multiple of the window {w}: "
                  f"try {max(w, round(n / w) * w)}")
         for ranges in (self.kv_ranges, *(ranges for _, ranges in self.kv_ranges_at)):
@@ -228,8 +231,8 @@ class SamplerConfig:
                  f"num_frames {self.num_frames} must be at least 1")
         for name in ("height", "width"):
             v = getattr(self, name)
-            _require(v >= 32 and v % 16 == 0, f"{name} {v} must be a multiple of 16, at least 32: "
-                     f"the nearest is {max(32, round(v / 16) * 16)}")
+            _require(32 <= v <= 16384 and v % 16 == 0, f"{name} {v} must be a multiple of 16, 32 to 16384: "
+                     f"the nearest is {min(max(32, round(v / 16) * 16), 16384)}")
         _require(self.fps > 0, f"fps {self.fps} must be positive")
         _require(0 <= self.seed < 2**63, f"seed {self.seed} must be in [0, 2**63)")
 
@@ -787,7 +790,7 @@ def token_vectors(names: Sequence[str], order: Sequence[str], table: dict[str, T
             key = f"duration_token_{int(min(remaining, 8))}" if name == "duration" \
                 else _TOKEN_FILE_NAMES[name]
             _require(key in table, f"special token {name!r} needs {key!r}, but this model's table has only "
-                     f"{', '.join(sorted(table)) or 'nothing'}")
+                     f"{', '.join(sorted(table)) or 'nothing'}: choose among them, or none")
             out.append(table[key])
     return out
 
@@ -1862,10 +1865,21 @@ def read_config(folder: str | Path, part: str, kind: type) -> VAEConfig | DiTCon
     _require(file.is_file(), f"no model in {str(folder)!r}: {file} does not exist; give a folder that "
              f"convert_weights.py or tiny/train.py has written")
     try:
-        values = json.loads(file.read_text())[part]
-        return kind(**{k: _tuples(v) for k, v in values.items()})
-    except (json.JSONDecodeError, KeyError, TypeError, AttributeError) as error:
+        return make_config(kind, json.loads(file.read_text(encoding="utf-8"))[part])
+    except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError, AttributeError,
+            ZeroDivisionError) as error:
         raise ValueError(f"{file} is not a config with a valid {part!r} part: {error}") from None
+
+
+def make_config(kind: type, values: dict) -> VAEConfig | DiTConfig | SamplerConfig:
+    """A dataclass from JSON's types: lists become tuples, whole numbers floats where the field is one."""
+    made = {}
+    for name, value in values.items():
+        want = type(getattr(kind, name))                 # of the default: dataclasses keep it on the class
+        made[name] = value = float(value) if want is float and type(value) is int else _tuples(value)
+        _require(type(value) is want or (name, value) == ("num_frames", None),
+                 f"{name} is {value!r}: it must be of type {want.__name__}")
+    return kind(**made)
 
 
 def _tuples(v):
@@ -1892,6 +1906,7 @@ def read_headers(files: Sequence[str | Path]) -> dict[str, tuple[tuple[int, ...]
 
     found = {}
     for file in files:
+        Path(file).open("rb").close()                    # says, unlike safetensors, if it may not be read
         try:
             with safe_open(file, "pt") as f:
                 for name in f.keys():
@@ -1999,7 +2014,7 @@ class MAGI:
         encode_text gave. image uint8 (h, w, 3): the video starts with it. video uint8 (frames, h, w, 3): the
         result goes on after its last frames, of which `prefix_frames` are shown to the model. settings
         replace fields of the sampler's config, such as num_frames, seed, num_steps, height, width. Raises
-        ValueError for bad ones.
+        ValueError for bad ones, and later FloatingPointError if the model gives what is not finite.
         """
         known = [field.name for field in dataclasses.fields(SamplerConfig)]
         unknown = ", ".join(settings.keys() - set(known))
@@ -2027,6 +2042,9 @@ class MAGI:
             if i == 0 and prefix is not None and prefix.shape[1] == 1 and not is_image:
                 latent = latent[:, 1:]       # `sample` takes four frames of video for an image and keeps them
             frames = self.vae.decode((latent[None] / SCALE_FACTOR).to(self.vae.dtype))[0].float()
+            if not frames.isfinite().all():
+                raise FloatingPointError("the model gives numbers that are not finite: its weights are "
+                                         "damaged, or a guidance scale, LoRA scale or dtype is too extreme")
             frames = ((frames.clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8)
             frames = frames[:, : int(min(left, frames.shape[1]))].permute(1, 2, 3, 0).cpu().numpy()
             left -= len(frames)

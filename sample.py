@@ -77,9 +77,10 @@ class Parser(argparse.ArgumentParser):
 
 
 def number(text: str) -> float:
-    if not math.isfinite(value := float(text)):
-        raise ValueError
-    return value
+    with contextlib.suppress(ValueError):
+        if math.isfinite(value := float(text)):
+            return value
+    raise argparse.ArgumentTypeError(f"{text!r} is not a finite number")
 
 
 def frame_count(text: str) -> float:
@@ -89,11 +90,15 @@ def frame_count(text: str) -> float:
 
 
 def chunks_seen(text: str) -> str | int:
+    if text != "all" and not re.fullmatch(r"-?\d+", text):
+        raise argparse.ArgumentTypeError(f"{text!r} is neither a whole number nor all")
     return text if text == "all" else int(text)
 
 
 def chunk_and_kind(text: str) -> tuple[int, str]:
     chunk, _, kind = text.partition(":")
+    if not re.fullmatch(r"-?\d+", chunk):
+        raise argparse.ArgumentTypeError(f"{text!r} is not a chunk, such as 2, or 2:restyle")
     return int(chunk), kind or "cut"
 
 
@@ -111,7 +116,7 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     flag("--image", metavar="FILE", help="i2v: the first frame")
     flag("--video", metavar="FILE", help="v2v: the result goes on where this ends")
     flag("--out", type=Path, default="out.mp4", metavar="FILE",
-         help=".mp4, .gif, or .png for a contact sheet; default: out.mp4")
+         help=".mp4, .gif, or .png for a contact sheet; default: out.mp4; an old one is replaced")
     flag("--fit", choices=["crop", "stretch", "pad"], default="crop", help="of the input; default: crop")
     flag("--prefix_frames", type=int, default=32, metavar="N",
          help="v2v: how many of its last frames the model sees; default: 32")
@@ -188,11 +193,14 @@ def reading(what: str, path: str | Path):
 
 
 def read_image(path: str) -> np.ndarray:
-    """uint8 (h, w, 3), upright as the camera noted; grey becomes RGB, transparency is dropped."""
+    """uint8 (h, w, 3), upright as the camera noted; grey becomes RGB, what is transparent white."""
     with reading("image", path):
         image = ImageOps.exif_transpose(Image.open(path))
         if image.mode.startswith("I;16"):                                    # Pillow would clip it to 8 bits
             image = Image.fromarray((np.asarray(image) // 257).astype(np.uint8))
+        if image.has_transparency_data:
+            image = image.convert("RGBA")
+            image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
         return np.array(image.convert("RGB"))
 
 
@@ -203,7 +211,7 @@ def read_video(path: str, fps: int, count: int) -> np.ndarray:
     Only frames that can still be chosen are kept, however long the video is.
     """
     recent: deque[tuple[float, av.VideoFrame]] = deque()
-    with reading("video", path), av.open(path) as file:
+    with reading("video", path), av.open(os.path.abspath(path)) as file:   # "12:30.mov" is no URL
         require(file.streams.video, "it has no pictures")
         stream = file.streams.video[0]
         stream.thread_type = "AUTO"
@@ -226,6 +234,27 @@ def read_video(path: str, fps: int, count: int) -> np.ndarray:
 # ------------------------------------------------------------------------------------------------------------
 # A writer takes chunk after chunk, uint8 (frames, height, width, 3). When write() returns, they are in the
 # file and the file is whole. Nothing is left to finish, so there is nothing that a crash could lose.
+
+
+def replace(path: Path, save) -> None:
+    """save(file), then put that in the place of `path`; if it fails, on a full disk, the old one stays."""
+    new = path.with_name(f".{path.name}.new")
+    try:
+        save(new)
+        os.replace(new, path)
+    finally:
+        new.unlink(missing_ok=True)
+
+
+def append(path: Path, data: bytes) -> None:
+    """All of the data or nothing."""
+    size = path.stat().st_size
+    try:
+        with path.open("ab") as file:
+            file.write(data)
+    except OSError:
+        os.truncate(path, size)
+        raise
 
 
 class Mp4Writer:
@@ -255,9 +284,10 @@ class Mp4Writer:
                 file.mux(stream.encode(frame))
             file.mux(stream.encode())
         data = piece.getvalue()
-        start = data.index(b"moof") - 4 if self.chunks else 0                # the header is written once
-        with self.path.open("ab" if self.chunks else "wb") as file:
-            file.write(data[start:])
+        if self.chunks:
+            append(self.path, data[data.index(b"moof") - 4:])                # the header is there already
+        else:
+            replace(self.path, lambda new: new.write_bytes(data))
         self.chunks, self.frames = self.chunks + 1, self.frames + len(frames)
 
 
@@ -269,14 +299,13 @@ class RewritingWriter:
 
     def write(self, frames: np.ndarray) -> None:
         self.frames.extend(frames)
-        new = self.path.with_name(f".{self.path.name}.new")
-        self.save(self.frames, new, self.fps)
-        os.replace(new, self.path)
+        replace(self.path, lambda new: self.save(self.frames, new, self.fps))
 
 
 def save_gif(frames: list[np.ndarray], path: Path, fps: int) -> None:
     """256 colours per frame. Through PyAV, because Pillow drops a frame that equals the one before."""
-    with av.open(str(path), "w", format="gif", options={"final_delay": str(round(100 / fps))}) as file:
+    options = {"final_delay": str(round(100 / fps))}
+    with av.open(os.path.abspath(path), "w", format="gif", options=options) as file:
         # gifflags 0: the encoder compares frames by colour index, though each frame has its own palette
         stream = file.add_stream("gif", rate=100, options={"gifflags": "0"})
         stream.height, stream.width, stream.pix_fmt = *frames[0].shape[:2], "pal8"
@@ -326,14 +355,21 @@ def check_flags(args: argparse.Namespace) -> None:
                 f"--{name} {file!r} does not go with --mode {args.mode}: use --mode {mode} or leave it out")
     require(args.prompt or args.text or args.mode != "t2v",
             'no --prompt: say what to show, for example --prompt "a red ball bounces"')
+    for prompt in args.prompt or ():
+        require(prompt.encode(errors="ignore").decode() == prompt,
+                f"the prompt {ascii(prompt)} is not UTF-8: check the encoding of the terminal or script")
     require(not args.text or not (args.prompt or args.save_text),
             f"--text {args.text!r} is an encoded prompt already: leave --prompt and --save_text out")
     require(args.out.suffix.lower() in WRITERS, f"--out {str(args.out)!r} must end in .mp4, .gif or .png")
     require(args.num_frames != math.inf or args.out.suffix.lower() == ".mp4",
             f"--num_frames inf needs an .mp4 file, not {str(args.out)!r}, which is rewritten every second")
-    inputs = [Path(f).resolve() for f in (args.image, args.video, args.text, args.config_file) if f]
+    require(args.save_text is None or args.save_text.suffix == ".safetensors",
+            f"--save_text {str(args.save_text)!r} must end in .safetensors")
+    inputs = [f for f in (args.image, args.video, args.text, args.config_file, args.lora) if f]
+    inputs += [file for folder in (args.model, args.vae, args.t5) for file in folder.glob("*")]
     for path in (args.out, args.save_text or args.out):
-        require(path.resolve() not in inputs, f"{str(path)!r} is an input: give the output another name")
+        require(not path.exists() or not any(os.path.exists(f) and path.samefile(f) for f in inputs),
+                f"{str(path)!r} is an input: give the output another name")
         require(not path.is_dir(), f"cannot write {str(path)!r}: it is a folder, add a file name")
         require(not path.exists() or os.access(path, os.W_OK), f"cannot write {str(path)!r}: it is protected")
         require(path.parent.is_dir(),
@@ -394,7 +430,7 @@ def choose_device(args: argparse.Namespace, fp8: bool, notes: list[str]) -> str:
     try:
         torch.empty(1, device=device)
     except (RuntimeError, AssertionError) as error:                          # by how PyTorch was built
-        reason = str(error).partition("\n")[0].rstrip(".")
+        reason = re.split(r"[.\n]\s|\.$", str(error))[0]
         raise ValueError(f"device {device!r} is not available ({reason}): try --device cpu") from None
     gpu = device.startswith("cuda")
     require(gpu or args.backend != "triton", f"backend 'triton' needs a GPU, not {device!r}: use 'torch'")
@@ -417,7 +453,7 @@ def check_model(args: argparse.Namespace, dit, cfg, chunks: float) -> None:
     vae_cfg = magi.read_config(args.vae, "vae", magi.VAEConfig)
     empty = magi.build(lambda: magi.DiT(dit), args.model)
     if args.lora:
-        require(args.lora.is_file(), f"LoRA {str(args.lora)!r} does not exist: check the path")
+        require(args.lora.is_file(), f"LoRA {str(args.lora)!r} is no file: check the path")
         magi.check_lora(empty, args.lora)
     magi.build(lambda: magi.VAE(vae_cfg), args.vae)
     file = args.model / "special_tokens.safetensors"
@@ -448,6 +484,10 @@ def beyond_small_model(args: argparse.Namespace, cfg) -> list[str]:
     if (cfg.height, cfg.width) != (native.height, native.width):
         notes.append(f"note: this small model has only seen {native.height}x{native.width} pixels: "
                      f"at {cfg.height}x{cfg.width} expect fragments")
+    given = args.image or args.video
+    if given and not Path(given).resolve().is_relative_to(TINY):
+        notes.append(f"note: this small model only knows pictures of its own world, such as "
+                     f"{TINY.name}/examples/image.png: of others expect little")
     if args.lora:
         return notes
     with reading("words", file):
@@ -479,6 +519,23 @@ def count_chunks(num_frames: int | None, prefix_frames: int) -> float:
 # ------------------------------------------------------------------------------------------------------------
 
 
+class Quiet:
+    """stdout or stderr, whose reader may leave (`| head`): then it falls silent, and the video goes on."""
+
+    def __init__(self, stream):
+        self.stream = stream or open(os.devnull, "w")  # noqa: SIM115
+
+    def __getattr__(self, name):
+        return getattr(self.stream, name)
+
+    def write(self, text: str) -> None:
+        try:
+            self.stream.write(text)
+            self.stream.flush()
+        except OSError:
+            os.dup2(os.open(os.devnull, os.O_WRONLY), self.stream.fileno())
+
+
 def say(message: object) -> None:
     """One line on stderr whatever the message looked like, above the progress bar if there is one."""
     tqdm.write(" ".join(str(message).split()), file=sys.stderr)
@@ -487,10 +544,10 @@ def say(message: object) -> None:
 def prepare(argv: list[str] | None) -> dict:
     """From the command line to the arguments of `generate`: checks, then text encoder, then model."""
     args, notes = parse_arguments(argv), []
+    args.vae, args.t5 = args.vae or args.model.parent / "vae", args.t5 or args.model.parent / "t5"
     check_flags(args)
     import magi
 
-    args.vae, args.t5 = args.vae or args.model.parent / "vae", args.t5 or args.model.parent / "t5"
     dit = magi.read_config(args.model, "dit", magi.DiTConfig)
     dit = dataclasses.replace(dit, dtype=args.dtype or dit.dtype)
     cfg = settings(args, dit, notes)
@@ -533,9 +590,14 @@ def encode_text(args: argparse.Namespace, dit, device: str) -> tuple:
         logging.disable_progress_bar()
         text, mask = magi.T5(args.t5, dit.text_length, device)(args.prompt or [""])
     if args.save_text:
+        from safetensors import SafetensorError
         from safetensors.torch import save_file
 
-        save_file({"text": text, "mask": mask}, args.save_text, {"prompts": json.dumps(args.prompt)})
+        made = {"text": text, "mask": mask}, {"prompts": json.dumps(args.prompt)}
+        try:
+            replace(args.save_text, lambda new: save_file(made[0], new, made[1]))
+        except SafetensorError as error:
+            raise OSError(f"cannot write {str(args.save_text)!r}: {error}") from None
     return text, mask
 
 
@@ -584,9 +646,11 @@ def generate(frames, cfg, chunks: float, out: Path, device: str) -> int:
                 made, last = made + len(chunk), time.perf_counter() - start
                 first = first or last
     except KeyboardInterrupt:
+        signal.signal(signal.SIGINT, signal.SIG_IGN)                         # once is enough
         code = 130
-    except OSError as error:
-        say(f"error: cannot write {str(out)!r}: {error}")
+    except (OSError, FloatingPointError) as error:
+        say(f"error: {error}" if isinstance(error, FloatingPointError)
+            else f"error: cannot write {str(out)!r}: {error}")
         code = 1
     finally:
         bar.close()
@@ -595,7 +659,7 @@ def generate(frames, cfg, chunks: float, out: Path, device: str) -> int:
     word = "faster" if pace < 1 else "slower"
     speed = f"{pace:.2f} s of computing per second of video ({word} than it plays)"
     print(f"{how}first chunk after {first:.2f} s, {speed}, {peak_memory(device)}, {made} frames -> {out}"
-          if made else f"{how}no chunk was finished, so nothing was written")
+          if made else f"{how}no chunk could be written, {out} is as it was")
     return code
 
 
@@ -614,7 +678,9 @@ def peak_memory(device: str) -> str:
 
 def main(argv: list[str] | None = None) -> int:
     """Run the command line and return the exit code: see the top of the file."""
-    with warnings.catch_warnings():
+    on_ctrl_c = signal.getsignal(signal.SIGINT)
+    with warnings.catch_warnings(), contextlib.redirect_stdout(Quiet(sys.stdout)), \
+            contextlib.redirect_stderr(Quiet(sys.stderr)):
         warnings.showwarning = lambda message, *_, **__: say(f"warning: {message}")
         try:
             try:
@@ -632,7 +698,11 @@ def main(argv: list[str] | None = None) -> int:
             say(f"error: out of memory, try a smaller --height and --width, "
                 f"or --window 1 --kv_range 2 ({error})")
             return 1
+        finally:
+            signal.signal(signal.SIGINT, on_ctrl_c)
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    code = main()
+    signal.signal(signal.SIGINT, signal.SIG_IGN)                             # no traceback while Python ends
+    sys.exit(code)

@@ -14,6 +14,7 @@ import json
 import math
 import os
 import re
+import shlex
 import shutil
 import signal
 import subprocess
@@ -666,8 +667,10 @@ BAD_SETTINGS = [
         dict(num_steps=4, kv_ranges=(3, 2, 1)),
         "steps 4 must be a multiple of the number of kv_ranges .3. and of the window 4: try 12",
     ),
-    (dict(height=500), "height 500 must be a multiple of 16, at least 32: the nearest is 496"),
+    (dict(height=500), "height 500 must be a multiple of 16, 32 to 16384: the nearest is 496"),
     (dict(width=8), "width 8 .* nearest is 32"),
+    (dict(width=10**10), "width 10000000000 .* nearest is 16384"),
+    (dict(num_steps=400_000_000), "steps 400000000 are too many"),
     (dict(num_frames=0), "num_frames 0"),
     (dict(window=0), "window 0"),
     (dict(special_tokens=("hd",)), "unknown special token 'hd': choose from static"),
@@ -2522,13 +2525,16 @@ def test_an_interrupted_run_leaves_nothing_that_looks_finished(error, tmp_path, 
     src = official_folder(tmp_path / "src", official_weights("base"), shards=3, zst="z")
     out, partial = tmp_path / "models" / "base", tmp_path / "models" / "base.partial"
     args = "dit", src, out, "--config", written(tmp_path / "c.json", official_config("base"))
-    written(partial / "junk", b"of a run that was killed")
+    written(partial / "precious", b"of somebody else")
+    code, _, err = run_convert(*args)
+    assert code == 2 and "not ours" in err and (partial / "precious").exists()
+    (partial / "precious").rename(partial / "junk.safetensors")  # of a run that was killed
     saved = []
 
     def save_one(*args, **more):
         saved.append(args)
         if len(saved) == 2:
-            assert partial.is_dir() and not (partial / "junk").exists()
+            assert partial.is_dir() and not (partial / "junk.safetensors").exists()
             raise error
         save_file(*args, **more)
 
@@ -2537,12 +2543,9 @@ def test_an_interrupted_run_leaves_nothing_that_looks_finished(error, tmp_path, 
         with monkeypatch.context() as m:
             m.setattr(cw, "save_file", save_one)
             m.setattr(cw, "SHARD_BYTES", 200_000)
-            if isinstance(error, OSError):
-                code, _, err = run_convert(*args, *more)
-                assert code == 2 and "No space left" in err
-            else:
-                with pytest.raises(KeyboardInterrupt):
-                    run_convert(*args, *more)
+            code, _, err = run_convert(*args, *more)
+            assert (code, str(error) or "interrupted") in ((2, str(error)), (130, "interrupted"))
+            assert (str(error) or "interrupted") in err
         assert len(saved) == 2 and not partial.exists()
 
     interrupted()
@@ -3445,13 +3448,70 @@ def test_sample_ctrl_c_before_the_first_chunk_keeps_the_old_file(small_model, tm
     assert out.read_text() == "an older video" and capsys.readouterr().out.startswith("interrupted")
 
 
-def test_sample_reports_a_full_disk(small_model, tmp_path, monkeypatch, capsys):
+def test_sample_loses_nothing_on_a_full_disk(tmp_path, monkeypatch):
+    """The old file stays until the first chunk is written, and a chunk is written whole or not at all."""
+
+    class Full:
+        def __init__(self, file):
+            self.file = file
+
+        def __enter__(self):
+            return self
+
+        def __exit__(self, *error):
+            self.file.close()
+
+        def write(self, data):
+            self.file.write(data[: len(data) // 2])
+            raise OSError(28, "No space left on device")
+
+    opened, full = Path.open, lambda self, *a, **k: Full(opened(self, *a, **k))
+    for ending in ".mp4", ".gif":
+        path = tmp_path / f"a{ending}"
+        path.write_bytes(b"old")
+        writer = sample.WRITERS[ending](path, 24)
+        for made in b"old", None:  # with nothing written yet, and after a chunk
+            with monkeypatch.context() as m, pytest.raises(OSError, match="No space"):
+                m.setattr(Path, "open", full)
+                m.setattr(sample, "save_gif", lambda *_: None)
+                if ending == ".gif":
+                    writer.save = lambda frames, new, fps: Full(opened(new, "wb")).write(b"half")
+                writer.write(shades(range(24)))
+            if made:
+                assert path.read_bytes() == made
+                writer = sample.WRITERS[ending](path, 24)
+                writer.write(shades(range(24)))
+            assert [f.name for f in tmp_path.glob(f"*{ending}*")] == [path.name]
+        assert len(read_frames(path)) == 24
+
+
+def test_sample_reports_what_it_cannot_write(small_model, tmp_path, monkeypatch, capsys):
     def full(self, frames):
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(sample.Mp4Writer, "write", full)
     assert run_sample(small_model, "--prompt", "a", "--out", tmp_path / "a.mp4") == 1
-    assert "No space left on device" in capsys.readouterr().err
+    out, err = capsys.readouterr()
+    assert "No space left on device" in err and "no chunk could be written" in out
+
+
+def test_sample_goes_on_when_nobody_listens(small_model, tmp_path):
+    command = [sys.executable, sample.__file__, "--model", small_model, "--prompt", "a", "--num_frames", "48"]
+    for redirect in "2>&-", ">/dev/full 2>/dev/full", "2>&1 | head -c 5":
+        out = tmp_path / "a.mp4"
+        shell = f"set -o pipefail; {shlex.join(map(str, [*command, '--out', out]))} {redirect}"
+        done = subprocess.run(["bash", "-c", shell], capture_output=True, text=True)
+        assert done.returncode == 0 and "Traceback" not in done.stderr, (redirect, done)
+        assert len(read_frames(out)) == 48
+        out.unlink()
+
+
+def test_sample_stops_at_numbers_that_are_not_finite(small_model, tmp_path, capsys):
+    """Instead of a black video; the seconds before it are kept."""
+    out = tmp_path / "a.mp4"
+    assert run_sample(small_model, "--prompt", "a", "--text_scale", "1e300", "--out", out) == 1
+    assert "not finite" in capsys.readouterr().err and not out.exists()
+
 
 
 # ------------------------------------------------------------------------------------------------ bad input
@@ -3509,6 +3569,12 @@ BAD_FLAGS = {
     "endless gif": (["--prompt", "a", "--num_frames", "inf", "--out", "a.gif"], "inf", ".mp4"),
     "no such folder": (["--prompt", "a", "--out", "no/where/a.mp4"], "no/where", "create the folder"),
     "no access": (["--prompt", "a", "--out", "/proc/a.mp4"], "/proc"),
+    "over an input by another name": (["--video", "clip.mp4", "--out", "link.mp4"], "link.mp4", "input"),
+    "text over weights": (["--prompt", "a", "--save_text", "link.safetensors"], "link.safetensors", "input"),
+    "text without ending": (["--prompt", "a", "--save_text", "a.txt"], "a.txt", ".safetensors"),
+    "not unicode": (["--prompt", "caf\udce9"], "UTF-8"),
+    "kv range text": (["--prompt", "a", "--kv_range", "x"], "'x'", "whole number"),
+    "transition text": (["--prompt", "a", "--transition", "1.5"], "'1.5'", "2:restyle"),
     "over the input": (["--video", "clip.mp4", "--out", "clip.mp4"], "clip.mp4", "input"),
     "no such model": (["--prompt", "a", "--model", "nowhere"], "nowhere", "does not exist"),
     "no vae": (["--prompt", "a", "--vae", "nowhere"], "nowhere"),
@@ -3529,6 +3595,8 @@ def test_sample_refuses(case, small_model, tmp_path, monkeypatch, no_weights):
     for name in ("image.png", "clip.mp4"):
         shutil.copy(small_model.parent / name, tmp_path)
     (tmp_path / "broken.mp4").write_bytes(b"not a video" * 100)
+    os.link(tmp_path / "clip.mp4", tmp_path / "link.mp4")
+    (tmp_path / "link.safetensors").symlink_to(small_model / "special_tokens.safetensors")
     monkeypatch.chdir(tmp_path)
     flags, *words = BAD_FLAGS[case]
     assert_exits(["--model", small_model, *flags], *words)
@@ -3559,7 +3627,7 @@ def test_sample_refuses_loras_that_do_not_fit(small_model, tmp_path, no_weights)
     (tmp_path / "broken.safetensors").write_bytes(b"no weights")
     assert_exits([*flags, tmp_path / "other.safetensors"], "other.safetensors", "for another model")
     assert_exits([*flags, tmp_path / "broken.safetensors"], "broken.safetensors", "corrupt")
-    assert_exits([*flags, tmp_path / "nowhere.safetensors"], "nowhere.safetensors", "does not exist")
+    assert_exits([*flags, tmp_path / "nowhere.safetensors"], "nowhere.safetensors", "is no file")
     assert_exits([*flags, small_model / "model.safetensors"], "is no LoRA")
 
 
@@ -3587,8 +3655,25 @@ def test_sample_refuses_bad_models(small_model, tmp_path, no_weights):
     (root / "base" / "config.json").write_text(json.dumps(config))
     assert_exits([*flags, root / "base"], "does not fit its config")
     root = copy("bad config")
-    (root / "vae" / "config.json").write_text("{")
-    assert_exits([*flags, root / "base"], "config.json")
+    for part, where, value in (
+        ("vae", "vae", {"num_heads": 3}),
+        ("vae", "vae", {"patch_size": 0}),
+        ("vae", "vae", {"depth": "2"}),
+        ("base", "dit", {"num_layers": 2.0}),
+        ("base", "dit", {"num_kv_heads": 0}),
+        ("base", "dit", {"x_scale": "1"}),
+        ("base", "sampler", {"num_steps": 8.0}),
+        ("base", "sampler", {"distilled": "yes"}),
+    ):
+        file = root / part / "config.json"
+        text, config = file.read_text(), json.loads(file.read_text())
+        config[where] |= value
+        file.write_text(json.dumps(config))
+        assert_exits([*flags, root / "base"], "zero" if 0 in value.values() else [*value][0])
+        file.write_text(text)
+    for content in b"{", b"\xff":
+        (root / "vae" / "config.json").write_bytes(content)
+        assert_exits([*flags, root / "base"], "config.json")
     root = copy("no token")
     save_file({"hq_token": torch.zeros(1, 32)}, root / "base" / "special_tokens.safetensors")
     assert_exits([*flags, root / "base", "--special_tokens", "2d"], "2d", "two_d_anime_token")
@@ -3666,7 +3751,9 @@ def test_sample_reads_pictures_of_all_kinds(tmp_path):
         image.save(tmp_path / name)
         pixels = sample.read_image(str(tmp_path / name))
         assert pixels.shape == (20, 30, 3) and pixels.dtype == np.uint8
-    assert (sample.read_image(str(tmp_path / "rgba.png")) == rgba[..., :3]).all()
+    rgb, alpha = rgba[..., :3].astype(float), rgba[..., 3:] / 255
+    on_white = rgb * alpha + 255 * (1 - alpha)
+    assert np.abs(sample.read_image(str(tmp_path / "rgba.png")) - on_white).max() < 1.5
     assert (sample.read_image(str(tmp_path / "grey.png")) == rgba[..., :1]).all()
     deep = np.linspace(0, 65535, 600).reshape(20, 30).astype(np.uint16)
     Image.fromarray(deep).save(tmp_path / "deep.png")

@@ -23,6 +23,7 @@ import functools
 import json
 import math
 import os
+import shutil
 import sys
 import time
 from dataclasses import asdict
@@ -389,6 +390,8 @@ class Tiny(nn.Module):
         tokens = {k: v.detach() for k, v in self.tokens.items()}
         save_model(folder / "base", self.dit, config, special_tokens=tokens)
         copy.deepcopy(self.t5).to(torch.bfloat16).save_pretrained(folder / "t5")
+        if not (folder / "t5" / "spiece.model").exists():
+            shutil.copy(HERE / "t5" / "spiece.model", folder / "t5")
         (folder / "t5" / "words.json").write_text(json.dumps(world.words(), indent=1) + "\n")
 
     def encode(self, captions: list[str]) -> tuple[Tensor, Tensor]:
@@ -610,7 +613,7 @@ def train_lora(args) -> None:
             continue
         for scale in (0.0, 1.0):
             pipe = magi.load(args.out / folder)
-            encode_once(pipe)
+            encode_once(pipe, args.out / "t5")
             magi.load_lora(pipe.dit, file, scale)
             for kind, wanted in ((f"{colour}, held out", prompts), ("old colours", others)):
                 scores = judge_prompts(pipe, wanted, 24, world.COLOURS | world.NEW_COLOURS)
@@ -705,9 +708,9 @@ def judge_long(pipe: magi.MAGI, count: int) -> float:
     return float(np.mean(hits))
 
 
-def encode_once(pipe: magi.MAGI) -> None:
+def encode_once(pipe: magi.MAGI, t5: Path) -> None:
     """Keep the text encoder in memory, so that each of many short videos does not read it again."""
-    encoder = functools.cache(magi.T5(HERE / "t5", pipe.dit.cfg.text_length, dtype=torch.float32).__call__)
+    encoder = functools.cache(magi.T5(t5, pipe.dit.cfg.text_length, dtype=torch.float32).__call__)
     pipe.encode_text = lambda captions: encoder(tuple(captions))
 
 
@@ -715,7 +718,7 @@ def evaluate(args) -> None:
     """Print what the README states of the model in --model, with what it is held to."""
     say = lambda name, result: print(f"{name:<36}{result}", flush=True)
     pipe, n = magi.load(args.model or args.out / "base"), args.prompts
-    encode_once(pipe)
+    encode_once(pipe, args.out / "t5")
     video = to_video(np.stack([world.make_clip(10**6 + i, chunks=1).frames for i in range(32)]))
     with torch.inference_mode():
         out = torch.cat([pipe.vae.decode(pipe.vae.encode(v[None])) for v in video])
@@ -745,7 +748,7 @@ def step_counts(args) -> None:
         if not (args.out / folder).is_dir():
             continue
         pipe = magi.load(args.out / folder)
-        encode_once(pipe)
+        encode_once(pipe, args.out / "t5")
         if not rows:  # what the VAE alone does to true clips: no model behind it can do better
             with torch.inference_mode():
                 decoded = [pipe.vae.decode(pipe.vae.encode(to_video(c.frames)[None]))[0] for c in clips]
@@ -759,6 +762,8 @@ def step_counts(args) -> None:
             seconds = (time.perf_counter() - start) / (2 * len(prompts))
             rows.append((folder, n, *measure(videos, [wanted for _, wanted in prompts]), seconds))
             print(*rows[-1], flush=True)
+    if not rows:
+        raise ValueError(f"no models in {args.out}: train them first, or give their folder with --out")
     show = lambda v, how: "" if v is None else format(v, how)
     cells = lambda row: [show(v, how) for v, how in zip(row, formats, strict=True)]
     formats = ("", "", ".0%", ".0%", ".0%", ".0%", ".1f", ".3f", ".2f")
@@ -836,14 +841,20 @@ def main() -> None:
     parser.add_argument("stage", choices=[*STAGES, "all"], help="all: vae, dit, distill")
     parser.add_argument("--work", type=Path, default=HERE / "work", help="checkpoints, latents, loss curves")
     parser.add_argument("--out", type=Path, default=HERE, help="where the finished models go")
-    parser.add_argument("--vae-steps", type=int, default=5000)
-    parser.add_argument("--clips", type=int, default=10000, help="how many clips to encode for the DiT")
-    parser.add_argument("--dit-steps", type=int, default=10000)
-    parser.add_argument("--distill-steps", type=int, default=3000)
+
+    def count(text: str) -> int:
+        if not text.isdecimal() or int(text) < 1:
+            raise argparse.ArgumentTypeError(f"{text!r} is not a whole number of at least 1")
+        return int(text)
+
+    parser.add_argument("--vae-steps", type=count, default=5000)
+    parser.add_argument("--clips", type=count, default=10000, help="clips for the DiT, in files of 500")
+    parser.add_argument("--dit-steps", type=count, default=10000)
+    parser.add_argument("--distill-steps", type=count, default=3000)
     parser.add_argument("--distill-lr", type=float, default=1e-3)
-    parser.add_argument("--lora-steps", type=int, default=600)
-    parser.add_argument("--rank", type=int, default=4, help="of the LoRA")
-    parser.add_argument("--batch", type=int, default=32, help="in chunks")
+    parser.add_argument("--lora-steps", type=count, default=600)
+    parser.add_argument("--rank", type=count, default=4, help="of the LoRA")
+    parser.add_argument("--batch", type=count, default=32, help="in chunks, at least 16")
     parser.add_argument("--lr", type=float, default=4e-3)
     parser.add_argument("--model", type=Path, help="eval: the model's folder, if not base in --out")
     parser.add_argument(
@@ -852,11 +863,20 @@ def main() -> None:
         help="vae, dit: go on from this folder, such as tiny; "
         "vae: with the decoder alone, so that latents stay as they are",
     )
-    parser.add_argument("--prompts", type=int, default=100, help="eval, steps: how many held-out prompts")
+    parser.add_argument("--prompts", type=count, default=100, help="eval, steps: how many held-out prompts")
     args = parser.parse_args()
     started = time.time()
-    for stage in ("vae", "dit", "distill") if args.stage == "all" else (args.stage,):
-        STAGES[stage](args)
+    try:
+        if args.batch < 16:
+            raise ValueError(f"batch {args.batch} is too small: at least 16 chunks")
+        for folder in (args.init, args.model):
+            if folder and not folder.is_dir():
+                raise ValueError(f"{folder} is no folder: check the path")
+        for stage in ("vae", "dit", "distill") if args.stage == "all" else (args.stage,):
+            STAGES[stage](args)
+    except (ValueError, OSError) as error:
+        print("train:", " ".join(str(error).split()), file=sys.stderr)
+        sys.exit(2)
     print(f"{(time.time() - started) / 60:.1f} minutes")
 
 
