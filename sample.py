@@ -593,9 +593,9 @@ def encode_text(args: argparse.Namespace, dit, device: str) -> tuple:
         from safetensors import SafetensorError
         from safetensors.torch import save_file
 
-        made = {"text": text, "mask": mask}, {"prompts": json.dumps(args.prompt)}
+        made, about = {"text": text, "mask": mask}, {"prompts": json.dumps(args.prompt)}
         try:
-            replace(args.save_text, lambda new: save_file(made[0], new, made[1]))
+            replace(args.save_text, lambda new: save_file(made, new, about))
         except SafetensorError as error:
             raise OSError(f"cannot write {str(args.save_text)!r}: {error}") from None
     return text, mask
@@ -648,9 +648,11 @@ def generate(frames, cfg, chunks: float, out: Path, device: str) -> int:
     except KeyboardInterrupt:
         signal.signal(signal.SIGINT, signal.SIG_IGN)                         # once is enough
         code = 130
-    except (OSError, FloatingPointError) as error:
-        say(f"error: {error}" if isinstance(error, FloatingPointError)
-            else f"error: cannot write {str(out)!r}: {error}")
+    except OSError as error:
+        say(f"error: cannot write {str(out)!r}: {error}")
+        code = 1
+    except FloatingPointError as error:
+        say(f"error: {error}")
         code = 1
     finally:
         bar.close()
