@@ -409,6 +409,12 @@ def test_missing_history_is_an_error():
         )
 
 
+def test_latents_one_patch_wide_are_refused():
+    dit, text, mask, _ = small()
+    with bad("at least 2x2"):
+        dit(torch.randn(1, 16, 6, 4, 2), torch.tensor([[0.4]]), text[None, None], mask[None, None])
+
+
 @pytest.mark.parametrize(
     "ranges, window, kept", [((5, 4, 3, 2), 4, 1), ((5, 4, 3, 2), 1, 4), ((2,), 2, 1), ((1,), 4, 1)]
 )
@@ -484,6 +490,14 @@ def test_the_ring_forgets_only_what_is_never_read_again(drawn):
             assert same(latents, out[i])
 
 
+def test_evicted_chunks_are_freed():
+    cache = magi.KVCache()
+    for i in range(3):
+        cache.write(0, i, torch.randn(1, 5, 2, 8), torch.randn(1, 5, 2, 8))
+    cache.evict(2)
+    assert sum(u.untyped_storage().nbytes() for u in cache.layers[0][1:]) == cache.bytes
+
+
 def test_zero_branches_are_skipped_and_counted():
     fast, slow = [], []
     cfg = dataclasses.replace(QUICK, num_steps=16, num_frames=96)
@@ -507,6 +521,14 @@ def test_needed_follows_the_keys():
     assert chunks([5], {2: 2, 3: 2, 4: 4, 5: 4}) == [4, 5]
     assert chunks([5], {2: 2, 3: 2, 4: 3, 5: 4}) == [2, 3, 4, 5]  # 5 -> 4 -> 3 -> 2
     assert chunks([3], {3: 0, 4: 3, 5: 3}) == [3]  # chunks 0..2 are cached
+
+
+def test_only_given_chunks_that_are_read_are_computed():
+    dit, seen = copy.deepcopy(small()[0]), []
+    dit.register_forward_hook(lambda m, a, k, out: seen.append(k["chunks"]), with_kwargs=True)
+    cfg = dataclasses.replace(QUICK, kv_ranges=(3, 2))
+    next(magi.sample(dit, *small()[1:3], cfg, special_tokens=small()[3], prefix=torch.randn(16, 36, 4, 4)))
+    assert seen[0] == [4, 5]  # chunk 6 sees 4, 5 and itself
 
 
 def test_endless_run_streams_until_stopped():
@@ -555,6 +577,13 @@ def test_bad_tensors_are_refused_at_the_call():
         magi.sample(dit, text, mask, dataclasses.replace(QUICK, num_frames=3), special_tokens=tokens)
 
 
+def test_endless_runs_take_no_noise():
+    dit, text, mask, tokens = small()
+    endless = dataclasses.replace(QUICK, num_frames=None)
+    with bad("noise needs num_frames"):
+        magi.sample(dit, text, mask, endless, special_tokens=tokens, noise=torch.randn(16, 18, 4, 4))
+
+
 def test_what_is_yielded_belongs_to_the_caller():
     dit, text, mask, tokens = small()
     plain = run_small(QUICK)
@@ -571,6 +600,13 @@ def test_first_chunk_is_yielded_before_later_ones_are_done():
     assert len(steps) == QUICK.num_steps and steps[-1].total == 6
 
 
+def test_no_more_latents_are_held_than_are_in_flight(monkeypatch):
+    held, velocity = [], magi._Run.velocity
+    monkeypatch.setattr(magi._Run, "velocity", lambda run, *a: held.append(len(run.x)) or velocity(run, *a))
+    run_small(dataclasses.replace(QUICK, num_frames=240))
+    assert max(held) == QUICK.window + 1
+
+
 def test_noise_depends_on_seed_and_chunk_alone():
     shape = (16, 6, 4, 4)
     a = magi.chunk_noise(1, 2, shape)
@@ -584,6 +620,13 @@ def test_noise_depends_on_seed_and_chunk_alone():
     for i in short:
         torch.testing.assert_close(short[i], long[i], rtol=1e-4, atol=1e-4)
     assert not torch.equal(short[0], run_small(dataclasses.replace(cfg, seed=1))[0])
+
+
+def test_noise_counts_generated_chunks(monkeypatch):
+    seen, noise = [], magi.chunk_noise
+    monkeypatch.setattr(magi, "chunk_noise", lambda s, c, shape: seen.append(c) or noise(s, c, shape))
+    run_small(QUICK, prefix=torch.randn(16, 12, 4, 4))
+    assert seen == [0, 1, 2]
 
 
 def test_captions_reach_their_own_chunks():
@@ -608,6 +651,21 @@ def test_special_tokens_are_fields_and_on_by_default():
     assert torch.equal(conditions.caption(1)[0][0], tokens["duration_token_2"][0])
     assert torch.equal(conditions.caption(2)[0][1], tokens["hq_token"][0])
     assert conditions.caption(2)[1].sum() == mask.sum() + 2
+
+
+def test_special_tokens_stand_in_the_official_order():
+    names = [
+        "static_first_frames_token",
+        "dynamic_first_frames_token",
+        "borderness_token",
+        "hq_token",
+        "three_d_model_token",
+        "two_d_anime_token",
+        "duration_token_3",
+    ]
+    table = small()[3]
+    vectors = magi.token_vectors({*magi.SPECIAL_TOKENS}, magi.SPECIAL_TOKENS, table, remaining=3)
+    assert all(u is table[name] for u, name in zip(vectors, names, strict=True))
 
 
 def test_negative_tokens_stand_in_front_of_the_null_text():
@@ -782,6 +840,21 @@ def test_odd_tiles_cover_everything_and_blend():
     )  # the overlap starts at weight 0
 
 
+def test_tile_strides_are_rounded_down():
+    starts = []
+    one = (1, 1, 1)
+    magi._tiled(
+        lambda u: starts.append(u.flatten()[0].item()) or u,
+        torch.arange(8.0).expand(1, 1, 1, 1, 8),
+        one,
+        one,
+        (1, 5, 5),
+        0.25,
+        blend_blended=False,
+    )
+    assert starts == [0, 3, 6]  # int(5 * 0.75) = 3
+
+
 def test_vae_refuses_what_it_cannot_encode():
     vae = golden_vae()
     for shape, message in (((6, 32, 32), "6 frames: give 1 or a multiple of 4"), ((4, 30, 32), "30x32")):
@@ -789,6 +862,13 @@ def test_vae_refuses_what_it_cannot_encode():
             vae.encode(torch.zeros(1, 3, *shape))
     with bad("tile"):
         vae.encode(torch.zeros(1, 3, 4, 32, 32), tile=(4, 30, 32))
+
+
+def test_vae_bears_constant_heads():
+    vae = magi.VAE(magi.VAEConfig(video_size=16, embed_dim=32, depth=1, num_heads=2, use_final_proj=True))
+    torch.nn.init.zeros_(vae.encoder.blocks[0].qkv.weight)  # the deviation within every head is 0
+    torch.nn.init.zeros_(vae.encoder.blocks[0].qkv.bias)
+    assert vae.encode(torch.randn(1, 3, 4, 16, 16)).isfinite().all()
 
 
 def test_final_projection_gives_narrow_models_spare_channels():
@@ -832,11 +912,26 @@ def test_t5_pads_truncates_and_marks_empty_captions(t5_folder):
     torch.testing.assert_close(alone[0], text[0], rtol=2e-2, atol=2e-2)
 
 
+def test_a_truncated_caption_still_ends():
+    with pytest.warns(UserWarning, match="only the first 6"):
+        ids, mask = magi.tokenize(magi.SimpleNamespace(encode=lambda caption: [7] * 20), ["a"], 6)
+    assert ids.tolist() == [[7, 7, 7, 7, 7, 1]] and mask.sum() == 6
+
+
 def test_t5_is_freed_after_use(t5_folder, tiny_folder):
     pipe = magi.load(tiny_folder / "base")
     pipe.encode_text(["a red ball"])
     gc.collect()
     assert not any(type(o) is magi.T5 for o in gc.get_objects())
+
+
+def test_a_t5_without_all_its_tensors_is_refused(t5_folder, tmp_path):
+    shutil.copytree(t5_folder, tmp_path / "t5")
+    sd = load_file(tmp_path / "t5" / "model.safetensors")
+    del sd["encoder.final_layer_norm.weight"]
+    save_file(sd, tmp_path / "t5" / "model.safetensors", {"format": "pt"})
+    with bad("lacks 1 tensor.*final_layer_norm"):
+        magi.T5(tmp_path / "t5")
 
 
 # ------------------------------------------------------------------------------------------------ training
@@ -863,6 +958,16 @@ def test_times_never_rise_along_a_clip_and_keep_the_law():
     assert (
         (clean.sum(1) >= given_chunks).all() and (t[clean] == QUICK.clean_t).all() and not clean[:, -1].all()
     )
+
+
+def test_pipeline_times_are_a_stage_apart_and_the_last_chunk_is_in_flight():
+    generator, given_chunks = torch.Generator().manual_seed(0), torch.arange(4).repeat(500)
+    cfg = magi.TrainingConfig(pipeline_share=1.0)
+    t, clean = magi.draw_times(2000, 4, given_chunks, cfg, QUICK, generator)
+    assert not clean[:, -1].any()  # a clip without a noisy chunk teaches nothing
+    stage = QUICK.window * (3 * t / (1 + 2 * t)).sqrt()  # shift_time and the square undone
+    both = ~clean[:, :-1] & (stage[:, :-1] > 1)  # the next one has started
+    assert both.sum() > 500 and ((stage[:, :-1] - stage[:, 1:])[both] - 1).abs().max() < 1e-3
 
 
 def training_batch(n: int = 3) -> tuple[magi.DiT, torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -913,6 +1018,20 @@ def test_muon_makes_updates_orthogonal():
     assert 0.05 < weight.square().mean().sqrt() < 0.15  # 0.2 lr, give or take what the iteration leaves
 
 
+def test_muon_has_momentum_and_decay():
+    torch.manual_seed(0)
+    weight = torch.nn.Parameter(torch.ones(6, 4))
+    optimizer = train.Muon([weight], lr=0.5, weight_decay=0.1)
+    weight.grad = torch.zeros(6, 4)
+    optimizer.step()
+    assert torch.allclose(weight, torch.tensor(0.95))
+    weight.grad = torch.randn(6, 4)
+    optimizer.step()
+    weight.grad, before = torch.zeros(6, 4), weight.detach().clone()
+    optimizer.step()  # goes on without a gradient
+    assert (weight - 0.95 * before).abs().max() > 0.02
+
+
 @pytest.mark.parametrize("share", [0.0, 1.0])
 def test_image_task_gives_one_clean_frame_that_of_a_still_if_there_is_one(share):
     dit, latents, text, mask = training_batch()
@@ -935,6 +1054,16 @@ def test_image_task_gives_one_clean_frame_that_of_a_still_if_there_is_one(share)
         magi.flow_matching_loss(dit, latents, text, mask, cfg, images=latents[:, :, :2])
 
 
+def test_shares_of_tasks():
+    generator = torch.Generator().manual_seed(0)
+    rand = lambda *shape: torch.rand(*shape, generator=generator)
+    cfg, batch = magi.TrainingConfig(image_share=0.3, video_share=0.2), 2000
+    clips = torch.zeros(batch, 1, 18, 1, 1), torch.zeros(batch, 3, 14, 12), torch.zeros(batch, 3, 14)
+    *_, frames = magi._clips(small()[0], *clips, None, cfg, rand)
+    assert abs((frames == 1).float().mean() - 0.3) < 0.04 and abs((frames > 1).float().mean() - 0.2) < 0.04
+    assert frames.max() == 12 and (frames == 2).any()
+
+
 def test_an_empty_caption_is_null_text_under_the_flag_of_a_caption():
     """As the sampler shows it; clips that lose their caption, and clean chunks, have the other flag."""
     dit, latents, text, mask = training_batch()
@@ -946,6 +1075,35 @@ def test_an_empty_caption_is_null_text_under_the_flag_of_a_caption():
         call = calls.pop()
         assert torch.equal(call["text"][0, 0], dit.null_text)
         assert torch.equal(call["text"][1], text[1]) == (null_share == 0) == call["conditional"].all()
+
+
+def shown_in_training(**shares) -> tuple[magi.DiT, torch.Tensor, list[dict]]:
+    """The model, the captions and the forwards of flow_matching_loss on clips of six chunks."""
+    dit, latents, text, mask = training_batch(6)
+    calls, cfg = calls_of(dit), magi.TrainingConfig(image_share=0, video_share=0.5, **shares)
+    for seed in range(12):
+        generator = torch.Generator().manual_seed(seed)
+        magi.flow_matching_loss(dit, latents, text, mask, cfg, generator=generator)
+    return dit, text, calls
+
+
+@pytest.mark.parametrize("share", [0.0, 1.0])
+def test_captions_are_lost_as_often_as_they_should_be(share):
+    dit, text, calls = shown_in_training(null_share=share)
+    for call in calls:
+        captioned = (call["t"] < 0.9998) & (share == 0)  # clean chunks never have one
+        assert torch.equal(torch.as_tensor(call["conditional"]).expand(2, 6), captioned)
+        assert torch.equal(call["text"], torch.where(captioned[..., None, None], text, dit.null_text))
+
+
+def test_training_has_the_samplers_ranges():
+    quarters = magi.timestep_grid(4)[1:4]
+    for call in shown_in_training(ranges_share=1.0)[2]:
+        reach = torch.tensor([5, 4, 3, 2])[(call["t"][..., None] >= quarters).sum(-1)]
+        reach = torch.where(call["t"] > 0.9998, 1, reach)
+        assert torch.equal(call["first_seen"], (torch.arange(6) - reach + 1).clamp(min=0))
+    for call in shown_in_training(ranges_share=0.0)[2]:
+        assert (call["first_seen"] == torch.arange(6)).all()
 
 
 def test_loss_is_zero_for_the_true_velocity_of_a_known_batch():
@@ -1001,6 +1159,105 @@ def test_training_goes_on_where_it_was_killed(tmp_path):
     assert torch.equal(learn(tmp_path / "a", [99]), learn(tmp_path / "b", [3, 99]))
 
 
+def test_fit_slows_down_and_leaves_the_average(tmp_path, monkeypatch):
+    torch.manual_seed(0)
+    model, path, rates, step = (
+        torch.nn.ModuleDict({"layers": torch.nn.Linear(4, 1)}),
+        [],
+        [],
+        torch.optim.AdamW.step,
+    )
+
+    def loss_of_step(i: int):
+        path.append(model["layers"].weight.detach().clone())
+        return ((model["layers"](torch.ones(1, 4)) - 10) ** 2).mean(), {}
+
+    def watch(self):
+        rates.append(self.param_groups[0]["lr"])
+        return step(self)
+
+    monkeypatch.setattr(torch.optim.AdamW, "step", watch)
+    train.fit("toy", model, loss_of_step, steps=30, lr=1e-3, work=tmp_path, warmup=5)
+    assert (rates[0], rates[10], rates[29]) == pytest.approx((2e-4, 1e-3, 1e-4))
+    last = torch.load(tmp_path / "toy.pt")["model"]["layers.weight"]
+    average = path[0]
+    for i, now in enumerate([*path[1:], last]):
+        average = average.lerp(now, 1 - min(0.999, (i + 1) / (i + 10)))
+    torch.testing.assert_close(model["layers"].weight.detach(), average)
+    assert not torch.allclose(average, last)
+
+
+def test_a_report_changes_nothing(tmp_path):
+    ends = []
+    for report in (None, lambda: "fine"):
+        torch.manual_seed(0)
+        model = torch.nn.ModuleDict({"layers": torch.nn.Linear(4, 1)})
+        loss = lambda step, model=model: (((model["layers"](torch.ones(1, 4)) - step) ** 2).mean(), {})
+        train.fit(
+            "toy", model, loss, 6, 0.1, tmp_path / str(report is None), every=2, warmup=1, report=report
+        )
+        ends.append(model["layers"].weight.detach().clone())
+    assert torch.equal(*ends)
+
+
+@cache
+def encoded():
+    """The shipped VAE, four clips of two chunks, what `encode` makes of them, and a fresh model."""
+    vae, clips = magi.load_vae(HERE / "tiny" / "vae"), [world.make_clip(i, chunks=2) for i in range(4)]
+    return vae, clips, train.encode(vae, clips), train.Tiny()
+
+
+def test_training_data_is_what_the_sampler_will_see():
+    vae, clips, data, _ = encoded()
+    video = train.to_video(clips[1].frames)[None]
+    for name, part in (("latents", video), ("images", video[:, :, 3:4])):
+        assert relative(data[name][1:2].float(), vae.encode(part) * magi.SCALE_FACTOR) < 0.03  # bf16
+    assert data["captions"][1] == list(clips[1].captions) and data["objects"].shape == (4, 1, 12, 8, 8)
+
+
+def test_drawn_clips_carry_their_captions_and_duration_tokens():
+    _, clips, data, model = encoded()
+    told = magi.SimpleNamespace(text=lambda captions, left: ([*captions], left))
+    batch = train.draw_clips(np.random.default_rng(0), 1, 40, told, data)
+    for [caption], left, latents in zip(batch["text"], batch["text_mask"], batch["latents"], strict=True):
+        i = next(i for i in range(4) if torch.equal(latents, data["latents"][i, :, :6].float()))
+        assert caption == clips[i].captions[0] and 1 <= left < 12
+    text, _ = model.text([["a red ball bounces", "a blue star rests"]], [3])
+    for i, left in enumerate((3, 2)):  # duration counts down; hq stands behind it
+        assert torch.equal(text[0, i, 0], model.tokens[f"duration_token_{left}"][0])
+        assert torch.equal(text[0, i, 1], model.tokens["hq_token"][0])
+
+
+def test_clips_are_encoded_once_each_from_its_seed(tmp_path, monkeypatch):
+    made = []
+    monkeypatch.setattr(world, "make_clip", lambda seed: made.append(seed) or seed)
+    monkeypatch.setattr(train, "encode", lambda _, clips: {"latents": torch.tensor(clips), "captions": clips})
+    for _ in range(2):
+        data = train.encode_clips(None, 6, tmp_path, per_file=2)
+        assert data["latents"].tolist() == data["captions"] == made == [*range(6)]
+
+
+def test_training_stages_run_and_write_what_load_reads(tmp_path, monkeypatch):
+    for name in ("base", "vae", "t5"):
+        shutil.copytree(HERE / "tiny" / name, tmp_path / name)
+    data = train.encode(encoded()[0], [world.make_clip(i) for i in range(4)])
+    monkeypatch.setattr(train, "encode_clips", lambda *_: data)
+    monkeypatch.setattr(train, "judge_prompts", lambda *_, **__: {"colour": 0.0})
+    once = {f"{stage}_steps": 1 for stage in ("vae", "dit", "distill", "lora")}
+    small_run = dict(clips=4, batch=4, rank=2, lr=1e-4, distill_lr=1e-4)
+    args = magi.SimpleNamespace(out=tmp_path, work=tmp_path / "work", init=tmp_path, **small_run, **once)
+    for stage in ("vae", "dit", "distill", "lora"):
+        train.STAGES[stage](args)
+    base, distilled = (
+        magi.read_config(tmp_path / f, "sampler", magi.SamplerConfig) for f in ("base", "distill")
+    )
+    assert distilled == dataclasses.replace(base, distilled=True, num_steps=8)
+    pipe = magi.load(tmp_path / "distill")
+    magi.load_lora(pipe.dit, tmp_path / "lora" / "cyan.safetensors")
+    frames = np.concatenate(list(pipe("a red ball bounces", num_frames=24)))
+    assert world.judge(frames).colour == "red"  # one small step has not spoilt it
+
+
 def test_world_is_deterministic_and_its_judge_reads_it_back():
     clip = world.scene("red", "ball", "bounce", chunks=2, seed=3)
     assert np.array_equal(clip.frames, world.scene("red", "ball", "bounce", chunks=2, seed=3).frames)
@@ -1019,6 +1276,45 @@ def test_world_is_deterministic_and_its_judge_reads_it_back():
         assert not any(
             world.held_out(*t) for thing in world.make_clip(seed, chunks=2).things for t in thing.triples
         )
+
+
+def test_world_captions_follow_the_grammar():
+    assert world.caption([("orange", "ball", "still")]) == "an orange ball stands still"
+    was = [("red", "ball", "swing")]
+    said = lambda now, seed: world.caption([now], was, rng=np.random.default_rng(seed))
+    assert not any(said(was[0], seed).startswith("now") for seed in range(20))
+    assert any(said(("blue", "ball", "swing"), seed).startswith("now") for seed in range(20))
+
+
+def test_world_slides_end_at_the_wall():
+    clip = world.scene("red", "ball", "left", chunks=6, seed=1)
+    seen = [motion for _, _, motion in clip.things[0].seen()]
+    assert seen[0] == "left" and seen[-1] == "still"
+    verdict = world.judge(clip.frames)
+    assert verdict.motion == "left" and [m for *_, m in verdict.chunks] == seen
+
+
+def test_world_pairs_differ_in_colour():
+    for seed in range(30):
+        a, b = world.make_clip(seed, chunks=2, pairs=1.0).things
+        assert all(u[0] != v[0] for u, v in zip(a.triples, b.triples, strict=True))
+
+
+def test_world_flaws_tell_colour_from_edge():
+    frames = world.scene("red", "ball", "bounce", chunks=1, seed=3).frames / 255
+    colour, edge = world.flaws(frames)
+    assert colour < 10 and edge < 0.1
+    red = ((frames[..., 0] > 0.7) & (frames[..., 1] < 0.3))[..., None]
+    faded = np.where(red, 0.7 * frames + 0.2, frames)
+    bitten = np.where(red & (np.arange(64) % 6 < 2)[:, None], (0.6, 0.7, 0.75), frames)
+    assert world.flaws(faded)[0] > colour + 10 and world.flaws(faded)[1] < edge + 0.05
+    assert world.flaws(bitten)[1] > edge + 0.1
+
+
+def test_world_evaluation_asks_only_for_what_was_never_shown():
+    asked = [triple for _, triple in world.sample_prompts(40, seed=1)]
+    assert all(world.held_out(*triple) for triple in asked) and len({*asked}) == 40
+    assert not any(world.held_out(*triple) for _, triple in world.sample_prompts(40, seed=1, heldout=False))
 
 
 @pytest.fixture
@@ -1074,6 +1370,23 @@ def test_evaluation_measures_what_it_says(oracle):
     assert train.judge_long(oracle, 2) == 0
 
 
+def test_psnr():
+    assert abs(train.psnr(torch.full((9,), 0.2), torch.zeros(9)) - 20) < 1e-4  # a tenth of the range: 20 dB
+
+
+def test_measure_counts_all_three(monkeypatch):
+    said = iter([magi.SimpleNamespace(colour="red", shape="ball", motion=m) for m in ("left", "right")])
+    monkeypatch.setattr(world, "judge", lambda video: next(said))
+    monkeypatch.setattr(world, "flaws", lambda video: (3.0, 0.5))
+    assert train.measure([0, 0], [("red", "ball", "left")] * 2) == (1, 1, 0.5, 0.5, 3, 0.5)
+
+
+def test_a_change_must_come_in_its_chunk_not_before(oracle):
+    oracle.kind = "right"
+    early = lambda prompt, **more: oracle([prompt[-1]] * len(prompt), **more)  # shows the end from the start
+    assert train.judge_changes(early, 6) == 0
+
+
 def test_vae_loss_learns_and_weighs():
     torch.manual_seed(0)
     vae = magi.VAE(magi.VAEConfig(video_size=16, embed_dim=32, depth=1, num_heads=2, use_final_proj=True))
@@ -1093,6 +1406,37 @@ def test_vae_loss_learns_and_weighs():
         loss.backward()
         optimizer.step()
     assert loss < 0.8 * first and recon.shape == video.shape
+
+
+def test_vae_loss_is_its_formula():
+    torch.manual_seed(0)
+    mean, logvar = torch.zeros(2, 4, 10, 20, 20), torch.full((2, 4, 10, 20, 20), math.log(0.09))
+    mean[:, :, 5:] = 2  # the deviation of a channel is 1
+    vae = magi.SimpleNamespace(moments=lambda video: (mean, logvar), decoder=lambda z: z)
+    video = torch.zeros_like(mean)
+    assert abs((magi.vae_loss(vae, video)[1] - mean).std() - 0.3) < 0.01
+    noisy = magi.vae_loss(vae, video, latent_noise=torch.tensor([0.4, 0.4]))[1]
+    assert abs((noisy - mean).std() - 0.5) < 0.01  # sqrt(0.3^2 + 0.4^2)
+    loss, _ = magi.vae_loss(vae, video, weight=torch.zeros(()), kl_weight=1)
+    normal = torch.distributions.Normal
+    kl = torch.distributions.kl_divergence(normal(mean, (logvar / 2).exp()), normal(0, 1)).mean()
+    assert torch.allclose(loss, kl)
+
+
+def test_standardised_latents_have_mean_0_and_deviation_1():
+    torch.manual_seed(0)
+    vae = magi.VAE(magi.VAEConfig(video_size=16, embed_dim=32, depth=1, num_heads=2, use_final_proj=True))
+    vae.encoder.last_layer.bias.data.normal_()
+    video = torch.rand(3, 3, 8, 16, 16) * 2 - 1
+    with torch.no_grad():
+        (mean, logvar), decoded = vae.moments(video), vae.decode(vae.encode(video))
+        train.standardise(vae, video)
+        (new, new_logvar), again = vae.moments(video), vae.decode(vae.encode(video))
+    scaled = new * magi.SCALE_FACTOR
+    assert scaled.mean((0, 2, 3, 4)).abs().max() < 1e-3 and (scaled.std((0, 2, 3, 4)) - 1).abs().max() < 1e-3
+    torch.testing.assert_close(again, decoded, rtol=1e-3, atol=1e-4)
+    noise = lambda mean, logvar: (logvar / 2).exp() / mean.std((0, 2, 3, 4), keepdim=True)
+    torch.testing.assert_close(noise(new, new_logvar), noise(mean, logvar), rtol=1e-3, atol=1e-5)
 
 
 # ----------------------------------------------------------------------------------------------- distillation
@@ -1223,6 +1567,13 @@ def test_no_null_text_for_noisy_chunks_of_the_student():
         flags = call["conditional"].chunk(3)
         assert torch.equal(flags[0], call["t"][:2] < 0.9998) and not flags[1].any() and not flags[2].any()
         assert "d" not in call and torch.equal(call["first_seen"].chunk(3)[2], torch.arange(3).expand(2, -1))
+
+
+def test_an_empty_caption_is_distilled_as_null_text():
+    student = distillation()[0]
+    calls, (latents, text, mask) = calls_of(student), training_batch()[1:]
+    magi.shortcut_loss(student, student, latents, text, torch.zeros_like(mask), 8)
+    assert all((c["text"] == student.null_text).all() and (c["mask"].sum(-1) == 5).all() for c in calls)
 
 
 def in_the_sampler(dit, cfg: magi.SamplerConfig, text, mask, x, t, d) -> dict[int, torch.Tensor]:
@@ -1372,6 +1723,12 @@ def test_an_untrained_lora_changes_nothing_and_a_merged_one_gives_the_same_video
         assert merged.state_dict().keys() == small()[0].state_dict().keys() and not magi.loras(merged)
         assert relative(video_of(merged), video) < 1e-4
     assert 0.01 < relative(between, plain) < relative(adapted, plain)
+
+
+def test_a_new_lora_keeps_the_size_of_its_input():
+    torch.manual_seed(0)
+    lora = magi.LoRA(torch.nn.Linear(400, 8), rank=50)
+    assert abs(lora.down.std() - 400**-0.5) < 0.005 and not lora.up.any()
 
 
 def test_lora_is_on_every_linear_of_the_blocks_and_trains_alone_by_both_objectives():
@@ -1685,6 +2042,24 @@ def test_keys_are_read_where_they_are(kernels, monkeypatch):
     torch.testing.assert_close(out, expected, rtol=1e-5, atol=1e-6)
 
 
+def test_keys_may_lie_apart_each_in_its_own_way(kernels):
+    torch.manual_seed(4)
+    q, kv, old = torch.randn(1, 8, 4, 16), torch.randn(1, 9, 2, 32), torch.randn(2, 1, 11, 2, 16)
+    (k, v), ranges = kv.chunk(2, dim=-1), torch.tensor([[[0, 20], [7, 15]]])
+    for keys in ((k, v), (k, v.contiguous()), (k.contiguous(), v)):
+        expected = magi.block_attention(q, *keys, ranges, tuple(old))
+        ours = kernels.block_attention(q, *keys, ranges, tuple(old))
+        torch.testing.assert_close(ours, expected, rtol=1e-5, atol=1e-6)
+
+
+def test_batches_not_whole_tokens_apart_are_copied(kernels):
+    torch.manual_seed(4)
+    k = torch.randn(2 * 9 * 32 + 16).as_strided((2, 9, 1, 16), (9 * 32 + 16, 32, 16, 1))
+    q, ranges = torch.randn(2, 8, 1, 16), torch.tensor([[[0, 9], [2, 5]]])
+    expected = magi.block_attention(q, k, k, ranges)
+    torch.testing.assert_close(kernels.block_attention(q, k, k, ranges), expected, rtol=1e-5, atol=1e-6)
+
+
 def test_the_cache_gives_views(kernels):
     torch.manual_seed(5)
     cache, chunks = magi.KVCache(), torch.randn(4, 2, 3, 1, 8)
@@ -1734,6 +2109,21 @@ def test_fp8_matmul_by_descriptor_equals_by_pointer(kernels):
     assert torch.equal(*outs) and relative(outs[0], x8.double() @ weight.double().T / 2) < 3e-3
 
 
+def test_fp8_matmul_of_many_tiles(kernels):
+    torch.manual_seed(6)
+    x8, weight = (torch.randn(n, 32).to(torch.float8_e4m3fn) for n in (8 * 16 + 40, 40))
+    out = torch.zeros(len(x8), 40, dtype=torch.bfloat16)  # 11 tiles down: more than a band
+    kernels.fp8_launch(x8, weight, torch.tensor([1.0]), out, kernels.Tiles(16, 16, 32)).run()
+    assert relative(out, x8.double() @ weight.double().T) < 3e-3
+
+
+def test_fp8_matmul_passes_gradients_on(kernels):
+    x, weight = torch.randn(3, 16, requires_grad=True), torch.randn(16, 16).to(torch.float8_e4m3fn)
+    grads = [torch.autograd.grad(ops.fp8_matmul(x, weight, torch.ones(16), torch.ones(1)).float().sum(), x)[0]
+             for ops in (kernels, magi)]  # fmt: skip
+    assert torch.equal(*grads) and grads[0].any()
+
+
 def test_an_fp8_model_and_a_vae_through_the_kernels_equal_the_torch_path(kernels):
     torch.manual_seed(0)
     cfg = dataclasses.replace(SMALL, num_layers=3, head_dim=16, dtype="bfloat16", fp8=True)
@@ -1778,6 +2168,14 @@ def test_triton_backend_says_what_is_missing(kernels, monkeypatch):
     monkeypatch.setitem(sys.modules, "kernels", None)  # as if Triton could not be imported
     with bad("backend 'triton' is not available here.*use 'torch'"):
         magi.get_ops("triton")
+
+
+def test_thor_counts_as_a_data_centre_blackwell(kernels, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.version, "hip", None)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda _: "NVIDIA Thor")
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (11, 0))
+    assert kernels.arch_of("cuda") == 100
 
 
 def run_compiling(*arguments: str) -> subprocess.CompletedProcess:
@@ -1929,6 +2327,11 @@ def test_exactly_as_many_frames_come_out_as_were_asked_for(pipe, mode, num_frame
     assert all(p.dtype == np.uint8 and p.shape[1:] == (32, 32, 3) and 0 < len(p) <= 24 for p in pieces)
 
 
+def test_pixels_are_rounded(pipe, monkeypatch):
+    monkeypatch.setattr(pipe.vae, "decode", lambda z: torch.full((1, 3, 24, 32, 32), 0.4039))  # 178.997
+    assert (next(iter(pipe("a red ball", num_frames=24))) == 179).all()
+
+
 def test_a_video_goes_on_after_its_last_frames(pipe):
     video = np.random.default_rng(0).integers(0, 255, (50, 32, 32, 3), np.uint8)
     assert np.array_equal(magi.prefix_clip(None, video, 32), video[-32:])
@@ -1982,6 +2385,13 @@ def test_images_are_cropped_not_stretched():
         magi.fit_frames(wide, 20, 20, "zoom")
 
 
+def test_resized_images_neither_overshoot_nor_alias():
+    edge, stripes = np.zeros((2, 1, 128, 128, 3), np.uint8)
+    edge[:, :, 64:] = stripes[:, :, ::2] = 255
+    assert magi.fit_frames(edge, 320, 320).abs().max() <= 1
+    assert magi.fit_frames(stripes, 48, 48)[..., 4:-4].abs().max() < 0.2  # grey
+
+
 def test_text_can_be_encoded_once_and_reused(pipe):
     text = pipe.encode_text(["a red ball"])
     again = np.concatenate(list(pipe(text, num_frames=24)))
@@ -2000,6 +2410,13 @@ def test_bad_calls_are_refused_before_anything_is_computed(pipe):
     ):
         with bad(message):
             pipe("a red ball", **more)
+
+
+def test_unknown_settings_and_no_prompt_are_refused(pipe):
+    with bad("unknown setting steps: choose from num_steps"):
+        pipe("a red ball", steps=8)
+    with bad("empty list"):
+        pipe([])
 
 
 def test_broken_folders_are_refused(tiny_folder, tmp_path):
@@ -2035,6 +2452,12 @@ def test_broken_folders_are_refused(tiny_folder, tmp_path):
     pipe = magi.load(work / "base")  # encoded text would do
     with bad("no text encoder"):
         pipe("a red ball")
+
+
+def test_dtypes_of_load(tiny_folder):
+    pipe = magi.load(tiny_folder / "base", dtype="bfloat16", vae_dtype=torch.float16)
+    assert pipe.dit.layers[0].attn.q.weight.dtype == torch.bfloat16 and pipe.vae.dtype == torch.float16
+    assert pipe.dit.final_linear.weight.dtype == torch.float32
 
 
 # ================================================================================================
@@ -2471,6 +2894,16 @@ def test_a_whole_download_at_once(tmp_path, monkeypatch):
     assert_refused("which model is", "all", ckpt, tmp_path / "x")
 
 
+def test_all_with_force_converts_again(tmp_path):
+    vae = official_folder(tmp_path / "ckpt" / "vae", official_weights("vae"), stem=VAE)
+    written(vae / "config.json", official_config("vae"))
+    args = "all", tmp_path / "ckpt", tmp_path / "out"
+    assert run_convert(*args)[0] == 0
+    old = written(tmp_path / "out" / "vae" / "old", b"")
+    code, said, _ = run_convert(*args, "--force")
+    assert code == 0 and "wrote" in said and not old.exists()
+
+
 # ---------------------------------------------------------------------------------------- streaming
 
 
@@ -2831,6 +3264,26 @@ def test_smoothing_saves_what_an_outlier_would_crush():
     assert errors[1] < 0.06 < 0.5 < errors[0]
 
 
+def test_alpha_moves_outliers_into_the_weights():
+    torch.manual_seed(0)
+    weight, peak = torch.randn(24, 64), 1 + torch.rand(64)
+    all_in_weight = cw.quantise_layer(weight, peak, "channel", 1.0)  # inputs become x / max|x|
+    torch.testing.assert_close(all_in_weight["smooth_scale"][0], peak / 448)
+    none = cw.quantise_layer(weight, peak, "channel", 0.0)  # weights become w / max|w|
+    assert (none["weight"].float().abs().amax(0) == 448).all()
+
+
+@pytest.mark.parametrize("kind", ["tensor", "channel"])
+def test_channels_that_are_never_used_give_no_nan(kind):
+    torch.manual_seed(0)
+    weight, x = torch.randn(24, 64), torch.randn(10, 64)
+    weight[:, 3] = x[:, 5] = 0
+    for w, u in ((weight, x), (weight, 0 * x), (0 * weight, x)):
+        layer = magi.FP8Linear(64, 24, kind)
+        layer.load_state_dict(cw.quantise_layer(w, u.abs().amax(0), kind))
+        assert layer(u).isfinite().all() and (layer(u) - u @ w.T).norm() <= 0.06 * (u @ w.T).norm()
+
+
 def test_calibration_finds_the_largest_input_of_every_channel():
     dit, text, mask, _ = small()
     seen = {}
@@ -2853,6 +3306,26 @@ def test_calibration_finds_the_largest_input_of_every_channel():
     assert peaks.keys() == seen.keys() and not dit.layers[0].attn.q._forward_pre_hooks
     for name, inputs in seen.items():
         assert len(inputs) == 3 and torch.equal(peaks[name], torch.cat(inputs, 1).abs().amax((0, 1)))
+
+
+def test_calibration_gives_every_prompt_a_seed_and_the_special_tokens(monkeypatch):
+    runs, tiny = [], HERE / "tiny"
+    listen = lambda dit, text, mask, cfg, special_tokens: (
+        runs.append((cfg.seed, text, special_tokens)) or iter(())
+    )
+    monkeypatch.setattr(magi, "sample", listen)
+    cfg = dataclasses.replace(magi.read_config(tiny / "base", "sampler", magi.SamplerConfig), seed=3)
+    assert (
+        cw.measure(tiny / "base", cfg, ["a red ball", "a blue star"], tiny / "t5", "cpu", "torch", []) == {}
+    )
+    assert [seed for seed, *_ in runs] == [3, 4] and not torch.equal(runs[0][1], runs[1][1])
+    assert_same(runs[0][2], load_file(tiny / "base" / "special_tokens.safetensors"))
+
+
+def test_calibration_refuses_inputs_that_overflow():
+    dit = torch.nn.ModuleDict({"a": torch.nn.Linear(2, 2)})
+    with bad("input of a overflows"):
+        cw.calibrate(dit, ["a"], lambda: dit["a"](torch.tensor([[1.0, math.inf]])))
 
 
 @pytest.fixture(scope="module")
@@ -3097,6 +3570,15 @@ def test_sample_is_reproducible(small_model, tmp_path):
     assert np.abs(a - b).mean() < 0.05 < 1 < np.abs(a - c).mean()
 
 
+def test_sample_says_how_fast_it_was(tmp_path, monkeypatch, capsys):
+    clock = iter([100.0, 102.0, 112.0])
+    monkeypatch.setattr(sample, "time", magi.SimpleNamespace(perf_counter=lambda: next(clock)))
+    chunks, cfg = [shades([0] * 24), shades([1] * 24)], magi.SimpleNamespace(num_steps=4, window=4, fps=12)
+    assert sample.generate(lambda progress: iter(chunks), cfg, 2, tmp_path / "a.mp4", "cpu") == 0
+    said = capsys.readouterr().out
+    assert said.startswith("first chunk after 2.00 s, 3.00 s of computing per second of video (slower than")
+
+
 def test_sample_takes_one_prompt_per_chunk(small_model, tmp_path):
     red, blue = "a red ball bounces", "a blue square slides"
     videos = []
@@ -3290,6 +3772,11 @@ def test_sample_flags_reach_the_sampler(small_model, tmp_path, planned):
     assert (cfg.text_scales, cfg.prev_scales) == ((2, 0), (1, 1))
 
 
+def test_sample_dtype_reaches_the_model(small_model, tmp_path, planned):
+    run_sample(small_model, "--prompt", "a", "--dtype", "bfloat16", "--out", tmp_path / "a.mp4")
+    assert planned["frames"].func.dit.layers[0].attn.q.weight.dtype == torch.bfloat16
+
+
 def test_sample_help_is_quick_and_complete():
     start = time.perf_counter()
     help = [sys.executable, sample.__file__, "--help"]
@@ -3382,6 +3869,15 @@ def test_sample_says_that_fp8_is_dequantised(small_model, tmp_path, capsys):
     assert len(read_frames(tmp_path / "a.mp4")) == 3
 
 
+def test_sample_notes_flags_that_do_nothing(small_model, tmp_path, planned, capsys):
+    model = write_model(tmp_path / "distill", magi.DiTConfig(**SMALL_DIT), distilled=True)
+    beside = ["--vae", small_model.parent / "vae", "--t5", small_model.parent / "t5"]
+    flags = ["--prompt", "a", "--out", tmp_path / "a.mp4", "--text_scale", 5]
+    assert run_sample(model, *flags, *beside) == 0
+    assert "guidance of a distilled model is built in" in capsys.readouterr().err
+    assert run_sample(small_model, *flags) == 0 and capsys.readouterr().err == ""
+
+
 # ------------------------------------------------------------------------------------------- interruptions
 
 
@@ -3448,6 +3944,14 @@ def test_sample_ctrl_c_before_the_first_chunk_keeps_the_old_file(small_model, tm
     assert out.read_text() == "an older video" and capsys.readouterr().out.startswith("interrupted")
 
 
+def test_sample_ctrl_c_while_loading(monkeypatch, capsys):
+    def interrupted(argv):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(sample, "prepare", interrupted)
+    assert sample.main([]) == 130 and capsys.readouterr().out.startswith("interrupted")
+
+
 def test_sample_loses_nothing_on_a_full_disk(tmp_path, monkeypatch):
     """The old file stays until the first chunk is written, and a chunk is written whole or not at all."""
 
@@ -3496,13 +4000,13 @@ def test_sample_reports_what_it_cannot_write(small_model, tmp_path, monkeypatch,
 
 
 def test_sample_goes_on_when_nobody_listens(small_model, tmp_path):
-    command = [sys.executable, sample.__file__, "--model", small_model, "--prompt", "a", "--num_frames", "48"]
+    command = [sys.executable, sample.__file__, "--model", small_model, "--prompt", "a", "--num_frames", "24"]
     for redirect in "2>&-", ">/dev/full 2>/dev/full", "2>&1 | head -c 5":
         out = tmp_path / "a.mp4"
         shell = f"set -o pipefail; {shlex.join(map(str, [*command, '--out', out]))} {redirect}"
         done = subprocess.run(["bash", "-c", shell], capture_output=True, text=True)
         assert done.returncode == 0 and "Traceback" not in done.stderr, (redirect, done)
-        assert len(read_frames(out)) == 48
+        assert len(read_frames(out)) == 24
         out.unlink()
 
 
@@ -3512,6 +4016,20 @@ def test_sample_stops_at_numbers_that_are_not_finite(small_model, tmp_path, caps
     assert run_sample(small_model, "--prompt", "a", "--text_scale", "1e300", "--out", out) == 1
     assert "not finite" in capsys.readouterr().err and not out.exists()
 
+
+@pytest.mark.parametrize("error", [MemoryError(), RuntimeError("CUDA out of memory")], ids=["host", "device"])
+def test_sample_says_what_to_do_when_memory_runs_out(error, monkeypatch, capsys):
+    def full(**run):
+        raise error
+
+    monkeypatch.setattr(sample, "prepare", lambda argv: {})
+    monkeypatch.setattr(sample, "generate", full)
+    assert sample.main([]) == 1
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("error: out of memory, try a smaller")
+    monkeypatch.setattr(sample, "generate", lambda **run: (_ for _ in ()).throw(RuntimeError("a fault")))
+    with pytest.raises(RuntimeError, match="a fault"):
+        sample.main([])
 
 
 # ------------------------------------------------------------------------------------------------ bad input
@@ -3571,6 +4089,8 @@ BAD_FLAGS = {
     "no access": (["--prompt", "a", "--out", "/proc/a.mp4"], "/proc"),
     "over an input by another name": (["--video", "clip.mp4", "--out", "link.mp4"], "link.mp4", "input"),
     "text over weights": (["--prompt", "a", "--save_text", "link.safetensors"], "link.safetensors", "input"),
+    "a folder": (["--prompt", "a", "--out", "folder.mp4"], "folder.mp4", "it is a folder"),
+    "text nowhere": (["--prompt", "a", "--save_text", "no/where.safetensors"], "'no'", "create the folder"),
     "text without ending": (["--prompt", "a", "--save_text", "a.txt"], "a.txt", ".safetensors"),
     "not unicode": (["--prompt", "caf\udce9"], "UTF-8"),
     "kv range text": (["--prompt", "a", "--kv_range", "x"], "'x'", "whole number"),
@@ -3596,6 +4116,7 @@ def test_sample_refuses(case, small_model, tmp_path, monkeypatch, no_weights):
         shutil.copy(small_model.parent / name, tmp_path)
     (tmp_path / "broken.mp4").write_bytes(b"not a video" * 100)
     os.link(tmp_path / "clip.mp4", tmp_path / "link.mp4")
+    (tmp_path / "folder.mp4").mkdir()
     (tmp_path / "link.safetensors").symlink_to(small_model / "special_tokens.safetensors")
     monkeypatch.chdir(tmp_path)
     flags, *words = BAD_FLAGS[case]
@@ -3739,6 +4260,18 @@ def test_sample_reads_the_end_of_a_video_at_the_models_rate(tmp_path):
     assert np.abs(slow - np.floor(199 - np.arange(8)[::-1] / 2)).max() < 2
 
 
+def test_sample_turns_videos_upright(tmp_path):
+    frames, file = np.zeros((8, 32, 48, 3), np.uint8), tmp_path / "a.mp4"
+    frames[:, :, 24:] = 255  # bright on the right
+    sample.Mp4Writer(file, 24).write(frames)
+    data = bytearray(file.read_bytes())
+    at = data.index(b"tkhd") + 44  # the matrix of "rotate by 90 degrees clockwise to view"
+    data[at : at + 36] = np.array([0, 1 << 16, 0, -1 << 16, 0, 0, 0, 0, 1 << 30], ">i4").tobytes()
+    file.write_bytes(data)
+    video = sample.read_video(str(file), 24, 8)
+    assert video.shape == (8, 48, 32, 3) and video[:, :20].max() < 20 and video[:, 28:].min() > 235
+
+
 def test_sample_reads_pictures_of_all_kinds(tmp_path):
     rgba = np.random.default_rng(0).integers(0, 256, (20, 30, 4), dtype=np.uint8)
     for name, image in {
@@ -3778,3 +4311,25 @@ def test_sample_writers_keep_every_frame_and_time(ending, tmp_path):
         assert len(times) == count
         assert np.abs(np.array(times) - np.arange(count) / 24).max() < 0.0051
     assert np.abs(read_frames(out)[24:48].mean((1, 2, 3)) - np.arange(0, 240, 10)).max() < 3
+
+
+def test_sample_mp4_says_how_it_is_coded(tmp_path):
+    writer = sample.Mp4Writer(tmp_path / "a.mp4", 24)
+    for _ in range(3):
+        writer.write(shades(range(5)))
+    with av.open(str(tmp_path / "a.mp4")) as file:
+        assert file.streams.video[0].codec_context.colorspace == 6
+    fragments = (tmp_path / "a.mp4").read_bytes().split(b"mfhd")[1:]
+    assert [int.from_bytes(part[4:8], "big") for part in fragments] == [1, 2, 3]
+
+
+def test_sample_gif_shows_its_last_frame(tmp_path):
+    sample.WRITERS[".gif"](tmp_path / "a.gif", 5).write(shades([7]))
+    assert Image.open(tmp_path / "a.gif").info["duration"] == 200
+
+
+def test_sample_contact_sheet_reads_like_text(tmp_path):
+    sample.save_sheet(list(shades(range(0, 240, 5))), tmp_path / "a.png", 24)
+    sheet = np.asarray(Image.open(tmp_path / "a.png"))  # 2 rows of 6 tiles of 96x64, gaps of 2
+    tiles = [sheet[2 + 66 * (i // 6) + 30, 2 + 98 * (i % 6) + 50, 0] for i in range(12)]
+    assert tiles == [*range(0, 240, 20)]
