@@ -147,7 +147,7 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
          help=f"or one that comes along: {', '.join(SHIPPED)}; default: {DEFAULT_MODEL}, which is "
               f"tiny/{SHIPPED[DEFAULT_MODEL].name}")
     flag("--lora", type=Path, metavar="FILE", help="a low-rank addition to it, as tiny/train.py lora makes")
-    flag("--lora_scale", type=number, default=1.0, metavar="X", help="how strongly it acts; default: 1")
+    flag("--lora_scale", type=number, metavar="X", help="how strongly it acts; default: 1")
     flag("--vae", type=Path, metavar="FOLDER", help="default: vae beside the model")
     flag("--t5", type=Path, metavar="FOLDER", help="default: t5 beside the model")
     flag("--config_file", metavar="JSON", help="an official config: its runtime_config replaces the model's")
@@ -363,6 +363,7 @@ def check_flags(args: argparse.Namespace) -> None:
     require(args.out.suffix.lower() in WRITERS, f"--out {str(args.out)!r} must end in .mp4, .gif or .png")
     require(args.num_frames != math.inf or args.out.suffix.lower() == ".mp4",
             f"--num_frames inf needs an .mp4 file, not {str(args.out)!r}, which is rewritten every second")
+    require(args.lora or args.lora_scale is None, "--lora_scale needs a LoRA: add --lora FILE")
     require(args.save_text is None or args.save_text.suffix == ".safetensors",
             f"--save_text {str(args.save_text)!r} must end in .safetensors")
     inputs = [f for f in (args.image, args.video, args.text, args.config_file, args.lora) if f]
@@ -370,6 +371,8 @@ def check_flags(args: argparse.Namespace) -> None:
     for path in (args.out, args.save_text or args.out):
         require(not path.exists() or not any(os.path.exists(f) and path.samefile(f) for f in inputs),
                 f"{str(path)!r} is an input: give the output another name")
+        require(path.exists() or not path.is_symlink(),
+                f"cannot write {str(path)!r}: it is a link to what does not exist")
         require(not path.is_dir(), f"cannot write {str(path)!r}: it is a folder, add a file name")
         require(not path.exists() or os.access(path, os.W_OK), f"cannot write {str(path)!r}: it is protected")
         require(path.parent.is_dir(),
@@ -575,7 +578,7 @@ def prepare(argv: list[str] | None) -> dict:
                      backend=args.backend)
     pipe.sampler = cfg
     if args.lora:
-        magi.load_lora(pipe.dit, args.lora, args.lora_scale)
+        magi.load_lora(pipe.dit, args.lora, 1.0 if args.lora_scale is None else args.lora_scale)
     frames = partial(pipe, text, image=image, video=video, prefix_frames=args.prefix_frames, fit=args.fit)
     return dict(frames=frames, cfg=cfg, chunks=chunks, out=args.out, device=device)
 

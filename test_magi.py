@@ -4089,6 +4089,8 @@ BAD_FLAGS = {
     "no access": (["--prompt", "a", "--out", "/proc/a.mp4"], "/proc"),
     "over an input by another name": (["--video", "clip.mp4", "--out", "link.mp4"], "link.mp4", "input"),
     "text over weights": (["--prompt", "a", "--save_text", "link.safetensors"], "link.safetensors", "input"),
+    "dangling link": (["--prompt", "a", "--out", "dangling.mp4"], "dangling.mp4", "does not exist"),
+    "scale without LoRA": (["--prompt", "a", "--lora_scale", "2"], "--lora FILE"),
     "a folder": (["--prompt", "a", "--out", "folder.mp4"], "folder.mp4", "it is a folder"),
     "text nowhere": (["--prompt", "a", "--save_text", "no/where.safetensors"], "'no'", "create the folder"),
     "text without ending": (["--prompt", "a", "--save_text", "a.txt"], "a.txt", ".safetensors"),
@@ -4117,6 +4119,7 @@ def test_sample_refuses(case, small_model, tmp_path, monkeypatch, no_weights):
     (tmp_path / "broken.mp4").write_bytes(b"not a video" * 100)
     os.link(tmp_path / "clip.mp4", tmp_path / "link.mp4")
     (tmp_path / "folder.mp4").mkdir()
+    (tmp_path / "dangling.mp4").symlink_to(tmp_path / "nowhere.mp4")
     (tmp_path / "link.safetensors").symlink_to(small_model / "special_tokens.safetensors")
     monkeypatch.chdir(tmp_path)
     flags, *words = BAD_FLAGS[case]
