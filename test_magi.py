@@ -32,7 +32,7 @@ import av
 import numpy as np
 import pytest
 import torch
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 from PIL import Image
 from safetensors.torch import load_file, save_file
@@ -956,7 +956,7 @@ def test_times_never_rise_along_a_clip_and_keep_the_law():
     t, clean = magi.draw_times(4000, 4, given_chunks, magi.TrainingConfig(), QUICK, generator)
     assert (t.diff(dim=1) <= 0).all() and (clean.int().diff(dim=1) <= 0).all()
     assert (
-        (clean.sum(1) >= given_chunks).all() and (t[clean] == QUICK.clean_t).all() and not clean[:, -1].all()
+        (clean.sum(1) >= given_chunks).all() and (t[clean] == QUICK.clean_t).all() and not clean[:, -1].any()
     )
 
 
@@ -1819,7 +1819,10 @@ def kernels():
 
 
 # The interpreter is slow: few examples, each with all there is to check.
-kernel_settings = settings(max_examples=20, suppress_health_check=list(HealthCheck))
+# Without shrinking: in the interpreter it would take minutes until a failure is shown.
+kernel_settings = settings(
+    max_examples=20, suppress_health_check=list(HealthCheck), phases=[Phase.explicit, Phase.generate]
+)
 
 
 def close(ours: torch.Tensor, reference: torch.Tensor, exact: torch.Tensor, least: float = 0) -> None:
