@@ -2080,10 +2080,10 @@ def load(folder: str | Path, *, vae: str | Path | None = None, t5: str | Path | 
     cfg, sampler = read_config(folder, "dit", DiTConfig), read_config(folder, "sampler", SamplerConfig)
     vae_cfg = read_config(vae, "vae", VAEConfig)
     build(lambda: VAE(vae_cfg), vae)                     # only to check it before the large DiT is read
-    tokens = folder / "special_tokens.safetensors"
+    tokens, special_tokens = folder / "special_tokens.safetensors", {}
     if tokens.is_file():
         read_headers([tokens])                           # says if it is corrupt
-    special_tokens = {k: v.float() for k, v in load_file(tokens).items()} if tokens.is_file() else {}
+        special_tokens = {k: v.float() for k, v in load_file(tokens).items()}
 
     def encode_text(captions: Sequence[str]) -> tuple[Tensor, Tensor]:
         return T5(t5, cfg.text_length, device)(captions)                     # the encoder dies with this line

@@ -83,23 +83,23 @@ def number(text: str) -> float:
     raise argparse.ArgumentTypeError(f"{text!r} is not a finite number")
 
 
+def whole_number(text: str, complaint: str) -> int:
+    if not re.fullmatch(r"-?\d+", text):
+        raise argparse.ArgumentTypeError(complaint)
+    return int(text)
+
+
 def frame_count(text: str) -> float:
-    if text != "inf" and not re.fullmatch(r"-?\d+", text):
-        raise argparse.ArgumentTypeError(f"{text!r} is neither a whole number nor inf")
-    return math.inf if text == "inf" else int(text)
+    return math.inf if text == "inf" else whole_number(text, f"{text!r} is neither a whole number nor inf")
 
 
 def chunks_seen(text: str) -> str | int:
-    if text != "all" and not re.fullmatch(r"-?\d+", text):
-        raise argparse.ArgumentTypeError(f"{text!r} is neither a whole number nor all")
-    return text if text == "all" else int(text)
+    return text if text == "all" else whole_number(text, f"{text!r} is neither a whole number nor all")
 
 
 def chunk_and_kind(text: str) -> tuple[int, str]:
     chunk, _, kind = text.partition(":")
-    if not re.fullmatch(r"-?\d+", chunk):
-        raise argparse.ArgumentTypeError(f"{text!r} is not a chunk, such as 2, or 2:restyle")
-    return int(chunk), kind or "cut"
+    return whole_number(chunk, f"{text!r} is not a chunk, such as 2, or 2:restyle"), kind or "cut"
 
 
 def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
@@ -392,8 +392,8 @@ def settings(args: argparse.Namespace, dit, notes: list[str]):
         import convert_weights
 
         with reading("config", args.config_file):
-            official = json.loads(Path(args.config_file).read_text())
-            theirs, official = convert_weights.configs_from_upstream(official)
+            found = json.loads(Path(args.config_file).read_text())
+            theirs, official = convert_weights.configs_from_upstream(found)
         if official.distilled != cfg.distilled:
             kinds = ("a base model", "a distilled one")
             notes.append(f"note: --config_file describes {kinds[official.distilled]}, but "

@@ -2160,7 +2160,7 @@ def test_triton_backend_says_what_is_missing(kernels, monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.version, "hip", None)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda _: "Tesla T4")
-    known = {(8, 0): 89, (8, 9): 89, (9, 0): 90, (10, 0): 100, (12, 0): 120, (7, 5): None}
+    known = {(8, 0): 89, (8, 9): 89, (9, 0): 90, (10, 0): 100, (11, 0): 100, (12, 0): 120, (7, 5): None}
     for capability, arch in known.items():
         monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _, c=capability: c)
         if arch:
@@ -2171,14 +2171,6 @@ def test_triton_backend_says_what_is_missing(kernels, monkeypatch):
     monkeypatch.setitem(sys.modules, "kernels", None)  # as if Triton could not be imported
     with bad("backend 'triton' is not available here.*use 'torch'"):
         magi.get_ops("triton")
-
-
-def test_thor_counts_as_a_data_centre_blackwell(kernels, monkeypatch):
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(torch.version, "hip", None)
-    monkeypatch.setattr(torch.cuda, "get_device_name", lambda _: "NVIDIA Thor")
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (11, 0))
-    assert kernels.arch_of("cuda") == 100
 
 
 def run_compiling(*arguments: str) -> subprocess.CompletedProcess:
@@ -2980,8 +2972,8 @@ def test_an_interrupted_run_leaves_nothing_that_looks_finished(error, tmp_path, 
             m.setattr(cw, "save_file", save_one)
             m.setattr(cw, "SHARD_BYTES", 200_000)
             code, _, err = run_convert(*args, *more)
-            assert (code, str(error) or "interrupted") in ((2, str(error)), (130, "interrupted"))
-            assert (str(error) or "interrupted") in err
+            expected, said = (2, "No space left") if isinstance(error, OSError) else (130, "interrupted")
+            assert code == expected and said in err
         assert len(saved) == 2 and not partial.exists()
 
     interrupted()
@@ -3980,7 +3972,6 @@ def test_sample_loses_nothing_on_a_full_disk(tmp_path, monkeypatch):
         for made in b"old", None:  # with nothing written yet, and after a chunk
             with monkeypatch.context() as m, pytest.raises(OSError, match="No space"):
                 m.setattr(Path, "open", full)
-                m.setattr(sample, "save_gif", lambda *_: None)
                 if ending == ".gif":
                     writer.save = lambda frames, new, fps: Full(opened(new, "wb")).write(b"half")
                 writer.write(shades(range(24)))
