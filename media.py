@@ -26,14 +26,17 @@ from collections.abc import Callable, Iterator
 from fractions import Fraction
 from functools import partial
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 import av
 import av.filter
 import numpy as np
+import torch
 from PIL import Image, ImageCms, UnidentifiedImageError
 
-from magi import reading, require
+from checkpoints import reading, require
+
+FRAMES_PER_LATENT = 4                                                        # as in magi.py
 
 # ------------------------------------------------------------------------------------------------------------
 # 1  From memory
@@ -47,10 +50,13 @@ TAKEN = "take uint8 from 0 to 255, or floats from 0 to 1 (from -1 to 1: give (x 
 CHANNELS = (1, 2, 3, 4)
 
 
-def to_image(x) -> np.ndarray:
-    """A path, PIL image, array or tensor to uint8 (h, w, 3). ValueError for what is unclear."""
+def to_image(x: Any, size: tuple[int, int] | None = None, fit: str = "crop") -> np.ndarray:
+    """A path, PIL image, array or tensor to uint8 (h, w, 3). ValueError for what is unclear.
+
+    A file is read at `size`, if one is given; the rest keeps its own.
+    """
     if isinstance(x, str | os.PathLike):
-        return read_image(x)
+        return read_image(x, size, fit)
     if isinstance(x, Image.Image):
         return np.asarray(as_rgb(x))
     given, is_tensor = as_array(x, "image")
@@ -65,13 +71,14 @@ def to_image(x) -> np.ndarray:
     return flatten(array if last else np.moveaxis(array, 0, -1), "image")
 
 
-def to_video(x) -> np.ndarray:
+def to_video(x: Any, fps: int = 24, count: int | None = None, size: tuple[int, int] | None = None,
+             fit: str = "crop") -> np.ndarray:
     """A path, an array or tensor, or a list of images to uint8 (frames, h, w, 3). ValueError if unclear.
 
-    A file is read whole and at its own size: read_video takes less.
+    Of a file the last `count` frames at `fps` are read, at `size` (read_video); the rest is taken as it is.
     """
     if isinstance(x, str | os.PathLike):
-        return read_video(x)
+        return read_video(x, fps, None, count, size, fit)
     if isinstance(x, list | tuple) or not hasattr(x, "ndim") and hasattr(x, "__iter__"):
         frames = [to_image(frame) for frame in x]
         require(frames, "the video is an empty list: give its frames")
@@ -95,7 +102,7 @@ def to_video(x) -> np.ndarray:
     return flatten(array, "video")
 
 
-def as_array(x, what: str) -> tuple[np.ndarray, bool]:
+def as_array(x: Any, what: str) -> tuple[np.ndarray, bool]:
     """The array of what may be a tensor (on any device, of any dtype), and whether it is one."""
     is_tensor = hasattr(x, "detach")
     if is_tensor:
@@ -148,6 +155,27 @@ def fitted(image: Image.Image, size: tuple[int, int], fit: str, shown: tuple[flo
         around.paste(image, ((width - to_w) // 2, (height - to_h) // 2))
         image = around
     return np.asarray(image)
+
+
+def fit_frames(frames: np.ndarray, height: int, width: int, how: str = "crop") -> torch.Tensor:
+    """uint8 (frames, h, w, 3) -> (1, 3, frames, height, width) in [-1, 1]."""
+    small = np.stack([fitted(Image.fromarray(frame), (height, width), how) for frame in frames])
+    return torch.from_numpy(small).movedim(-1, 0)[None] / 127.5 - 1
+
+
+def prefix_clip(image: np.ndarray | None, video: np.ndarray | None, prefix_frames: int) -> np.ndarray | None:
+    """The frames the model is shown: an image as a one-frame clip, or the last of a video, in fours."""
+    require(image is None or video is None, "give an image or a video, not both")
+    if image is not None:
+        return image[None]
+    if video is None:
+        return None
+    fours = max(1, round(prefix_frames / FRAMES_PER_LATENT)) * FRAMES_PER_LATENT
+    require(prefix_frames == fours, f"prefix_frames {prefix_frames} must be a positive multiple of "
+            f"{FRAMES_PER_LATENT}: try {fours}")
+    require(len(video) >= FRAMES_PER_LATENT,
+            f"the video has {len(video)} frame(s), at least {FRAMES_PER_LATENT} are needed")
+    return video[-min(prefix_frames, len(video) // FRAMES_PER_LATENT * FRAMES_PER_LATENT):]
 
 
 def scales(shape: tuple[float, float], size: tuple[int, int], fit: str) -> tuple[float, float]:
