@@ -259,7 +259,7 @@ def test_evicted_chunks_are_freed():
     assert sum(u.untyped_storage().nbytes() for u in cache.layers[0][1:]) == cache.bytes
 
 
-def test_the_cache_gives_views(kernels):
+def test_the_cache_gives_views():
     torch.manual_seed(5)
     cache, chunks = magi.KVCache(), torch.randn(4, 2, 3, 1, 8)
     for i, u in enumerate(chunks):
