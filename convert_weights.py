@@ -30,7 +30,6 @@ import importlib.util
 import itertools
 import json
 import math
-import os
 import pickle
 import re
 import shutil
@@ -53,6 +52,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 import magi
+from folders import new_folder, output_folder
 from magi import DiTConfig, SamplerConfig, VAEConfig, read_json, require
 
 INDEX = "model.safetensors.index.json"
@@ -466,89 +466,6 @@ def write_json(values: dict, file: Path) -> None:
     file.write_text(json.dumps(values, indent=2) + "\n")
 
 
-def output_folder(src: Path, out: Path, force: bool) -> Path:
-    """The folder that OUT names, without links. Raises ValueError if it must not be written."""
-    if out.is_symlink():
-        require(out.exists(), f"{out} is a link to {out.readlink()}, which does not exist: "
-                "give the name of the folder itself, or remove the link")
-        out = out.resolve()
-    partial, old = beside(out)
-    for leftover in (partial, old):
-        require(not os.path.lexists(leftover) or is_ours(leftover),
-                f"{leftover} is in the way and holds files that are not ours: move it elsewhere")
-    if old.exists() and not out.exists():                # a run was killed while it replaced OUT
-        old.rename(out)
-    if out.exists():
-        require(force, f"{out} exists: choose another folder, or add --force to replace it")
-        require((out / "config.json").is_file() and not src.resolve().is_relative_to(out.resolve()),
-                f"{out} is not a model folder of ours, or it holds the source: --force does not replace it")
-    return out
-
-
-def beside(out: Path) -> tuple[Path, Path]:
-    """Where OUT is made, and where an old OUT waits to be removed."""
-    return out.with_name(f"{out.name}.partial"), out.with_name(f"{out.name}.replaced")
-
-
-def is_ours(folder: Path) -> bool:
-    """Whether a folder holds only what a run writes, finished or not; save_file begins with a file .tmp*."""
-    names = ("config.json", "spiece.model", INDEX)
-    return folder.is_dir() and not folder.is_symlink() and all(
-        file.name in names or file.suffix in (".safetensors", ".unpacked") or file.name.startswith(".tmp")
-        for file in folder.iterdir())
-
-
-@contextmanager
-def new_folder(src: Path, out: Path, force: bool) -> Iterator[Path]:
-    """A folder OUT.partial that becomes OUT if the block ends well, and is removed if it does not.
-
-    An old OUT is moved aside at the end and removed last, so either the old or the new one is always whole.
-    """
-    partial, old = beside(out)
-    partial.mkdir(parents=True, exist_ok=True)
-    with only_run_in(partial):
-        output_folder(src, out, force)                   # another run may have ended since the first look
-        for leftover in partial.iterdir():               # of a run that was killed
-            leftover.unlink()
-        shutil.rmtree(old, ignore_errors=True)           # likewise
-        try:
-            yield partial
-            if out.exists():
-                out.rename(old)
-            partial.rename(out)
-        except BaseException:                            # Ctrl-C is one of them
-            if old.exists() and not out.exists():
-                old.rename(out)
-            shutil.rmtree(partial, ignore_errors=True)
-            raise
-        finally:
-            shutil.rmtree(old, ignore_errors=True)
-    sizes = [file.stat().st_size for file in out.iterdir()]
-    print(f"wrote {out}: {sum(sizes) / 1e9:.3f} GB in {len(sizes)} files")
-
-
-@contextmanager
-def only_run_in(folder: Path) -> Iterator[None]:
-    """Raises ValueError if another run writes in the folder. Killing a run frees its lock."""
-    try:
-        import fcntl
-    except ImportError:                                  # Windows has no such lock
-        yield
-        return
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        # The other run may have ended between the two lines above: then this is now its finished folder.
-        free = folder.exists() and os.path.samestat(os.fstat(handle), folder.stat())
-    except BlockingIOError:
-        free = False
-    try:
-        require(free, f"{folder} is in use by another run: wait for it to end, or choose another folder")
-        yield
-    finally:
-        os.close(handle)
-
-
 # ------------------------------------------------------------------------------------------------------------
 # 5  Command line
 # ------------------------------------------------------------------------------------------------------------
@@ -640,19 +557,18 @@ def run_all(src: Path, out: Path, special_tokens: Path | None, force: bool) -> N
 
 def not_converted(src: Path, out: Path, converted: list[Path]) -> list[str]:
     """A line on each folder of an official download that holds weights which no job reads."""
-    endings = (".safetensors", ".safetensors.zst", ".bin")
-    folders = {file.parent for file in src.rglob("*") if file.name.endswith(endings)}
-    folders |= {folder for folder in src.glob("magi?*") if folder.is_dir()} - {out}
-    unread = {folder for folder in folders - {src}
-              if not any(folder.is_relative_to(known) for known in (out, *converted))}
+    weights = (".safetensors", ".safetensors.zst", ".bin")
+    folders = {file.parent for file in src.rglob("*") if file.name.endswith(weights)} - {src}
+    folders |= {folder for folder in src.glob("magi?*") if folder.is_dir()}              # such as magi1.1
     lines = []
-    for folder in sorted(unread):
-        if any(parent in unread for parent in folder.parents):
+    for folder in sorted(folders):
+        if any(folder.is_relative_to(known) for known in (out, *converted)):
             continue
-        why = "it is not one of magi/*/inference_weight*, vae/, t5/*/, or it has no config.json"
+        why = "it is not one of magi/*/inference_weight*, vae/ and t5/*/, or has no config.json"
         if "1.1" in str(folder.relative_to(src)):
             why = "MAGI-1.1 packs q, k and v in an undocumented order, and only MAGI-1 is supported"
         lines.append(f"{folder} is skipped: {why}")
+        converted = [*converted, folder]                 # its subfolders need no line of their own
     return lines
 
 
@@ -688,7 +604,8 @@ def main(argv: list[str] | None = None) -> int:
             command.add_argument("--special-tokens", type=Path, metavar="NPZ", help="special_tokens.npz")
         if name == "dit":
             command.add_argument("--config", required=True, metavar="JSON",
-                                 help=f"the official config, or a preset: {', '.join(magi.PRESETS)}")
+                                 help="the official config, whose values are kept, or a preset: "
+                                 + ", ".join(magi.PRESETS))
     text = "one of our model folders to fp8, with calibration by a few sampling runs"
     command = commands.add_parser("quantize", help=text, description=f"Quantise {text}.")
     if argv[:1] == ["quantize"]:
@@ -700,7 +617,7 @@ def main(argv: list[str] | None = None) -> int:
         print("convert_weights:", " ".join(str(error).split()), file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        print("convert_weights: interrupted, nothing half-made was left behind", file=sys.stderr)
+        print("convert_weights: interrupted; what was there before is whole", file=sys.stderr)
         return 130
     return 0
 

@@ -27,6 +27,7 @@ from tqdm import tqdm
 
 import convert_weights
 import magi
+from folders import new_folder, output_folder
 from magi import DiTConfig, SamplerConfig, require
 
 E4M3_MAX, ALPHA = 448.0, 0.45
@@ -107,7 +108,7 @@ def fp8_layers(cfg: DiTConfig) -> dict[str, str]:
 def run_quantize(src: Path, out: Path, prompt: list[str] | None, t5: Path | None, device: str, backend: str,
                  alpha: float, force: bool, **settings) -> None:
     """Quantise every layer but the first and the last, which are too sensitive; they become bf16."""
-    out = convert_weights.output_folder(src, out, force)
+    out = output_folder(src, out, force)
     cfg = magi.read_config(src, "dit", DiTConfig)
     sampler = magi.read_config(src, "sampler", SamplerConfig)
     require(not cfg.fp8, f"{src} is an fp8 model already")
@@ -143,7 +144,7 @@ def run_quantize(src: Path, out: Path, prompt: list[str] | None, t5: Path | None
     with torch.device("meta"):                           # a misfit is found before the model runs
         peaks = {name: torch.empty(expected[f"{name}.weight"].shape[1]) for name in kinds}
     plan = convert_weights.make_plan(files, convert, expected)
-    with convert_weights.new_folder(src, out, force) as folder:
+    with new_folder(src, out, force) as folder:
         peaks = measure(src, sampler_run, prompt or CALIBRATION_PROMPTS, t5, device, backend, kinds)
         convert_weights.write_weights(*plan, convert, folder)
         convert_weights.write_json({"dit": asdict(cfg8), "sampler": asdict(sampler)}, folder / "config.json")
