@@ -6,6 +6,7 @@ import torch
 from common import FOLDER_DIT, FOLDER_VAE, shades, write_folder, write_model, write_t5
 from hypothesis import settings
 from PIL import Image
+from safetensors.torch import save_file
 
 import magi
 import sample
@@ -21,13 +22,16 @@ def pytest_runtest_setup(item):
 
 @pytest.fixture(scope="session")
 def model_folder(tmp_path_factory):
-    """A model of random weights; beside it are vae, t5 and two inputs: image.png, clip.mp4 (40 frames)."""
+    """A model of random weights; beside it are vae, t5 and inputs: image.png, clip.mp4 (40 frames),
+    text.safetensors (a caption of random numbers, so that nobody waits for T5)."""
     root = tmp_path_factory.mktemp("models")
     torch.manual_seed(0)
     write_folder(root / "vae", magi.VAE(FOLDER_VAE), vae=FOLDER_VAE)
     write_t5(root / "t5", width=FOLDER_DIT.text_dim)
     pixels = np.random.default_rng(0).integers(0, 256, (60, 50, 3), dtype=np.uint8)
     Image.fromarray(pixels).save(root / "image.png")
+    text = {"text": torch.randn(1, 16, 32), "mask": (torch.arange(16) < 4).long()[None]}
+    save_file(text, root / "text.safetensors")
     sample.Mp4Writer(root / "clip.mp4", 24).write(shades(range(0, 200, 5)))
     return write_model(root / "base")
 

@@ -70,6 +70,15 @@ def golden_vae() -> magi.VAE:
     return vae.eval().requires_grad_(False)
 
 
+def official_config(name: str, **changes) -> dict:
+    """A golden's config; changes name keys of any part, or new ones of the first."""
+    config = json.loads((GOLDENS / f"{name}.config.json").read_text())
+    for key, value in changes.items():
+        parts = [config, *(part for part in config.values() if isinstance(part, dict))]
+        next((part for part in parts if key in part), parts[1])[key] = value
+    return config
+
+
 CASES = {case["case"]: case for case in json.loads((GOLDENS / "sampler_cases.json").read_text())}
 TOKEN_FLAGS = {
     "PAD_STATIC": "static",

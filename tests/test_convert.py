@@ -13,7 +13,15 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from common import GOLDENS, assert_refused, assert_same, read_folder, run_main, train_tokenizer
+from common import (
+    GOLDENS,
+    assert_refused,
+    assert_same,
+    official_config,
+    read_folder,
+    run_main,
+    train_tokenizer,
+)
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
@@ -34,15 +42,6 @@ EDGE = "videodit_blocks.layers.0.self_attention."  # where refusals are tried
 @cache
 def official_weights(name: str) -> dict[str, torch.Tensor]:
     return load_file(GOLDENS / f"{name}.weights.safetensors")
-
-
-def official_config(name: str, **changes) -> dict:
-    """A golden's config; changes name keys of any part, or new ones of the first."""
-    config = json.loads((GOLDENS / f"{name}.config.json").read_text())
-    for key, value in changes.items():
-        parts = [config, *(part for part in config.values() if isinstance(part, dict))]
-        next((part for part in parts if key in part), parts[1])[key] = value
-    return config
 
 
 def official_folder(folder: Path, sd: dict, shards: int = 1, zst: str = "", stem: str = MODEL) -> Path:

@@ -224,8 +224,11 @@ def test_distillation_overfits_a_batch():
     student.load_state_dict(teacher.state_dict())
     optimizer = torch.optim.AdamW(student.parameters(), lr=5e-3)
     before = {n: loss(n).item() for n in (64, 8)}
+    learned = lambda: all(loss(n).item() < 0.2 * before[n] for n in before)
     for step in range(240):
+        if step % 40 == 39 and learned():
+            break
         optimizer.zero_grad()
         loss(64 if step % 4 else 8).backward()
         optimizer.step()
-    assert all(loss(n).item() < 0.2 * before[n] for n in before), (before, [loss(n).item() for n in before])
+    assert learned(), (before, [loss(n).item() for n in before])

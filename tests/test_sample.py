@@ -23,6 +23,7 @@ from common import (
     HERE,
     assert_refused,
     environment,
+    official_config,
     read_frames,
     run_python,
     same,
@@ -68,12 +69,8 @@ def planned(monkeypatch) -> dict:
 def test_the_shipped_model_makes_a_video(tmp_path, capsys):
     """What the README's first command does, shorter; red is what the least trained model gets right."""
     out = tmp_path / "out.mp4"
-    assert (
-        sample.main(
-            ["--prompt", "a red ball bounces", "--num_frames", "24", "--out", str(out), "--device", "cpu"]
-        )
-        == 0
-    )
+    flags = ["--prompt", "a red ball bounces", "--num_frames", "24", "--out", str(out), "--device", "cpu"]
+    assert sample.main(flags) == 0
     frames = read_frames(out)
     assert frames.shape == (24, 64, 64, 3) and world.judge(frames).colour == "red"
 
@@ -87,21 +84,8 @@ def test_sample_modes_and_formats(mode, ending, model_folder, tmp_path, capsys):
         "v2v": ["--video", model_folder.parent / "clip.mp4"],
     }[mode]
     out = tmp_path / f"video{ending}"
-    assert (
-        run_sample(
-            model_folder,
-            "--mode",
-            mode,
-            "--prompt",
-            "a red ball bounces",
-            *given_input,
-            "--out",
-            out,
-            "--device",
-            "cpu",
-        )
-        == 0
-    )
+    flags = ["--mode", mode, "--prompt", "a red ball bounces", "--out", out, "--device", "cpu"]
+    assert run_sample(model_folder, *flags, *given_input) == 0
     if ending == ".png":
         assert Image.open(out).size == (6 * 98 + 2, 2 * 66 + 2)  # 8 tiles of 48x32, doubled
     else:
@@ -122,12 +106,8 @@ def test_sample_makes_exactly_num_frames(frames, model_folder, tmp_path):
         "i.mp4": ["--image", model_folder.parent / "image.png"],
         "v.mp4": ["--video", model_folder.parent / "clip.mp4", "--prefix_frames", 8],
     }.items():
-        assert (
-            run_sample(
-                model_folder, "--prompt", "a", *flags, "--num_frames", frames, "--out", tmp_path / name
-            )
-            == 0
-        )
+        flags = ["--prompt", "a", "--num_frames", frames, "--out", tmp_path / name, *flags]
+        assert run_sample(model_folder, *flags) == 0
         assert len(read_frames(tmp_path / name)) == frames
 
 
@@ -141,19 +121,9 @@ def test_sample_count_chunks_is_what_the_sampler_does():
 
 
 def test_sample_is_reproducible(model_folder, tmp_path):
-    for name in ("a", "b", "c"):
-        assert (
-            run_sample(
-                model_folder,
-                "--prompt",
-                "a red ball",
-                "--out",
-                tmp_path / f"{name}.png",
-                "--seed",
-                8 if name == "c" else 7,
-            )
-            == 0
-        )
+    for name, seed in (("a", 7), ("b", 7), ("c", 8)):
+        out = tmp_path / f"{name}.png"
+        assert run_sample(model_folder, "--prompt", "a red ball", "--out", out, "--seed", seed) == 0
     # Nearly always equal to the byte; a busy machine may sum floats in another order and move a rounding,
     # which a lossless file leaves where it is.
     a, b, c = (read_frames(tmp_path / f"{name}.png").astype(float) for name in "abc")
@@ -174,12 +144,8 @@ def test_sample_takes_one_prompt_per_chunk(model_folder, tmp_path):
     videos = []
     for i, prompts in enumerate([[red], [red, blue], [red, red]]):
         flags = [f for prompt in prompts for f in ("--prompt", prompt)]
-        assert (
-            run_sample(
-                model_folder, *flags, "--num-frames", 48, "--text_scale", 20, "--out", tmp_path / f"{i}.gif"
-            )
-            == 0
-        )
+        flags += ["--num-frames", 48, "--text_scale", 20, "--out", tmp_path / f"{i}.gif"]
+        assert run_sample(model_folder, *flags) == 0
         videos.append(read_frames(tmp_path / f"{i}.gif"))
     assert (videos[0] == videos[2]).all()
     assert (videos[0][:24] == videos[1][:24]).all() and (videos[0][24:] != videos[1][24:]).any()
@@ -199,76 +165,13 @@ def test_sample_fits_images(model_folder, tmp_path, planned):
 # ------------------------------------------------------------------------------------------------------ flags
 
 
-def official_json(**runtime) -> dict:
-    return {
-        "model_config": dict(
-            model_name="videodit_ardf",
-            num_layers=3,
-            hidden_size=32,
-            ffn_hidden_size=64,
-            num_attention_heads=4,
-            num_query_groups=2,
-            kv_channels=16,
-            layernorm_epsilon=1e-6,
-            apply_layernorm_1p=True,
-            x_rescale_factor=1,
-            half_channel_vae=False,
-            params_dtype="torch.float32",
-            patch_size=2,
-            t_patch_size=1,
-            in_channels=16,
-            out_channels=16,
-            cond_hidden_ratio=0.25,
-            caption_channels=32,
-            caption_max_length=64,
-            xattn_cond_hidden_ratio=1.0,
-            cond_gating_ratio=1.0,
-            gated_linear_unit=False,
-        ),
-        "runtime_config": dict(
-            cfg_number=3,
-            cfg_t_range=[0.0, 0.0217, 0.1, 0.3, 0.999],
-            text_scales=[7.5, 7.5, 7.5, 0.0, 0.0],
-            prev_chunk_scales=[1.5, 1.5, 1.5, 1.0, 1.0],
-            noise2clean_kvrange=[5, 4, 3, 2],
-            clean_chunk_kvrange=1,
-            clean_t=0.9999,
-            seed=5,
-            num_frames=26,
-            video_size_h=48,
-            video_size_w=32,
-            num_steps=8,
-            window_size=4,
-            fps=24,
-            chunk_width=6,
-            t5_pretrained=None,
-            t5_device="cuda",
-            vae_pretrained=None,
-            scale_factor=0.18215,
-            temporal_downsample_factor=4,
-            load=None,
-        )
-        | runtime,
-        "engine_config": dict(
-            distributed_backend="nccl",
-            distributed_timeout_minutes=10,
-            pp_size=1,
-            cp_size=1,
-            cp_strategy="none",
-            ulysses_overlap_degree=1,
-            fp8_quant=False,
-            shortcut_mode="8,16,16",
-            distill_nearly_clean_chunk_threshold=0.3,
-            distill=False,
-            kv_offload=False,
-            enable_cuda_graph=False,
-        ),
-    }
-
-
 def test_sample_takes_the_official_flags(model_folder, tmp_path, planned, capsys):
     config = tmp_path / "official.json"
-    config.write_text(json.dumps(official_json()))
+    heads = dict(num_attention_heads=4, num_query_groups=2, kv_channels=16)
+    model = dict(hidden_size=32, ffn_hidden_size=64, **heads)
+    run = dict(seed=5, num_steps=8, num_frames=26, video_size_h=48, video_size_w=32)
+    official = official_config("base", **model, **run)
+    config.write_text(json.dumps(official))
     data = model_folder.parent
     common = [model_folder, "--config_file", config, "--output_path", tmp_path / "o.mp4"]
     assert run_sample(*common, "--mode", "t2v", "--prompt", "a ball") == 0
@@ -278,24 +181,11 @@ def test_sample_takes_the_official_flags(model_folder, tmp_path, planned, capsys
     assert sum(len(f) for f in planned["frames"]()) == 26
     assert run_sample(*common, "--mode", "i2v", "--prompt", "a", "--image_path", data / "image.png") == 0
     assert planned["frames"].keywords["image"].shape == (60, 50, 3)
-    assert (
-        run_sample(
-            *common,
-            "--mode",
-            "v2v",
-            "--prompt",
-            "a",
-            "--prefix_video_path",
-            data / "clip.mp4",
-            "--height",
-            64,
-        )
-        == 0
-    )
+    video = ["--mode", "v2v", "--prompt", "a", "--prefix_video_path", data / "clip.mp4"]
+    assert run_sample(*common, *video, "--height", 64) == 0
     assert planned["frames"].keywords["video"].shape == (32, 32, 48, 3)
     assert (planned["cfg"].height, planned["cfg"].width) == (64, 32)  # a flag beats the file
     assert capsys.readouterr().err == ""
-    official = official_json()
     official["engine_config"]["distill"] = True
     official["runtime_config"]["cfg_number"] = 1
     config.write_text(json.dumps(official))
@@ -305,58 +195,18 @@ def test_sample_takes_the_official_flags(model_folder, tmp_path, planned, capsys
 
 def test_sample_flags_reach_the_sampler(model_folder, tmp_path, planned):
     flags = [model_folder, "--prompt", "a", "--out", tmp_path / "a.mp4"]
-    run_sample(
-        *flags,
-        "--num-frames",
-        "inf",
-        "--steps",
-        12,
-        "--window",
-        2,
-        "--kv-range",
-        4,
-        3,
-        2,
-        "--fps",
-        12,
-        "--clean_kv_range",
-        -1,
-        "--text_scale",
-        3,
-        "--prev-scale",
-        1.25,
-        "--transition",
-        2,
-        "--transition",
-        "3:restyle",
-        "--special-tokens",
-        "2d",
-        "duration",
-        "--negative_tokens",
-        "logo",
-    )
+    some = "--num-frames inf --fps 12 --steps 12 --window 2 --kv-range 4 3 2 --clean_kv_range -1"
+    some += " --text_scale 3 --prev-scale 1.25 --transition 2 --transition 3:restyle"
+    some += " --special-tokens 2d duration --negative_tokens logo"
+    run_sample(*flags, *some.split())
     cfg = planned["cfg"]
     assert cfg.num_frames is None and planned["chunks"] == math.inf and cfg.fps == 12
     assert (cfg.num_steps, cfg.window, cfg.kv_ranges, cfg.clean_kv_range) == (12, 2, (4, 3, 2), -1)
     assert cfg.text_scales == (3, 3, 3, 0, 0) and cfg.prev_scales == (1.25, 1.25, 1.25, 1, 1)
     assert cfg.special_tokens == ("2d", "duration") and cfg.negative_tokens == ("logo",)
     assert dict(cfg.kv_ranges_at) == {2: (1, 3, 2), 3: (4, 3, 1)}
-    run_sample(
-        *flags,
-        "--kv_range",
-        "all",
-        "--special_tokens",
-        "none",
-        "--cfg_t",
-        0,
-        0.5,
-        "--text_scale",
-        2,
-        0,
-        "--prev_scale",
-        1,
-        1,
-    )
+    some = "--kv_range all --special_tokens none --cfg_t 0 0.5 --text_scale 2 0 --prev_scale 1 1"
+    run_sample(*flags, *some.split())
     cfg = planned["cfg"]
     assert (cfg.kv_ranges, cfg.special_tokens, cfg.cfg_t) == ((), (), (0, 0.5))
     assert (cfg.text_scales, cfg.prev_scales) == ((2, 0), (1, 1))
@@ -380,19 +230,8 @@ def test_sample_help_is_quick_and_complete():
 def test_sample_saves_and_reuses_text(model_folder, tmp_path, monkeypatch, capsys):
     text = tmp_path / "text.safetensors"
     flags = [model_folder, "--num_frames", 5, "--out"]
-    assert (
-        run_sample(
-            *flags,
-            tmp_path / "a.gif",
-            "--prompt",
-            "a red ball",
-            "--prompt",
-            "a blue ball",
-            "--save_text",
-            text,
-        )
-        == 0
-    )
+    prompts = ["--prompt", "a red ball", "--prompt", "a blue ball"]
+    assert run_sample(*flags, tmp_path / "a.gif", *prompts, "--save_text", text) == 0
     assert load_file(text)["text"].shape == (2, 16, 32)
     monkeypatch.setattr(magi, "T5", None)  # not even touched
     assert run_sample(*flags, tmp_path / "b.gif", "--text", text) == 0
@@ -431,24 +270,9 @@ def test_sample_says_what_a_small_model_knows(tmp_path, planned, capsys):
 
 def test_sample_says_that_fp8_is_dequantised(model_folder, tmp_path, capsys):
     model = write_model(tmp_path / "fp8", dataclasses.replace(FOLDER_DIT, fp8=True, dtype="bfloat16"))
-    assert (
-        run_sample(
-            model,
-            "--vae",
-            model_folder.parent / "vae",
-            "--t5",
-            model_folder.parent / "t5",
-            "--prompt",
-            "a",
-            "--num_frames",
-            3,
-            "--device",
-            "cpu",
-            "--out",
-            tmp_path / "a.mp4",
-        )
-        == 0
-    )
+    beside = ["--vae", model_folder.parent / "vae", "--t5", model_folder.parent / "t5"]
+    flags = ["--prompt", "a", "--num_frames", 3, "--device", "cpu", "--out", tmp_path / "a.mp4"]
+    assert run_sample(model, *beside, *flags) == 0
     assert capsys.readouterr().err.startswith("note: cpu has no fp8 arithmetic")
     assert len(read_frames(tmp_path / "a.mp4")) == 3
 
@@ -468,7 +292,8 @@ def test_sample_notes_flags_that_do_nothing(model_folder, tmp_path, planned, cap
 def started(model_folder: Path, out: Path, chunk: int) -> tuple[subprocess.Popen, int]:
     """An endless run that works on `chunk` or a later one, and how many chunks it has surely finished."""
     log = out.with_suffix(".log")
-    flags = ["--model", model_folder, "--prompt", "a red ball", "--num_frames", "inf", "--out", out]
+    flags = ["--model", model_folder, "--text", model_folder.parent / "text.safetensors"]  # starts sooner
+    flags += ["--num_frames", "inf", "--out", out]
     with log.open("w") as stderr:
         process = subprocess.Popen(  # a test run in the background may ignore SIGINT
             [sys.executable, sample.__file__, *map(str, flags)],
@@ -494,7 +319,8 @@ def test_sample_survives_kill_9(model_folder, tmp_path):
     frames = read_frames(out)
     assert len(frames) >= 24 * finished and len(frames) % 24 == 0
     whole = tmp_path / "whole.mp4"  # the same seconds of a run that ended by itself
-    assert run_sample(model_folder, "--prompt", "a red ball", "--num_frames", 168, "--out", whole) == 0
+    text = model_folder.parent / "text.safetensors"
+    assert run_sample(model_folder, "--text", text, "--num_frames", 168, "--out", whole) == 0
     assert np.abs(read_frames(whole)[:72].astype(int) - frames[:72]).mean() < 0.1
 
 
@@ -548,23 +374,18 @@ def test_sample_reports_what_it_cannot_write(model_folder, tmp_path, monkeypatch
 
 
 def test_sample_goes_on_when_nobody_listens(model_folder, tmp_path):
-    command = [
-        sys.executable,
-        sample.__file__,
-        "--model",
-        model_folder,
-        "--prompt",
-        "a",
-        "--num_frames",
-        "24",
-    ]
-    for redirect in "2>&-", ">/dev/full 2>/dev/full", "2>&1 | head -c 5":
-        out = tmp_path / "a.mp4"
+    command = [sys.executable, sample.__file__, "--model", model_folder, "--num_frames", "24"]
+    command += ["--text", model_folder.parent / "text.safetensors"]
+    running = {}
+    for i, redirect in enumerate(["2>&-", ">/dev/full 2>/dev/full", "2>&1 | head -c 5"]):
+        out = tmp_path / f"{i}.mp4"
         shell = f"set -o pipefail; {shlex.join(map(str, [*command, '--out', out]))} {redirect}"
-        done = subprocess.run(["bash", "-c", shell], capture_output=True, text=True, env=environment())
-        assert done.returncode == 0 and "Traceback" not in done.stderr, (redirect, done)
+        streams = dict(stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment())
+        running[redirect] = out, subprocess.Popen(["bash", "-c", shell], **streams)
+    for redirect, (out, process) in running.items():
+        said = process.communicate()
+        assert process.returncode == 0 and "Traceback" not in said[1], (redirect, said)
         assert len(read_frames(out)) == 24
-        out.unlink()
 
 
 def test_sample_stops_at_numbers_that_are_not_finite(model_folder, tmp_path, capsys):

@@ -58,6 +58,8 @@ def test_training_stages_run_and_write_what_load_reads(tmp_path, monkeypatch):
     for name in ("base", "vae", "t5"):
         shutil.copytree(HERE / "tiny" / name, tmp_path / name)
     data = train.encode(encoded()[0], [world.make_clip(i) for i in range(4)])
+    encode = train.encode
+    monkeypatch.setattr(train, "encode", lambda vae, clips: encode(vae, clips[:8]))
     monkeypatch.setattr(train, "encode_clips", lambda *_: data)
     monkeypatch.setattr(train, "judge_prompts", lambda *_, **__: {"colour": 0.0})
     once = {f"{stage}_steps": 1 for stage in ("vae", "dit", "distill", "lora")}
