@@ -26,7 +26,6 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import importlib.util
 import itertools
 import json
 import math
@@ -40,24 +39,33 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
-from types import ModuleType
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 import numpy as np
 import torch
 from einops import rearrange
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor, nn
 from tqdm import tqdm
 
 import magi
+from checkpoints import (
+    compare_headers,
+    load_module,
+    make_config,
+    read_json,
+    reading,
+    require,
+    save,
+    weight_files,
+)
 from folders import new_folder, output_folder
-from magi import DiTConfig, SamplerConfig, VAEConfig, read_json, require
+from magi import DiTConfig, SamplerConfig, VAEConfig
 
 INDEX = "model.safetensors.index.json"
 SHARD_BYTES = 5 * 10**9          # no output file is larger, unless a single tensor is
 E4M3 = torch.float8_e4m3fn
+FOR_TRANSFORMERS = {"format": "pt"}                  # it refuses a T5 file without this
 
 # ------------------------------------------------------------------------------------------------------------
 # 1  Configs
@@ -175,7 +183,7 @@ def _translate(part: str, values: dict, table: tuple, required: Iterable[str] = 
 
 def _build(kind: type, values: dict) -> DiTConfig | SamplerConfig | VAEConfig:
     try:
-        return magi.make_config(kind, values)
+        return make_config(kind, values)
     except (TypeError, ZeroDivisionError) as error:      # a list of numbers may hold text, for example
         raise ValueError(f"bad value in the official config: {error}") from None
 
@@ -304,7 +312,7 @@ def special_tokens_from_npz(file: Path, width: int) -> dict[str, Tensor]:
     """The learned vectors (1, width) by name. They pass through float16, as they do in the official code."""
     names = magi.SPECIAL_TOKENS | magi.NEGATIVE_TOKENS
     tokens = {}
-    with magi.reading("special tokens", file), np.load(file, allow_pickle=False) as arrays:
+    with reading("special tokens", file), np.load(file, allow_pickle=False) as arrays:
         for token, (array, row) in TOKEN_ROWS.items():
             for i in range(8 if token == "duration" else 1):
                 tokens[names[token].format(i + 1)] = arrays[array][row + i:row + i + 1]
@@ -338,7 +346,7 @@ def read_header(file: Path) -> dict[str, Tensor]:
     """A file's tensors on the meta device: names, shapes and dtypes without the data."""
     if file.suffix == ".bin":
         return load_pickle(file, "meta")
-    with open_file(file) as f, magi.reading("weights", file):
+    with open_file(file) as f, reading("weights", file):
         size = int.from_bytes(f.read(8), "little")
         header = json.loads(f.read(min(size, 10**8)))    # a corrupt length must not ask for all memory
         header.pop("__metadata__", None)
@@ -351,7 +359,7 @@ def read_header(file: Path) -> dict[str, Tensor]:
 
 def load_pickle(file: Path, device: str) -> dict[str, Tensor]:
     """A .bin file, mapped from the disk where its format allows. Nothing in it is executed."""
-    with magi.reading("weights", file), warnings.catch_warnings():
+    with reading("weights", file), warnings.catch_warnings():
         warnings.simplefilter("ignore")                  # torch.load remarks on old pickle protocols
         try:
             mmap = device != "meta" and zipfile.is_zipfile(file)
@@ -371,7 +379,7 @@ def open_weights(file: Path, scratch: Path) -> Iterator[Callable[[str], Tensor]]
         return
     plain = scratch / f"{file.stem}.unpacked" if file.suffix == ".zst" else file
     try:
-        with magi.reading("weights", file):
+        with reading("weights", file):
             if plain != file:
                 with open_file(file) as packed, open(plain, "wb") as unpacked:
                     shutil.copyfileobj(packed, unpacked, 2**24)
@@ -422,7 +430,7 @@ def check(found: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
     for name in found.keys() & expected.keys():
         if found[name].shape == expected[name].shape and fits(name, found[name].dtype, expected[name].dtype):
             have[name] = wanted[name]
-    magi.compare_headers(have, wanted, "the weights do not fit the config")
+    compare_headers(have, wanted, "the weights do not fit the config")
 
 
 def fits(name: str, found: torch.dtype, expected: torch.dtype) -> bool:
@@ -446,20 +454,12 @@ def write_weights(reads: list, shards: list, convert: Callable, folder: Path) ->
                     held |= convert({name: read(name).contiguous()})
                     bar.update()
                     if len(held) == len(shards[done]):
-                        save(held, folder / names[done])
+                        save(held, folder / names[done], FOR_TRANSFORMERS)
                         held, done = {}, done + 1
     if n > 1:
         size = sum(tensor.nbytes for shard in shards for tensor in shard.values())
         where = {key: name for name, shard in zip(names, shards, strict=True) for key in shard}
         write_json({"metadata": {"total_size": size}, "weight_map": where}, folder / INDEX)
-
-
-def save(tensors: dict[str, Tensor], file: Path) -> None:
-    """Write a safetensors file with the mode that the umask gives; save_file alone makes it private (600)."""
-    file.touch()
-    mode = file.stat().st_mode
-    save_file(tensors, file, metadata={"format": "pt"})
-    file.chmod(mode)
 
 
 def write_json(values: dict, file: Path) -> None:
@@ -487,7 +487,7 @@ def run_dit(src: Path, out: Path, config: str, special_tokens: Path | None, forc
     if not tokens:
         notes.append(f"note: without --special-tokens, {out} only runs with special_tokens=(), in sample.py "
                      f"--special_tokens none")
-    files = magi.weight_files(src, "model.safetensors")
+    files = weight_files(src, "model.safetensors")
     plan = make_plan(files, convert_dit, meta_weights(lambda: magi.DiT(cfg)))
     with new_folder(src, out, force) as folder:
         write_weights(*plan, convert_dit, folder)
@@ -501,7 +501,7 @@ def run_dit(src: Path, out: Path, config: str, special_tokens: Path | None, forc
 def run_vae(src: Path, out: Path, force: bool) -> None:
     out = output_folder(src, out, force)
     cfg = vae_config_from_upstream(read_json(src / "config.json"))
-    files = magi.weight_files(src, "diffusion_pytorch_model.safetensors")
+    files = weight_files(src, "diffusion_pytorch_model.safetensors")
     plan = make_plan(files, convert_vae, meta_weights(lambda: magi.VAE(cfg)))
     with new_folder(src, out, force) as folder:
         write_weights(*plan, convert_vae, folder)
@@ -516,11 +516,11 @@ def run_t5(src: Path, out: Path, force: bool) -> None:
     require(isinstance(config, dict) and config.get("model_type") == "t5",
             f"{src / 'config.json'} is not of a T5 model")
     require((src / "spiece.model").is_file(), f"{src / 'spiece.model'} is missing")
-    with magi.reading("config", src / "config.json"):
+    with reading("config", src / "config.json"):
         expected = meta_weights(lambda: T5EncoderModel(T5Config(**config)).to(torch.bfloat16))
     del expected["encoder.embed_tokens.weight"]
     has_safetensors = any((src / name).is_file() for name in ("model.safetensors", INDEX))
-    files = magi.weight_files(src, "model.safetensors" if has_safetensors else "pytorch_model.bin")
+    files = weight_files(src, "model.safetensors" if has_safetensors else "pytorch_model.bin")
     plan = make_plan(files, convert_t5, expected)
     with new_folder(src, out, force) as folder:
         write_weights(*plan, convert_t5, folder)
@@ -577,14 +577,9 @@ def meta_weights(build: Callable[[], nn.Module]) -> dict[str, Tensor]:
         return build().state_dict()
 
 
-def quantizer() -> ModuleType:
+def quantizer() -> Any:
     """tools/quantize.py, loaded by its path, since other packages are called `tools` too."""
-    name = "magi_quantize"
-    if name not in sys.modules:
-        spec = importlib.util.spec_from_file_location(name, Path(__file__).parent / "tools" / "quantize.py")
-        sys.modules[name] = importlib.util.module_from_spec(spec)
-        spec.loader.exec_module(sys.modules[name])
-    return sys.modules[name]
+    return load_module("magi_quantize", Path(__file__).parent / "tools" / "quantize.py")
 
 
 def main(argv: list[str] | None = None) -> int:

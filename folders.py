@@ -15,7 +15,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from magi import require
+from checkpoints import require
 
 OUR_FILES = ("config.json", "spiece.model", "model.safetensors.index.json")
 
@@ -46,10 +46,10 @@ def beside(out: Path) -> tuple[Path, Path]:
 
 
 def is_ours(folder: Path) -> bool:
-    """Whether a folder holds only what a run writes. (safetensors begins with a file .tmp*.)"""
+    """Whether a folder holds only what a run writes. Unfinished files are called .tmp* or *.part."""
     if folder.is_symlink() or not folder.is_dir():
         return False
-    return all(file.name in OUR_FILES or file.suffix in (".safetensors", ".unpacked")
+    return all(file.name in OUR_FILES or file.suffix in (".safetensors", ".unpacked", ".part")
                or file.name.startswith(".tmp") for file in folder.iterdir())
 
 

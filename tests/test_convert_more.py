@@ -131,9 +131,9 @@ def test_a_config_may_begin_with_a_byte_order_mark(bom, encoding, tmp_path):
 @pytest.mark.parametrize("preset", ["4.5B-base", "4.5B-distill", "24B-distill"])
 def test_a_preset_brings_its_sampler_and_a_json_its_own(preset, tmp_path, monkeypatch):
     dit, _ = cw.configs_from_upstream(official_config("base"))
-    named = dataclasses.replace(magi.PRESETS[preset].sampler)
+    named = magi.PRESETS[preset].sampler
     small = dataclasses.replace(magi.PRESETS[preset].dit, **dataclasses.asdict(dit))
-    monkeypatch.setitem(magi.PRESETS, preset, type(magi.PRESETS[preset])(dit=small, sampler=named))
+    monkeypatch.setitem(magi.PRESETS, preset, magi.Preset(small, named))
     src = official_folder(tmp_path / "src", official_weights("base"))
     assert run_main(cw.main, "dit", src, tmp_path / "named", "--config", preset)[0] == 0
     assert magi.read_config(tmp_path / "named", "sampler", magi.SamplerConfig) == named
@@ -333,8 +333,8 @@ def test_a_second_run_on_one_output_is_refused_and_spoils_nothing(tmp_path, monk
     src, out = vae_folder(tmp_path / "src", shards=3), tmp_path / "out"
     save, second = cw.save, []
 
-    def save_during_another_run(tensors, file):
-        save(tensors, file)
+    def save_during_another_run(tensors, file, metadata=None):
+        save(tensors, file, metadata)
         if not second:
             second.append(None)
             files = {f: f.read_bytes() for f in file.parent.iterdir()}

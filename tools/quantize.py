@@ -21,14 +21,14 @@ from dataclasses import asdict
 from pathlib import Path
 
 import torch
-from safetensors.torch import load_file
 from torch import Tensor, nn
 from tqdm import tqdm
 
 import convert_weights
 import magi
+from checkpoints import check_device, read_config, require, weight_files
 from folders import new_folder, output_folder
-from magi import DiTConfig, SamplerConfig, require
+from magi import DiTConfig, SamplerConfig
 
 E4M3_MAX, ALPHA = 448.0, 0.45
 SMALLEST = 1e-6                  # a channel that is never used, or whose weights are all zero, counts as this
@@ -81,11 +81,10 @@ def measure(src: Path, cfg: SamplerConfig, prompts: Iterable[str], t5: Path, dev
     from transformers.utils import logging  # takes seconds, so it stands here
 
     logging.disable_progress_bar()
-    text_length = magi.read_config(src, "dit", DiTConfig).text_length
+    text_length = read_config(src, "dit", DiTConfig).text_length
     texts, masks = magi.T5(t5, text_length, device)(list(prompts))           # frees the encoder at the end
     dit = magi.load_dit(src, device, dtype="bfloat16", backend=backend)
-    file = src / "special_tokens.safetensors"
-    table = load_file(file) if file.is_file() else {}
+    table = magi.load_tokens(src)
 
     def run() -> None:
         bar = tqdm(range(len(texts)), unit="video", desc="calibrating", disable=None)
@@ -109,17 +108,13 @@ def run_quantize(src: Path, out: Path, prompt: list[str] | None, t5: Path | None
                  alpha: float, force: bool, **settings) -> None:
     """Quantise every layer but the first and the last, which are too sensitive; they become bf16."""
     out = output_folder(src, out, force)
-    cfg = magi.read_config(src, "dit", DiTConfig)
-    sampler = magi.read_config(src, "sampler", SamplerConfig)
+    cfg = read_config(src, "dit", DiTConfig)
+    sampler = read_config(src, "sampler", SamplerConfig)
     require(not cfg.fp8, f"{src} is an fp8 model already")
     require(cfg.num_layers > 2, f"{src} has {cfg.num_layers} layers: all of them are first or last")
     require(0 <= alpha <= 1, f"alpha {alpha} must be in [0, 1]")
-    try:
-        torch.empty(1, device=device)
-    except (RuntimeError, AssertionError) as error:
-        raise ValueError(f"device {device!r} is not available ({str(error).splitlines()[0]}): "
-                         f"try cpu") from None
-    magi.get_ops(backend, device=device)                                     # says if the device cannot
+    check_device(device)
+    magi.get_ops(backend, device)                                            # says if the device cannot
     given = {name: value for name, value in settings.items() if value is not None}
     sampler_run = dataclasses.replace(sampler, **given)
     t5 = t5 or src.parent / "t5"
@@ -128,7 +123,7 @@ def run_quantize(src: Path, out: Path, prompt: list[str] | None, t5: Path | None
     cfg8 = dataclasses.replace(cfg, fp8=True, dtype="bfloat16")
     kinds = fp8_layers(cfg8)
     expected = convert_weights.meta_weights(lambda: magi.DiT(cfg8))
-    files = magi.weight_files(src)
+    files = weight_files(src)
 
     def convert(sd: dict[str, Tensor]) -> dict[str, Tensor]:
         made = {}
