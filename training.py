@@ -438,7 +438,7 @@ def lora_layers(dit: DiT, file: str | Path) -> dict[str, dict[str, str]]:
         layer = ours.get(m["layer"].replace(".", "_"))
         require(layer, f"the LoRA {str(file)!r} is for another model: this one has no layer {m['layer']!r}")
         layers.setdefault(layer, {})[m.lastgroup] = name
-    own = all(name.endswith((".lora.down", ".lora.up")) for name in found)   # ours has all layers, others some
+    own = all(name.endswith((".lora.down", ".lora.up")) for name in found)   # ours has all layers
     expected = {}
     for layer in targets if own else layers:
         names, weight = layers.get(layer, {}), targets[layer].weight
@@ -496,7 +496,7 @@ def load_lora(dit: DiT, file: str | Path, scale: float = 1.0) -> DiT:
     for layer, names in layers.items():
         down, up = tensors[names["down"]].float(), tensors[names["up"]].float()
         strength = tensors[names["alpha"]].item() / len(down) if "alpha" in names else strengths[layer]
-        if "videodit_blocks" in names["down"]:                               # its inputs may stand in our order
+        if "videodit_blocks" in names["down"]:                               # its inputs may change places
             from convert_weights import convert_dit
 
             name = f"{official_layers([layer])[layer]}.weight"

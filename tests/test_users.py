@@ -3,6 +3,7 @@
 Every row of the list of public bug reports that the program was tried on has its tests here, on small files
 that the tests make themselves."""
 
+import copy
 import io
 import math
 import os
@@ -15,9 +16,13 @@ import av
 import numpy as np
 import pytest
 import torch
+from common import small
 from PIL import Image, ImageCms
+from safetensors.torch import save_file
 
+import convert_weights as cw
 import media
+import training
 
 RED, GREEN, BLUE, WHITE = (220, 30, 30), (30, 200, 30), (30, 30, 220), (255, 255, 255)
 
@@ -469,3 +474,99 @@ def test_memory_of_videos_is_a_few_frames(tmp_path):
     video = media.read_video(path, count=32, size=(64, 64))
     assert video.shape == (32, 64, 64, 3) and close(video[0, :, 40:], greys([200], 64, 24)[0], 3)
     assert peak("media.read_video(sys.argv[1], count=32, size=(64, 64))", path) < 400e6
+
+
+# ------------------------------------------------------------------------------------------------ LoRA
+
+
+def lora_of(dit, rank: int = 2, seed: int = 0) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
+    generator = torch.Generator().manual_seed(seed)
+    draw = lambda *shape: torch.randn(*shape, generator=generator) * 0.1
+    return {name: (draw(rank, linear.weight.shape[1]), draw(linear.weight.shape[0], rank))
+            for name, linear in training.lora_targets(dit).items()}
+
+
+def updates(dit) -> dict[str, torch.Tensor]:
+    """What the LoRAs of a model add to its weights."""
+    return {name: linear.lora.scale * linear.lora.up @ linear.lora.down
+            for name, linear in training.lora_targets(dit).items() if hasattr(linear, "lora")}
+
+
+LORA_FORMATS = {
+    "PEFT": ("base_model.model.{}.lora_A.weight", "base_model.model.{}.lora_B.weight"),
+    "PEFT adapter": ("base_model.model.{}.lora_A.default.weight", "base_model.model.{}.lora_B.default.weight"),
+    "diffusers": ("transformer.{}.lora_A.weight", "transformer.{}.lora_B.weight"),
+    "old diffusers": ("transformer.{}.lora.down.weight", "transformer.{}.lora.up.weight"),
+    "Comfy": ("diffusion_model.{}.lora_down.weight", "diffusion_model.{}.lora_up.weight"),
+    "kohya": ("lora_unet_{_}.lora_down.weight", "lora_unet_{_}.lora_up.weight"),
+}
+
+
+@pytest.mark.parametrize("form", LORA_FORMATS)
+def test_loras_of_other_programs(form, tmp_path):
+    """Some layers only, with alpha, as most of them write."""
+    dit = copy.deepcopy(small()[0])
+    lora = {name: pair for name, pair in lora_of(dit).items() if ".attn." in name}
+    tensors, about = {}, None
+    for name, pair in lora.items():
+        for template, part in zip(LORA_FORMATS[form], pair, strict=True):
+            tensors[template.replace("{_}", name.replace(".", "_")).replace("{}", name)] = part
+        if form in ("kohya", "Comfy"):
+            alpha = LORA_FORMATS[form][0].split(".lora")[0]
+            tensors[alpha.replace("{_}", name.replace(".", "_")).replace("{}", name) + ".alpha"] = torch.tensor(1.0)
+    file = tmp_path / "adapter_model.safetensors"
+    if form == "PEFT adapter":
+        (tmp_path / "adapter_config.json").write_text('{"lora_alpha": 1, "r": 2}')
+    if form == "diffusers":
+        about = {"lora_adapter_metadata": '{"transformer.lora_alpha": 1, "transformer.r": 2}'}
+    save_file(tensors, file, about)
+    assert training.check_lora(dit, file) == 2
+    training.load_lora(dit, file, scale=3)
+    strength = 3.0 if form in ("PEFT", "old diffusers") else 1.5
+    made = updates(dit)
+    assert made.keys() == lora.keys()
+    for name, (down, up) in lora.items():
+        assert torch.allclose(made[name], strength * up @ down), name
+
+
+def test_loras_in_official_names(tmp_path):
+    """They act on the official model as on ours, in which the inputs of one layer stand in another order."""
+    dit = copy.deepcopy(small()[0])
+    targets = training.lora_targets(dit)
+    official = training.official_layers(targets)
+    tensors = {}
+    for name, (down, up) in lora_of(dit).items():
+        tensors |= {f"{official[name]}.lora_A.weight": down, f"{official[name]}.lora_B.weight": up}
+    save_file(tensors, tmp_path / "a.safetensors")
+    training.load_lora(dit, tmp_path / "a.safetensors")
+    for name, made in updates(dit).items():
+        down, up = tensors[f"{official[name]}.lora_A.weight"], tensors[f"{official[name]}.lora_B.weight"]
+        (right,) = cw.convert_dit({f"{official[name]}.weight": up @ down}).values()
+        assert torch.allclose(made, right, atol=1e-6), name
+
+
+def test_loras_add_up(tmp_path):
+    dit, files = copy.deepcopy(small()[0]), []
+    loras = [lora_of(dit, rank, seed=rank) for rank in (2, 3)]
+    for i, lora in enumerate(loras):
+        files.append(tmp_path / f"{i}.safetensors")
+        save_file({f"{name}.lora.{part}": v for name, pair in lora.items()
+                   for part, v in zip(("down", "up"), pair, strict=True)}, files[-1])
+    training.load_lora(training.load_lora(dit, files[0], 0.5), files[1], 2.0)
+    for name, made in updates(dit).items():
+        (down, up), (down2, up2) = (lora[name] for lora in loras)
+        assert torch.allclose(made, 0.5 * up @ down + 2 * up2 @ down2, atol=1e-5)
+    with training.lora_off(dit):
+        assert all(not v.any() for v in updates(dit).values())
+
+
+@pytest.mark.parametrize("name, words", [
+    ("layers.0.attn.q.hada_w1_a", "LoHa"), ("layers.0.attn.q.lora_magnitude_vector", "DoRA"),
+    ("transformer.blocks.7.to_q.lora_A.weight", "for another model: this one has no layer 'blocks.7.to_q'"),
+    ("layers.0.attn.q.lora_B.weight", "for another model"),
+])
+def test_loras_that_cannot_be_loaded_are_named(name, words, tmp_path):
+    tensors = {"layers.0.attn.q.lora_A.weight": torch.zeros(2, 32), "layers.0.attn.q.lora_B.weight": torch.zeros(32, 2)}
+    save_file(tensors | {name: torch.zeros(3, 32)}, tmp_path / "a.safetensors")
+    with pytest.raises(ValueError, match=words):
+        training.check_lora(small()[0], tmp_path / "a.safetensors")
