@@ -41,8 +41,8 @@ FRAMES_PER_LATENT = 4                                                        # a
 # ------------------------------------------------------------------------------------------------------------
 # 1  From memory
 # ------------------------------------------------------------------------------------------------------------
-# Only what is clear is taken: values are uint8, or floats from 0 to 1. Floats below 0 are refused: if they were
-# taken as -1 to 1, a picture that happens to have none would silently be read in the wrong scale.
+# Only what is clear is taken: values are uint8, or floats from 0 to 1. Floats below 0 are refused: if they
+# were taken as -1 to 1, a picture that happens to have none would silently be read in the wrong scale.
 # Channels (1, 2, 3 or 4: grey, grey and alpha, RGB, RGBA) come last, as in NumPy, or first, as in PyTorch.
 # Where the shape fits both, the order of NumPy counts for arrays, and a tensor is refused.
 
@@ -207,7 +207,7 @@ def read_image(path: str | os.PathLike, size: tuple[int, int] | None = None, fit
                ) -> np.ndarray:
     """uint8 (h, w, 3), upright as the camera noted, in sRGB, on white; size None: its own."""
     with reading("image", path), open_image(path) as image:
-        if image.format not in ("JPEG", "MPO"):                              # which can be read at less detail
+        if image.format not in ("JPEG", "MPO"):                              # these are decoded as needed
             check_pixels(image)
         orientation = image.getexif().get(0x0112, 1)
         image = averaged(image, (size if orientation < 5 else size[::-1]) if size else image.size[::-1], fit)
@@ -524,6 +524,23 @@ def to_srgb(rgb: np.ndarray, transfer: int, to_709: np.ndarray | None) -> np.nda
 # A writer takes chunk after chunk, uint8 (frames, height, width, 3). When write() returns, they are in the
 # file and the file is whole: a crash loses nothing. close() only makes an mp4 more convenient.
 
+LONGEST_NAME = 255 - len("..lock")                                           # in bytes: see `locked`
+
+
+def check_output(path: Path) -> Path:
+    """Where to write, a link resolved. ValueError if nothing can be written there."""
+    name = str(path)
+    require(path.exists() or not path.is_symlink(),
+            f"cannot write {name!r}: it is a link to what does not exist")
+    folder, path = path.parent, Path(os.path.realpath(path))
+    require(not path.is_dir(), f"cannot write {name!r}: it is a folder, add a file name")
+    require(not path.exists() or path.is_file(), f"cannot write {name!r}: it is no ordinary file")
+    require(not path.exists() or os.access(path, os.W_OK), f"cannot write {name!r}: it is protected")
+    require(path.parent.is_dir(), f"cannot write {name!r}: create the folder {str(folder)!r} first")
+    require(len(os.fsencode(path.name)) <= LONGEST_NAME,
+            f"the name of {name!r} is too long: at most {LONGEST_NAME} bytes")
+    return path
+
 
 @contextlib.contextmanager
 def locked(path: Path) -> Iterator[None]:
@@ -536,7 +553,10 @@ def locked(path: Path) -> Iterator[None]:
         return
     lock = path.with_name(f".{path.name}.lock")
     while True:
-        file = os.open(lock, os.O_CREAT | os.O_RDWR, 0o666)
+        try:
+            file = os.open(lock, os.O_CREAT | os.O_RDWR, 0o666)
+        except OSError as error:
+            raise ValueError(f"cannot write in folder {str(path.parent)!r}: {error.strerror}") from None
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
