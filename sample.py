@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import os
 import signal
+import sys
 
 
 def leave(*_) -> None:
@@ -31,6 +32,8 @@ if __name__ == "__main__":
     # Threads that wait for each other sleep instead of spinning, which on a busy machine keeps the very
     # thread they wait for from running. OpenMP reads this when PyTorch is imported.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    if sys.flags.optimize > 1:                                               # transformers needs its docstrings
+        os.execve(sys.executable, [sys.executable, "-O", *sys.argv], os.environ | {"PYTHONOPTIMIZE": "1"})
 
 import argparse
 import contextlib
@@ -38,7 +41,6 @@ import dataclasses
 import json
 import math
 import re
-import sys
 import time
 import warnings
 from collections.abc import Callable
