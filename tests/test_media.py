@@ -8,7 +8,6 @@ import pytest
 from common import bad, read_frames, shades
 from PIL import Image
 
-import magi
 import media
 
 
