@@ -553,7 +553,7 @@ def test_memory_of_videos_is_a_few_frames(tmp_path):
     path = write_video(tmp_path / "a.mp4", [frame] * 48, fps=60, options={"preset": "ultrafast"})
     code = (
         "video = media.read_video(sys.argv[1], count=32, size=(64, 64))\n"
-        "assert video.shape == (20, 64, 64, 3) and abs(video[0, 32, 48] - 200.0).max() < 3, video"
+        "assert video.shape == (19, 64, 64, 3) and abs(video[0, 32, 48] - 200.0).max() < 3, video"
     )
     assert peak(code, path) < 350e6
 
@@ -1072,20 +1072,14 @@ def test_prompts_that_the_text_encoder_cannot_read(model_folder, tmp_path, monke
 
 
 def test_python_without_docstrings(model_folder, tmp_path):
-    words = [
-        sys.executable,
-        "-OO",
-        *command(model_folder, "--num_frames", 24, "--out", tmp_path / "a.mp4")[1:],
-    ]
+    """Ours are there for --help alone, but transformers needs its own."""
+    flags = ["--num_frames", 4, "--prompt", "a", "--out", tmp_path / "a.mp4"]
+    words = [sys.executable, "-OO", *command(model_folder, *flags)[1:]]
     done = subprocess.run(words, capture_output=True, text=True, env=environment())
-    assert done.returncode == 0 and len(media.read_video(tmp_path / "a.mp4")) == 24, done.stderr
-    prompt = [
-        sys.executable,
-        "-OO",
-        *command(model_folder, "--num_frames", 4, "--prompt", "a", "--out", tmp_path / "b.mp4")[1:],
-    ]
-    assert subprocess.run(prompt, capture_output=True, env=environment()).returncode == 0
-    assert subprocess.run([*words[:3], "--help"], capture_output=True, env=environment()).returncode == 0
+    assert done.returncode == 0 and len(media.read_video(tmp_path / "a.mp4")) == 4, done.stderr
+    code = "import sample; sample.main(['--help'])"
+    done = subprocess.run([sys.executable, "-OO", "-c", code], capture_output=True, env=environment(), cwd=HERE)
+    assert done.returncode == 0 and b"--prompt" in done.stdout
 
 
 @pytest.mark.parametrize("after", [0.1, 0.4, 1.0])
