@@ -455,11 +455,14 @@ class Player:
     def __init__(self, stream: av.VideoStream, size: tuple[int, int] | None, fit: str):
         self.aspect = float(stream.sample_aspect_ratio or 1)                 # a pixel's width over its height
         self.size, self.fit = size, fit
+        self.orientation: tuple[bool, list[int]] | None = None
         self.reformatter = av.video.reformatter.VideoReformatter()
 
     def picture(self, frame: av.VideoFrame) -> np.ndarray:
         """uint8 (h, w, 3): made small first, then turned upright."""
-        turned, flips = orientation(frame)
+        # Asked once: looking at side data makes a cycle of references, which keeps the frame in memory.
+        self.orientation = self.orientation or orientation(frame)
+        turned, flips = self.orientation
         shown = frame.height / min(1, self.aspect), frame.width * max(1, self.aspect)
         size, fit = (self.size, self.fit) if self.size else (tuple(map(round, shown)), "stretch")
         size = size[::-1] if turned and self.size else size
