@@ -48,17 +48,9 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 from tqdm import tqdm
 
+import checkpoints
 import magi
-from checkpoints import (
-    compare_headers,
-    load_module,
-    make_config,
-    read_json,
-    reading,
-    require,
-    save,
-    weight_files,
-)
+from checkpoints import compare_headers, make_config, read_json, reading, require, save, weight_files
 from folders import new_folder, output_folder
 from magi import DiTConfig, SamplerConfig, VAEConfig
 
@@ -288,7 +280,7 @@ def convert_t5(sd: dict[str, Tensor]) -> dict[str, Tensor]:
         part = name.split(".")[0]
         require(part in ("shared", "encoder", "decoder", "lm_head") and tensor.is_floating_point(),
                 f"{name} ({tensor.dtype}) is not a tensor of a T5 model")
-    tied = "encoder.embed_tokens.weight"                 # is shared.weight again: transformers ties it itself
+    tied = "encoder.embed_tokens.weight"                 # it equals shared.weight, and transformers ties it
     return {name: tensor.to(torch.bfloat16) for name, tensor in sd.items()
             if name.startswith(("shared.", "encoder.")) and name != tied}
 
@@ -422,8 +414,13 @@ def make_plan(files: list[Path], convert: Callable, expected: dict[str, Tensor])
     return reads, shards
 
 
+def size_of(plan: tuple[list, list]) -> int:
+    """How many bytes the tensors of a plan take on the disk."""
+    return sum(tensor.nbytes for shard in plan[1] for tensor in shard.values())
+
+
 def check(found: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
-    """Compare names, shapes and dtypes both ways. Raises ValueError with the first difference of a kind."""
+    """Compare names, shapes and dtypes both ways. Raises ValueError with the first difference."""
     show = lambda tensor: f"{str(tensor.dtype).removeprefix('torch.')} {list(tensor.shape)}"
     wanted = {name: show(tensor) for name, tensor in expected.items()}
     have = {name: show(tensor) for name, tensor in found.items()}
@@ -457,9 +454,9 @@ def write_weights(reads: list, shards: list, convert: Callable, folder: Path) ->
                         save(held, folder / names[done], FOR_TRANSFORMERS)
                         held, done = {}, done + 1
     if n > 1:
-        size = sum(tensor.nbytes for shard in shards for tensor in shard.values())
         where = {key: name for name, shard in zip(names, shards, strict=True) for key in shard}
-        write_json({"metadata": {"total_size": size}, "weight_map": where}, folder / INDEX)
+        total = {"total_size": size_of((reads, shards))}
+        write_json({"metadata": total, "weight_map": where}, folder / INDEX)
 
 
 def write_json(values: dict, file: Path) -> None:
@@ -487,9 +484,9 @@ def run_dit(src: Path, out: Path, config: str, special_tokens: Path | None, forc
     if not tokens:
         notes.append(f"note: without --special-tokens, {out} only runs with special_tokens=(), in sample.py "
                      f"--special_tokens none")
-    files = weight_files(src, "model.safetensors")
+    files = weight_files(src)
     plan = make_plan(files, convert_dit, meta_weights(lambda: magi.DiT(cfg)))
-    with new_folder(src, out, force) as folder:
+    with new_folder(src, out, force, size_of(plan)) as folder:
         write_weights(*plan, convert_dit, folder)
         write_json({"dit": asdict(cfg), "sampler": asdict(sampler)}, folder / "config.json")
         if tokens:
@@ -503,7 +500,7 @@ def run_vae(src: Path, out: Path, force: bool) -> None:
     cfg = vae_config_from_upstream(read_json(src / "config.json"))
     files = weight_files(src, "diffusion_pytorch_model.safetensors")
     plan = make_plan(files, convert_vae, meta_weights(lambda: magi.VAE(cfg)))
-    with new_folder(src, out, force) as folder:
+    with new_folder(src, out, force, size_of(plan)) as folder:
         write_weights(*plan, convert_vae, folder)
         write_json({"vae": asdict(cfg)}, folder / "config.json")
 
@@ -522,15 +519,14 @@ def run_t5(src: Path, out: Path, force: bool) -> None:
     has_safetensors = any((src / name).is_file() for name in ("model.safetensors", INDEX))
     files = weight_files(src, "model.safetensors" if has_safetensors else "pytorch_model.bin")
     plan = make_plan(files, convert_t5, expected)
-    with new_folder(src, out, force) as folder:
+    with new_folder(src, out, force, size_of(plan)) as folder:
         write_weights(*plan, convert_t5, folder)
         write_json(config, folder / "config.json")
         shutil.copyfile(src / "spiece.model", folder / "spiece.model")
 
 
 def run_all(src: Path, out: Path, special_tokens: Path | None, force: bool) -> None:
-    """Convert all that a ckpt folder holds. The names of its DiT folders tell the preset, and the headers
-    confirm it."""
+    """Convert all that a ckpt folder holds. A DiT folder's name tells the preset; the headers confirm it."""
     jobs = {}                                            # name in OUT -> function, official folder, arguments
     for folder in sorted(src.glob("magi/*/inference_weight*")):
         label = f"{folder.parent.name}/{folder.name}"
@@ -579,7 +575,7 @@ def meta_weights(build: Callable[[], nn.Module]) -> dict[str, Tensor]:
 
 def quantizer() -> Any:
     """tools/quantize.py, loaded by its path, since other packages are called `tools` too."""
-    return load_module("magi_quantize", Path(__file__).parent / "tools" / "quantize.py")
+    return checkpoints.load_module("magi_quantize", Path(__file__).parent / "tools" / "quantize.py")
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -139,7 +139,7 @@ def run_quantize(src: Path, out: Path, prompt: list[str] | None, t5: Path | None
     with torch.device("meta"):                           # a misfit is found before the model runs
         peaks = {name: torch.empty(expected[f"{name}.weight"].shape[1]) for name in kinds}
     plan = convert_weights.make_plan(files, convert, expected)
-    with new_folder(src, out, force) as folder:
+    with new_folder(src, out, force, convert_weights.size_of(plan)) as folder:
         peaks = measure(src, sampler_run, prompt or CALIBRATION_PROMPTS, t5, device, backend, kinds)
         convert_weights.write_weights(*plan, convert, folder)
         convert_weights.write_json({"dit": asdict(cfg8), "sampler": asdict(sampler)}, folder / "config.json")
