@@ -21,7 +21,8 @@ import torch
 from torch import Tensor, nn
 
 __all__ = ["build", "check_device", "compare_headers", "fill", "headers_of", "load_module", "make_config",
-           "read_config", "read_headers", "read_json", "reading", "require", "save", "weight_files"]
+           "read_config", "read_headers", "read_json", "read_tensors", "reading", "require", "save",
+           "weight_files"]
 
 
 def require(ok: Any, message: str) -> None:
@@ -122,6 +123,14 @@ def read_headers(files: Iterable[str | Path]) -> dict[str, tuple[tuple[int, ...]
                 part = f.get_slice(name)
                 found[name] = tuple(part.get_shape()), part.get_dtype() == "F8_E4M3"
     return found
+
+
+def read_tensors(file: str | Path, what: str = "weights") -> dict[str, Tensor]:
+    """Name -> tensor in float32, of a small safetensors file."""
+    from safetensors.torch import load_file
+
+    with reading(what, file):
+        return {name: v.float() for name, v in load_file(file).items()}
 
 
 def headers_of(module: nn.Module) -> dict[str, tuple[tuple[int, ...], bool]]:

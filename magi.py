@@ -67,7 +67,7 @@ from einops import rearrange, repeat
 from torch import Tensor, nn
 
 from captions import clean_caption
-from checkpoints import build, fill, load_module, read_config, reading, require
+from checkpoints import build, fill, load_module, read_config, read_tensors, require
 
 __all__ = ["DiT", "DiTConfig", "KVCache", "MAGI", "PRESETS", "Prompt", "SamplerConfig", "T5", "VAE",
            "VAEConfig", "clean_caption", "load", "load_dit", "load_vae", "plan", "sample", "shot_transition"]
@@ -325,6 +325,12 @@ class LayerNorm1p(nn.LayerNorm):
         return F.layer_norm(x, self.normalized_shape, self.weight + 1, self.bias, self.eps)
 
 
+def small_normal(*shape: int) -> nn.Parameter:
+    """A learned table with a deviation of 0.02. (On the meta device torch.randn imports torch._dynamo, which
+    takes a second; this initialiser does not.)"""
+    return nn.Parameter(nn.init.trunc_normal_(torch.empty(shape), std=0.02))
+
+
 def timestep_features(t: Tensor, dim: int = 256) -> Tensor:
     """Sinusoidal features of t in [0, 1]: (...) -> (..., dim), [cos | sin], float32 (Vaswani et al. 2017)."""
     steps = torch.arange(dim // 2, device=t.device, dtype=torch.float32)
@@ -411,11 +417,16 @@ def swiglu(u: Tensor) -> Tensor:
 def matmul_float32(x: Tensor, weight: Tensor) -> Tensor:
     """x weight^T in float32: (..., in), (out, in) -> (..., out).
 
-    The product of two bf16 (or e4m3) numbers is exact in float32, so on a GPU the tensor cores take the bf16
-    operands as they are and sum in float32: the same result at several times the speed.
+    The product of two bf16 (or e4m3) numbers is exact in float32, so a processor that has bf16 instructions
+    takes the operands as they are and sums in float32: the same result at several times the speed. A CPU
+    then rounds the sum to bf16, as after every other linear layer, because PyTorch cannot ask it not to.
     """
-    if x.is_cuda and x.dtype == weight.dtype == torch.bfloat16 and not torch.is_grad_enabled():
-        return torch.mm(x.flatten(0, -2), weight.t(), out_dtype=torch.float32).unflatten(0, x.shape[:-1])
+    if x.dtype == weight.dtype == torch.bfloat16 and not torch.is_grad_enabled():
+        if x.is_cuda:
+            rows = x.flatten(0, -2)
+            return torch.mm(rows, weight.t(), out_dtype=torch.float32).unflatten(0, x.shape[:-1])
+        if x.device.type == "cpu" and torch.cpu._is_avx512_bf16_supported():
+            return F.linear(x, weight).float()
     return F.linear(x.float(), weight.float())
 
 
@@ -425,7 +436,9 @@ def fp8_matmul(x: Tensor, weight: Tensor, divide: Tensor, scale: Tensor) -> Tens
     Runs anywhere, on e4m3 numbers held in wider types, and returns bf16: the reference for the fp8 kernels.
     """
     x8 = (x / divide.float()).clamp_(-448, 448).to(torch.bfloat16).to(torch.float8_e4m3fn)  # 448: e4m3's max
-    return (matmul_float32(x8.bfloat16(), weight.bfloat16()) * scale).to(torch.bfloat16)
+    x8, weight = x8.bfloat16(), weight.bfloat16()
+    product = matmul_float32(x8, weight) if x.is_cuda else F.linear(x8.float(), weight.float())
+    return (product * scale).to(torch.bfloat16)
 
 
 @dataclass(frozen=True)
@@ -511,7 +524,7 @@ class VAETransformer(nn.Module):
         side = cfg.video_size // cfg.patch_size
         self.grid = (cfg.video_length // cfg.patch_length, side, side)       # native (T, H, W)
         self.cls_token = nn.Parameter(torch.zeros(1, 1, cfg.embed_dim))
-        self.pos_embed = nn.Parameter(torch.randn(1, 1 + math.prod(self.grid), cfg.embed_dim) * 0.02)
+        self.pos_embed = small_normal(1, 1 + math.prod(self.grid), cfg.embed_dim)
         self.blocks = nn.ModuleList(VAEBlock(cfg) for _ in range(cfg.depth))
         self.norm = nn.LayerNorm(cfg.embed_dim)
 
@@ -701,52 +714,47 @@ def tokenize(tokenizer: Any, captions: Sequence[str], length: int) -> tuple[Tens
 
 
 class T5:
-    """A T5 encoder folder (config.json, weights, spiece.model), read offline.
+    """A T5 encoder folder (config.json, weights, spiece.model), read offline, when captions come.
 
-    The XXL encoder has 4.7 B parameters: 9.5 GB in bfloat16, the default (19 in float32).
+    The XXL encoder has 4.7 B parameters: 9.5 GB in bfloat16, the default (19 in float32). The DiT needs that
+    memory and a run needs each prompt once, so the model is freed after every call unless `keep` is set.
     """
 
     def __init__(self, folder: str | Path, length: int = 800, device: Device = "cpu",
-                 dtype: torch.dtype = torch.bfloat16):
+                 dtype: torch.dtype = torch.bfloat16, keep: bool = False):
+        self.folder, self.length = Path(folder), length
+        self.device, self.dtype, self.keep = device, dtype, keep
+        self.model: Any = None
+
+    def read(self) -> Any:
+        """The model, a transformers.T5EncoderModel."""
         for name in ("config.json", "spiece.model"):
-            file = Path(folder) / name
-            require(file.is_file(), f"no text encoder in {str(folder)!r}: {file} does not exist")
-        from sentencepiece import SentencePieceProcessor
+            file = self.folder / name
+            require(file.is_file(), f"no text encoder in {str(self.folder)!r}: {file} does not exist")
         from transformers import T5EncoderModel
 
-        self.length = length
-        self.tokenizer = SentencePieceProcessor(model_file=str(Path(folder) / "spiece.model"))
-        model, info = T5EncoderModel.from_pretrained(folder, dtype=dtype, local_files_only=True,
+        model, info = T5EncoderModel.from_pretrained(self.folder, dtype=self.dtype, local_files_only=True,
                                                      output_loading_info=True)
         missing = sorted(set(info["missing_keys"]) - {"encoder.embed_tokens.weight"})  # it is shared.weight
-        require(not missing, f"the text encoder in {str(folder)!r} lacks {len(missing)} tensor(s), such as "
-                f"{missing[:1]}: convert it again")                          # transformers would draw them
-        self.model = model.to(device).eval()
+        require(not missing, f"the text encoder in {str(self.folder)!r} lacks {len(missing)} tensor(s), such "
+                f"as {missing[:1]}: convert it again")                       # transformers would draw them
+        return model.to(self.device).eval()
 
     @torch.no_grad()
     def __call__(self, captions: Sequence[str], clean: bool = True) -> tuple[Tensor, Tensor]:
         """Captions -> last hidden state (n, L, text_dim) float32 and mask (n, L), on the CPU."""
+        from sentencepiece import SentencePieceProcessor
+
+        model = self.model or self.read()
+        self.model = model if self.keep else None
+        tokenizer = SentencePieceProcessor(model_file=str(self.folder / "spiece.model"))
         captions = [clean_caption(c) if clean else c for c in captions]
-        ids, mask = tokenize(self.tokenizer, captions, self.length)
+        ids, mask = tokenize(tokenizer, captions, self.length)
         used = max(1, int(mask.sum(1).max()))            # the columns that are not padding everywhere
-        ids, short = ids[:, :used].to(self.model.device), mask[:, :used].to(self.model.device)
-        hidden = self.model(ids, attention_mask=short).last_hidden_state.float().cpu()
+        ids, short = ids[:, :used].to(self.device), mask[:, :used].to(self.device)
+        hidden = model(ids, attention_mask=short).last_hidden_state.float().cpu()
         # Padding is zeroed, so that a result does not depend on what else is in the batch.
         return F.pad(hidden * mask[:, :used, None], (0, 0, 0, self.length - used)), mask
-
-
-class TextEncoder:
-    """Captions -> text (n, L, C) and mask (n, L). T5 is read when it is first needed, and freed at once
-    unless `keep` is set: the DiT needs the memory, and a run needs each prompt once."""
-
-    def __init__(self, folder: str | Path, length: int, device: Device = "cpu", keep: bool = False):
-        self.folder, self.length, self.device, self.keep = folder, length, device, keep
-        self.t5: T5 | None = None
-
-    def __call__(self, captions: Sequence[str]) -> tuple[Tensor, Tensor]:
-        t5 = self.t5 or T5(self.folder, self.length, self.device)
-        self.t5 = t5 if self.keep else None
-        return t5(captions)
 
 
 def prepend_tokens(text: Tensor, mask: Tensor, tokens: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
@@ -1048,11 +1056,11 @@ class DiT(nn.Module):
         D, cond, p = cfg.hidden_size, cfg.cond_size, cfg.patch_size
         self.patch_embed = nn.Conv3d(cfg.in_channels, D, (1, p, p), (1, p, p), bias=False)
         self.time_embed = nn.Sequential(nn.Linear(256, cond), nn.SiLU(), nn.Linear(cond, cond))
-        self.null_text = nn.Parameter(torch.randn(cfg.text_length, cfg.text_dim) * 0.02)
+        self.null_text = small_normal(cfg.text_length, cfg.text_dim)
         self.text_proj = nn.Linear(cfg.text_dim, D)
         self.flag_proj = nn.Linear(cfg.text_dim, cond)
         bands = cfg.head_dim // 8                            # of each axis; 3 axes turn 3/4 of a head's width
-        self.rope_bands = nn.Parameter(10000.0 ** (-torch.arange(bands) / bands))
+        self.rope_bands = nn.Parameter(torch.tensor([10000.0 ** (-i / bands) for i in range(bands)]))
         self.layers = nn.ModuleList(DiTLayer(cfg, i) for i in range(cfg.num_layers))
         self.final_norm = LayerNorm1p(D, cfg.norm_eps)
         self.final_linear = nn.Linear(D, p * p * cfg.out_channels, bias=False)
@@ -1611,17 +1619,6 @@ def load_vae(folder: str | Path, device: Device = "cpu", dtype: torch.dtype | No
     return vae
 
 
-def load_tokens(folder: str | Path) -> dict[str, Tensor]:
-    """The special tokens of a model folder, name -> (1, C), float32; none if it has no such file."""
-    from safetensors.torch import load_file
-
-    file = Path(folder) / "special_tokens.safetensors"
-    if not file.is_file():
-        return {}
-    with reading("special tokens", file):
-        return {name: v.float() for name, v in load_file(file).items()}
-
-
 def load(folder: str | Path, *, vae: str | Path | None = None, t5: str | Path | None = None,
          device: Device = "cpu", dtype: str | None = None, vae_dtype: torch.dtype | None = None,
          backend: str = "torch", keep_t5: bool = False) -> MAGI:
@@ -1636,9 +1633,11 @@ def load(folder: str | Path, *, vae: str | Path | None = None, t5: str | Path | 
     cfg, sampler = read_config(folder, "dit", DiTConfig), read_config(folder, "sampler", SamplerConfig)
     vae_cfg = read_config(vae, "vae", VAEConfig)
     build(lambda: VAE(vae_cfg), vae)                     # only to check it before the large DiT is read
-    tokens = load_tokens(folder)
-    return MAGI(load_dit(folder, device, dtype, backend), load_vae(vae, device, vae_dtype, backend), sampler,
-                tokens, TextEncoder(t5, cfg.text_length, device, keep_t5))
+    tokens = folder / "special_tokens.safetensors"
+    table = read_tensors(tokens, "special tokens") if tokens.is_file() else {}
+    dit = load_dit(folder, device, dtype, backend)
+    return MAGI(dit, load_vae(vae, device, vae_dtype, backend), sampler, table,
+                T5(t5, cfg.text_length, device, keep=keep_t5))
 
 
 class Prompt(NamedTuple):
