@@ -26,7 +26,7 @@ from tqdm import tqdm
 
 import convert_weights
 import magi
-from checkpoints import check_device, read_config, require, weight_files
+from checkpoints import check_device, read_config, read_tensors, require, weight_files
 from folders import new_folder, output_folder
 from magi import DiTConfig, SamplerConfig
 
@@ -82,9 +82,10 @@ def measure(src: Path, cfg: SamplerConfig, prompts: Iterable[str], t5: Path, dev
 
     logging.disable_progress_bar()
     text_length = read_config(src, "dit", DiTConfig).text_length
-    texts, masks = magi.T5(t5, text_length, device)(list(prompts))           # frees the encoder at the end
+    texts, masks = magi.T5(t5, text_length, device)(list(prompts))           # frees the encoder
     dit = magi.load_dit(src, device, dtype="bfloat16", backend=backend)
-    table = magi.load_tokens(src)
+    tokens = src / "special_tokens.safetensors"
+    table = read_tensors(tokens, "special tokens") if tokens.is_file() else {}
 
     def run() -> None:
         bar = tqdm(range(len(texts)), unit="video", desc="calibrating", disable=None)
