@@ -104,8 +104,7 @@ VAE_KEYS = (
      "norm_code": False, "use_rope": False},
     ())
 
-# These must be there: the sizes, and what no tensor's shape gives away when it is wrong. For other keys our
-# defaults are taken if they are missing.
+# These must be there: they are sizes, or no tensor's shape shows when they are wrong. Others have defaults.
 REQUIRED_KEYS = ("num_layers", "hidden_size", "ffn_hidden_size", "num_attention_heads", "num_query_groups",
                  "kv_channels", "in_channels", "out_channels", "x_rescale_factor")
 REQUIRED_VAE_KEYS = ("video_size", "video_length", "patch_size", "patch_length", "z_chans", "embed_dim",
@@ -114,7 +113,7 @@ REQUIRED_VAE_KEYS = ("video_size", "video_length", "patch_size", "patch_length",
 
 
 def configs_from_upstream(config: dict) -> tuple[DiTConfig, SamplerConfig]:
-    """An official JSON -> our two configs. Raises ValueError, naming the key, for what we do not support."""
+    """Turn an official JSON into our two configs. Raises ValueError, naming the key, for what is unknown."""
     require(isinstance(config, dict) and config.keys() == CONFIG_KEYS.keys(),
             f"an official config has the parts {', '.join(CONFIG_KEYS)}; this is {str(config)[:60]!r}")
     values = {}
@@ -142,26 +141,23 @@ def configs_from_upstream(config: dict) -> tuple[DiTConfig, SamplerConfig]:
 
 
 def note_on_gpus(config: dict) -> str:
-    """What to tell the user of an official config that is for several GPUs; "" if it is for one."""
-    engine = config["engine_config"]
-    sizes = {key: engine[key] for key in ("cp_size", "pp_size") if type(engine.get(key)) is int}
-    ranks = math.prod(sizes.values())
-    if ranks <= 1:
-        return ""
-    given = ", ".join(f"{key} {size}" for key, size in sizes.items())
-    return (f"note: the config is for {ranks} GPUs ({given}). Here the launcher sets their number: "
+    """Say how to start on several GPUs, if an official config is for that; else return ""."""
+    sizes = [config["engine_config"].get(key) for key in ("cp_size", "pp_size")]
+    ranks = math.prod(size for size in sizes if type(size) is int)
+    note = (f"note: the config is for {ranks} GPUs (cp_size, pp_size); here the launcher sets their number: "
             f"torchrun --nproc_per_node {ranks} sample.py ...")
+    return note if ranks > 1 else ""
 
 
 def vae_config_from_upstream(config: dict) -> VAEConfig:
-    """The VAE's config.json -> VAEConfig. Raises ValueError likewise."""
+    """Turn the VAE's config.json into a VAEConfig. Raises ValueError likewise."""
     table = {"ddconfig": "ddconfig"}, {}, ("_class_name", "_diffusers_version", "model_type")
     ddconfig = _translate("config.json", config, table, ["ddconfig"])["ddconfig"]
     return _build(VAEConfig, _translate("ddconfig", ddconfig, VAE_KEYS, REQUIRED_VAE_KEYS))
 
 
 def _translate(part: str, values: dict, table: tuple, required: Iterable[str] = ()) -> dict:
-    """The entries of one part of an official config, under our names."""
+    """Return the entries of one part of an official config that are fields of ours, under our names."""
     fields, fixed, ignored = table
     require(isinstance(values, dict), f"{part} is {values!r}, not a table of keys")
     for key, value in values.items():
@@ -243,8 +239,8 @@ TOKEN_ROWS = {                                   # a token -> array of special_t
 
 
 def convert_dit(sd: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Official DiT tensors, all or some -> ours: other names, fp8 weights without their leading axis, and the
-    columns of attn.proj in another order."""
+    """Turn official DiT tensors, all or some, into ours: they get other names, fp8 weights lose their leading
+    axis, and the columns of attn.proj get another order."""
     for name, tensor in sd.items():
         require(not re.search(r"linear_qkv[^.]*(\.weight)?$", name), f"{name} {list(tensor.shape)} packs q, "
                 "k and v in an undocumented order: this is MAGI-1.1, and only MAGI-1 is supported")
@@ -261,7 +257,7 @@ def convert_dit(sd: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 def self_before_cross(columns: Tensor) -> Tensor:
-    """The official order of the output projection's columns (..., 2*Hq*hd) -> ours.
+    """Put the output projection's columns (..., 2*Hq*hd) from the official order into ours.
 
     The official model was trained 8-way tensor parallel: the part of Wo on each rank saw the self- and the
     cross-attention of the rank's own heads side by side. In our order all of self-attention comes first.
@@ -270,12 +266,12 @@ def self_before_cross(columns: Tensor) -> Tensor:
 
 
 def convert_vae(sd: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Official VAE tensors, all or some -> ours."""
+    """Turn official VAE tensors, all or some, into ours: they get other names."""
     return _rename(sd, VAE_MODULES)
 
 
 def convert_t5(sd: dict[str, Tensor]) -> dict[str, Tensor]:
-    """A T5 checkpoint's tensors, all or some -> the encoder's in bf16; transformers' names stay."""
+    """Keep, of a T5 checkpoint's tensors, all or some, the encoder's, in bf16. Names stay transformers'."""
     for name, tensor in sd.items():
         part = name.split(".")[0]
         require(part in ("shared", "encoder", "decoder", "lm_head") and tensor.is_floating_point(),
@@ -301,7 +297,7 @@ def _rename(sd: dict[str, Tensor], modules: dict[str, tuple[str, str]]) -> dict[
 
 
 def special_tokens_from_npz(file: Path, width: int) -> dict[str, Tensor]:
-    """The learned vectors (1, width) by name. They pass through float16, as they do in the official code."""
+    """Read the learned vectors (1, width) by name. They pass through float16, as in the official code."""
     names = magi.SPECIAL_TOKENS | magi.NEGATIVE_TOKENS
     tokens = {}
     with reading("special tokens", file), np.load(file, allow_pickle=False) as arrays:
@@ -323,19 +319,19 @@ _DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF
 
 
 def open_file(file: Path) -> BinaryIO:
-    """A stream of bytes, decompressed on the way if the file is .zst."""
+    """Open a stream of bytes, which is decompressed on the way if the file is .zst."""
     if file.suffix != ".zst":
         return open(file, "rb")
     try:
         import zstandard
     except ImportError:
         raise ValueError(f"{file} is compressed: pip install zstandard") from None
-    unpack = zstandard.ZstdDecompressor(max_window_size=2**31)               # of `zstd --long=31`
+    unpack = zstandard.ZstdDecompressor(max_window_size=2**31)               # as `zstd --long=31` needs
     return unpack.stream_reader(open(file, "rb"), read_across_frames=True)   # pzstd writes many frames
 
 
 def read_header(file: Path) -> dict[str, Tensor]:
-    """A file's tensors on the meta device: names, shapes and dtypes without the data."""
+    """Read names, shapes and dtypes without the data: a file's tensors on the meta device."""
     if file.suffix == ".bin":
         return load_pickle(file, "meta")
     with open_file(file) as f, reading("weights", file):
@@ -350,7 +346,7 @@ def read_header(file: Path) -> dict[str, Tensor]:
 
 
 def load_pickle(file: Path, device: str) -> dict[str, Tensor]:
-    """A .bin file, mapped from the disk where its format allows. Nothing in it is executed."""
+    """Read a .bin file, mapped from the disk where its format allows. Nothing in it is executed."""
     with reading("weights", file), warnings.catch_warnings():
         warnings.simplefilter("ignore")                  # torch.load remarks on old pickle protocols
         try:
@@ -365,7 +361,7 @@ def load_pickle(file: Path, device: str) -> dict[str, Tensor]:
 
 @contextmanager
 def open_weights(file: Path, scratch: Path) -> Iterator[Callable[[str], Tensor]]:
-    """A function that reads one tensor by name. A .zst file is unpacked into `scratch` while it is open."""
+    """Yield a function that reads a tensor by name. A .zst file is unpacked into `scratch` meanwhile."""
     if file.suffix == ".bin":
         yield load_pickle(file, "cpu").__getitem__
         return
@@ -415,7 +411,7 @@ def make_plan(files: list[Path], convert: Callable, expected: dict[str, Tensor])
 
 
 def size_of(plan: tuple[list, list]) -> int:
-    """How many bytes the tensors of a plan take on the disk."""
+    """Count the bytes that the tensors of a plan take on the disk."""
     return sum(tensor.nbytes for shard in plan[1] for tensor in shard.values())
 
 
@@ -431,7 +427,7 @@ def check(found: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
 
 
 def fits(name: str, found: torch.dtype, expected: torch.dtype) -> bool:
-    """Whether a tensor may have this dtype: e4m3 exactly where the model has it; else the model's dtype,
+    """Tell if a tensor may have this dtype. It is e4m3 exactly where the model's is; else it is the model's,
     float32, or bf16 in the blocks, since official files store even their float32 norms in bf16."""
     if E4M3 in (found, expected):
         return found == expected
@@ -506,7 +502,7 @@ def run_vae(src: Path, out: Path, force: bool) -> None:
 
 
 def run_t5(src: Path, out: Path, force: bool) -> None:
-    from transformers import T5Config, T5EncoderModel  # takes seconds, so it stands here
+    from transformers import T5Config, T5EncoderModel  # this takes seconds, so it stands here
 
     out = output_folder(src, out, force)
     config = read_json(src / "config.json")
@@ -552,7 +548,7 @@ def run_all(src: Path, out: Path, special_tokens: Path | None, force: bool) -> N
 
 
 def not_converted(src: Path, out: Path, converted: list[Path]) -> list[str]:
-    """A line on each folder of an official download that holds weights which no job reads."""
+    """Say of each folder in a download that holds weights, but is not converted, why it is skipped."""
     weights = (".safetensors", ".safetensors.zst", ".bin")
     folders = {file.parent for file in src.rglob("*") if file.name.endswith(weights)} - {src}
     folders |= {folder for folder in src.glob("magi?*") if folder.is_dir()}              # such as magi1.1
@@ -574,7 +570,7 @@ def meta_weights(build: Callable[[], nn.Module]) -> dict[str, Tensor]:
 
 
 def quantizer() -> Any:
-    """tools/quantize.py, loaded by its path, since other packages are called `tools` too."""
+    """Load tools/quantize.py by its path, since other packages are called `tools` too."""
     return checkpoints.load_module("magi_quantize", Path(__file__).parent / "tools" / "quantize.py")
 
 
