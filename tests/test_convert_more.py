@@ -308,7 +308,7 @@ def test_an_old_model_that_a_killed_run_moved_aside_comes_back(tmp_path):
 
 
 def test_out_may_be_a_link_to_a_model_but_not_to_nothing(tmp_path, monkeypatch):
-    old, new = vae_folder(tmp_path / "old", 1.0), vae_folder(tmp_path / "new", 2.0)
+    old, new = vae_folder(tmp_path / "old", 1.0), vae_folder(tmp_path / "ckpt" / "vae", 2.0)
     disk, link = tmp_path / "disk" / "vae", tmp_path / "vae"
     assert run_main(cw.main, "vae", old, disk)[0] == 0
     link.symlink_to(disk)
@@ -325,6 +325,8 @@ def test_out_may_be_a_link_to_a_model_but_not_to_nothing(tmp_path, monkeypatch):
         for more in ((), ("--force",)):
             command = "vae", new, link, *more
             assert_refused(cw.main, command, f"{link} is a link to", "does not exist", out=link)
+        command = "all", new.parent, link  # the folders of `all` are made in OUT
+        assert_refused(cw.main, command, f"{link} is a link to", "does not exist", out=link)
         assert link.is_symlink()
         link.unlink()
 
@@ -368,6 +370,18 @@ def test_a_run_that_waited_for_another_to_end_does_not_take_its_folder(tmp_path,
     code, _, err = run_main(cw.main, "vae", vae_folder(tmp_path / "other", 2.0), out, "--force")
     assert code == 2 and "in use by another run" in err
     assert bias(out).mean().round() == 1
+
+
+def test_a_disk_without_room_is_found_before_a_weight_is_read(tmp_path, monkeypatch):
+    src, out = vae_folder(tmp_path / "src"), tmp_path / "out"
+    size = sum(tensor.nbytes for tensor in official_weights("vae").values())
+    usage = lambda free: shutil._ntuple_diskusage(10**12, 10**12 - free, free)
+    monkeypatch.setattr(folders.shutil, "disk_usage", lambda path: usage(size - 1))
+    with monkeypatch.context() as m:
+        m.setattr(cw, "open_weights", lambda *_: pytest.fail("a weight was read"))
+        assert_refused(cw.main, ("vae", src, out), "needs 0.001 GB, but only 0.001 GB", out=out)
+    monkeypatch.setattr(folders.shutil, "disk_usage", lambda path: usage(size))
+    assert run_main(cw.main, "vae", src, out)[0] == 0
 
 
 def test_a_full_disk_is_not_blamed_on_the_download(tmp_path, monkeypatch):
