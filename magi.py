@@ -71,6 +71,7 @@ from captions import clean_caption
 from checkpoints import (
     build,
     check_dit_config,
+    check_own_config,
     check_sampler_config,
     check_vae_config,
     fill,
@@ -1495,9 +1496,14 @@ class _Run:
         if chunk not in self.asked:
             self.last = next(self.texts, self.last)
             require(self.last, "there is no prompt: give at least one, which may be empty")
-            text, mask, *cfg = self.last
+            text, mask, *own = self.last
+            require(text.shape == self.null.shape and mask.shape == text.shape[:1],
+                    f"text {tuple(text.shape)} and text_mask {tuple(mask.shape)} of chunk {chunk - self.P} "
+                    f"must be {tuple(self.null.shape)} and ({len(self.null)},)")
+            for cfg in own:
+                check_own_config(cfg, self.cfg)
             valid = mask.to(self.null.device).bool().long()
-            self.asked[chunk] = Asked(text.to(self.null), valid, *(cfg or [self.cfg]))
+            self.asked[chunk] = Asked(text.to(self.null), valid, *(own or [self.cfg]))
         return self.asked[chunk]
 
     def caption(self, chunk: int) -> tuple[Tensor, Tensor]:
