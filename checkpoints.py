@@ -322,5 +322,5 @@ def check_device(device: str) -> None:
     try:
         torch.empty(1, device=device)
     except (RuntimeError, AssertionError) as error:                          # by how PyTorch was built
-        reason = re.split(r"[.\n]\s|\.$", str(error))[0]
+        reason = re.split(r"\.\s|\n|\.$", str(error))[0]
         raise ValueError(f"device {str(device)!r} is not available ({reason}): try cpu") from None
