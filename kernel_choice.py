@@ -146,21 +146,270 @@ def _scaled_mm(x8: Tensor, weight: Tensor, scale: Tensor) -> Tensor:
     return torch._scaled_mm(x8, weight.t(), torch.ones_like(scale), scale, out_dtype=torch.bfloat16)
 
 
-def candidates(operation: str, device: torch.device) -> dict[str, Callable]:
+def candidates(operation: str) -> dict[str, Callable]:
     """Name -> a function with the operation's signature; ours first, the readable path last."""
-    plain, arch = getattr(magi.TORCH_OPS, operation), kernels.arch_of(device)
-    found = {"triton": getattr(kernels, operation)}
-    if operation.endswith("attention"):
-        def with_tiles(change: str) -> Callable:
-            def pick(kernel: str, **what: Any) -> kernels.Tiles:
-                return kernels.variants(tiles_for(kernel, **what)).get(change) or tiles_for(kernel, **what)
-            return partial(getattr(kernels, operation), tiles=pick)
-        tiles_for = kernels.tiles_for
-        table = kernels.variants(tiles_for("forward", arch, 128))
-        found |= {f"triton{change}": with_tiles(change) for change in table if change}
+    ours, plain = getattr(kernels, operation), getattr(magi.TORCH_OPS, operation)
+    found = {"triton": ours}
+    if operation in ("attention", "block_attention"):
+        found |= {f"triton, {name}": partial(ours, tiles=change) for name, change in kernels.VARIANTS.items()}
         found["cudnn"] = cudnn_first(plain)
-        if operation == "block_attention":
-            found["flex"] = flex_attention
+    if operation == "block_attention":
+        found["flex"] = flex_attention
     if operation == "fp8_matmul":
-        pass
+        found["triton, 3 stages"] = partial(ours, multiply=partial(kernels.product, stages=3))
+        found["torch._scaled_mm"] = partial(ours, multiply=_scaled_mm)
     return found | {"torch": plain}
+
+
+# ----------------------------------------------------------------------------------------------------------
+# 3  The check
+# ----------------------------------------------------------------------------------------------------------
+
+
+def small_input(operation: str, args: tuple, tokens: int) -> tuple:
+    """Random arguments like these, in types, widths and weights, but with few tokens, in awkward numbers."""
+    x, *others = args
+    generator = torch.Generator(x.device).manual_seed(0)         # the run's own random numbers stay as they are
+
+    def random(like: Tensor, *shape: int) -> Tensor:
+        return torch.randn(shape, device=like.device, generator=generator).to(like.dtype)
+
+    if operation in ("attention", "block_attention"):
+        group, hd = x.shape[2] // others[0].shape[2], x.shape[3]
+        q, k, v = random(x, 1, tokens, 2 * group, hd), *(random(x, 1, tokens + 11, 2, hd) for _ in range(2))
+        spans = torch.tensor([[[0, tokens + 11], [tokens // 9, tokens // 2]]])
+        return (q, k, v, spans) if operation == "block_attention" else (q, k, v)
+    if operation == "norm_rotary":
+        norm, angles = others
+        return random(x, 1, 42, *x.shape[2:]), norm, None if angles is None else 20 * random(angles, 42, angles.shape[1])
+    if operation == "gated_residual":
+        gate, update, norm = others
+        return random(x, 2, 42, x.shape[2]), random(gate, 2, 3, x.shape[2]), random(update, 2, 42, x.shape[2]), norm
+    if operation == "swiglu":
+        return (random(x, 42, x.shape[-1]),)
+    weight, divide, scale = others
+    spread = 50 * divide.float().reshape(1, -1)                  # where e4m3 has its steps, and a little beyond 448
+    return (random(x, tokens, x.shape[-1]).float() * spread).to(x.dtype), weight[:tokens], divide, scale
+
+
+def outcome(function: Callable, args: tuple, backward: bool = False, **options: Any) -> list[Tensor]:
+    """The result and, where gradients are asked for, those of all that is differentiated."""
+    if not backward:
+        with torch.no_grad():
+            return [function(*args, **options)]
+    keep = lambda u: u                       # hooks in place of others': checkpointing must not see what is tried here
+    with torch.enable_grad(), torch.autograd.graph.saved_tensors_hooks(keep, keep):
+        args = tuple(u.detach().requires_grad_() if isinstance(u, Tensor) and u.dtype in FLOATS else u for u in args)
+        leaves = [u for u in args if isinstance(u, Tensor) and u.requires_grad]
+        leaves += [p for u in args if isinstance(u, nn.Module) for p in u.parameters() if p.requires_grad]
+        result = function(*args)
+        slope = torch.linspace(-1, 1, result.shape[-1], device=result.device).to(result.dtype)
+        grads = torch.autograd.grad(result, leaves, slope.expand_as(result), allow_unused=True)
+    return [result.detach(), *(torch.zeros_like(u) if g is None else g for u, g in zip(leaves, grads, strict=True))]
+
+
+def sampled(results: list[Tensor]) -> list[Tensor]:
+    """At most some 256 rows along each axis: enough to compare."""
+    steps = lambda u: tuple(slice(None, None, -(-n // 256)) for n in u.shape[:-1])
+    return [u[steps(u)].to(torch.float32, copy=True) for u in results]    # `out` is written again by the next
+
+
+def require_equal(results: list[Tensor], expected: list[Tensor]) -> None:
+    """Raises ArithmeticError if a result is further from the readable path's than rounding explains."""
+    for i, (ours, exact) in enumerate(zip(results, expected, strict=True)):
+        bar = BARS.get(results[0].dtype, 0.0) * (2 if i else 1)
+        error = ((ours.float() - exact.float()).norm() / exact.float().norm().clamp_min(1e-30)).item()
+        if ours.shape != exact.shape or not error <= bar:                    # nan is no error below a bar
+            raise ArithmeticError(f"{f'gradient {i}' if i else 'result'} is off by {error:.1e}")
+
+
+# ----------------------------------------------------------------------------------------------------------
+# 4  The choice
+# ----------------------------------------------------------------------------------------------------------
+
+
+def size_class(operation: str, args: tuple, backward: bool) -> str:
+    """Calls that share this line share a choice: the same types and widths, numbers of tokens within a factor of
+    four, and so the mean length of a span."""
+    about = lambda n: (int(n).bit_length() + 1) // 2
+
+    def kind(u: Any) -> str:
+        if isinstance(u, nn.Module):
+            return str(next(u.parameters()).dtype).removeprefix("torch.")
+        if not isinstance(u, Tensor):
+            return str(u)
+        if not u.is_floating_point():
+            return f"spans~{about((u[..., 1] - u[..., 0]).float().mean())}"
+        widths = "x".join(map(str, u.shape[2:] if u.ndim > 2 else u.shape[-1:]))
+        return f"{str(u.dtype).removeprefix('torch.')}[{about(u.numel() // max(1, u.shape[-1]))}]x{widths}"
+
+    return " ".join([operation, *map(kind, args), *["backward"] * backward])
+
+
+def cache_folder() -> Path:
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "magi"
+
+
+class Chooser:
+    """The choices made on one card, in this process and, through a file, in earlier ones."""
+
+    def __init__(self, card: Card, strict: bool):
+        self.card, self.strict = card, strict
+        self.about = f"{card.name}, {card.versions}, {'triton' if strict else 'auto'}"
+        self.file = cache_folder() / f"kernels-{hashlib.sha256(self.about.encode()).hexdigest()[:16]}.json"
+        self.choices = self.remembered()             # line of `size_class` -> {"use": name, "ms": {}, "failed": {}}
+        self.ready: dict[str, Callable] = {}         # what this process has called
+        self.said: set[str] = set()
+
+    def remembered(self) -> dict[str, dict]:
+        """What the file holds; nothing if it is not there or not as it should be."""
+        try:
+            choices = json.loads(self.file.read_text(encoding="utf-8"))["choices"]
+            for line, choice in choices.items():
+                names = candidates(line.split()[0]) if not self.strict else ["triton"]
+                magi.require(choice["use"] in names, "unknown")
+                assert all(ms >= 0 for ms in choice["ms"].values())
+                assert all(isinstance(error, str) for error in choice["failed"].values())
+            return choices
+        except Exception:
+            return {}
+
+    def save(self) -> None:
+        """Write a new file and put it in the old one's place, so that no reader finds half of it."""
+        try:
+            self.file.parent.mkdir(parents=True, exist_ok=True)
+            handle, name = tempfile.mkstemp(dir=self.file.parent)
+            with os.fdopen(handle, "w", encoding="utf-8") as file:
+                json.dump({"about": self.about, "choices": self.choices}, file, indent=1)
+            os.replace(name, self.file)
+        except OSError:
+            pass                                     # a home that cannot be written: choose again next time
+
+    def call(self, operation: str, *args: Any, **options: Any) -> Tensor:
+        tensors = [u for u in args if isinstance(u, Tensor)]
+        tensors += [p for u in args if isinstance(u, nn.Module) for p in u.parameters()]
+        plain = getattr(magi.TORCH_OPS, operation)
+        if any(u.numel() == 0 for u in tensors):
+            return plain(*args, **options)           # nothing to choose by
+        backward = torch.is_grad_enabled() and any(u.requires_grad for u in tensors)
+        line = size_class(operation, args, backward)
+        if line not in self.ready:
+            if line not in self.choices:
+                self.choose(line, operation, args, backward, options)
+            self.ready[line] = candidates(operation)[self.choices[line]["use"]]
+        try:
+            return self.ready[line](*args, **options)
+        except Exception as error:
+            if self.strict or isinstance(error, torch.OutOfMemoryError) or self.choices[line]["use"] == "torch":
+                raise
+            self.fail(self.choices[line], operation, error)      # right before, and not at these sizes
+            self.ready[line] = plain
+            return plain(*args, **options)
+
+    def choose(self, line: str, operation: str, args: tuple, backward: bool, options: dict) -> None:
+        """Check and time every candidate on these arguments; remember the fastest that is right."""
+        choice = self.choices[line] = {"use": "torch", "ms": {}, "failed": {}}
+        functions = candidates(operation)
+        plain, best, expected = functions.pop("torch"), math.inf, None
+        try:
+            small = small_input(operation, args, self.card.tokens)
+            exact = outcome(plain, small, backward)
+            if not self.strict:
+                run = partial(outcome, plain, args, backward, **options)
+                try:
+                    expected = sampled(run())
+                    best = choice["ms"]["torch"] = self.card.milliseconds(run)
+                except torch.OutOfMemoryError:       # of all ways PyTorch's takes the most
+                    torch.cuda.empty_cache()
+            for name, function in functions.items():
+                if self.strict and name != "triton" or name == "flex" and best < LONG:
+                    continue
+                choice["use"], choice["failed"][name] = "torch", "the process ended while it was tried"
+                self.save()                          # should the process end, the next one finds this line
+                try:
+                    require_equal(outcome(function, small, backward), exact)
+                    self.card.synchronize()
+                    if not self.strict:
+                        run = partial(outcome, function, args, backward, **options)
+                        require_equal(sampled(run()), expected or sampled(run()))
+                        choice["ms"][name] = self.card.milliseconds(run, 1.5 * best)
+                except torch.OutOfMemoryError:       # today's luck: not to be remembered
+                    torch.cuda.empty_cache()
+                    del choice["failed"][name]
+                except Exception as error:
+                    self.fail(choice, operation, error, name)
+                else:
+                    del choice["failed"][name]
+                best = min(best, choice["ms"].get(name, best))
+            choice["use"] = "triton" if self.strict else min(choice["ms"], key=choice["ms"].get, default="torch")
+        except BaseException:                        # Ctrl-C, no memory: nothing is known
+            del self.choices[line]
+            self.save()
+            raise
+        self.save()
+
+    def fail(self, choice: dict, operation: str, error: Exception, name: str | None = None) -> None:
+        """Note, and say once, that a candidate is out. Raises RuntimeError where no other may take its place."""
+        name = name or choice["use"]
+        reason = (str(error) or type(error).__name__).strip().splitlines()[0][:160]
+        choice["failed"][name], choice["use"] = reason, "torch"
+        choice["ms"].pop(name, None)
+        what = f"{self.card.name}: {operation} by {name} fails: {reason}"
+        if self.strict:
+            raise RuntimeError(f"{what} (use the backend 'auto' or 'torch')") from error
+        self.save()
+        try:
+            self.card.synchronize()
+        except Exception:
+            raise RuntimeError(f"{what}, and the GPU takes no more work of this process. Run it again: this is "
+                               f"remembered, and PyTorch takes its place") from error
+        if name.startswith("triton") and what not in self.said:
+            warnings.warn(f"{what}; something else takes its place", RuntimeWarning, stacklevel=2)
+            self.said.add(what)
+
+    def report(self) -> str:
+        """One line: which candidates this process has used, how much faster than PyTorch, and what failed."""
+        parts, failed = [], {}
+        for operation in OPERATIONS:
+            used = [self.choices[line] for line in self.ready if line.split()[0] == operation]
+            names = " or ".join(dict.fromkeys(choice["use"] for choice in used))
+            plain, ours = (sum(choice["ms"].get(name or choice["use"], 0) for choice in used) for name in ("torch", ""))
+            gain = f" ({plain / ours:.2f} times as fast as torch)" if plain and ours and names != "torch" else ""
+            failed |= {f"{operation} by {name}": why for choice in used for name, why in choice["failed"].items()
+                       if name.startswith("triton")}
+            parts += [f"{operation} {names}{gain}"] if used else []
+        parts += [f"{what} fails: {why}" for what, why in failed.items()]
+        return f"kernels on {self.card.name}: " + ("; ".join(parts) or "none used yet")
+
+
+@dataclass(frozen=True)
+class ChosenOps(magi.Ops):
+    """Operations that choose for themselves, and `report()` what they chose in a line."""
+
+    report: Callable[[], str] = str
+
+
+@lru_cache
+def get_ops(backend: str, device: torch.device | str) -> magi.Ops:
+    """The operations of "auto" or "triton" on a device. With "auto", a device that kernels.py cannot use gets
+    PyTorch's, and a line that says why. Raises ValueError there with "triton"."""
+    device = torch.device(device)
+    if device.type == "cuda" and device.index is None and torch.cuda.is_available():
+        device = torch.device("cuda", torch.cuda.current_device())
+    try:
+        kernels.arch_of(device)
+    except ValueError as error:
+        if backend == "triton":
+            raise
+        warnings.warn(str(error), RuntimeWarning, stacklevel=2)
+        return magi.TORCH_OPS
+    return chosen_ops(Chooser(card_of(device), strict=backend == "triton"))
+
+
+def chosen_ops(chooser: Chooser) -> ChosenOps:
+    functions = {operation: partial(chooser.call, operation) for operation in OPERATIONS}
+    # positional in the model, but an option of the choice: it is where to write, not what to compute
+    functions["block_attention"] = lambda q, k, v, spans, out=None: chooser.call(
+        "block_attention", q, k, v, spans, **({} if out is None else {"out": out}))
+    return ChosenOps("triton" if chooser.strict else "auto", **functions, matmul_float32=magi.matmul_float32,
+                     report=chooser.report)

@@ -248,17 +248,16 @@ def _dense(u: Tensor) -> Tensor:
 
 
 def _chunks(spans: tuple, B: int, N: int, M: int) -> list[tuple[int, int, int, int, int]]:
-    """(batch, first query, end, first key, end) of every chunk, checked. Chunks are those of Tensor.chunk."""
+    """(batch, first query, end, first key, end) of every chunk, checked."""
     n = len(spans[0])
-    size = -(-N // n)
-    magi.require(len(spans) in (1, B) and -(-N // size) == n,
-                 f"{len(spans)} x {n} spans do not fit {B} x {N} queries")
+    magi.require(len(spans) in (1, B) and N % n == 0,
+                 f"{len(spans)} x {n} spans do not fit {B} x {N} queries: one per chunk, all of a size")
     out = []
     for b in range(B):
         for i, (start, end) in enumerate(spans[b % len(spans)]):
             magi.require(0 <= start < end <= M, f"span [{start}, {end}) of chunk {i} is empty or leaves the "
                          f"{M} keys: every chunk must see at least one")
-            out.append((b, i * size, min(N, (i + 1) * size), start, end))
+            out.append((b, N // n * i, N // n * (i + 1), start, end))
     return out
 
 
