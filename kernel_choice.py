@@ -41,6 +41,7 @@ from typing import Any, NamedTuple
 import torch
 import triton
 from torch import Tensor, nn
+from triton.errors import TritonError
 
 import magi
 
@@ -250,6 +251,10 @@ def cache_folder() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "magi"
 
 
+class BrokenGPU(RuntimeError):
+    """A kernel has ended all work of this process on the GPU."""
+
+
 class Chooser:
     """The choices made on one card, in this process and, through a file, in earlier ones."""
 
@@ -299,7 +304,7 @@ class Chooser:
             self.ready[line] = candidates(operation)[self.choices[line]["use"]]
         try:
             return self.ready[line](*args, **options)
-        except Exception as error:
+        except (RuntimeError, AssertionError, TritonError) as error:     # others, as of checkpointing, pass through
             if self.strict or isinstance(error, torch.OutOfMemoryError) or self.choices[line]["use"] == "torch":
                 raise
             self.fail(self.choices[line], operation, error)      # right before, and not at these sizes
@@ -342,6 +347,8 @@ class Chooser:
                     del choice["failed"][name]
                 best = min(best, choice["ms"].get(name, best))
             choice["use"] = "triton" if self.strict else min(choice["ms"], key=choice["ms"].get, default="torch")
+        except BrokenGPU:
+            raise                                    # it is remembered
         except BaseException:                        # Ctrl-C, no memory: nothing is known
             del self.choices[line]
             self.save()
@@ -361,8 +368,8 @@ class Chooser:
         try:
             self.card.synchronize()
         except Exception:
-            raise RuntimeError(f"{what}, and the GPU takes no more work of this process. Run it again: this is "
-                               f"remembered, and PyTorch takes its place") from error
+            raise BrokenGPU(f"{what}, and the GPU takes no more work of this process. Run it again: this is "
+                            f"remembered, and PyTorch takes its place") from error
         if name.startswith("triton") and what not in self.said:
             warnings.warn(f"{what}; something else takes its place", RuntimeWarning, stacklevel=2)
             self.said.add(what)

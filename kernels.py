@@ -752,7 +752,8 @@ def _norm_rotary_kernel(X, Weight, Bias, Angles, Out, rows, tokens, heads, eps, 
     PyTorch rounds to the type of the weights, 1 + weight and the result, is rounded here too.
     """
     row, col = tl.program_id(0) * M + tl.arange(0, M)[:, None], tl.arange(0, C)[None, :]
-    wide, TYPE = (row < rows) & (col < HD), Weight.dtype.element_ty
+    wide = (row < rows) & (col < HD)
+    TYPE: tl.constexpr = Weight.dtype.element_ty
     weight = (tl.load(Weight + col, col < HD, 0.0).to(tl.float32) + 1).to(TYPE).to(tl.float32)
     bias = tl.load(Bias + col, col < HD, 0.0).to(tl.float32)
     if PAIRS > 0:

@@ -128,13 +128,17 @@ def compile_row(job: tuple[int, str]) -> tuple[bool, str]:
     arch, name = job
     launch = shipped(arch)[name]
     kernel, tiles = name.split()[0], launch.tiles
-    registers, spills, shared, instructions = machine_code(launch, arch)
-    wanted = None
+    wanted, broken = None, ""
+    try:
+        registers, spills, shared, instructions = machine_code(launch, arch)
+    except Exception as error:                  # the other rows are still wanted
+        registers, spills, shared, instructions = 0, 0, 0, set()
+        broken = f"does not compile: {str(error).strip().splitlines()[-1][:80]}"
     if kernel in ("forward", "dq", "dkv", "fp8"):
         # wgmma and tcgen05 work on 64 rows; smaller tiles (float32) are multiplied by mma everywhere
         wanted = TENSOR_CORE[89 if tiles.m < 64 and arch < 900 else arch][kernel == "fp8"]
-    checks = ((shared > SHARED_BYTES[arch], "does not fit"), (spills, "spills"),
-              (wanted and wanted not in instructions, f"no {wanted}"))
+    checks = ((broken, broken), (shared > SHARED_BYTES[arch], "does not fit"), (spills, "spills"),
+              (wanted and not broken and wanted not in instructions, f"no {wanted}"))
     faults = [text for bad, text in checks if bad]
     size = "x".join(str(u) for u in (tiles.m, tiles.n, tiles.k) if u)
     end = ", ".join(faults) or ("ok" if arch < 900 else "compiles, unseen")
