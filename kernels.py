@@ -38,47 +38,36 @@ tutorials 3, 6 and 9.
 
 from __future__ import annotations
 
-import hashlib
-import importlib.machinery
 import importlib.metadata
 import importlib.util
-import json
 import math
-import os
 import sys
-import tempfile
-import warnings
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable
 from functools import lru_cache, partial
+from importlib.machinery import PathFinder
 from pathlib import Path
-from statistics import median
 from typing import Any, NamedTuple
 from unittest.mock import MagicMock
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 
 def _hand_over() -> bool:
-    """Load Hugging Face's package `kernels` under that name, if it is installed.
-
-    transformers imports it, and Python, started in this folder, finds this file instead. (magi.py loads this
-    file by its path, as `magi_kernels`, so that neither is in the other's way.)
-    """
+    """Load Hugging Face's package `kernels` in our place, if it is installed: transformers imports it, and
+    Python started in this folder finds this file. (magi.py loads it by its path, as `magi_kernels`.)"""
     here = Path(__file__).resolve().parent
     try:
-        places = [str(importlib.metadata.distribution("kernels").locate_file("")), *sys.path]
+        places = [importlib.metadata.distribution("kernels").locate_file(""), *sys.path]
     except importlib.metadata.PackageNotFoundError:
         return False
-    elsewhere = [place for place in places if Path(place or ".").resolve() != here]
-    spec = importlib.machinery.PathFinder.find_spec("kernels", elsewhere)
+    spec = PathFinder.find_spec("kernels", [str(p) for p in places if Path(p or ".").resolve() != here])
     if spec is None or spec.loader is None:
         return False
-    sys.modules["kernels"] = other = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(other)
+    sys.modules["kernels"] = importlib.util.module_from_spec(spec)       # what the import statement then finds
+    spec.loader.exec_module(sys.modules["kernels"])
     return True
 
 
@@ -90,7 +79,7 @@ try:
 except ImportError:
     if not HANDED_OVER:
         raise
-    triton = tl = TensorDescriptor = MagicMock()     # a module cannot stop midway: what follows is thrown away
+    triton = tl = TensorDescriptor = MagicMock()     # a file cannot stop midway: what follows is thrown away
 
 import magi  # noqa: E402
 
@@ -197,17 +186,17 @@ def _store(X, row, col, stride, left, x, S: tl.constexpr):
     tl.store(at, x.to(X.dtype.element_ty), (rows < left) & (cols < S.hd))
 
 
-INTERPRETED = not isinstance(_tile, triton.JITFunction) if not HANDED_OVER else False    # TRITON_INTERPRET=1
+INTERPRETED = not HANDED_OVER and not isinstance(_tile, triton.JITFunction)    # was TRITON_INTERPRET=1 set?
 
 
 def _repair_interpreter() -> None:
-    """Mend two faults of Triton 3.7's interpreter, there and only there: it multiplies bf16 by bit patterns,
-    and cuts off where a GPU rounds to nearest even. Kernels themselves need to know nothing of it."""
+    """Mend two faults of Triton 3.7's interpreter: it multiplies bf16 by bit patterns, and cuts off where a GPU
+    rounds to nearest even. So the kernels need to know nothing of it."""
     from triton.runtime import interpreter
 
-    builder, handle, convert = interpreter.InterpreterBuilder, interpreter.TensorHandle, interpreter._convert_float
-    dot, rounded = builder.create_dot, {tl.bfloat16: (torch.bfloat16, torch.uint16),
-                                        tl.float8e4nv: (torch.float8_e4m3fn, torch.uint8)}
+    builder, convert = interpreter.InterpreterBuilder, interpreter._convert_float
+    dot = builder.create_dot
+    rounded = {tl.bfloat16: (torch.bfloat16, torch.uint16), tl.float8e4nv: (torch.float8_e4m3fn, torch.uint8)}
 
     def convert_rounding(x, source, target, mode):
         if source != tl.float32 or target not in rounded:
@@ -218,7 +207,8 @@ def _repair_interpreter() -> None:
     def widen(u):
         if u.dtype.scalar != tl.bfloat16:
             return u
-        return handle(convert(u.data, tl.bfloat16, tl.float32, None).view("float32"), tl.float32)
+        x = convert(u.data, tl.bfloat16, tl.float32, None).view("float32")
+        return interpreter.TensorHandle(x, tl.float32)
 
     interpreter._convert_float = convert_rounding
     builder.create_dot = lambda self, a, b, *others: dot(self, widen(a), widen(b), *others)
@@ -786,27 +776,26 @@ def _swiglu_kernel(U, Out, width, C: tl.constexpr):
     tl.store(Out + row * width + col, (a * b).to(Out.dtype.element_ty), col < width)
 
 
-def gated_residual_launch(x: Tensor, weight: Tensor, bias: Tensor, gate: Tensor, update: Tensor, eps: float,
-                          out: Tensor) -> Launch:
+def gated_residual_launch(x: Tensor, weight: Tensor, bias: Tensor, gate: Tensor, update: Tensor, eps: float
+                          ) -> Launch:
     (B, N, D), n = x.shape, gate.shape[1]
-    args = dict(X=x, Gate=gate, Update=update, Weight=weight, Bias=bias, Out=out, tokens=N, chunk=N // n,
-                chunks=n, width=D, eps=eps, C=triton.next_power_of_2(D))
+    args = dict(X=x, Gate=gate, Update=update, Weight=weight, Bias=bias, Out=torch.empty_like(x), tokens=N,
+                chunk=N // n, chunks=n, width=D, eps=eps, C=triton.next_power_of_2(D))
     return Launch(_gated_residual_kernel, (B * N,), Tiles(1, D, warps=8), args)
 
 
-def norm_rotary_launch(x: Tensor, weight: Tensor, bias: Tensor, angles: Tensor | None, eps: float, out: Tensor
-                       ) -> Launch:
+def norm_rotary_launch(x: Tensor, weight: Tensor, bias: Tensor, angles: Tensor | None, eps: float) -> Launch:
     (B, N, heads, hd), tiles = x.shape, Tiles(8, x.shape[3])
-    pairs, angles = (0, weight) if angles is None else (angles.shape[1], angles)
-    args = dict(X=x, Weight=weight, Bias=bias, Angles=angles, Out=out, rows=B * N, tokens=N, heads=heads,
-                eps=eps, HD=hd, C=triton.next_power_of_2(hd), PAIRS=pairs, M=tiles.m)
+    pairs, angles = (0, weight) if angles is None else (angles.shape[1], angles)         # without: never read
+    args = dict(X=x, Weight=weight, Bias=bias, Angles=angles, Out=torch.empty_like(x), rows=B * N, tokens=N,
+                heads=heads, eps=eps, HD=hd, C=triton.next_power_of_2(hd), PAIRS=pairs, M=tiles.m)
     return Launch(_norm_rotary_kernel, (triton.cdiv(B * N, tiles.m),), tiles, args)
 
 
-def swiglu_launch(u: Tensor, out: Tensor, tiles: Tiles = Tiles(1, 1024)) -> Launch:
-    width = out.shape[-1]
-    grid = out.numel() // width, triton.cdiv(width, tiles.n)
-    return Launch(_swiglu_kernel, grid, tiles, dict(U=u, Out=out, width=width, C=tiles.n))
+def swiglu_launch(u: Tensor) -> Launch:
+    width, tiles = u.shape[-1] // 2, Tiles(1, 1024)
+    args = dict(U=u, Out=u.new_empty(*u.shape[:-1], width), width=width, C=tiles.n)
+    return Launch(_swiglu_kernel, (u.numel() // (2 * width), triton.cdiv(width, tiles.n)), tiles, args)
 
 
 class _Fused(torch.autograd.Function):
@@ -814,84 +803,64 @@ class _Fused(torch.autograd.Function):
     training spends little on, and one definition of their gradient is enough."""
 
     @staticmethod
-    def forward(ctx, run, reference, *tensors):
+    def forward(ctx, launch, reference, *tensors):
         ctx.reference = reference
         ctx.save_for_backward(*tensors)
-        return run(*(u if u is None else u.contiguous() for u in tensors))
+        launched = launch(*(None if u is None else u.contiguous() for u in tensors))
+        launched.run()
+        return launched.args["Out"]
 
     @staticmethod
     @once_differentiable
     def backward(ctx, grad):
-        needs = ctx.needs_input_grad[2:]
-        tensors = [u if u is None else u.detach().requires_grad_(need)
-                   for u, need in zip(ctx.saved_tensors, needs, strict=True)]
+        tensors = [None if u is None else u.detach().requires_grad_(need)
+                   for u, need in zip(ctx.saved_tensors, ctx.needs_input_grad[2:], strict=True)]
         with torch.enable_grad():
             ctx.reference(*tensors).backward(grad)
-        return None, None, *(u.grad if need else None for u, need in zip(tensors, needs, strict=True))
+        return None, None, *(None if u is None else u.grad for u in tensors)
 
 
-def _as_norm(weight: Tensor, bias: Tensor, eps: float) -> Callable[[Tensor], Tensor]:
-    """magi.LayerNorm1p with these weights, as a function."""
-    return lambda u: F.layer_norm(u.to(weight.dtype), weight.shape, weight + 1, bias, eps)
+def _fused(launch: Callable, reference: Callable, norm: magi.LayerNorm1p, x: Tensor, *others: Tensor | None
+           ) -> Tensor:
+    """launch(x, weight, bias, *others) of a kernel, and reference(x, norm, *others) where it ends."""
+    if x.numel() == 0:
+        return reference(x, norm, *others)
+
+    def again(x, weight, bias, *others):
+        as_norm = lambda u: F.layer_norm(u.to(weight.dtype), weight.shape, weight + 1, bias, norm.eps)
+        return reference(x, as_norm, *others)
+
+    return _Fused.apply(partial(launch, eps=norm.eps), again, x, norm.weight, norm.bias, *others)
 
 
 @torch.compiler.disable
 def norm_rotary(x: Tensor, norm: magi.LayerNorm1p, angles: Tensor | None) -> Tensor:
     """magi.norm_rotary: x (B, N, heads, hd), angles (N, 3 hd/8) float32 -> LN1, rotated, like x. Without
     angles, LN1 alone."""
-    magi.require(norm.weight.shape == x.shape[3:] and
-                 (angles is None or len(angles) == x.shape[1] and 2 * angles.shape[1] <= x.shape[3]),
-                 f"norm {tuple(norm.weight.shape)} and angles {angles if angles is None else tuple(angles.shape)}"
-                 f" do not go with x {tuple(x.shape)}: one row of angles per token")
-    if x.numel() == 0:
-        return magi.norm_rotary(x, norm, angles)
-
-    def run(x, weight, bias, angles):
-        out = torch.empty_like(x)
-        norm_rotary_launch(x, weight, bias, angles, norm.eps, out).run()
-        return out
-
-    def reference(x, weight, bias, angles):
-        return magi.norm_rotary(x, _as_norm(weight, bias, norm.eps), angles)
-
-    return _Fused.apply(run, reference, x, norm.weight, norm.bias, angles)
+    turns = (x.shape[1], 0) if angles is None else tuple(angles.shape)
+    magi.require(norm.weight.shape == x.shape[3:] and turns[0] == x.shape[1] and 2 * turns[1] <= x.shape[3],
+                 f"norm {tuple(norm.weight.shape)} and angles {turns} do not go with x {tuple(x.shape)}: one row "
+                 f"of angles per token")
+    return _fused(norm_rotary_launch, magi.norm_rotary, norm, x, angles)
 
 
 @torch.compiler.disable
 def gated_residual(x: Tensor, gate: Tensor, update: Tensor, norm: magi.LayerNorm1p) -> Tensor:
     """magi.gated_residual: x + LN1(gate * update); x, update (B, N, D), gate (B, n, D), n dividing N."""
-    magi.require(update.shape == x.shape and norm.weight.shape == x.shape[2:] and gate.shape[::2] == x.shape[::2],
+    (B, N, D), n = x.shape, gate.shape[1]
+    magi.require(update.shape == x.shape and norm.weight.shape == (D,) and gate.shape == (B, n, D),
                  f"gate {tuple(gate.shape)}, update {tuple(update.shape)} and norm {tuple(norm.weight.shape)} "
                  f"do not go with x {tuple(x.shape)}")
-    magi.require(gate.shape[1] > 0 and x.shape[1] % gate.shape[1] == 0,
-                 f"{x.shape[1]} tokens do not divide into {gate.shape[1]} chunks")
-    if x.numel() == 0:
-        return magi.gated_residual(x, gate, update, norm)
-
-    def run(x, gate, update, weight, bias):
-        out = torch.empty_like(x)
-        gated_residual_launch(x, weight, bias, gate, update, norm.eps, out).run()
-        return out
-
-    def reference(x, gate, update, weight, bias):
-        return magi.gated_residual(x, gate, update, _as_norm(weight, bias, norm.eps))
-
-    return _Fused.apply(run, reference, x, gate, update, norm.weight, norm.bias)
+    magi.require(n > 0 and N % n == 0, f"{N} tokens do not divide into {n} chunks")
+    reference = lambda x, norm, gate, update: magi.gated_residual(x, gate, update, norm)
+    return _fused(gated_residual_launch, reference, norm, x, gate, update)
 
 
 @torch.compiler.disable
 def swiglu(u: Tensor) -> Tensor:
-    """magi.swiglu: silu(first half) * second half of the last axis, (..., 2 F) -> (..., F)."""
+    """magi.swiglu: silu(first half) * second half of the last axis, (..., 2 FFN) -> (..., FFN)."""
     magi.require(u.shape[-1] % 2 == 0, f"u {tuple(u.shape)} must have two halves")
-    if u.numel() == 0:
-        return magi.swiglu(u)
-
-    def run(u):
-        out = u.new_empty(*u.shape[:-1], u.shape[-1] // 2)
-        swiglu_launch(u, out).run()
-        return out
-
-    return _Fused.apply(run, magi.swiglu, u)
+    return _Fused.apply(swiglu_launch, magi.swiglu, u) if u.numel() else magi.swiglu(u)
 
 
 TRITON_OPS = magi.Ops(name="triton", attention=attention, block_attention=block_attention,

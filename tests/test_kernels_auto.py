@@ -4,12 +4,15 @@ No GPU is needed: kernels run in Triton's interpreter, and a stand-in takes the 
 """
 
 import dataclasses
+import importlib
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 import warnings
+import weakref
 from pathlib import Path
 
 os.environ["TRITON_INTERPRET"] = "1"  # before Triton is imported
@@ -18,6 +21,7 @@ sys.path[:0] = [str(ROOT), str(ROOT / "tools")]
 
 import pytest  # noqa: E402
 import torch  # noqa: E402
+from torch.utils._python_dispatch import TorchDispatchMode  # noqa: E402
 from torch.utils.checkpoint import checkpoint  # noqa: E402
 
 import magi  # noqa: E402
@@ -714,3 +718,153 @@ def test_get_ops_says_why_a_card_cannot(monkeypatch):
                 kernels.arch_of(torch.device("cuda", 0))
     kernels.arch_of.cache_clear()
     kernel_choice.get_ops.cache_clear()
+
+
+# ------------------------------------------------------------- Hugging Face's package has the name of our file
+
+
+@pytest.fixture
+def namesake(tmp_path, monkeypatch):
+    """A package `kernels` that is installed elsewhere, while Python was started in our folder."""
+    package = tmp_path / "site" / "kernels"
+    package.mkdir(parents=True)
+    (package / "__init__.py").write_text("from .layer import CUDAProperties\nimport kernels\nassert kernels.layer\n")
+    (package / "layer.py").write_text("CUDAProperties = 'theirs'\n")
+    info = tmp_path / "site" / "kernels-0.18.2.dist-info"
+    info.mkdir()
+    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: kernels\nVersion: 0.18.2\n")
+    for name in ("kernels", "kernels.layer"):
+        monkeypatch.delitem(sys.modules, name, raising=False)
+    monkeypatch.setattr(sys, "path", [str(ROOT), *sys.path, str(tmp_path / "site")])
+    importlib.invalidate_caches()
+    yield tmp_path / "site"
+    for name in ("kernels", "kernels.layer"):
+        sys.modules.pop(name, None)
+
+
+@pytest.mark.parametrize("triton_is_here", [True, False])
+def test_import_kernels_hands_over_to_the_installed_package(namesake, monkeypatch, triton_is_here):
+    if not triton_is_here:
+        for name in ("triton", "triton.language", "triton.tools.tensor_descriptor"):
+            monkeypatch.setitem(sys.modules, name, None)
+    from kernels import CUDAProperties  # as transformers does
+
+    import kernels as theirs
+
+    assert CUDAProperties == "theirs" and Path(theirs.__file__).parent == namesake / "kernels"
+    assert importlib.import_module("kernels.layer").CUDAProperties == "theirs"
+    assert magi.load_kernels() is kernels and kernels.Tiles  # and ours is where it was
+
+
+@pytest.mark.parametrize("left", ["nothing", "files of no distribution", "a distribution without files"])
+def test_without_that_package_import_kernels_is_our_file(namesake, left):
+    if left != "files of no distribution":
+        shutil.rmtree(namesake / "kernels")
+    if left != "a distribution without files":
+        shutil.rmtree(namesake / "kernels-0.18.2.dist-info")
+    importlib.invalidate_caches()
+    module = importlib.import_module("kernels")
+    assert Path(module.__file__) == ROOT / "kernels.py" and module.TRITON_OPS.name == "triton"
+
+
+def test_python_in_our_folder_finds_both(namesake):
+    script = "from kernels import CUDAProperties; import magi; print(CUDAProperties, magi.load_kernels().__name__)"
+    env = os.environ | dict(PYTHONPATH=str(namesake))
+    done = subprocess.run([sys.executable, "-c", script], cwd=ROOT, env=env, capture_output=True, text=True)
+    assert done.stdout == "theirs magi_kernels\n", done.stderr
+
+
+# ------------------------------------------------------------------------------------------------ the reports
+
+
+@pytest.fixture
+def bench(monkeypatch):
+    monkeypatch.setattr(bench_kernels, "MODELS", {"tiny": (32, 8, 32, 48, 64)})
+    monkeypatch.setattr(kernels.Launch, "run", lambda launch: None)
+    monkeypatch.setattr(kernel_choice, "flex_attention", lambda *_: torch.zeros(1) @ torch.zeros(2))
+    monkeypatch.setattr(bench_kernels, "comparisons", lambda _: [("sum", torch.ones(2), torch.ones(2), 0.1)])
+    monkeypatch.setattr(kernel_choice, "milliseconds", lambda run, **_: run() is None or 2.0)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda _: "NVIDIA H100 80GB HBM3")
+
+
+def test_the_report_checks_times_and_writes_a_table(bench, monkeypatch, tmp_path):
+    """On the CPU, with launches left out: every row is there; a peer that fails ends nothing."""
+    bench_kernels.report("cpu", tmp_path / "kernels.md")
+    lines = (tmp_path / "kernels.md").read_text().splitlines()
+    assert lines[0].startswith("NVIDIA H100") and len(lines) == 4 + 3 * 6 + 3 * 4 + 4 * 2
+    assert {line.count("|") for line in lines[2:]} == {5}
+    failed = [line for line in lines if "failed" in line]
+    assert len(failed) == 3 and all("- flex" in line for line in failed)
+    monkeypatch.setattr(bench_kernels, "comparisons", lambda _: [("sum", torch.ones(2), torch.zeros(2) + 2, 0.1)])
+    with pytest.raises(ValueError, match="sum is wrong: error 0.5"):
+        bench_kernels.report("cpu", tmp_path / "none.md")
+
+
+def test_the_table_keeps_what_was_measured_whatever_comes_after(bench, monkeypatch, tmp_path):
+    seen = []
+
+    def stop_after_two(run, **_):
+        seen.append((tmp_path / "kernels.md").read_text().count("\n"))
+        if len(seen) == 3:
+            raise KeyboardInterrupt
+        return 2.0
+
+    monkeypatch.setattr(kernel_choice, "milliseconds", stop_after_two)
+    with pytest.raises(KeyboardInterrupt):
+        bench_kernels.report("cpu", tmp_path / "kernels.md")
+    assert seen == [4, 5, 6] and (tmp_path / "kernels.md").read_text().count("\n") == 6
+
+
+def test_a_row_whose_tensors_do_not_fit_is_a_row(bench, monkeypatch, tmp_path):
+    def no_memory(*_, **__):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 11.00 GiB")
+
+    monkeypatch.setattr(torch, "randn", no_memory)
+    bench_kernels.report("cpu", tmp_path / "kernels.md")
+    lines = (tmp_path / "kernels.md").read_text().splitlines()
+    assert len(lines) == 42 and sum("failed: CUDA out of memory" in line for line in lines) == 38
+
+
+class Meter(TorchDispatchMode):
+    """Bytes of live tensors, and the most there were. On the meta device nothing is really held."""
+
+    def __init__(self):
+        super().__init__()
+        self.now = self.most = 0
+        self.known = weakref.WeakSet()
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        result = function(*args, **(kwargs or {}))
+        for u in result if isinstance(result, tuple | list) else [result]:
+            if isinstance(u, torch.Tensor) and u.device.type == "meta":
+                self.add(u.untyped_storage())
+        return result
+
+    def add(self, storage):
+        if storage not in self.known:
+            self.known.add(storage)
+            self.now += storage.nbytes()
+            self.most = max(self.most, self.now)
+            weakref.finalize(storage, self.drop, storage.nbytes())
+
+    def drop(self, size):
+        self.now -= size
+
+
+@torch.no_grad()
+def test_every_row_of_our_own_fits_a_card_of_24_gb(monkeypatch):
+    """Those of the 24B were too large for a 4090, whose table then had no end."""
+    monkeypatch.setattr(kernels.Launch, "run", lambda launch: None)
+    monkeypatch.setattr(kernels, "arch_of", lambda _: 89)
+    # on this device PyTorch would take the one that holds all scores
+    sdpa = lambda q, k, v, **_: q + (k.mean() + v.mean())
+    monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", sdpa)
+    peaks = {}
+    for case in bench_kernels.cases("meta"):
+        if "flex" in case.what:
+            continue
+        with Meter() as meter:
+            case.prepare()()
+        peaks[case.what, len(peaks)] = meter.most / 1e9
+    largest = max(peaks, key=peaks.get)
+    assert 5 < peaks[largest] < 20, (largest, peaks[largest])  # of 25.7, less what the driver takes

@@ -110,10 +110,10 @@ def shipped(arch: int) -> dict[str, Launch]:
         x, gate, d, h = make(1, tokens, D, dtype=dtype), make(1, 2, D, dtype=dtype), make(D), make(128)
         x8, h16, u = make(tokens, D, dtype=torch.float8_e4m3fn), h.to(dtype), make(tokens, 2 * ffn, dtype=dtype)
         out |= {
-            f"gated_residual {name}": kernels.gated_residual_launch(x, d, d, gate, make(1, tokens, D), 1e-6, x),
-            f"norm_rotary {name}": kernels.norm_rotary_launch(q, h, h, make(tokens, 48), 1e-6, q),
-            f"norm {name}": kernels.norm_rotary_launch(q, h16, h16, None, 1e-6, q),
-            f"swiglu {name}": kernels.swiglu_launch(u, make(tokens, ffn, dtype=dtype)),
+            f"gated_residual {name}": kernels.gated_residual_launch(x, d, d, gate, make(1, tokens, D), 1e-6),
+            f"norm_rotary {name}": kernels.norm_rotary_launch(q, h, h, make(tokens, 48), 1e-6),
+            f"norm {name}": kernels.norm_rotary_launch(q, h16, h16, None, 1e-6),
+            f"swiglu {name}": kernels.swiglu_launch(u),
             f"quantise {name}": kernels.quantise_launch(x[0], d, x8),
         }
     w8, y = make(ffn, D, dtype=torch.float8_e4m3fn), make(tokens, ffn, dtype=torch.bfloat16)
@@ -268,12 +268,11 @@ def cases(device: str) -> Iterator[Case]:
         texts = torch.tensor([[[i * 200, (i + 1) * 200] for i in range(4)]])
         for what, span, keys, seen, backward in (
             (f"{model} attention", spans, 5 * c, (2 + 3 + 4 + 5) * c, False),
-            (f"{model} attention, forward and backward", spans, 5 * c, (2 + 3 + 4 + 5) * c, True),
+            (f"{model} attention, backward", spans, 5 * c, (2 + 3 + 4 + 5) * c, True),
             (f"{model} cross-attention, 200 tokens each", texts, 800, 4 * 200, False),
         ):
             work = 4 * seen * c * Hq * 128 * (2.5 if backward else 1)
-            what = what.replace("forward and ", "")
-            for name, op in kernel_choice.candidates("block_attention", torch.device(device)).items():
+            for name, op in kernel_choice.candidates("block_attention").items():
                 label = what if name == "triton" else f"- {name}"
                 yield Case(label, "bf16", work, partial(attention, op, c, Hq, span, keys, backward))
         for name, width, cols in (("q", D, Hq * 128), ("fc1", D, fc1), ("fc2", fc2, D)):
