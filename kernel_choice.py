@@ -1,26 +1,27 @@
-"""Which kernel a run uses: each is checked on the user's card, timed, and the fastest right one is remembered.
+"""Which kernel a run uses: each is checked on the user's card and timed; the fastest right one is remembered.
 
-kernels.py has never run on a GPU, and cards differ. So nothing is believed: the first time a run calls an
-operation with sizes of some class, every candidate for it
+kernels.py has never run on a GPU, and cards differ. So nothing is believed. The first time a run calls an
+operation with sizes of some class, every candidate
 
-    1  must give what magi.TORCH_OPS gives on a small random input, gradients included where they are asked for;
-    2  is timed on the tensors of the run itself (CUDA events, a median), and its result there compared again.
+    1  must give what magi.TORCH_OPS gives on a small random input, with gradients where they are asked for;
+    2  is timed on the tensors of the run itself (CUDA events, a median), and compared again on those.
 
-The fastest that passes is used from then on. TORCH_OPS is itself a candidate: a kernel that is wrong, fails or
-is slow costs no more than a second, and the video is made. What was found is kept in the user's cache folder, for
-this card, driver, torch, Triton and these two files.
+The fastest that passes is used from then on. TORCH_OPS is a candidate too, so a kernel that is wrong, slow or
+broken costs a second at most, and the video is made. What was found is kept in the user's cache folder, for
+this card, driver, torch, Triton and version of these two files.
 
     --backend auto      as above; the default on a GPU
-    --backend triton    strict: the kernels of kernels.py with their own tiles, and an error if a check fails
+    --backend triton    strict: the kernels of kernels.py with their own tiles; a failed check is an error
 
     operation                    candidates
-    attention, block_attention   ours (two or three stages, narrow tiles), SDPA with cuDNN first, FlexAttention
-    fp8_matmul                   ours (two numbers of stages), our quantising with torch._scaled_mm
+    attention, block_attention   ours (2 or 3 stages, narrow tiles), SDPA with cuDNN first, FlexAttention
+    fp8_matmul                   ours (3 or 4 stages), our quantising with torch._scaled_mm
     all others                   ours
     each                         and "torch", magi.TORCH_OPS
 
-What no check can undo: a kernel that reads outside its tensors ends all work on the GPU in this process. Its name is
-written down before it is tried, so that the next run avoids it.
+What no check can undo: a kernel that reads outside its tensors ends all work of the process on the GPU. Its
+name is written down before it is tried, so the next run avoids it. None of this has met a GPU yet either: the
+tests put a stand-in in its place (`Card`).
 """
 
 from __future__ import annotations
@@ -48,9 +49,9 @@ import magi
 kernels = magi.load_kernels()
 OPERATIONS = ("attention", "block_attention", "norm_rotary", "gated_residual", "swiglu", "fp8_matmul")
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)
-BARS = {torch.float32: 2e-4, torch.float16: 4e-3, torch.bfloat16: 1.5e-2}     # relative error of a result; twice
-                                                                              # that of a gradient
-LONG = 5.0                        # ms: where no call takes this long, FlexAttention is not worth its compiling
+# Relative error of a result that rounding explains; of a gradient, twice as much.
+BARS = {torch.float32: 2e-4, torch.float16: 4e-3, torch.bfloat16: 1.5e-2}
+LONG = 5.0                        # ms: where calls are shorter, FlexAttention is not worth its compiling
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -59,8 +60,8 @@ LONG = 5.0                        # ms: where no call takes this long, FlexAtten
 
 
 def milliseconds(run: Callable[[], object], enough: float = math.inf) -> float:
-    """Median time of a call on the GPU, after a first one that compiles. A few calls, 50 ms of them in all; only one
-    if that takes longer than `enough`. Small inputs may still lie in the L2 cache from the call before."""
+    """Median time of a call on the GPU, after a first one that compiles: a few calls, some 50 ms of them; one
+    if that takes longer than `enough`. Small inputs may lie in the L2 cache from the call before."""
     run()
     times: list[float] = []
     while len(times) < 3 or len(times) < 20 and sum(times) < 50:
@@ -102,11 +103,12 @@ def card_of(device: torch.device) -> Card:
 
 
 def cudnn_first(op: Callable) -> Callable:
-    """The readable path, with cuDNN's attention before PyTorch's own where it can be had: on an H100 it is nearly
-    twice as fast (631 against 329 TFLOP/s at (1, 24, 4608, 128), measured by others: pytorch issue 142132)."""
-    from torch.nn.attention import SDPBackend, sdpa_kernel
+    """The readable path, with cuDNN's attention before PyTorch's own where it can be had: on an H100 it took
+    half as long in others' hands (631 against 329 TFLOP/s at (1, 24, 4608, 128); pytorch issue 142132)."""
+    from torch.nn.attention import SDPBackend as SDP
+    from torch.nn.attention import sdpa_kernel
 
-    order = [SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
+    order = [SDP.CUDNN_ATTENTION, SDP.FLASH_ATTENTION, SDP.EFFICIENT_ATTENTION, SDP.MATH]
 
     def run(*args: Any) -> Tensor:
         with sdpa_kernel(order, set_priority=True):
@@ -128,7 +130,7 @@ def flex_attention(q: Tensor, k: Tensor, v: Tensor, spans: Tensor, out: Tensor |
 def _flex() -> Callable:
     from torch.nn.attention.flex_attention import flex_attention
 
-    return torch.compile(flex_attention, fullgraph=True, dynamic=True)      # uncompiled it would hold all scores
+    return torch.compile(flex_attention, fullgraph=True, dynamic=True)       # else it would hold all scores
 
 
 @lru_cache(64)
@@ -168,9 +170,9 @@ def candidates(operation: str) -> dict[str, Callable]:
 
 
 def small_input(operation: str, args: tuple, tokens: int) -> tuple:
-    """Random arguments like these, in types, widths and weights, but with few tokens, in awkward numbers."""
+    """Random arguments like these in types, widths and weights, but few tokens, in awkward numbers."""
     x, *others = args
-    generator = torch.Generator(x.device).manual_seed(0)         # the run's own random numbers stay as they are
+    generator = torch.Generator(x.device).manual_seed(0)         # the run's own random numbers stay
 
     def random(like: Tensor, *shape: int) -> Tensor:
         return torch.randn(shape, device=like.device, generator=generator).to(like.dtype)
@@ -182,15 +184,16 @@ def small_input(operation: str, args: tuple, tokens: int) -> tuple:
         return (q, k, v, spans) if operation == "block_attention" else (q, k, v)
     if operation == "norm_rotary":
         norm, angles = others
-        return random(x, 1, 42, *x.shape[2:]), norm, None if angles is None else 20 * random(angles, 42, angles.shape[1])
+        turns = None if angles is None else 20 * random(angles, 42, angles.shape[1])
+        return random(x, 1, 42, *x.shape[2:]), norm, turns
     if operation == "gated_residual":
-        gate, update, norm = others
-        return random(x, 2, 42, x.shape[2]), random(gate, 2, 3, x.shape[2]), random(update, 2, 42, x.shape[2]), norm
+        (gate, update, norm), D = others, x.shape[2]
+        return random(x, 2, 42, D), random(gate, 2, 3, D), random(update, 2, 42, D), norm
     if operation == "swiglu":
         return (random(x, 42, x.shape[-1]),)
     weight, divide, scale = others
-    spread = 50 * divide.float().reshape(1, -1)                  # where e4m3 has its steps, and a little beyond 448
-    return (random(x, tokens, x.shape[-1]).float() * spread).to(x.dtype), weight[:tokens], divide, scale
+    spread = 50 * divide.float().reshape(1, -1)                  # over all of e4m3's steps, up to 448
+    return (random(x, tokens, x.shape[-1]) * spread).to(x.dtype), weight[:tokens], divide, scale
 
 
 def outcome(function: Callable, args: tuple, backward: bool = False, **options: Any) -> list[Tensor]:
@@ -198,21 +201,23 @@ def outcome(function: Callable, args: tuple, backward: bool = False, **options: 
     if not backward:
         with torch.no_grad():
             return [function(*args, **options)]
-    keep = lambda u: u                       # hooks in place of others': checkpointing must not see what is tried here
+    keep = lambda u: u                               # no one else's hooks: checkpointing must not see this
     with torch.enable_grad(), torch.autograd.graph.saved_tensors_hooks(keep, keep):
-        args = tuple(u.detach().requires_grad_() if isinstance(u, Tensor) and u.dtype in FLOATS else u for u in args)
-        leaves = [u for u in args if isinstance(u, Tensor) and u.requires_grad]
+        floats = lambda u: isinstance(u, Tensor) and u.dtype in FLOATS
+        args = tuple(u.detach().requires_grad_() if floats(u) else u for u in args)
+        leaves = [u for u in args if floats(u)]
         leaves += [p for u in args if isinstance(u, nn.Module) for p in u.parameters() if p.requires_grad]
         result = function(*args)
         slope = torch.linspace(-1, 1, result.shape[-1], device=result.device).to(result.dtype)
         grads = torch.autograd.grad(result, leaves, slope.expand_as(result), allow_unused=True)
-    return [result.detach(), *(torch.zeros_like(u) if g is None else g for u, g in zip(leaves, grads, strict=True))]
+    grads = [torch.zeros_like(u) if g is None else g for u, g in zip(leaves, grads, strict=True)]
+    return [result.detach(), *grads]
 
 
 def sampled(results: list[Tensor]) -> list[Tensor]:
-    """At most some 256 rows along each axis: enough to compare."""
+    """At most 256 rows along each axis, copied, as the next candidate writes to the same `out`."""
     steps = lambda u: tuple(slice(None, None, -(-n // 256)) for n in u.shape[:-1])
-    return [u[steps(u)].to(torch.float32, copy=True) for u in results]    # `out` is written again by the next
+    return [u[steps(u)].to(torch.float32, copy=True) for u in results]
 
 
 def require_equal(results: list[Tensor], expected: list[Tensor]) -> None:
@@ -230,8 +235,8 @@ def require_equal(results: list[Tensor], expected: list[Tensor]) -> None:
 
 
 def size_class(operation: str, args: tuple, backward: bool) -> str:
-    """Calls that share this line share a choice: the same types and widths, numbers of tokens within a factor of
-    four, and so the mean length of a span."""
+    """Calls that share this line share a choice: the same types and widths, numbers of tokens within a factor
+    of four, and so the mean length of a span."""
     about = lambda n: (int(n).bit_length() + 1) // 2
 
     def kind(u: Any) -> str:
@@ -261,8 +266,10 @@ class Chooser:
     def __init__(self, card: Card, strict: bool):
         self.card, self.strict = card, strict
         self.about = f"{card.name}, {card.versions}, {'triton' if strict else 'auto'}"
-        self.file = cache_folder() / f"kernels-{hashlib.sha256(self.about.encode()).hexdigest()[:16]}.json"
-        self.choices = self.remembered()             # line of `size_class` -> {"use": name, "ms": {}, "failed": {}}
+        digest = hashlib.sha256(self.about.encode()).hexdigest()
+        self.file = cache_folder() / f"kernels-{digest[:16]}.json"
+        # line of `size_class` -> {"use": name, "ms": {name: time}, "failed": {name: why}}
+        self.choices = self.remembered()
         self.ready: dict[str, Callable] = {}         # what this process has called
         self.said: set[str] = set()
 
@@ -304,10 +311,11 @@ class Chooser:
             self.ready[line] = candidates(operation)[self.choices[line]["use"]]
         try:
             return self.ready[line](*args, **options)
-        except (RuntimeError, AssertionError, TritonError) as error:     # others, as of checkpointing, pass through
-            if self.strict or isinstance(error, torch.OutOfMemoryError) or self.choices[line]["use"] == "torch":
+        except (RuntimeError, AssertionError, TritonError) as error:         # those of checkpointing pass
+            choice = self.choices[line]
+            if self.strict or isinstance(error, torch.OutOfMemoryError) or choice["use"] == "torch":
                 raise
-            self.fail(self.choices[line], operation, error)      # right before, and not at these sizes
+            self.fail(choice, operation, error)      # it was right before, and is not at these sizes
             self.ready[line] = plain
             return plain(*args, **options)
 
@@ -329,8 +337,8 @@ class Chooser:
             for name, function in functions.items():
                 if self.strict and name != "triton" or name == "flex" and best < LONG:
                     continue
-                choice["use"], choice["failed"][name] = "torch", "the process ended while it was tried"
-                self.save()                          # should the process end, the next one finds this line
+                choice["failed"][name] = "the process ended while it was tried"
+                self.save()                          # should it end, the next process reads this
                 try:
                     require_equal(outcome(function, small, backward), exact)
                     self.card.synchronize()
@@ -346,7 +354,8 @@ class Chooser:
                 else:
                     del choice["failed"][name]
                 best = min(best, choice["ms"].get(name, best))
-            choice["use"] = "triton" if self.strict else min(choice["ms"], key=choice["ms"].get, default="torch")
+            fastest = min(choice["ms"], key=choice["ms"].get, default="torch")
+            choice["use"] = "triton" if self.strict else fastest
         except BrokenGPU:
             raise                                    # it is remembered
         except BaseException:                        # Ctrl-C, no memory: nothing is known
@@ -356,7 +365,7 @@ class Chooser:
         self.save()
 
     def fail(self, choice: dict, operation: str, error: Exception, name: str | None = None) -> None:
-        """Note, and say once, that a candidate is out. Raises RuntimeError where no other may take its place."""
+        """Note, and say once, that a candidate is out. Raises RuntimeError where none may take its place."""
         name = name or choice["use"]
         reason = (str(error) or type(error).__name__).strip().splitlines()[0][:160]
         choice["failed"][name], choice["use"] = reason, "torch"
@@ -380,10 +389,12 @@ class Chooser:
         for operation in OPERATIONS:
             used = [self.choices[line] for line in self.ready if line.split()[0] == operation]
             names = " or ".join(dict.fromkeys(choice["use"] for choice in used))
-            plain, ours = (sum(choice["ms"].get(name or choice["use"], 0) for choice in used) for name in ("torch", ""))
-            gain = f" ({plain / ours:.2f} times as fast as torch)" if plain and ours and names != "torch" else ""
-            failed |= {f"{operation} by {name}": why for choice in used for name, why in choice["failed"].items()
-                       if name.startswith("triton")}
+            plain = sum(choice["ms"].get("torch", 0) for choice in used)
+            ours = sum(choice["ms"].get(choice["use"], 0) for choice in used)
+            faster = plain and ours and names != "torch"
+            gain = f" ({plain / ours:.2f} times as fast as torch)" if faster else ""
+            failed |= {f"{operation} by {name}": why for choice in used
+                       for name, why in choice["failed"].items() if name.startswith("triton")}
             parts += [f"{operation} {names}{gain}"] if used else []
         parts += [f"{what} fails: {why}" for what, why in failed.items()]
         return f"kernels on {self.card.name}: " + ("; ".join(parts) or "none used yet")

@@ -1,9 +1,9 @@
 """Fast paths for magi.py in Triton: block-causal attention, fp8 matmul, fused elementwise steps.
 
 magi.TORCH_OPS is the specification; TRITON_OPS here has the same names, signatures and results, and magi.py
-runs on either. Nothing here is needed. **No kernel here has been timed or even run on a GPU yet**: they are
-checked in Triton's interpreter and by compiling for six architectures. That is why `--backend auto` checks
-every kernel on the user's own card first, and keeps it only if it is right and faster than PyTorch (section 8).
+runs on either. Nothing here is needed. **No kernel here has been timed on a GPU yet, or run on one**: they
+are checked in Triton's interpreter and by compiling for six architectures. So `--backend auto` checks every
+kernel on the user's own card, and uses it only where it is right and faster than PyTorch (kernel_choice.py).
 
     operation          signature as in magi.py section 2                    what it saves
     attention          (q, k, v)                                            scores, N x M floats, never exist
@@ -28,7 +28,6 @@ Contents
     5  Fp8 matmul             scales, and what they lose
     6  Elementwise            where the bytes go
     7  Tile sizes             how big, for which architecture, and why
-    8  Which one to use       check, time, remember
 
 Left out on purpose: dropout, masks of any kind, head widths above 128. To read first: `_attend_tile`, ten
 lines that everything else surrounds. Timing and ahead-of-time compiling are in tools/bench_kernels.py.
@@ -66,7 +65,7 @@ def _hand_over() -> bool:
     spec = PathFinder.find_spec("kernels", [str(p) for p in places if Path(p or ".").resolve() != here])
     if spec is None or spec.loader is None:
         return False
-    sys.modules["kernels"] = importlib.util.module_from_spec(spec)       # what the import statement then finds
+    sys.modules["kernels"] = importlib.util.module_from_spec(spec)          # the import statement takes this
     spec.loader.exec_module(sys.modules["kernels"])
     return True
 
@@ -79,7 +78,7 @@ try:
 except ImportError:
     if not HANDED_OVER:
         raise
-    triton = tl = TensorDescriptor = MagicMock()     # a file cannot stop midway: what follows is thrown away
+    triton = tl = TensorDescriptor = MagicMock()     # no file can stop here; the rest is for nothing
 
 import magi  # noqa: E402
 
@@ -189,33 +188,8 @@ def _store(X, row, col, stride, left, x, S: tl.constexpr):
 INTERPRETED = not HANDED_OVER and not isinstance(_tile, triton.JITFunction)    # was TRITON_INTERPRET=1 set?
 
 
-def _repair_interpreter() -> None:
-    """Mend two faults of Triton 3.7's interpreter: it multiplies bf16 by bit patterns, and cuts off where a GPU
-    rounds to nearest even. So the kernels need to know nothing of it."""
-    from triton.runtime import interpreter
-
-    builder, convert = interpreter.InterpreterBuilder, interpreter._convert_float
-    dot = builder.create_dot
-    rounded = {tl.bfloat16: (torch.bfloat16, torch.uint16), tl.float8e4nv: (torch.float8_e4m3fn, torch.uint8)}
-
-    def convert_rounding(x, source, target, mode):
-        if source != tl.float32 or target not in rounded:
-            return convert(x, source, target, mode)
-        kind, bits = rounded[target]
-        return torch.tensor(x).to(kind).view(bits).numpy()
-
-    def widen(u):
-        if u.dtype.scalar != tl.bfloat16:
-            return u
-        x = convert(u.data, tl.bfloat16, tl.float32, None).view("float32")
-        return interpreter.TensorHandle(x, tl.float32)
-
-    interpreter._convert_float = convert_rounding
-    builder.create_dot = lambda self, a, b, *others: dot(self, widen(a), widen(b), *others)
-
-
-if INTERPRETED:
-    _repair_interpreter()
+if INTERPRETED:      # its faults are mended there, so that the kernels need to know nothing of them
+    magi.load_module("triton_interpreter", Path(__file__).with_name("tools") / "triton_interpreter.py")
 
 
 def _dense(u: Tensor) -> Tensor:
@@ -538,10 +512,10 @@ def flash_attention(q: Tensor, k: Tensor, v: Tensor, spans: Tensor, out: Tensor 
     """Block-causal attention (see magi.block_attention) and the log of each row's sum of e^score.
 
     q (B, N, Hq, hd), k and v (B, M, Hkv, hd), in float32, bfloat16 or float16; spans (1 or B, n, 2) on the
-    CPU; out: where to write, any view (B, N, Hq, hd). `tiles` changes those of the table, given "forward", "dq"
-    or "dkv" and the table's. Returns (B, N, Hq, hd) and float32 (Hq, B, N); gradients flow to q, k and v. Raises
-    ValueError for an empty span, one beyond the keys, tensors that do not fit together, another type or head
-    width, or a device that cannot.
+    CPU; out: where to write, any view (B, N, Hq, hd). `tiles` is called with "forward", "dq" or "dkv" and the
+    table's tiles, which it may change. Returns (B, N, Hq, hd) and float32 (Hq, B, N); gradients flow to q, k
+    and v. Raises ValueError for an empty span, one beyond the keys, tensors that do not fit together, another
+    type or head width, or a device that cannot.
     """
     B, N, Hq, hd = q.shape
     magi.require(q.dtype in (torch.float32, torch.bfloat16, torch.float16), f"attention in {q.dtype}: use "
@@ -574,8 +548,8 @@ def flash_attention(q: Tensor, k: Tensor, v: Tensor, spans: Tensor, out: Tensor 
     return result if out is None or direct else out.copy_(result), lse
 
 
-def block_attention(q: Tensor, k: Tensor, v: Tensor, spans: Tensor, out: Tensor | None = None, **tiles: Callable
-                    ) -> Tensor:
+def block_attention(q: Tensor, k: Tensor, v: Tensor, spans: Tensor, out: Tensor | None = None,
+                    **tiles: Callable) -> Tensor:
     """magi.block_attention: chunk i of the queries reads the keys [start_i, end_i). See flash_attention."""
     return flash_attention(q, k, v, spans, out, **tiles)[0]
 
@@ -699,9 +673,10 @@ def fp8_matmul(x: Tensor, weight: Tensor, divide: Tensor, scale: Tensor, multipl
 #                      their sum r8 w4 · joined r4 w4 · to bf16 r4 w2           49 bytes, in one pass  4
 #     swiglu           silu r2 w2 · product r4 w2                               10 bytes, in one pass  6
 #
-# What a layer still moves outside products and attention, counted in bytes per token and channel of D, for
-# four chunks in flight and one in the cache (4.5B at 720x720: 48,600 tokens of 3,072; 24B at 720x1280: 86,400
-# of 6,144). "Before" is the version of this file that did not fuse swiglu and joined both attentions' results.
+# What a layer still moves outside products and attention, in bytes per token and channel of D, for four
+# chunks in flight and one in the cache (4.5B at 720x720: 48,600 tokens of 3,072; 24B at 720x1280: 86,400 of
+# 6,144). "Before": swiglu not fused, the results of both attentions joined and put in Wo's order, and the
+# cache read where it is. These are counts; the time they take has not been measured.
 #
 #                                                                                4.5B            24B
 #                                                                           before  after   before  after
@@ -839,8 +814,8 @@ def norm_rotary(x: Tensor, norm: magi.LayerNorm1p, angles: Tensor | None) -> Ten
     angles, LN1 alone."""
     turns = (x.shape[1], 0) if angles is None else tuple(angles.shape)
     magi.require(norm.weight.shape == x.shape[3:] and turns[0] == x.shape[1] and 2 * turns[1] <= x.shape[3],
-                 f"norm {tuple(norm.weight.shape)} and angles {turns} do not go with x {tuple(x.shape)}: one row "
-                 f"of angles per token")
+                 f"norm {tuple(norm.weight.shape)} and angles {turns} do not go with x {tuple(x.shape)}: "
+                 f"angles need a row per token")
     return _fused(norm_rotary_launch, magi.norm_rotary, norm, x, angles)
 
 
@@ -849,8 +824,8 @@ def gated_residual(x: Tensor, gate: Tensor, update: Tensor, norm: magi.LayerNorm
     """magi.gated_residual: x + LN1(gate * update); x, update (B, N, D), gate (B, n, D), n dividing N."""
     (B, N, D), n = x.shape, gate.shape[1]
     magi.require(update.shape == x.shape and norm.weight.shape == (D,) and gate.shape == (B, n, D),
-                 f"gate {tuple(gate.shape)}, update {tuple(update.shape)} and norm {tuple(norm.weight.shape)} "
-                 f"do not go with x {tuple(x.shape)}")
+                 f"gate {tuple(gate.shape)}, update {tuple(update.shape)} and norm {tuple(norm.weight.shape)}"
+                 f" do not go with x {tuple(x.shape)}")
     magi.require(n > 0 and N % n == 0, f"{N} tokens do not divide into {n} chunks")
     reference = lambda x, norm, gate, update: magi.gated_residual(x, gate, update, norm)
     return _fused(gated_residual_launch, reference, norm, x, gate, update)
@@ -873,7 +848,7 @@ TRITON_OPS = magi.Ops(name="triton", attention=attention, block_attention=block_
 # A tile that stays on chip is read once however many tiles stream past it, so tiles should be large; but they
 # must fit into registers and into shared memory (227 KiB on sm_90 and sm_100, 99 KiB on sm_89 and sm_120,
 # 64 KiB on gfx942). What does not fit into registers *spills*: it goes to memory and back. Of the sizes that
-# spill nothing, by what the compiler says (--compile), these are the largest; nothing here has been timed yet.
+# spill nothing, by what the compiler says (--compile), these are the largest; none has been timed yet.
 #
 #   forward  sm_90 and sm_100 multiply from shared memory (wgmma, tcgen05), so 128 x 128 leaves registers for
 #            the scores; a step has 64 exponentials a thread to 16 matrix instructions of a warp group. sm_89
@@ -896,14 +871,14 @@ TRITON_OPS = magi.Ops(name="triton", attention=attention, block_attention=block_
 # where it is launched. AMD's two are compiled, never seen running.
 
 # fmt: off
-ATTENTION_TILES = {     # (kernel, head width at most): m, n, warps, stages
-                       # sm_89             sm_90             sm_100            sm_120            gfx942, gfx950
-    ("forward", 64):  ((128,  64, 4, 3), (128, 128, 8, 3), (128, 128, 8, 3), (128,  64, 8, 3), (128,  64, 8, 2)),
-    ("forward", 128): ((128,  64, 8, 3), (128, 128, 8, 3), (128, 128, 8, 3), (128,  64, 8, 3), (128,  64, 8, 2)),
-    ("dq", 64):       ((128,  64, 8, 2), (128, 128, 8, 3), (128, 128, 8, 3), ( 64,  32, 4, 3), ( 64,  32, 4, 2)),
-    ("dq", 128):      ((128,  64, 8, 2), (128,  64, 8, 3), (128,  64, 8, 3), ( 64,  64, 8, 2), ( 64,  32, 8, 2)),
-    ("dkv", 64):      (( 32,  64, 8, 3), ( 64, 128, 8, 3), ( 64, 128, 8, 3), ( 32,  64, 4, 1), ( 32,  64, 4, 1)),
-    ("dkv", 128):     (( 32,  64, 4, 3), ( 64, 128, 8, 1), ( 64,  64, 8, 3), ( 32,  32, 4, 3), ( 32,  64, 4, 1)),
+ATTENTION_TILES = {    # kernel and head width at most: m, n, warps, stages
+    #              sm_89             sm_90             sm_100            sm_120            gfx942, gfx950
+    "forward 64":  ((128,  64, 4, 3), (128, 128, 8, 3), (128, 128, 8, 3), (128,  64, 8, 3), (128,  64, 8, 2)),
+    "forward 128": ((128,  64, 8, 3), (128, 128, 8, 3), (128, 128, 8, 3), (128,  64, 8, 3), (128,  64, 8, 2)),
+    "dq 64":       ((128,  64, 8, 2), (128, 128, 8, 3), (128, 128, 8, 3), ( 64,  32, 4, 3), ( 64,  32, 4, 2)),
+    "dq 128":      ((128,  64, 8, 2), (128,  64, 8, 3), (128,  64, 8, 3), ( 64,  64, 8, 2), ( 64,  32, 8, 2)),
+    "dkv 64":      (( 32,  64, 8, 3), ( 64, 128, 8, 3), ( 64, 128, 8, 3), ( 32,  64, 4, 1), ( 32,  64, 4, 1)),
+    "dkv 128":     (( 32,  64, 4, 3), ( 64, 128, 8, 1), ( 64,  64, 8, 3), ( 32,  32, 4, 3), ( 32,  64, 4, 1)),
 }
 FP8_TILES = (Tiles(128, 128, 64, 8, 4), Tiles(128, 128, 128, 8, 4, True), Tiles(128, 256, 128, 8, 4, True),
              Tiles(128, 128, 64, 8, 4, True), Tiles(128, 128, 64, 8, 2))
@@ -922,7 +897,7 @@ def tiles_for(kernel: str, arch: int, hd: int = 0, dtype: torch.dtype = torch.bf
     if dtype == torch.float32:
         side, warps = {64: (32, 8), 128: (16, 8 if kernel == "dkv" else 4)}[table]
         return Tiles(side, side, 0, warps, 1, tma)
-    m, n, warps, stages = ATTENTION_TILES[kernel, table][COLUMN[arch]]
+    m, n, warps, stages = ATTENTION_TILES[f"{kernel} {table}"][COLUMN[arch]]
     return Tiles(m, n, 0, warps, stages, tma, 16 if kernel == "dkv" else max(16, n // 2))
 
 
@@ -931,8 +906,8 @@ def _forward_only(change: Callable[[Tiles], Tiles]) -> Callable[[str, Tiles], Ti
     return lambda kernel, tiles: change(tiles) if kernel == "forward" and tiles.stages > 1 else tiles
 
 
-# Other tiles of the forward for the user's card to choose from (kernel_choice.py). Narrow: for few keys, as of a
-# caption, where a span is a tile or two.
+# Other tiles of the forward for the user's card to choose from (kernel_choice.py). Narrow: for few keys, as
+# of a caption, where a span is a tile or two.
 VARIANTS = {
     "other stages": _forward_only(lambda tiles: tiles._replace(stages=5 - min(3, tiles.stages))),
     "narrow": _forward_only(lambda tiles: tiles._replace(n=tiles.n // 2, rest=max(16, tiles.n // 4))),
@@ -941,7 +916,7 @@ VARIANTS = {
 
 
 def get_ops(backend: str, device: torch.device | str) -> magi.Ops:
-    """What magi.get_ops returns for "triton" and, on a GPU, for "auto": kernels checked and timed on that card."""
+    """What magi.get_ops returns for "triton" and, on a GPU, for "auto": checked and timed on that card."""
     import kernel_choice
 
     return kernel_choice.get_ops(backend, device)

@@ -29,6 +29,7 @@ import magi  # noqa: E402
 pytest.importorskip("triton")
 kernels = magi.load_kernels()
 import bench_kernels  # noqa: E402
+
 import kernel_choice  # noqa: E402
 
 E4M3 = torch.float8_e4m3fn
@@ -53,7 +54,10 @@ ATTENTION = dict(q=(1, 4, 4, 16), k=(1, 6, 2, 16), v=(1, 6, 2, 16), spans=[[[0, 
 @pytest.mark.parametrize(
     "change, named",
     [
-        (dict(v=(1, 3, 2, 16)), r"values \(1, 3, 2, 16\)"),  # of these the kernel would read what is not there
+        (
+            dict(v=(1, 3, 2, 16)),
+            r"values \(1, 3, 2, 16\)",
+        ),  # of these the kernel would read what is not there
         (dict(v=(1, 6, 1, 16)), r"values \(1, 6, 1, 16\)"),
         (dict(k=(1, 6, 3, 16), v=(1, 6, 3, 16)), r"\(1, 6, 3, 16\).*queries \(1, 4, 4, 16\)"),
         (dict(k=(2, 6, 2, 16), v=(2, 6, 2, 16)), r"\(2, 6, 2, 16\)"),
@@ -106,14 +110,23 @@ def test_fused_steps_refuse_shapes_by_name_before_a_launch(monkeypatch):
     monkeypatch.setattr(kernels.Launch, "run", lambda _: pytest.fail("launched"))
     x, heads, norm = torch.zeros(1, 6, 32), torch.zeros(1, 5, 2, 16), magi.LayerNorm1p
     for call, named in (
-        (lambda: kernels.norm_rotary(heads, norm(16), torch.zeros(3, 6)), r"angles \(3, 6\).*x \(1, 5, 2, 16\)"),
+        (
+            lambda: kernels.norm_rotary(heads, norm(16), torch.zeros(3, 6)),
+            r"angles \(3, 6\).*x \(1, 5, 2, 16\)",
+        ),
         (lambda: kernels.norm_rotary(heads, norm(16), torch.zeros(5, 9)), r"angles \(5, 9\)"),
         (lambda: kernels.norm_rotary(heads, norm(32), None), r"norm \(32,\)"),
-        (lambda: kernels.gated_residual(x, torch.zeros(1, 4, 32), x, norm(32)), "6 tokens do not divide into 4"),
+        (
+            lambda: kernels.gated_residual(x, torch.zeros(1, 4, 32), x, norm(32)),
+            "6 tokens do not divide into 4",
+        ),
         (lambda: kernels.gated_residual(x, torch.zeros(1, 0, 32), x, norm(32)), "into 0 chunks"),
         (lambda: kernels.gated_residual(x, torch.zeros(2, 3, 32), x, norm(32)), r"gate \(2, 3, 32\)"),
         (lambda: kernels.gated_residual(x, torch.zeros(1, 3, 16), x, norm(32)), r"gate \(1, 3, 16\)"),
-        (lambda: kernels.gated_residual(x, torch.zeros(1, 3, 32), x[:, :3], norm(32)), r"update \(1, 3, 32\)"),
+        (
+            lambda: kernels.gated_residual(x, torch.zeros(1, 3, 32), x[:, :3], norm(32)),
+            r"update \(1, 3, 32\)",
+        ),
         (lambda: kernels.gated_residual(x, torch.zeros(1, 3, 32), x, norm(16)), r"norm \(16,\)"),
         (lambda: kernels.swiglu(torch.zeros(2, 7)), r"\(2, 7\) must have two halves"),
     ):
@@ -136,7 +149,9 @@ def test_odd_addresses_are_copied_where_the_copy_engine_reads():
     spans = torch.tensor([[[0, 40], [3, 37]]])
     for engine in (True, False):
         ins = [odd(u).requires_grad_() for u in (q, k, v)]
-        out, _ = kernels.flash_attention(*ins, spans, tiles=lambda *_, tma=engine: kernels.Tiles(16, 16, tma=tma))
+        out, _ = kernels.flash_attention(
+            *ins, spans, tiles=lambda *_, tma=engine: kernels.Tiles(16, 16, tma=tma)
+        )
         torch.testing.assert_close(out, magi.block_attention(*ins, spans), rtol=1e-5, atol=1e-6)
         grads = torch.autograd.grad(out, ins, odd(torch.ones_like(out)))
         expected = torch.autograd.grad(magi.block_attention(*ins, spans).sum(), ins)
@@ -205,7 +220,9 @@ def test_two_attentions_share_a_buffer(monkeypatch):
     torch.testing.assert_close(both[:, :, 1], magi.block_attention(q, k, k, spans), rtol=1e-5, atol=1e-6)
     row = both[:, :, 0].flatten(0, 1)[None]  # cross-attention: all batch entries in one row
     kernels.block_attention(q.flatten(0, 1)[None], k[:1], k[:1], torch.tensor([[[0, 4]] * 4]), out=row)
-    expected = magi.block_attention(q, k[:1].expand(2, -1, -1, -1), k[:1].expand(2, -1, -1, -1), torch.tensor([[[0, 4]]]))
+    expected = magi.block_attention(
+        q, k[:1].expand(2, -1, -1, -1), k[:1].expand(2, -1, -1, -1), torch.tensor([[[0, 4]]])
+    )
     torch.testing.assert_close(both[:, :, 0], expected, rtol=1e-5, atol=1e-6)
 
 
@@ -302,7 +319,7 @@ def candidate(label, function):
 
 @pytest.fixture
 def choosing(monkeypatch, tmp_path):
-    """choosing(operation, name=function, ...) -> ops on a stand-in card; `torch` is added. The cache is empty."""
+    """choosing(stand, name=function, ...) -> ops on a stand-in card; "torch" is added. The cache is empty."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
 
     def start(stand=None, strict=False, operation="swiglu", **functions):
@@ -361,7 +378,11 @@ def test_a_kernel_that_fails_is_replaced_and_named_once(choosing, reason):
     ops, made = choosing(stand, triton=BAD[reason])
     result, lines = quiet(lambda: [ops.swiglu(u) for _ in range(3)])
     assert all(torch.equal(out, magi.swiglu(u)) for out in result)
-    assert len(lines) == 1 and "\n" not in lines[0] and lines[0].startswith("Stand-in 9000: swiglu by triton fails: ")
+    assert (
+        len(lines) == 1
+        and "\n" not in lines[0]
+        and lines[0].startswith("Stand-in 9000: swiglu by triton fails: ")
+    )
     assert made["triton"].calls == 1
     assert re.search(reason, lines[0]) and re.search(reason, ops.report())
     # the next process on this card knows, and does not try again
@@ -417,7 +438,7 @@ def test_gradients_are_checked_where_they_are_asked_for(choosing):
     expected = torch.autograd.grad(magi.swiglu(u).sum(), u)[0]
     assert torch.equal(torch.autograd.grad(out.sum(), u)[0], expected)
     with torch.no_grad():  # without gradients the kernel is still the one
-        assert quiet(lambda: ops.swiglu(u))[1] == [] 
+        assert quiet(lambda: ops.swiglu(u))[1] == []
     assert "triton or torch" in ops.report()
 
 
@@ -426,7 +447,9 @@ def test_triton_is_strict(choosing, reason):
     (u,) = tensors((6, 20))
     for _ in range(2):  # a failure is not remembered: the next run tries again
         ops, _ = choosing(strict=True, triton=BAD[reason])
-        with pytest.raises(RuntimeError, match=rf"^Stand-in 9000: swiglu by triton fails: .*{reason}.*'auto' or 'torch'"):
+        with pytest.raises(
+            RuntimeError, match=rf"^Stand-in 9000: swiglu by triton fails: .*{reason}.*'auto' or 'torch'"
+        ):
             ops.swiglu(u)
 
 
@@ -495,7 +518,9 @@ def test_what_fails_later_is_replaced_in_the_middle_of_a_run(choosing):
 def test_a_broken_gpu_ends_the_run_and_is_avoided_by_the_next(choosing):
     (u,), stand = tensors((6, 20)), Stand(broken=True, triton=0.1)
     ops, _ = choosing(stand, triton=crash)
-    with pytest.raises(RuntimeError, match="swiglu by triton fails: .*Run it again: this is remembered") as error:
+    with pytest.raises(
+        RuntimeError, match="swiglu by triton fails: .*Run it again: this is remembered"
+    ) as error:
         ops.swiglu(u)
     assert "\n" not in str(error.value)
     ops, made = choosing(Stand(triton=0.1), triton=magi.swiglu)
@@ -544,10 +569,13 @@ def test_too_little_memory_to_try_is_not_held_against_a_kernel(choosing):
 
 @pytest.mark.parametrize(
     "text",
-    [b"", b"\xff\xfe", b"{", b"[]", b'{"choices": 3}', b'{"choices": {"swiglu x": {"use": "gone", "ms": {}, "failed": {}}}}',
-     b'{"choices": {"swiglu x": {"use": "torch"}}}', b'{"choices": {"": {"use": "torch", "ms": {}, "failed": {}}}}',
-     b'{"choices": {"swiglu x": {"use": "torch", "ms": {"torch": "a"}, "failed": {}}}}'],
-)  # fmt: skip
+    [
+        *(b"", b"\xff\xfe", b"{", b"[]", b'{"choices": 3}', b'{"choices": {"swiglu x": {"use": "torch"}}}'),
+        b'{"choices": {"swiglu x": {"use": "gone", "ms": {}, "failed": {}}}}',
+        b'{"choices": {"": {"use": "torch", "ms": {}, "failed": {}}}}',
+        b'{"choices": {"swiglu x": {"use": "torch", "ms": {"torch": "a"}, "failed": {}}}}',
+    ],
+)
 def test_a_cache_that_cannot_be_read_is_ignored_and_replaced(choosing, text):
     (u,), stand = tensors((6, 20)), Stand(triton=0.1)
     choosing(stand, triton=magi.swiglu)[0].swiglu(u)
@@ -556,7 +584,11 @@ def test_a_cache_that_cannot_be_read_is_ignored_and_replaced(choosing, text):
     file.write_bytes(text)
     ops, made = choosing(stand, triton=magi.swiglu)
     ops.swiglu(u)
-    assert made["triton"].calls > 1 and json.loads(file.read_text()) == good and len(list(choosing.folder.iterdir())) == 1
+    assert (
+        made["triton"].calls > 1
+        and json.loads(file.read_text()) == good
+        and len(list(choosing.folder.iterdir())) == 1
+    )
 
 
 def test_a_home_that_cannot_be_written_costs_only_memory(choosing, monkeypatch, tmp_path):
@@ -580,20 +612,26 @@ def test_flex_attention_is_tried_only_where_calls_are_long(choosing):
             triton=magi.block_attention, flex=magi.block_attention,
         )  # fmt: skip
         ops.block_attention(q, k, k, torch.tensor([[[0, 30]]]))
-        assert (made["flex"].calls > 0) == tried and f"block_attention {'flex' if tried else 'triton'}" in ops.report()
+        assert (
+            made["flex"].calls > 0
+        ) == tried and f"block_attention {'flex' if tried else 'triton'}" in ops.report()
 
 
 def test_trying_leaves_random_numbers_inputs_and_out_as_they_should_be(choosing):
     q, k = tensors((1, 20, 2, 16), (1, 30, 1, 16))
     spans, both = torch.tensor([[[0, 30], [4, 9]]]), torch.zeros(1, 20, 2, 2, 16)
-    ops, _ = choosing(
-        Stand(other=0.1), operation="block_attention", triton=magi.block_attention,
-        other=lambda q, k, v, spans, out=None: out.copy_(magi.block_attention(q, k, v, spans) * 1.1) if q.shape[1] == 20
-        else magi.block_attention(q, k, v, spans),
-    )  # fmt: skip
+
+    def wrong_in_out(q, k, v, spans, out=None):
+        result = magi.block_attention(q, k, v, spans)
+        return result if out is None else out.copy_(result * 1.1)
+
+    stand, right = Stand(other=0.1), magi.block_attention
+    ops, _ = choosing(stand, operation="block_attention", triton=right, other=wrong_in_out)
     state, before = torch.get_rng_state(), [u.clone() for u in (q, k)]
     (out, lines) = quiet(lambda: ops.block_attention(q, k, k, spans, both[:, :, 1]))
-    assert torch.equal(torch.get_rng_state(), state) and torch.equal(q, before[0]) and torch.equal(k, before[1])
+    assert (
+        torch.equal(torch.get_rng_state(), state) and torch.equal(q, before[0]) and torch.equal(k, before[1])
+    )
     assert out.data_ptr() == both[:, :, 1].data_ptr() and not both[:, :, 0].any()
     torch.testing.assert_close(out, magi.block_attention(q, k, k, spans))
     assert "other" not in ops.report()  # wrong by a tenth in `out`, and only there
@@ -634,12 +672,14 @@ def test_milliseconds_is_a_median_and_gives_up_on_the_slow(monkeypatch):
         calls.append(1)
         Event.clock += next(durations)
 
-    assert kernel_choice.milliseconds(run) == 12 and len(calls) == 6  # the first, which compiles, does not count
+    assert (
+        kernel_choice.milliseconds(run) == 12 and len(calls) == 6
+    )  # the first, which compiles, does not count
     durations, calls[:] = iter([900, 40, 1, 1]), []
     assert kernel_choice.milliseconds(run, enough=20) == 40 and len(calls) == 2
 
 
-# ------------------------------------------------------------------------------- the true candidates, on a CPU
+# ------------------------------------------------------------------------------ the true candidates, on a CPU
 
 
 def test_every_operations_small_input_and_candidates(monkeypatch, tmp_path):
@@ -720,7 +760,7 @@ def test_get_ops_says_why_a_card_cannot(monkeypatch):
     kernel_choice.get_ops.cache_clear()
 
 
-# ------------------------------------------------------------- Hugging Face's package has the name of our file
+# ------------------------------------------------------------ Hugging Face's package has the name of our file
 
 
 @pytest.fixture
@@ -728,7 +768,9 @@ def namesake(tmp_path, monkeypatch):
     """A package `kernels` that is installed elsewhere, while Python was started in our folder."""
     package = tmp_path / "site" / "kernels"
     package.mkdir(parents=True)
-    (package / "__init__.py").write_text("from .layer import CUDAProperties\nimport kernels\nassert kernels.layer\n")
+    (package / "__init__.py").write_text(
+        "from .layer import CUDAProperties\nimport kernels\nassert kernels.layer\n"
+    )
     (package / "layer.py").write_text("CUDAProperties = 'theirs'\n")
     info = tmp_path / "site" / "kernels-0.18.2.dist-info"
     info.mkdir()
@@ -747,9 +789,8 @@ def test_import_kernels_hands_over_to_the_installed_package(namesake, monkeypatc
     if not triton_is_here:
         for name in ("triton", "triton.language", "triton.tools.tensor_descriptor"):
             monkeypatch.setitem(sys.modules, name, None)
-    from kernels import CUDAProperties  # as transformers does
-
     import kernels as theirs
+    from kernels import CUDAProperties  # as transformers does
 
     assert CUDAProperties == "theirs" and Path(theirs.__file__).parent == namesake / "kernels"
     assert importlib.import_module("kernels.layer").CUDAProperties == "theirs"
@@ -768,7 +809,7 @@ def test_without_that_package_import_kernels_is_our_file(namesake, left):
 
 
 def test_python_in_our_folder_finds_both(namesake):
-    script = "from kernels import CUDAProperties; import magi; print(CUDAProperties, magi.load_kernels().__name__)"
+    script = "from kernels import CUDAProperties as a; import magi; print(a, magi.load_kernels().__name__)"
     env = os.environ | dict(PYTHONPATH=str(namesake))
     done = subprocess.run([sys.executable, "-c", script], cwd=ROOT, env=env, capture_output=True, text=True)
     assert done.stdout == "theirs magi_kernels\n", done.stderr
@@ -795,7 +836,9 @@ def test_the_report_checks_times_and_writes_a_table(bench, monkeypatch, tmp_path
     assert {line.count("|") for line in lines[2:]} == {5}
     failed = [line for line in lines if "failed" in line]
     assert len(failed) == 3 and all("- flex" in line for line in failed)
-    monkeypatch.setattr(bench_kernels, "comparisons", lambda _: [("sum", torch.ones(2), torch.zeros(2) + 2, 0.1)])
+    monkeypatch.setattr(
+        bench_kernels, "comparisons", lambda _: [("sum", torch.ones(2), torch.zeros(2) + 2, 0.1)]
+    )
     with pytest.raises(ValueError, match="sum is wrong: error 0.5"):
         bench_kernels.report("cpu", tmp_path / "none.md")
 

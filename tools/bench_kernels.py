@@ -3,8 +3,8 @@
     python kernels.py               on a GPU: compare with magi.py, then time, beside PyTorch's own kernels
     python kernels.py --compile     anywhere: compile for six architectures; registers, memory, instructions
 
-Nothing in a run of the model needs this file. No figure in kernels.py comes from a GPU yet: what the first report
-says is not known, what the second says of NVIDIA's and AMD's machine code is (AMD's: "compiles, unseen").
+Nothing in a run of the model needs this file. The first report has not been run on a GPU yet. The second one
+says what the machine code looks like, not how fast it is; AMD's is marked "compiles, unseen".
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import redirect_stdout
 from functools import partial
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -42,12 +43,11 @@ Launch, tiles_for = kernels.Launch, kernels.tiles_for
 # takes and what spills; the disassembler beside it shows which tensor core instructions came out. AMD's
 # assembly says the same of itself. What neither says is how fast it runs.
 
-# Shared memory of a block, at most.
-SHARED_BYTES = {89: 99 * 1024, 90: 227 * 1024, 100: 227 * 1024, 120: 99 * 1024, 942: 64 * 1024, 950: 160 * 1024}
-# The tensor core's instructions in machine code, for 16-bit (or split float32) and for fp8 matrices. sm_90's are
-# wgmma in PTX, sm_100's tcgen05.mma, the others' mma. gfx942 has fp8 of another kind: e4m3 is widened there.
-TENSOR_CORE = {89: ("HMMA", "QMMA"), 90: ("HGMMA", "QGMMA"), 100: ("UTCHMMA", "UTCQMMA"), 120: ("HMMA", "QMMA"),
-               942: ("MFMA", "MFMA"), 950: ("MFMA", "MFMA")}
+SHARED_KIB = {89: 99, 90: 227, 100: 227, 120: 99, 942: 64, 950: 160}                    # of a block, at most
+# The tensor core's instructions in machine code, for 16-bit (or split float32) and for fp8 matrices. sm_90's
+# are wgmma in PTX, sm_100's tcgen05.mma, the others' mma. gfx942's fp8 is another: e4m3 is widened there.
+TENSOR_CORE = {89: ("HMMA", "QMMA"), 90: ("HGMMA", "QGMMA"), 100: ("UTCHMMA", "UTCQMMA"),
+               120: ("HMMA", "QMMA"), 942: ("MFMA", "MFMA"), 950: ("MFMA", "MFMA")}
 
 
 def machine_code(launch: Launch, arch: int) -> tuple[int, int, int, set[str]]:
@@ -108,7 +108,8 @@ def shipped(arch: int) -> dict[str, Launch]:
             out[f"dq {name} {hd}"] = query(kernels._dq_kernel, tiles=dq, dQ=q, **rows)
             out[f"dkv {name} {hd}"] = kernels.key_launch(q, k, k, spans, dkv, dK=k, dV=k, **rows)
         x, gate, d, h = make(1, tokens, D, dtype=dtype), make(1, 2, D, dtype=dtype), make(D), make(128)
-        x8, h16, u = make(tokens, D, dtype=torch.float8_e4m3fn), h.to(dtype), make(tokens, 2 * ffn, dtype=dtype)
+        x8, h16 = make(tokens, D, dtype=torch.float8_e4m3fn), h.to(dtype)
+        u = make(tokens, 2 * ffn, dtype=dtype)
         out |= {
             f"gated_residual {name}": kernels.gated_residual_launch(x, d, d, gate, make(1, tokens, D), 1e-6),
             f"norm_rotary {name}": kernels.norm_rotary_launch(q, h, h, make(tokens, 48), 1e-6),
@@ -137,13 +138,14 @@ def compile_row(job: tuple[int, str]) -> tuple[bool, str]:
     if kernel in ("forward", "dq", "dkv", "fp8"):
         # wgmma and tcgen05 work on 64 rows; smaller tiles (float32) are multiplied by mma everywhere
         wanted = TENSOR_CORE[89 if tiles.m < 64 and arch < 900 else arch][kernel == "fp8"]
-    checks = ((broken, broken), (shared > SHARED_BYTES[arch], "does not fit"), (spills, "spills"),
+    checks = ((broken, broken), (shared > SHARED_KIB[arch] * 1024, "does not fit"), (spills, "spills"),
               (wanted and not broken and wanted not in instructions, f"no {wanted}"))
     faults = [text for bad, text in checks if bad]
     size = "x".join(str(u) for u in (tiles.m, tiles.n, tiles.k) if u)
     end = ", ".join(faults) or ("ok" if arch < 900 else "compiles, unseen")
     return not faults, (f"{'gfx' if arch > 900 else 'sm_'}{arch:<4} {name:32} {size:12} {tiles.warps:5} "
-                        f"{tiles.stages:6} {registers:9} {spills:6} {shared / 1024:10.1f}  {wanted or '-':8} {end}")
+                        f"{tiles.stages:6} {registers:9} {spills:6} {shared / 1024:10.1f}  {wanted or '-':8} "
+                        f"{end}")
 
 
 def compile_all(quick: bool = False) -> bool:
@@ -153,10 +155,11 @@ def compile_all(quick: bool = False) -> bool:
     from multiprocessing import get_context
 
     def wanted(arch: int, name: str) -> bool:
-        return not quick or arch < 900 and "," not in name and ("fp8" in name or re.search(r"bfloat16( 128)?$", name))
+        used = "fp8" in name or re.search(r"bfloat16( 128)?$", name)
+        return not quick or arch < 900 and "," not in name and used
 
     print(f"GPU     {'kernel':32} {'tile':12} warps stages registers spills shared/KiB  uses")
-    jobs = [(arch, name) for arch in SHARED_BYTES for name in shipped(arch) if wanted(arch, name)]
+    jobs = [(arch, name) for arch in SHARED_KIB for name in shipped(arch) if wanted(arch, name)]
     good = []
     with ProcessPoolExecutor(os.cpu_count(), get_context("spawn")) as pool:
         for ok, line in pool.map(compile_row, jobs):
@@ -189,7 +192,8 @@ def comparisons(device: str) -> Iterator[tuple[str, Tensor, Tensor, float]]:
     spans = torch.tensor([[[0, 500], [130, 731], [7, 1031]], [[0, 3], [400, 1031], [399, 401]]])
     for dtype, bar in ((torch.float32, 1e-4), (torch.float16, 2e-3), (torch.bfloat16, 1.5e-2)):
         for hd in (16, 48, 64, 128):
-            inputs = [make(2, tokens, heads, hd).to(dtype) for tokens, heads in ((999, 6), (1031, 2), (1031, 2))]
+            shapes = (999, 6), (1031, 2), (1031, 2)
+            inputs = [make(2, tokens, heads, hd).to(dtype) for tokens, heads in shapes]
             grad = make(2, 999, 6, hd).to(dtype)
             results = []
             for op, kind in ((kernels.block_attention, dtype), (magi.block_attention, torch.float64)):
@@ -214,11 +218,13 @@ def comparisons(device: str) -> Iterator[tuple[str, Tensor, Tensor, float]]:
     yield "fp8_matmul", kernels.fp8_matmul(*args), magi.fp8_matmul(*args), 2e-3
 
 
-class Case:
-    """One row of the table. `prepare` makes the tensors and returns the call to be timed; nothing of it stays."""
+class Case(NamedTuple):
+    """One row of the table."""
 
-    def __init__(self, what: str, peak: str, work: float, prepare: Callable[[], Callable[[], object]]):
-        self.what, self.peak, self.work, self.prepare = what, peak, work, prepare
+    what: str
+    peak: str                     # of PEAKS
+    work: float                   # operations or bytes
+    prepare: Callable             # makes the tensors and returns the call to be timed; nothing of it stays
 
 
 def cases(device: str) -> Iterator[Case]:
@@ -230,7 +236,7 @@ def cases(device: str) -> Iterator[Case]:
             piece.copy_(torch.randn(piece.shape, device=device))
         return u
 
-    def attention(op: Callable, c: int, Hq: int, spans: Tensor, keys: int, backward: bool = False) -> Callable:
+    def attention(op: Callable, c: int, Hq: int, spans: Tensor, keys: int, backward: bool) -> Callable:
         q, k, v = make(1, 4 * c, Hq, 128), make(1, keys, 8, 128), make(1, keys, 8, 128)
         if not backward:
             return partial(op, q, k, v, spans)
@@ -276,8 +282,9 @@ def cases(device: str) -> Iterator[Case]:
                 label = what if name == "triton" else f"- {name}"
                 yield Case(label, "bf16", work, partial(attention, op, c, Hq, span, keys, backward))
         for name, width, cols in (("q", D, Hq * 128), ("fc1", D, fc1), ("fc2", fc2, D)):
-            for label, kind in ((f"{model} fp8 {name}, with quantising", "whole"), ("- product alone", "product"),
-                                ("- torch._scaled_mm alone", "scaled_mm"), ("- bf16 product", "bf16")):
+            kinds = {f"{model} fp8 {name}, with quantising": "whole", "- product alone": "product",
+                     "- torch._scaled_mm alone": "scaled_mm", "- bf16 product": "bf16"}
+            for label, kind in kinds.items():
                 yield Case(label, "fp8", 2 * 4 * c * width * cols, partial(fp8, kind, 4 * c, width, cols))
         for name, work in (("gated_residual", 6 * 4 * c * D), ("norm_rotary", 4 * 4 * c * Hq * 128),
                            ("norm", 4 * 4 * c * Hq * 128), ("swiglu", 6 * 4 * c * fc2)):
@@ -317,7 +324,8 @@ def report(device: str, file: Path) -> None:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="kernels.py", description="Check and time the kernels on a GPU, or compile them.")
+    what = "Check and time the kernels on a GPU, or compile them."
+    parser = argparse.ArgumentParser(prog="kernels.py", description=what)
     parser.add_argument("--compile", action="store_true", help="for all architectures; needs no GPU")
     parser.add_argument("--quick", action="store_true", help="with --compile: only what the 4.5B runs")
     parser.add_argument("--device", default="cuda")
