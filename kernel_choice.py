@@ -33,6 +33,7 @@ import os
 import tempfile
 import warnings
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import lru_cache, partial
 from pathlib import Path
@@ -60,11 +61,12 @@ LONG = 5.0                        # ms: where calls are shorter, FlexAttention i
 
 
 def milliseconds(run: Callable[[], object], enough: float = math.inf) -> float:
-    """Median time of a call on the GPU, after a first one that compiles: a few calls, some 50 ms of them; one
-    if that takes longer than `enough`. Small inputs may lie in the L2 cache from the call before."""
+    """Median time of a call on the GPU, after a first one that compiles. It takes three calls, more while they
+    last less than 50 ms in all, and only one if that lasts longer than 200 ms or than `enough`. Small inputs may
+    lie in the L2 cache from the call before."""
     run()
     times: list[float] = []
-    while len(times) < 3 or len(times) < 20 and sum(times) < 50:
+    while len(times) < 20 and sum(times) < (50 if len(times) >= 3 else 200):
         start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
         start.record()
         run()
@@ -297,7 +299,9 @@ class Chooser:
         except OSError:
             pass                                     # a home that cannot be written: choose again next time
 
+    @torch.compiler.disable
     def call(self, operation: str, *args: Any, **options: Any) -> Tensor:
+        """The operation by its fastest right candidate, chosen now if it has not been."""
         tensors = [u for u in args if isinstance(u, Tensor)]
         tensors += [p for u in args if isinstance(u, nn.Module) for p in u.parameters()]
         plain = getattr(magi.TORCH_OPS, operation)
@@ -307,7 +311,8 @@ class Chooser:
         line = size_class(operation, args, backward)
         if line not in self.ready:
             if line not in self.choices:
-                self.choose(line, operation, args, backward, options)
+                with torch.cuda.device(args[0].device) if args[0].is_cuda else nullcontext():
+                    self.choose(line, operation, args, backward, options)
             self.ready[line] = candidates(operation)[self.choices[line]["use"]]
         try:
             return self.ready[line](*args, **options)
@@ -397,6 +402,7 @@ class Chooser:
                        for name, why in choice["failed"].items() if name.startswith("triton")}
             parts += [f"{operation} {names}{gain}"] if used else []
         parts += [f"{what} fails: {why}" for what, why in failed.items()]
+        parts += [f"to try again, delete {self.file}"] if failed else []
         return f"kernels on {self.card.name}: " + ("; ".join(parts) or "none used yet")
 
 
@@ -425,9 +431,15 @@ def get_ops(backend: str, device: torch.device | str) -> magi.Ops:
 
 
 def chosen_ops(chooser: Chooser) -> ChosenOps:
-    functions = {operation: partial(chooser.call, operation) for operation in OPERATIONS}
-    # positional in the model, but an option of the choice: it is where to write, not what to compute
-    functions["block_attention"] = lambda q, k, v, spans, out=None: chooser.call(
-        "block_attention", q, k, v, spans, **({} if out is None else {"out": out}))
+    # functions, not methods: a copy of a model, as of an average of its weights, has the same chooser
+    def call(operation: str) -> Callable:
+        return lambda *args, **options: chooser.call(operation, *args, **options)
+
+    def block_attention(q: Tensor, k: Tensor, v: Tensor, spans: Tensor, out: Tensor | None = None) -> Tensor:
+        options = {} if out is None else {"out": out}            # where to write, not what to compute
+        return chooser.call("block_attention", q, k, v, spans, **options)
+
+    functions = {operation: call(operation) for operation in OPERATIONS}
+    functions["block_attention"] = block_attention
     return ChosenOps("triton" if chooser.strict else "auto", **functions, matmul_float32=magi.matmul_float32,
-                     report=chooser.report)
+                     report=lambda: chooser.report())

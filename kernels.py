@@ -124,11 +124,12 @@ class Launch(NamedTuple):
 
 
 @lru_cache
-def arch_of(device: torch.device) -> int:
+def arch_of(device: torch.device | str) -> int:
     """Which column of section 7 fits a device: 89, 90, 100, 120, 942, 950; 0 for Triton's interpreter.
 
     Raises ValueError if there is none, with what is missing.
     """
+    device = torch.device(device)
     if device.type != "cuda":
         magi.require(INTERPRETED, f"backend 'triton' needs an NVIDIA GPU, not {str(device)!r}: use 'torch'")
         return 0
@@ -426,7 +427,8 @@ def _dq_kernel(Q, K, V, K_tma, V_tma, Out, dOut, Lse, Delta, dQ, Plan, tokens, q
     delta = tl.sum(out.to(tl.float32) * do.to(tl.float32), 1)
     at = head.to(tl.int64) * tokens + row + rows
     tl.store(Delta + at, delta, rows < left)
-    held = q, do, tl.load(Lse + at, rows < left, 0.0) * LOG2E, delta
+    lse = tl.load(Lse + at, rows < left, float("inf")) * LOG2E              # beyond the edge: e^-inf = 0
+    held = q, do, lse, delta
     dq = _walk(_dq_tile, held, tl.zeros(q.shape, tl.float32), keys, S.n, scale * LOG2E, S)
     _store(dQ, row, head * S.hd, q_stride, left, dq * scale, S)
 
@@ -673,7 +675,7 @@ def fp8_matmul(x: Tensor, weight: Tensor, divide: Tensor, scale: Tensor, multipl
 #                      their sum r8 w4 · joined r4 w4 · to bf16 r4 w2           49 bytes, in one pass  4
 #     swiglu           silu r2 w2 · product r4 w2                               10 bytes, in one pass  6
 #
-# What a layer still moves outside products and attention, in bytes per token and channel of D, for four
+# What a layer in bf16 moves outside products and attention, in bytes per token and channel of D, for four
 # chunks in flight and one in the cache (4.5B at 720x720: 48,600 tokens of 3,072; 24B at 720x1280: 86,400 of
 # 6,144). "Before": swiglu not fused, the results of both attentions joined and put in Wo's order, and the
 # cache read where it is. These are counts; the time they take has not been measured.

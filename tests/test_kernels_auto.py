@@ -665,18 +665,22 @@ def test_milliseconds_is_a_median_and_gives_up_on_the_slow(monkeypatch):
             return end.at - self.at
 
     monkeypatch.setattr(torch.cuda, "Event", Event)
-    durations = iter([900, 10, 14, 12, 13, 11])
-    calls = []
 
-    def run():
-        calls.append(1)
-        Event.clock += next(durations)
+    def measured(*durations, **options):
+        """The median, and the number of calls. The first, which compiles, takes long and does not count."""
+        left = iter((900, *durations))
 
-    assert (
-        kernel_choice.milliseconds(run) == 12 and len(calls) == 6
-    )  # the first, which compiles, does not count
-    durations, calls[:] = iter([900, 40, 1, 1]), []
-    assert kernel_choice.milliseconds(run, enough=20) == 40 and len(calls) == 2
+        def run():
+            Event.clock += next(left)
+
+        return kernel_choice.milliseconds(run, **options), len(durations) - sum(1 for _ in left)
+
+    assert measured(10, 14, 12, 13, 11, 1) == (12, 5)  # until there are 50 ms
+    assert measured(60, 80, 70, 1) == (70, 3)  # at least three
+    assert measured(*[1] * 40) == (1, 20)
+    assert measured(250, 1) == (250, 1) and measured(150, 60, 1) == (105, 2)
+    assert measured(40, 1, enough=20) == (40, 1)  # too slow to be of use
+    assert measured(10, 30, 11, enough=20) == (11, 3)
 
 
 # ------------------------------------------------------------------------------ the true candidates, on a CPU
