@@ -23,8 +23,8 @@ import torch
 from torch import Tensor, nn
 
 __all__ = ["build", "check_device", "check_dit_config", "check_sampler_config", "check_vae_config",
-           "compare_headers", "fill", "headers_of", "load_module", "make_config", "read_config", "read_headers",
-           "read_json", "read_tensors", "reading", "require", "save", "weight_files"]
+           "compare_headers", "fill", "headers_of", "load_module", "make_config", "read_config",
+           "read_headers", "read_json", "read_tensors", "reading", "require", "save", "weight_files"]
 
 Module = TypeVar("Module", bound=nn.Module)
 
