@@ -191,7 +191,7 @@ def weight_files(folder: str | Path, name: str = "model.safetensors") -> list[Pa
         values = read_json(index, "index")
         require(isinstance(values, dict) and isinstance(values.get("weight_map"), dict),
                 f"{index} is no index of weights: download or convert the model again")
-        names = sorted(set(values["weight_map"].values()))
+        names = sorted({str(part) for part in values["weight_map"].values()})
     files = [folder / part for part in names]
     files = [file if file.is_file() else file.with_name(f"{file.name}.zst") for file in files]
     missing = [part for part, file in zip(names, files, strict=True) if not file.is_file()]
