@@ -412,7 +412,11 @@ def test_quantize_is_found_beside_the_program_not_in_the_folder_where_it_runs(tm
     assert done.returncode == 0 and "--alpha" in done.stdout, done.stderr
 
 
-def test_quantize_looks_at_the_device_first(tmp_path):
+def test_quantize_looks_at_out_and_the_device_first(tmp_path, monkeypatch):
+    monkeypatch.setattr(cw, "read_header", lambda file: pytest.fail("a header was read"))
+    link = tmp_path / "link"
+    link.symlink_to(tmp_path / "gone")
+    assert_refused(cw.main, ("quantize", HERE / "tiny" / "base", link), f"{link} is a link to", out=link)
     command = "quantize", HERE / "tiny" / "base", tmp_path / "out", "--device", "tpu"
     assert_refused(cw.main, command, "device 'tpu' is unknown", out=tmp_path / "out")
 
