@@ -96,6 +96,63 @@ def test_text_can_be_encoded_once_and_reused(pipe):
     assert same(again, np.concatenate(list(pipe("a red ball", num_frames=24))))
 
 
+def test_late_prompts_equal_a_list_and_bring_cuts_and_settings(pipe):
+    captions = ["a red ball", "a blue square", "a blue square"]
+    film = lambda prompt, **more: np.concatenate(list(pipe(prompt, num_frames=72, **more)))
+    expected = film(captions)
+    assert same(film(iter(captions[:2])), expected)  # the last one goes on
+    assert same(film([magi.Prompt("a red ball"), "a blue square"]), expected)
+    cut = film(captions, sampler=magi.shot_transition(pipe.sampler, 1))
+    late = film(iter(["a red ball", magi.Prompt("a blue square", "cut")]))
+    assert same(late, cut) and not same(late, expected)
+    free = dict(text_scales=(0.0,) * 5)
+    changed = film(iter(["a red ball", magi.Prompt("a blue square", settings=free)]))
+    assert same(changed[:24], expected[:24]) and not same(changed[48:], expected[48:])
+
+
+def test_late_prompts_are_asked_for_and_encoded_only_when_a_chunk_enters(pipe, monkeypatch):
+    events, encode = [], pipe.encode_text
+    monkeypatch.setattr(pipe, "encode_text", lambda captions: events.extend(captions) or encode(captions))
+
+    def told():
+        for caption in ("a red ball", "a blue square", "a blue square", "a red ball"):
+            events.append("asked")
+            yield caption
+
+    frames = pipe(told(), num_frames=96, window=1)
+    assert not events
+    for second in frames:
+        events.append(len(second))
+    said = ["asked", "a red ball", 24, "asked", "a blue square", 24, "asked", 24, "asked", "a red ball", 24]
+    assert events == said
+
+
+def test_prompts_of_other_types_are_refused(pipe):
+    for prompt, message in (
+        (5, "the prompt 5 is neither a caption nor several"),
+        (None, "the prompt None is neither"),
+        (["a red ball", 5], "a prompt is of type int: give captions, Prompts, or"),
+        (("a red ball", torch.zeros(3)), "a prompt is of type Tensor"),
+        ([magi.Prompt(None)], "a prompt is of type Prompt"),
+    ):
+        with bad(message):
+            pipe(prompt)
+    late = lambda *items: list(pipe(iter(items), num_frames=48))
+    for item, message in (
+        (5, "a prompt is of type int"),
+        (magi.Prompt("a", "fade"), "transition 'fade' is not"),
+        (magi.Prompt("a", None, {"steps": 8}), "unknown setting steps: choose from num_steps"),
+        (magi.Prompt("a", None, {"num_steps": 8}), "num_steps 8 of one chunk is not its run's 4"),
+        (magi.Prompt("a", None, {"text_scales": (1.0,)}), "one length"),
+    ):
+        with bad(message):
+            late("a red ball", item)
+    with bad("transition at chunk 0"):
+        late(magi.Prompt("a", "cut"))
+    with bad("there is no prompt"):
+        late()
+
+
 def test_bad_calls_are_refused_before_anything_is_computed(pipe):
     frames = np.zeros((3, 32, 48, 3), np.uint8)
     for more, message in (

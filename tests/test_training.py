@@ -53,7 +53,9 @@ def test_loss_counts_noisy_chunks_only_but_gradients_reach_the_clean_ones():
     hook = dit.register_forward_hook(lambda m, a, out: seen.update(x=a[0], v=out) or out.retain_grad())
     latents.requires_grad_()
     cfg = training.TrainingConfig(image_share=0, video_share=1, pipeline_share=0, ranges_share=1)
-    loss = training.flow_matching_loss(dit, latents, text, mask, cfg, generator=torch.Generator().manual_seed(1))
+    loss = training.flow_matching_loss(
+        dit, latents, text, mask, cfg, generator=torch.Generator().manual_seed(1)
+    )
     loss.backward()
     hook.remove()
     used = seen["v"].grad.abs().sum((1, 3, 4)) > 0  # (B, T) frames with a loss
