@@ -61,9 +61,9 @@ LONG = 5.0                        # ms: where calls are shorter, FlexAttention i
 
 
 def milliseconds(run: Callable[[], object], enough: float = math.inf) -> float:
-    """Median time of a call on the GPU, after a first one that compiles. It takes three calls, more while they
-    last less than 50 ms in all, and only one if that lasts longer than 200 ms or than `enough`. Small inputs may
-    lie in the L2 cache from the call before."""
+    """Median time of a call on the GPU, after a first one that compiles. It takes three calls, more while all
+    have lasted less than 50 ms, and only one if that lasts longer than 200 ms or than `enough`. Small inputs
+    may lie in the L2 cache from the call before."""
     run()
     times: list[float] = []
     while len(times) < 20 and sum(times) < (50 if len(times) >= 3 else 200):

@@ -897,7 +897,8 @@ def tiles_for(kernel: str, arch: int, hd: int = 0, dtype: torch.dtype = torch.bf
     width = triton.next_power_of_2(hd)
     table, tma = max(64, width), arch in (90, 100, 120) and hd == width
     if dtype == torch.float32:
-        side, warps = {64: (32, 8), 128: (16, 8 if kernel == "dkv" else 4)}[table]
+        side = 2048 // table
+        warps = 8 if arch < 900 and (kernel == "dkv" or kernel == "dq" and table == 64) else 4
         return Tiles(side, side, 0, warps, 1, tma)
     m, n, warps, stages = ATTENTION_TILES[f"{kernel} {table}"][COLUMN[arch]]
     return Tiles(m, n, 0, warps, stages, tma, 16 if kernel == "dkv" else max(16, n // 2))
@@ -911,7 +912,7 @@ def _forward_only(change: Callable[[Tiles], Tiles]) -> Callable[[str, Tiles], Ti
 # Other tiles of the forward for the user's card to choose from (kernel_choice.py). Narrow: for few keys, as
 # of a caption, where a span is a tile or two.
 VARIANTS = {
-    "other stages": _forward_only(lambda tiles: tiles._replace(stages=5 - min(3, tiles.stages))),
+    "fewer stages": _forward_only(lambda tiles: tiles._replace(stages=tiles.stages - 1)),
     "narrow": _forward_only(lambda tiles: tiles._replace(n=tiles.n // 2, rest=max(16, tiles.n // 4))),
 }
 
