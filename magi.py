@@ -71,6 +71,7 @@ from captions import clean_caption
 from checkpoints import (
     build,
     check_dit_config,
+    check_own_config,
     check_sampler_config,
     check_vae_config,
     fill,
@@ -1495,9 +1496,14 @@ class _Run:
         if chunk not in self.asked:
             self.last = next(self.texts, self.last)
             require(self.last, "there is no prompt: give at least one, which may be empty")
-            text, mask, *cfg = self.last
+            text, mask, *own = self.last
+            require(text.shape == self.null.shape and mask.shape == text.shape[:1],
+                    f"text {tuple(text.shape)} and text_mask {tuple(mask.shape)} of chunk {chunk - self.P} "
+                    f"must be {tuple(self.null.shape)} and ({len(self.null)},)")
+            for cfg in own:
+                check_own_config(cfg, self.cfg)
             valid = mask.to(self.null.device).bool().long()
-            self.asked[chunk] = Asked(text.to(self.null), valid, *(cfg or [self.cfg]))
+            self.asked[chunk] = Asked(text.to(self.null), valid, *(own or [self.cfg]))
         return self.asked[chunk]
 
     def caption(self, chunk: int) -> tuple[Tensor, Tensor]:
@@ -1600,6 +1606,20 @@ class Prompt(NamedTuple):
     settings: dict = {}                  # fields of SamplerConfig for guidance: text_scales, prev_scales
 
 
+def check_prompt(item: Any) -> None:
+    fine = isinstance(item, str) or isinstance(item, Prompt) and isinstance(item.text, str)
+    require(fine, f"a prompt is of type {type(item).__name__}: give captions, Prompts, or the (text, mask) "
+            f"of encode_text")
+
+
+def with_settings(cfg: SamplerConfig, settings: dict[str, Any]) -> SamplerConfig:
+    """The config with some fields replaced; ValueError for a field that it does not have."""
+    known = [field.name for field in dataclasses.fields(SamplerConfig)]
+    unknown = ", ".join(settings.keys() - set(known))
+    require(not unknown, f"unknown setting {unknown}: choose from {', '.join(known)}")
+    return dataclasses.replace(cfg, **settings)
+
+
 class MAGI:
     """The one object a user holds: text, image and video to video, streamed chunk by chunk.
 
@@ -1631,10 +1651,7 @@ class MAGI:
         num_steps, height, width. Raises ValueError for bad ones before anything is computed, and later
         FloatingPointError if the model gives what is not finite.
         """
-        known = [field.name for field in dataclasses.fields(SamplerConfig)]
-        unknown = ", ".join(settings.keys() - set(known))
-        require(not unknown, f"unknown setting {unknown}: choose from {', '.join(known)}")
-        cfg = dataclasses.replace(sampler or self.sampler, **settings)
+        cfg = with_settings(sampler or self.sampler, settings)
         num_frames = math.inf if cfg.num_frames is None else cfg.num_frames
         pixels = None
         if image is not None or video is not None:
@@ -1660,20 +1677,26 @@ class MAGI:
 
     def _texts(self, prompt: Any, cfg: SamplerConfig) -> Any:
         """What `sample` takes as text and text_mask."""
-        if isinstance(prompt, str):
+        if isinstance(prompt, str | Prompt):
             prompt = [prompt]
+        require(isinstance(prompt, Iterable), f"the prompt {prompt!r} is neither a caption nor several")
         if isinstance(prompt, Sequence):
             require(len(prompt) > 0,
                     "the prompt is an empty list: give at least one caption, which may be ''")
-            plain = isinstance(prompt[0], Tensor)
-            return prompt if plain else self.encode_text(list(prompt))
+            if len(prompt) == 2 and all(isinstance(u, Tensor) for u in prompt):
+                return prompt
+            if all(isinstance(item, str) for item in prompt):
+                return self.encode_text(list(prompt))
+            for item in prompt:
+                check_prompt(item)
 
         def one_by_one(config: SamplerConfig) -> Iterator[tuple[Tensor, Tensor, SamplerConfig]]:
             said: str | None = None
             encoded: Any = None
             for chunk, item in enumerate(prompt):
+                check_prompt(item)
                 item = Prompt(item) if isinstance(item, str) else item
-                config = dataclasses.replace(config, **item.settings)
+                config = with_settings(config, item.settings)
                 here = shot_transition(config, chunk, item.transition) if item.transition else config
                 if item.text != said:                    # text that is encoded already is used again
                     said, encoded = item.text, self.encode_text([item.text])
