@@ -491,6 +491,7 @@ def load_text(path: str, dit) -> tuple:
     require(text.shape[1:] == (dit.text_length, dit.text_dim) and mask.shape == text.shape[:2] and len(text),
             f"text {path!r} has shape {tuple(text.shape)}, this model needs (prompts, {dit.text_length}, "
             f"{dit.text_dim}): save it again with this model")
+    require(text.isfinite().all(), f"text {path!r} has numbers that are not finite: save it again")
     return text, mask
 
 
