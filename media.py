@@ -61,14 +61,10 @@ def to_image(x: Any, size: tuple[int, int] | None = None, fit: str = "crop") -> 
         return np.asarray(as_rgb(x))
     given, is_tensor = as_array(x, "image")
     array = given[0] if given.ndim == 4 and len(given) == 1 else given       # a batch of one
-    shape = f"the image has shape {given.shape}: take (h, w), (h, w, channels) or (channels, h, w)"
-    require(array.size and array.ndim in (2, 3), shape)
-    if array.ndim == 2:
-        array = array[..., None]
-    last, first = array.shape[-1] in CHANNELS, array.shape[0] in CHANNELS
-    require(last or first, shape)
-    require(not (last and first and is_tensor and given.ndim > 2), f"{shape}; here it may be either")
-    return flatten(array if last else np.moveaxis(array, 0, -1), "image")
+    complaint = f"the image has shape {given.shape}: take (h, w), (h, w, channels) or (channels, h, w)"
+    require(array.size and array.ndim in (2, 3), complaint)
+    array = array[..., None] if array.ndim == 2 else channels_last(array, (-1, 0), is_tensor, complaint)
+    return flatten(array, "image")
 
 
 def to_video(x: Any, fps: int = 24, count: int | None = None, size: tuple[int, int] | None = None,
@@ -87,19 +83,26 @@ def to_video(x: Any, fps: int = 24, count: int | None = None, size: tuple[int, i
         return np.stack(frames)
     given, is_tensor = as_array(x, "video")
     array = given[0] if given.ndim == 5 and len(given) == 1 else given       # a batch of one
-    shape = (f"the video has shape {given.shape}: take (frames, h, w), (frames, h, w, channels), "
-             f"(frames, channels, h, w) or (channels, frames, h, w)")
-    require(array.size and array.ndim in (3, 4), shape)
+    complaint = (f"the video has shape {given.shape}: take (frames, h, w), (frames, h, w, channels), "
+                 f"(frames, channels, h, w) or (channels, frames, h, w)")
+    require(array.size and array.ndim in (3, 4), complaint)
     if array.ndim == 3:
         require(array.shape[-1] not in CHANNELS and array.shape[0] not in CHANNELS,
-                f"{shape}; this looks like one image")
-        array = array[..., None]
-    last, second, first = (array.shape[axis] in CHANNELS for axis in (-1, 1, 0))
-    first = array.shape[0] in (1, 3) and not (second and array.shape[1] == 3)
-    if not (last and not is_tensor):
-        require(last + second + first == 1, f"{shape}; here it is none or several of these")
-    array = array if last else np.moveaxis(array, 1 if second else 0, -1)
-    return flatten(array, "video")
+                f"{complaint}; this looks like one image")
+        return flatten(array[..., None], "video")
+    return flatten(channels_last(array, (-1, 1, 0), is_tensor, complaint), "video")
+
+
+def channels_last(x: np.ndarray, axes: tuple[int, ...], is_tensor: bool, complaint: str) -> np.ndarray:
+    """Find the channels at one of the axes, and move them to the end."""
+    found = [axis for axis in axes if x.shape[axis] in CHANNELS]
+    if found[:1] == [-1] and not is_tensor:
+        found = [-1]
+    if found == [1, 0] and x.shape[1] == 3:                                  # a few frames of RGB
+        found = [1]
+    require(found, complaint)
+    require(len(found) == 1, f"{complaint}; here it may be several of these")
+    return np.moveaxis(x, found[0], -1)
 
 
 def as_array(x: Any, what: str) -> tuple[np.ndarray, bool]:
