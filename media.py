@@ -22,7 +22,7 @@ import shutil
 import warnings
 from bisect import bisect_right
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from fractions import Fraction
 from functools import partial
 from pathlib import Path
@@ -544,6 +544,17 @@ def to_srgb(rgb: np.ndarray, transfer: int, to_709: np.ndarray | None) -> np.nda
 # file and the file is whole: a crash loses nothing. close() only makes an mp4 more convenient.
 
 LONGEST_NAME = 255 - len("..lock")                                           # in bytes: see `locked`
+
+
+@contextlib.contextmanager
+def claimed(path: Path, inputs: Iterable[str | Path] = ()) -> Iterator[Path]:
+    """An output for us alone: where to write, links resolved. ValueError if nothing can be written there, if
+    it is one of the inputs, or if another run writes it."""
+    require(not path.exists() or not any(os.path.exists(file) and path.samefile(file) for file in inputs),
+            f"{str(path)!r} is an input: give the output another name")
+    path = check_output(path)
+    with locked(path):
+        yield path
 
 
 def check_output(path: Path) -> Path:

@@ -64,11 +64,11 @@ OTHER_NAMES = {
     "num_steps": "steps", "window_size": "window", "frames": "num_frames", "text_scales": "text_scale",
     "prev_scales": "prev_scale", "kv_ranges": "kv_range", "clean_chunk_kvrange": "clean_kv_range",
 }  # fmt: skip
-# What other programs call what we have under another name: suggested, not taken, since the scale may differ.
-SUGGESTED = {"guidance": "text_scale", "guidance_scale": "text_scale", "cfg": "text_scale",
-             "cfg_scale": "text_scale", "negative_prompt": "negative_tokens", "num_inference_steps": "steps",
-             "length": "num_frames", "duration": "num_frames", "resolution": "height", "size": "height"}
-
+# Names in other programs: suggested, not taken, since the meaning differs a little.
+SUGGESTED = {
+    "guidance": "text_scale", "guidance_scale": "text_scale", "cfg": "text_scale", "cfg_scale": "text_scale",
+    "negative_prompt": "negative_tokens", "num_inference_steps": "steps", "duration": "num_frames",
+}  # fmt: skip
 
 # The bundled models. "tiny" is the distilled one, or the base one where that has not been made.
 TINY = Path(__file__).resolve().parent / "tiny"
@@ -229,6 +229,10 @@ def check_flags(args: argparse.Namespace) -> None:
                 f"the prompt {ascii(prompt)} is not UTF-8: check the encoding of the terminal or script")
     require(not args.text or not (args.prompt or args.save_text),
             f"--text {args.text!r} is an encoded prompt already: leave --prompt and --save_text out")
+    require(args.out.suffix.lower() in (".mp4", ".gif", ".png"),
+            f"--out {str(args.out)!r} must end in .mp4, .gif or .png")
+    require(args.save_text is None or args.save_text.suffix == ".safetensors",
+            f"--save_text {str(args.save_text)!r} must end in .safetensors")
     require(args.num_frames != math.inf or args.out.suffix.lower() == ".mp4",
             f"--num_frames inf needs an .mp4 file, not {str(args.out)!r}, which is rewritten every second")
     require(args.lora or not args.lora_scale, "--lora_scale needs a LoRA: add --lora FILE")
@@ -238,26 +242,6 @@ def check_flags(args: argparse.Namespace) -> None:
     args.prefix_frames = 32 if args.prefix_frames is None else args.prefix_frames
     args.fit = args.fit or "crop"
     args.vae, args.t5 = args.vae or args.model.parent / "vae", args.t5 or args.model.parent / "t5"
-
-
-def claim_outputs(args: argparse.Namespace, locks: contextlib.ExitStack) -> None:
-    """See that the output can be written, before there is something to write, and by nobody else."""
-    import media
-    from checkpoints import require
-
-    require(args.out.suffix.lower() in media.WRITERS,
-            f"--out {str(args.out)!r} must end in .mp4, .gif or .png")
-    require(args.save_text is None or args.save_text.suffix == ".safetensors",
-            f"--save_text {str(args.save_text)!r} must end in .safetensors")
-    inputs = [f for f in (args.image, args.video, args.text, args.config_file, *args.lora) if f]
-    inputs += [file for folder in (args.model, args.vae, args.t5) for file in folder.glob("*")]
-    for name in ("out", "save_text"):
-        if path := getattr(args, name):
-            require(not path.exists() or not any(os.path.exists(f) and path.samefile(f) for f in inputs),
-                    f"{str(path)!r} is an input: give the output another name")
-            path = media.check_output(path)
-            locks.enter_context(media.locked(path))
-            setattr(args, name, path)
 
 
 def settings(args: argparse.Namespace, dit, cfg, notes: list[str]):
@@ -413,7 +397,11 @@ def prepare(argv: list[str] | None, locks: contextlib.ExitStack) -> dict:
 
     if signal.getsignal(signal.SIGINT) is leave:                             # from here on there may be files
         signal.signal(signal.SIGINT, signal.default_int_handler)
-    claim_outputs(args, locks)
+    inputs = [f for f in (args.image, args.video, args.text, args.config_file, *args.lora) if f]
+    inputs += [file for folder in (args.model, args.vae, args.t5) for file in folder.glob("*")]
+    args.out = locks.enter_context(media.claimed(args.out, inputs))
+    if args.save_text:
+        args.save_text = locks.enter_context(media.claimed(args.save_text, inputs))
     dit = read_config(args.model, "dit", magi.DiTConfig)
     dit = dataclasses.replace(dit, dtype=args.dtype or dit.dtype)
     native = read_config(args.model, "sampler", magi.SamplerConfig)
