@@ -52,6 +52,7 @@ purpose: CPU offload of the cache (a few chunks need none) and CUDA graphs.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import itertools
 import math
 import warnings
@@ -1257,13 +1258,14 @@ def needed(wanted: Sequence[int], inputs: Sequence[ChunkInput]) -> list[ChunkInp
 
 
 def plan(cfg: SamplerConfig, chunks: int | None, prefix_chunks: int = 0,
-         config_of: Callable[[int], SamplerConfig] | None = None) -> Iterator[Step]:
+         config_of: Callable[[int], SamplerConfig | None] | None = None) -> Iterator[Step]:
     """The steps of a run of `chunks` chunks, of which the first `prefix_chunks` are given; None: for ever.
 
     A chunk enters at every stage, until all have. When one has done its steps, the next forward carries it
     once more, in front and at t = 0.9999, so that its clean keys and values reach the cache; prefix chunks
     are stored by a step of their own before all others. config_of(chunk): the config of a chunk, which is
-    asked for when it enters (its ranges may differ from the others'; default: cfg for all).
+    asked for when it enters (its ranges may differ from the others'; default: cfg for all); None: there is no
+    such chunk, and the video ends with those in flight.
 
     >>> for step in itertools.islice(plan(SamplerConfig(num_steps=4), 3), 5):
     ...     print(*(f"{c.chunk}: t {c.t:.2f}, sees {c.first_seen}.." for c in step.chunks), sep="; ")
@@ -1308,8 +1310,12 @@ def plan(cfg: SamplerConfig, chunks: int | None, prefix_chunks: int = 0,
         reads += [oldest_seen(cfg, c) for c in to_come if newest < c < K]
         return min(reads)
 
-    for stage in itertools.count() if chunks is None else range(K - P + window - 1 if K > P else 0):
+    for stage in itertools.count():
+        if P + stage < K and config_of(P + stage) is None:
+            K = P + stage
         active = range(max(P, P + stage - window + 1), min(P + stage + 1, K))
+        if not active:
+            return
         oldest, newest = active[0], active[-1]
         just_left = oldest - 1 if stage >= window else None
         first_needed = forget(stage, active, just_left)
@@ -1392,6 +1398,12 @@ class Progress:
     now: Step                            # what was just computed
     cache_bytes: int
     latents: dict[int, Tensor]           # chunks in flight by absolute index, (1, 16, 6, H, W); do not change
+    velocity: dict[int, Tensor]          # what moved them
+
+    def guess(self, chunk: int) -> Tensor:
+        """The clean latents of a chunk in flight, if its velocity were right to the end: x + (1 - t) v."""
+        t = next(c.t + c.dt for c in self.now.noisy if c.chunk == chunk)
+        return self.latents[chunk] + (1 - t) * self.velocity[chunk]
 
 
 def chunk_noise(seed: int, chunk: int, shape: Sequence[int]) -> Tensor:
@@ -1412,9 +1424,10 @@ def sample(dit: DiT, text: Tensor | Iterator[tuple], text_mask: Tensor | None, s
 
     text            (L, C) with text_mask (L,), or (chunks, L, C) with (chunks, L): the last caption goes on.
                     Or, with text_mask None, an iterator that each chunk asks when it enters, for (text, mask)
-                    or (text, mask, SamplerConfig): that chunk's own ranges and guidance. A chunk enters
-                    window - 1 stages before the end of the oldest one in flight, so about that many chunks
-                    before it is seen
+                    or (text, mask, SamplerConfig): that chunk's own ranges and guidance. When the iterator
+                    ends, its last item goes on; the item None ends the video with the chunks in flight.
+                    Chunk c asks when chunk c - window has been yielded and the next is asked for: an item
+                    that comes now shows after the window - 1 chunks in flight, that is num_steps steps later
     special_tokens  name -> (1, C)
     prefix          (16, T, H, W), clean latents that come first
     noise           (16, 6 K, H, W), in place of the seeded noise; prefix chunks count. H and W of the video
@@ -1475,7 +1488,7 @@ class _Run:
         self.branches = DISTILLED_BRANCHES if cfg.distilled else BASE_BRANCHES
         self.cache = KVCache()
         self.asked: dict[int, Asked] = {}                                    # of the chunks in flight
-        self.last: tuple | None = None                                       # what the newest chunk asked for
+        self.last: tuple = ()                                                # what the newest chunk was given
 
     @torch.no_grad()
     def stream(self, progress: Callable[[Progress], None]) -> Iterator[tuple[int, Tensor]]:
@@ -1484,7 +1497,7 @@ class _Run:
         total = None if self.K is None else (self.K - self.P + self.cfg.window - 1) * per_stage
         steps = itertools.count(1)
         x = {c: self.given(c) for c in range(self.P)}                        # chunk -> (1, 16, 6, H, W)
-        for step in plan(self.cfg, self.K, self.P, lambda chunk: self.ask(chunk).cfg):
+        for step in plan(self.cfg, self.K, self.P, self.config):
             self.cache.evict(step.forget)
             if step.enters is not None:
                 x[step.enters] = self.paste(step.enters, self.fresh(step.enters))
@@ -1494,7 +1507,7 @@ class _Run:
             x = {c.chunk: x[c.chunk] for c in step.noisy}                    # clean ones are in the cache now
             if step.noisy:
                 chunk = step.noisy[0].chunk - self.P
-                progress(Progress(next(steps), total, chunk, step, self.cache.bytes, x))
+                progress(Progress(next(steps), total, chunk, step, self.cache.bytes, x, v))
             if step.done is not None:
                 del self.asked[step.done]
                 yield step.done - self.P, self.emit(step.done, x[step.done])
@@ -1530,12 +1543,19 @@ class _Run:
                      cache=self.cache, store=sum(c.clean for c in inputs) if branch.stores else 0)
         return dict(zip(chunks, v.chunk(len(chunks), dim=2), strict=True))
 
-    def ask(self, chunk: int) -> Asked:
+    def config(self, chunk: int) -> SamplerConfig | None:
+        asked = self.ask(chunk)
+        return asked and asked.cfg
+
+    def ask(self, chunk: int) -> Asked | None:
         """Text and config of a chunk; the first question takes the next item, and the last item goes on."""
         if chunk not in self.asked:
-            self.last = next(self.texts, self.last)
-            require(self.last is not None, "there is no prompt: give at least one, which may be empty")
-            text, mask, *cfg = self.last
+            item = next(self.texts, self.last)
+            if item is None:                                                 # the video ends before it
+                return None
+            require(item, "there is no prompt: give at least one, which may be empty")
+            self.last = item
+            text, mask, *cfg = item
             valid = mask.to(self.null.device).bool().long()
             self.asked[chunk] = Asked(text.to(self.null), valid, *(cfg or [self.cfg]))
         return self.asked[chunk]
@@ -1641,12 +1661,21 @@ def load(folder: str | Path, *, vae: str | Path | None = None, t5: str | Path | 
                 tokens, TextEncoder(t5, cfg.text_length, device, keep_t5))
 
 
+GUIDANCE = ("cfg_t", "prev_scales", "text_scales", "nearly_clean_t", "nearly_clean_blend")
+
+
 class Prompt(NamedTuple):
     """What an iterator of prompts may give in place of a plain caption; settings hold from this chunk on."""
 
     text: str
     transition: str | None = None        # "cut" or "restyle", at this chunk
-    settings: dict = {}                  # fields of SamplerConfig for guidance: text_scales, prev_scales
+    settings: dict = {}                  # of GUIDANCE, the fields of SamplerConfig that may change in a run
+
+    def check(self) -> None:
+        """ValueError for what a chunk cannot be given."""
+        require(isinstance(self.text, str), f"a prompt is a caption or a magi.Prompt, not {self.text!r}")
+        wrong = ", ".join(map(repr, self.settings.keys() - set(GUIDANCE)))
+        require(not wrong, f"{wrong} cannot change while a video is made, only {', '.join(GUIDANCE)}")
 
 
 class MAGI:
@@ -1673,7 +1702,8 @@ class MAGI:
         """Yield uint8 frames (<= 24, height, width, 3), exactly num_frames in all, one chunk at a time.
 
         prompt: one caption; a list with one per chunk (the last goes on); any other iterator, which is asked
-        for a caption or a Prompt when a chunk enters; or the (text, mask) that encode_text gave. image: the
+        for a caption or a Prompt when a chunk enters, window - 1 chunks before it is seen (None: the video
+        ends with the chunks in flight); or the (text, mask) that encode_text gave. image: the
         video starts with it. video: the result goes on after its last frames, of which `prefix_frames` are
         shown to the model. Both may be arrays, tensors, PIL images or paths (media.to_image, media.to_video).
         sampler replaces the model's config; settings replace fields of it, such as num_frames, seed,
@@ -1714,18 +1744,23 @@ class MAGI:
         if isinstance(prompt, Sequence):
             require(len(prompt) > 0,
                     "the prompt is an empty list: give at least one caption, which may be ''")
-            plain = isinstance(prompt[0], Tensor)
-            return prompt if plain else self.encode_text(list(prompt))
+            if isinstance(prompt[0], Tensor):
+                return prompt
+            if all(isinstance(caption, str) for caption in prompt):
+                return self.encode_text(list(prompt))
 
-        def one_by_one(config: SamplerConfig) -> Iterator[tuple[Tensor, Tensor, SamplerConfig]]:
-            said, encoded = None, None
+        def one_by_one(config: SamplerConfig) -> Iterator[tuple[Tensor, Tensor, SamplerConfig] | None]:
+            encode = functools.lru_cache(8)(lambda caption: self.encode_text([caption]))
             for chunk, item in enumerate(prompt):
-                item = Prompt(item) if isinstance(item, str) else item
+                if item is None:
+                    yield None
+                    return
+                item = item if isinstance(item, Prompt) else Prompt(item)
+                item.check()
                 config = dataclasses.replace(config, **item.settings)
                 here = shot_transition(config, chunk, item.transition) if item.transition else config
-                if item.text != said:                    # text that is encoded already is used again
-                    said, encoded = item.text, self.encode_text([item.text])
-                yield encoded[0][0], encoded[1][0], here
+                text, mask = encode(item.text)
+                yield text[0], mask[0], here
 
         return one_by_one(cfg), None
 
