@@ -115,7 +115,10 @@ def told_by(stream: BinaryIO, endless: bool, say: Callable[[str], None]) -> Prom
     prompts = Prompts(endless)
 
     def read() -> None:
-        while line := stream.readline(4 * MAX_PROMPT + 2):
+        limit = 4 * MAX_PROMPT + 2
+        while rest := (line := stream.readline(limit)):
+            while rest and not rest.endswith(b"\n"):                         # of a line that is too long
+                rest = stream.readline(limit)
             try:
                 if text := check_prompt(line.decode(errors="surrogateescape").strip("\ufeff")):
                     prompts.tell(text)
@@ -207,18 +210,15 @@ class Live:
 
         self.pipe, self.matrix, self.cfg = pipe, matrix, pipe.sampler
         self.id, self.changed, self.version = secrets.token_hex(4), threading.Condition(), 0
-        self.file, self.size = tempfile.TemporaryFile(buffering=0), 0
+        self.file, self.size, self.made = tempfile.TemporaryFile(buffering=0), 0, 0.0    # bytes, seconds
         self.fragments, self.recent = media.Fragments(self.cfg.fps), deque(maxlen=KEPT)
         self.cards: dict[int, dict] = {}                                     # chunk of the film -> on the strip
         self.prompts, self.numbers, self.prompt = Prompts(), itertools.count(1), ""
         self.takes, self.take, self.running = queue.SimpleQueue(), 0, False
         self.paused, self.error, self.position = False, "", 0.0
         self.pace, self.busy, self.mark = None, 0.0, 0.0                     # seconds of computing per second
-        threading.Thread(target=self.work, daemon=True).start()
-
-    @property
-    def made(self) -> float:
-        return self.fragments.frames / self.cfg.fps
+        self.thread = threading.Thread(target=self.work, daemon=True)
+        self.thread.start()
 
     def update(self, **what: Any) -> None:
         with self.changed:
@@ -260,9 +260,20 @@ class Live:
 
     # ------------------------------------------------------------------------------------------ the thread
 
+    def close(self) -> None:
+        """Give up what is being made, and let the thread end."""
+        with self.changed:
+            self.take += 1
+            self.takes.put((0, None))
+            self.prompts.end()
+            self.update(running=False)
+        self.thread.join(10)
+
     def work(self) -> None:
         while True:
             take, start = self.takes.get()
+            if start is None:
+                return
             try:
                 self.shoot(take, start)
             except NewTake:
@@ -321,6 +332,7 @@ class Live:
         with self.changed:
             self.file.seek(self.size)
             self.size += self.file.write(fragment if self.size else self.fragments.init + fragment)
+            self.made += n / self.cfg.fps
             self.recent.append((chunk, fragment))
             self.cards[chunk] |= dict(done=True, t=1.0, start=start, picture=data_uri(frames[n // 2]))
             for old in [n for n in self.cards if n <= chunk - KEPT]:
@@ -335,10 +347,11 @@ class Live:
 
     def state(self) -> dict:
         with self.changed:
+            newest = max((n for n, card in self.cards.items() if card["done"]), default=0)
             second, window = 24 / self.cfg.fps, self.cfg.window
             codec = self.fragments.codec if self.fragments.init else ""
             return dict(film=self.id, codec=codec, made=self.made,
-                        cards=list(self.cards.values()), waiting=[t.prompt.text for t in self.prompts.waiting],
+                        cards=[card for n, card in self.cards.items() if n > newest - 4], waiting=[t.prompt.text for t in self.prompts.waiting],
                         running=self.running, paused=self.paused, pace=self.pace, error=self.error,
                         prompt=self.prompt, flying=window - 1,
                         least=max((window - 1) * second, window * second * (self.pace or 0)))
@@ -488,11 +501,12 @@ class Server:
                 await asyncio.sleep(0.05)
 
     async def obey(self, name: str, message: Any, socket: Any) -> None:
-        live, kinds = self.live, self.web.WSMsgType
-        if message.type == kinds.TEXT and "at" in (asked := json.loads(message.data)):
+        live, is_file = self.live, message.type == self.web.WSMsgType.BINARY
+        asked = {} if is_file else json.loads(message.data)
+        if "at" in asked:
             return live.played(float(asked["at"]))
         require(next(iter(self.visitors)) == name, "someone else speaks to this film: you are watching")
-        if message.type == kinds.BINARY:
+        if is_file:
             require(live.prompt or live.running, "say first what should happen, then choose the file")
             start = await asyncio.to_thread(read_upload, message.data, live.cfg)
             live.begin(seed=live.cfg.seed, **start)
@@ -504,6 +518,8 @@ class Server:
         elif "seed" in asked:
             require(live.prompt, "say what to show, for example: a red ball bounces")
             live.begin(seed=secrets.randbelow(2**31))
+        else:
+            raise ValueError("this page does not fit the server: reload it")
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -539,7 +555,7 @@ PAGE = r"""<!doctype html>
   fieldset { border: 0; padding: 0; margin: 0; display: contents } fieldset:disabled * { opacity: .6; cursor: default }
   #problem { color: var(--bad); min-height: 1.5em } p { margin: 0 }
   ol { list-style: none; display: flex; gap: .6rem; margin: 0; padding: .2rem; overflow-x: auto; min-height: 11.5rem }
-  li { flex: 0 0 6.4rem; background: var(--card); border: 1px solid var(--line); border-radius: .5rem; padding: .4rem }
+  li { flex: 0 0 6.2rem; background: var(--card); border: 1px solid var(--line); border-radius: .5rem; padding: .4rem }
   li.flying { border-style: dashed } li.shown { outline: 2px solid var(--accent) } li.next { opacity: .6 }
   li img { display: block; width: 100%; aspect-ratio: var(--shape, 1); background: var(--line); border-radius: .3rem;
     image-rendering: pixelated }
@@ -565,13 +581,13 @@ PAGE = r"""<!doctype html>
     <p id="latency"></p><p id="problem" role="alert"></p>
   </form>
 </main>
-<h2>Seconds of film, from clean to noise</h2>
+<h2>Seconds of film: made, and on their way from noise</h2>
 <ol id="strip"></ol>
 <script>
 const $ = id => document.getElementById(id), video = $("video"), LARGEST = 32 * 2 ** 20;
 const query = new URLSearchParams(location.search);
 query.set("visitor", sessionStorage.visitor ||= Math.random().toString(36).slice(2));
-let socket, source, buffer, queue, state = null, pending = null, told = null;
+let socket, source, buffer, queue, state = null, pending = null, told = null, kept = 20;
 $("download").href = "film.mp4" + location.search;
 
 function connect() {                                   // a new player each time: the server may be a new one
@@ -610,7 +626,7 @@ function pump() {                                      // feed the player, and d
   }
   if (!buffer || buffer.updating) return;
   const played = video.buffered;
-  if (played.length && video.currentTime - played.start(0) > 20) buffer.remove(0, video.currentTime - 5);
+  if (played.length && video.currentTime - played.start(0) > kept) buffer.remove(0, video.currentTime - kept / 4);
   else if (queue.length) buffer.appendBuffer(queue.shift());
 }
 
@@ -702,6 +718,7 @@ async def serve(live: Live, host: str, port: int, token: str = "") -> None:
         await asyncio.Event().wait()
     finally:
         await runner.cleanup()
+        live.close()
 
 
 def main(argv: list[str] | None = None) -> int:
