@@ -55,6 +55,7 @@ import dataclasses
 import functools
 import itertools
 import math
+import sys
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -68,7 +69,17 @@ from einops import rearrange, repeat
 from torch import Tensor, nn
 
 from captions import clean_caption
-from checkpoints import build, fill, load_module, read_config, reading, require
+from checkpoints import (
+    build,
+    check_dit_config,
+    check_sampler_config,
+    check_vae_config,
+    fill,
+    load_module,
+    read_config,
+    read_tensors,
+    require,
+)
 
 __all__ = ["DiT", "DiTConfig", "KVCache", "MAGI", "PRESETS", "Prompt", "SamplerConfig", "T5", "VAE",
            "VAEConfig", "clean_caption", "load", "load_dit", "load_vae", "plan", "sample", "shot_transition"]
@@ -78,8 +89,8 @@ Device = str | torch.device
 # ----------------------------------------------------------------------------------------------------------
 # 1  Configs and presets
 # ----------------------------------------------------------------------------------------------------------
-# Three frozen dataclasses say everything about a model and a run. They check themselves when they are made,
-# so a bad number is refused in milliseconds, not after an hour of sampling.
+# Three frozen dataclasses say everything about a model and a run. They check themselves when they are made
+# (checkpoints.py), so a bad number is refused in milliseconds, not after an hour of sampling.
 
 SCALE_FACTOR = 0.18215     # brings latents to unit variance, as in latent diffusion
 CHUNK = 6                  # latent frames in a chunk: 24 video frames, one second
@@ -122,15 +133,7 @@ class VAEConfig:
     ln_in_attn: bool = True       # normalise q, k and v per head instead of the block's input
     use_final_proj: bool = False  # extra Linear + LayerNorm before the pixel shuffle: narrow models need it
 
-    def __post_init__(self):
-        require(self.video_size % self.patch_size == 0 and self.video_length % self.patch_length == 0,
-                f"video_size {self.video_size} and video_length {self.video_length} must be multiples of "
-                f"the patch ({self.patch_length} frames, {self.patch_size} px)")
-        require(self.embed_dim % self.num_heads == 0,
-                f"embed_dim {self.embed_dim} must be a multiple of num_heads {self.num_heads}")
-        require(self.use_final_proj or self.embed_dim % self.patch_volume == 0,
-                f"embed_dim {self.embed_dim} must be a multiple of {self.patch_volume}, "
-                f"or set use_final_proj")
+    __post_init__ = check_vae_config
 
     @property
     def patch_volume(self) -> int:
@@ -165,21 +168,7 @@ class DiTConfig:
     dtype: str = "bfloat16"       # of the blocks; embedders, head and half of the norms stay float32
     fp8: bool = False             # e4m3 weights in every layer but the first and last
 
-    def __post_init__(self):
-        require(self.dtype in ("float32", "bfloat16", "float16"),
-                f"dtype {self.dtype!r} is not one of float32, bfloat16, float16")
-        require(self.num_heads % self.num_kv_heads == 0,
-                f"num_heads {self.num_heads} must be a multiple of num_kv_heads {self.num_kv_heads}")
-        require(self.head_dim % 8 == 0, f"head_dim {self.head_dim} must be a multiple of 8 (rotary bands)")
-        require(self.num_heads * self.head_dim % 8 == 0 and self.hidden_size % 4 == 0,
-                f"num_heads * head_dim must be a multiple of 8 (convert_weights.py permutes Wo in eighths) "
-                f"and hidden_size ({self.hidden_size}) of 4")
-        for name in ("in_channels", "out_channels"):
-            require(getattr(self, name) in (self.latent_channels, 2 * self.latent_channels),
-                    f"{name} {getattr(self, name)} must be latent_channels ({self.latent_channels}) "
-                    f"or twice that")
-        require(2 <= self.null_length <= self.text_length,
-                f"null_length {self.null_length} must be in [2, {self.text_length}]")
+    __post_init__ = check_dit_config
 
     @property
     def cond_size(self) -> int:
@@ -223,56 +212,7 @@ class SamplerConfig:
     seed: int = 1234
 
     def __post_init__(self):
-        for name in ("num_steps", "window", "clean_kv_range", "num_frames", "height", "width", "fps", "seed"):
-            value = getattr(self, name)
-            require(hasattr(value, "__index__") or (name, value) == ("num_frames", None),
-                    f"{name} {value!r} must be a whole number")
-        for name in ("clean_t", "nearly_clean_t", "nearly_clean_blend"):
-            require(not math.isnan(getattr(self, name)), f"{name} {getattr(self, name)} must be a number")
-        self._check_schedule()
-        self._check_guidance()
-        require(self.num_frames is None or self.num_frames >= 1,
-                f"num_frames {self.num_frames} must be at least 1")
-        for name in ("height", "width"):
-            value = getattr(self, name)
-            nearest = min(max(32, round(value / 16) * 16), 16384)
-            require(value == nearest,
-                    f"{name} {value} must be a multiple of 16, 32 to 16384: the nearest is {nearest}")
-        require(self.fps > 0, f"fps {self.fps} must be positive")
-        require(0 <= self.seed < 2**63, f"seed {self.seed} must be in [0, 2**63)")
-
-    def _check_schedule(self) -> None:
-        steps, window = self.num_steps, self.window
-        require(window >= 1, f"window {window} must be at least 1")
-        require(steps <= 10_000, f"steps {steps} are too many: at most 10000")
-        require(steps >= 1 and steps % window == 0,
-                f"steps {steps} must be a multiple of the window {window}: "
-                f"try {max(window, round(steps / window) * window)}")
-        for ranges in (self.kv_ranges, *(ranges for _, ranges in self.kv_ranges_at)):
-            require(all(v >= 1 and hasattr(v, "__index__") for v in ranges),
-                    f"kv_ranges {ranges} must all be whole numbers of at least 1")
-            unit = math.lcm(window, len(ranges) or 1)
-            require(steps % unit == 0,
-                    f"steps {steps} must be a multiple of the number of kv_ranges ({len(ranges)}) "
-                    f"and of the window {window}: try {unit * max(1, round(steps / unit))}")
-        require(self.clean_kv_range >= 1 or self.clean_kv_range == -1,
-                f"clean_kv_range {self.clean_kv_range} must be at least 1, or -1")
-        require(self.shortcut_mode in ("8,16,16", "16,16,8"),
-                f"shortcut_mode {self.shortcut_mode!r} is not '8,16,16' or '16,16,8'")
-        require(steps != 12 or not self.distilled or window in (1, 2, 4),
-                f"12 steps of a distilled model come in threes, of two sizes (see shortcut_d): "
-                f"window {window} must be 1, 2 or 4")
-
-    def _check_guidance(self) -> None:
-        one_length = len(self.cfg_t) == len(self.prev_scales) == len(self.text_scales) >= 1
-        rising = all(a <= b for a, b in itertools.pairwise(self.cfg_t))
-        finite = all(map(math.isfinite, (*self.prev_scales, *self.text_scales)))
-        require(one_length and self.cfg_t[0] <= 0 and rising and finite,
-                f"guidance tables must have one length, rise from t = 0 and be finite: cfg_t {self.cfg_t}, "
-                f"prev_scales {self.prev_scales}, text_scales {self.text_scales}")
-        for kind, known in (("special", SPECIAL_TOKENS), ("negative", NEGATIVE_TOKENS)):
-            for name in getattr(self, f"{kind}_tokens"):
-                require(name in known, f"unknown {kind} token {name!r}: choose from {', '.join(known)}")
+        check_sampler_config(self, SPECIAL_TOKENS, NEGATIVE_TOKENS)
 
 
 class Preset(NamedTuple):
@@ -280,14 +220,16 @@ class Preset(NamedTuple):
     sampler: SamplerConfig
 
 
-_24B = dict(num_layers=48, hidden_size=6144, num_heads=48, ffn_size=16384, gated_ffn=True, in_channels=32,
-            out_channels=32, x_scale=0.1)
-_TINY = dict(num_layers=6, hidden_size=192, num_heads=6, num_kv_heads=2, head_dim=32, ffn_size=768,
-             text_dim=128, text_length=64, null_length=8, dtype="float32")
-_BASE_24B = dict(num_steps=32, height=720, width=1280)
+_24B: dict[str, Any] = dict(
+    num_layers=48, hidden_size=6144, num_heads=48, ffn_size=16384, gated_ffn=True, in_channels=32,
+    out_channels=32, x_scale=0.1)
+_TINY: dict[str, Any] = dict(
+    num_layers=6, hidden_size=192, num_heads=6, num_kv_heads=2, head_dim=32, ffn_size=768,
+    text_dim=128, text_length=64, null_length=8, dtype="float32")
+_BASE_24B: dict[str, Any] = dict(num_steps=32, height=720, width=1280)
 # Official configs say 16 steps for the distilled 24B and 64 for the distilled 4.5B. Here it is 16 for
 # both: 64, 32, 16 and 8 steps are all trained budgets, and 16 take a quarter of the time.
-_DISTILL = dict(num_steps=16, distilled=True)
+_DISTILL: dict[str, Any] = dict(num_steps=16, distilled=True)
 _DISTILL_24B = _DISTILL | dict(width=1280)
 # fmt: off
 PRESETS = {                                        # the model zoo (model card)
@@ -324,6 +266,12 @@ class LayerNorm1p(nn.LayerNorm):
         """Normalise the last axis in the dtype of the weights (float32 for most norms of the DiT)."""
         x = x.to(self.weight.dtype)
         return F.layer_norm(x, self.normalized_shape, self.weight + 1, self.bias, self.eps)
+
+
+def small_normal(*shape: int) -> nn.Parameter:
+    """A learned table with a deviation of 0.02. (On the meta device torch.randn imports torch._dynamo, which
+    takes a second; this initialiser does not.)"""
+    return nn.Parameter(nn.init.trunc_normal_(torch.empty(shape), std=0.02))
 
 
 def timestep_features(t: Tensor, dim: int = 256) -> Tensor:
@@ -412,11 +360,16 @@ def swiglu(u: Tensor) -> Tensor:
 def matmul_float32(x: Tensor, weight: Tensor) -> Tensor:
     """x weight^T in float32: (..., in), (out, in) -> (..., out).
 
-    The product of two bf16 (or e4m3) numbers is exact in float32, so on a GPU the tensor cores take the bf16
-    operands as they are and sum in float32: the same result at several times the speed.
+    The product of two bf16 (or e4m3) numbers is exact in float32, so a processor that has bf16 instructions
+    takes the operands as they are and sums in float32: the same result at several times the speed. A CPU
+    then rounds the sum to bf16, as after every other linear layer, because PyTorch cannot ask it not to.
     """
-    if x.is_cuda and x.dtype == weight.dtype == torch.bfloat16 and not torch.is_grad_enabled():
-        return torch.mm(x.flatten(0, -2), weight.t(), out_dtype=torch.float32).unflatten(0, x.shape[:-1])
+    if x.dtype == weight.dtype == torch.bfloat16 and not torch.is_grad_enabled():
+        if x.is_cuda:
+            rows = x.flatten(0, -2)
+            return torch.mm(rows, weight.t(), out_dtype=torch.float32).unflatten(0, x.shape[:-1])
+        if x.device.type == "cpu" and torch.cpu._is_avx512_bf16_supported():
+            return F.linear(x, weight).float()
     return F.linear(x.float(), weight.float())
 
 
@@ -426,7 +379,9 @@ def fp8_matmul(x: Tensor, weight: Tensor, divide: Tensor, scale: Tensor) -> Tens
     Runs anywhere, on e4m3 numbers held in wider types, and returns bf16: the reference for the fp8 kernels.
     """
     x8 = (x / divide.float()).clamp_(-448, 448).to(torch.bfloat16).to(torch.float8_e4m3fn)  # 448: e4m3's max
-    return (matmul_float32(x8.bfloat16(), weight.bfloat16()) * scale).to(torch.bfloat16)
+    x8, weight = x8.bfloat16(), weight.bfloat16()
+    product = matmul_float32(x8, weight) if x.is_cuda else F.linear(x8.float(), weight.float())
+    return (product * scale).to(torch.bfloat16)
 
 
 @dataclass(frozen=True)
@@ -512,11 +467,11 @@ class VAETransformer(nn.Module):
         side = cfg.video_size // cfg.patch_size
         self.grid = (cfg.video_length // cfg.patch_length, side, side)       # native (T, H, W)
         self.cls_token = nn.Parameter(torch.zeros(1, 1, cfg.embed_dim))
-        self.pos_embed = nn.Parameter(torch.randn(1, 1 + math.prod(self.grid), cfg.embed_dim) * 0.02)
+        self.pos_embed = small_normal(1, 1 + math.prod(self.grid), cfg.embed_dim)
         self.blocks = nn.ModuleList(VAEBlock(cfg) for _ in range(cfg.depth))
         self.norm = nn.LayerNorm(cfg.embed_dim)
 
-    def positions(self, size: tuple[int, int, int]) -> Tensor:
+    def positions(self, size: tuple[int, ...]) -> Tensor:
         """The position table resampled to another (T, H, W); the class token has no place to resample."""
         if size == self.grid:
             return self.pos_embed
@@ -557,7 +512,7 @@ class VAEDecoder(VAETransformer):
         self.patch = dict(pt=cfg.patch_length, ph=cfg.patch_size, pw=cfg.patch_size)
         self.proj_in = nn.Linear(cfg.z_chans, cfg.embed_dim)
         width = cfg.out_features
-        self.final = nn.Identity()
+        self.final: nn.Module = nn.Identity()
         if cfg.use_final_proj:
             self.final = nn.Sequential(nn.Linear(cfg.embed_dim, width), nn.LayerNorm(width))
         # The shuffle leaves each pixel a few channels; a convolution over them hides the patches' seams.
@@ -580,7 +535,8 @@ class VAE(nn.Module):
 
     def __init__(self, cfg: VAEConfig):
         super().__init__()
-        self.cfg, self.ops = cfg, TORCH_OPS
+        self.cfg = cfg
+        self.ops: Ops = TORCH_OPS
         self.patch = (cfg.patch_length, cfg.patch_size, cfg.patch_size)
         self.encoder = VAEEncoder(cfg)
         self.decoder = VAEDecoder(cfg)
@@ -610,8 +566,8 @@ class VAE(nn.Module):
             return self.encoder(video, self.ops)[0]
 
         def encode_tile(window: Sequence[slice]) -> Tensor:
-            pixels = [slice(w.start * p, w.stop * p) for w, p in zip(window, self.patch, strict=True)]
-            return self.encoder(video[(..., *pixels)], self.ops)[0]
+            t, h, w = (slice(s.start * p, s.stop * p) for s, p in zip(window, self.patch, strict=True))
+            return self.encoder(video[:, :, t, h, w], self.ops)[0]
 
         size = [s // p for s, p in zip(video.shape[2:], self.patch, strict=True)]
         return self._tiled(encode_tile, size, tile, overlap, scale=1, neighbour="blended")
@@ -623,7 +579,8 @@ class VAE(nn.Module):
             return self.decoder(latent, self.ops)
 
         def decode_tile(window: Sequence[slice]) -> Tensor:
-            return self.decoder(latent[(..., *window)], self.ops)
+            t, h, w = window
+            return self.decoder(latent[:, :, t, h, w], self.ops)
 
         return self._tiled(decode_tile, latent.shape[2:], tile, overlap, self.cfg.patch_size, neighbour="raw")
 
@@ -648,9 +605,11 @@ class VAE(nn.Module):
         pieces = []
         for frame in frames:
             tiles = iter(self.map_tiles(fn, [(frame, row, column) for row in rows for column in columns]))
-            above, joined = [], []                       # the row above, as this one blends with it
+            above: list[Tensor] = []                     # the row above, as this one blends with it
+            joined = []
             for _ in rows:
-                seen, row = [], []                       # this row as its neighbours see it, as it is kept
+                seen: list[Tensor] = []                  # this row as its neighbours blend with it
+                row = []                                 # and as it is kept
                 for i in range(len(columns)):
                     raw = out = next(tiles)
                     if above:
@@ -702,52 +661,47 @@ def tokenize(tokenizer: Any, captions: Sequence[str], length: int) -> tuple[Tens
 
 
 class T5:
-    """A T5 encoder folder (config.json, weights, spiece.model), read offline.
+    """A T5 encoder folder (config.json, weights, spiece.model), read offline, when captions come.
 
-    The XXL encoder has 4.7 B parameters: 9.5 GB in bfloat16, the default (19 in float32).
+    The XXL encoder has 4.7 B parameters: 9.5 GB in bfloat16, the default (19 in float32). The DiT needs that
+    memory and a run needs each prompt once, so the model is freed after every call unless `keep` is set.
     """
 
     def __init__(self, folder: str | Path, length: int = 800, device: Device = "cpu",
-                 dtype: torch.dtype = torch.bfloat16):
+                 dtype: torch.dtype = torch.bfloat16, keep: bool = False):
+        self.folder, self.length = Path(folder), length
+        self.device, self.dtype, self.keep = device, dtype, keep
+        self.model: Any = None
+
+    def read(self) -> Any:
+        """The model, a transformers.T5EncoderModel."""
         for name in ("config.json", "spiece.model"):
-            file = Path(folder) / name
-            require(file.is_file(), f"no text encoder in {str(folder)!r}: {file} does not exist")
-        from sentencepiece import SentencePieceProcessor
+            file = self.folder / name
+            require(file.is_file(), f"no text encoder in {str(self.folder)!r}: {file} does not exist")
         from transformers import T5EncoderModel
 
-        self.length = length
-        self.tokenizer = SentencePieceProcessor(model_file=str(Path(folder) / "spiece.model"))
-        model, info = T5EncoderModel.from_pretrained(folder, dtype=dtype, local_files_only=True,
-                                                     output_loading_info=True)
+        read: Any = T5EncoderModel.from_pretrained
+        model, info = read(self.folder, dtype=self.dtype, local_files_only=True, output_loading_info=True)
         missing = sorted(set(info["missing_keys"]) - {"encoder.embed_tokens.weight"})  # it is shared.weight
-        require(not missing, f"the text encoder in {str(folder)!r} lacks {len(missing)} tensor(s), such as "
-                f"{missing[:1]}: convert it again")                          # transformers would draw them
-        self.model = model.to(device).eval()
+        require(not missing, f"the text encoder in {str(self.folder)!r} lacks {len(missing)} tensor(s), such "
+                f"as {missing[:1]}: convert it again")                       # transformers would draw them
+        return model.to(self.device).eval()
 
     @torch.no_grad()
     def __call__(self, captions: Sequence[str], clean: bool = True) -> tuple[Tensor, Tensor]:
         """Captions -> last hidden state (n, L, text_dim) float32 and mask (n, L), on the CPU."""
+        from sentencepiece import SentencePieceProcessor
+
+        model = self.model or self.read()
+        self.model = model if self.keep else None
+        tokenizer = SentencePieceProcessor(model_file=str(self.folder / "spiece.model"))
         captions = [clean_caption(c) if clean else c for c in captions]
-        ids, mask = tokenize(self.tokenizer, captions, self.length)
+        ids, mask = tokenize(tokenizer, captions, self.length)
         used = max(1, int(mask.sum(1).max()))            # the columns that are not padding everywhere
-        ids, short = ids[:, :used].to(self.model.device), mask[:, :used].to(self.model.device)
-        hidden = self.model(ids, attention_mask=short).last_hidden_state.float().cpu()
+        ids, short = ids[:, :used].to(self.device), mask[:, :used].to(self.device)
+        hidden = model(ids, attention_mask=short).last_hidden_state.float().cpu()
         # Padding is zeroed, so that a result does not depend on what else is in the batch.
         return F.pad(hidden * mask[:, :used, None], (0, 0, 0, self.length - used)), mask
-
-
-class TextEncoder:
-    """Captions -> text (n, L, C) and mask (n, L). T5 is read when it is first needed, and freed at once
-    unless `keep` is set: the DiT needs the memory, and a run needs each prompt once."""
-
-    def __init__(self, folder: str | Path, length: int, device: Device = "cpu", keep: bool = False):
-        self.folder, self.length, self.device, self.keep = folder, length, device, keep
-        self.t5: T5 | None = None
-
-    def __call__(self, captions: Sequence[str]) -> tuple[Tensor, Tensor]:
-        t5 = self.t5 or T5(self.folder, self.length, self.device)
-        self.t5 = t5 if self.keep else None
-        return t5(captions)
 
 
 def prepend_tokens(text: Tensor, mask: Tensor, tokens: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
@@ -897,6 +851,8 @@ class FP8Linear(nn.Module):
     input is divided by a smoothing scale per channel, which moves outliers from activations to weights.
     """
 
+    input_scale: Tensor
+
     def __init__(self, in_features: int, out_features: int, kind: str):
         super().__init__()
         assert kind in ("tensor", "channel"), kind
@@ -908,7 +864,7 @@ class FP8Linear(nn.Module):
 
     def forward(self, x: Tensor, ops: Ops = TORCH_OPS) -> Tensor:            # (..., in) -> (..., out), bf16
         divide = self.input_scale if self.smooth_scale is None else self.smooth_scale
-        return ops.fp8_matmul(x, self.weight, divide, self.input_scale[0] * self.weight_scale)
+        return ops.fp8_matmul(x, self.weight, divide, self.input_scale[:1] * self.weight_scale)
 
 
 def _linear(cfg: DiTConfig, index: int, n_in: int, n_out: int, kind: str, otherwise: type[Linear] = Linear
@@ -1045,15 +1001,16 @@ class DiT(nn.Module):
 
     def __init__(self, cfg: DiTConfig):
         super().__init__()
-        self.cfg, self.ops = cfg, TORCH_OPS                  # set ops = get_ops("triton") for fast kernels
+        self.cfg = cfg
+        self.ops: Ops = TORCH_OPS                            # set it to get_ops("triton") for fast kernels
         D, cond, p = cfg.hidden_size, cfg.cond_size, cfg.patch_size
         self.patch_embed = nn.Conv3d(cfg.in_channels, D, (1, p, p), (1, p, p), bias=False)
         self.time_embed = nn.Sequential(nn.Linear(256, cond), nn.SiLU(), nn.Linear(cond, cond))
-        self.null_text = nn.Parameter(torch.randn(cfg.text_length, cfg.text_dim) * 0.02)
+        self.null_text = small_normal(cfg.text_length, cfg.text_dim)
         self.text_proj = nn.Linear(cfg.text_dim, D)
         self.flag_proj = nn.Linear(cfg.text_dim, cond)
         bands = cfg.head_dim // 8                            # of each axis; 3 axes turn 3/4 of a head's width
-        self.rope_bands = nn.Parameter(10000.0 ** (-torch.arange(bands) / bands))
+        self.rope_bands = nn.Parameter(torch.tensor([10000.0 ** (-i / bands) for i in range(bands)]))
         self.layers = nn.ModuleList(DiTLayer(cfg, i) for i in range(cfg.num_layers))
         self.final_norm = LayerNorm1p(D, cfg.norm_eps)
         self.final_linear = nn.Linear(D, p * p * cfg.out_channels, bias=False)
@@ -1175,7 +1132,7 @@ def timestep_grid(num_steps: int, shortcut_mode: str = "8,16,16") -> Tensor:
     return shift_time(s**2)
 
 
-def kv_range(cfg: SamplerConfig, grid_index: int, chunk: int | None = None) -> float:
+def kv_range(cfg: SamplerConfig, grid_index: int, chunk: int = -1) -> float:
     """How many chunks a noisy chunk sees, itself included, at a step of its own time grid; inf: all.
 
     `chunk` counts generated chunks: it selects an exception of cfg.kv_ranges_at.
@@ -1275,7 +1232,8 @@ def plan(cfg: SamplerConfig, chunks: int | None, prefix_chunks: int = 0,
     0: t 0.30, sees 0..; 1: t 0.10, sees 0..; 2: t 0.02, sees 0..
     0: t 1.00, sees 0..; 1: t 0.30, sees 0..; 2: t 0.10, sees 0..
     """
-    K, P, window = math.inf if chunks is None else chunks, prefix_chunks, cfg.window
+    P, window = prefix_chunks, cfg.window
+    K = sys.maxsize if chunks is None else chunks
     config_of = config_of or (lambda chunk: cfg)
     per_stage = cfg.num_steps // window
     grid = timestep_grid(cfg.num_steps, cfg.shortcut_mode).tolist()
@@ -1458,8 +1416,10 @@ def sample(dit: DiT, text: Tensor | Iterator[tuple], text_mask: Tensor | None, s
     return _Run(dit, cfg, K, P, text, table, prefix, noise, skip).stream(progress or (lambda _: None))
 
 
-def _one_by_one(text: Tensor, mask: Tensor, expected: tuple[int, int]) -> Iterator[tuple[Tensor, Tensor]]:
+def _one_by_one(text: Tensor, mask: Tensor | None, expected: tuple[int, ...]) -> Iterator[tuple]:
     """Text (L, C) or (chunks, L, C), and its mask, checked -> an iterator over chunks."""
+    require(isinstance(mask, Tensor), "text needs its text_mask, which says which rows are not padding")
+    assert mask is not None
     texts, masks = (text[None], mask[None]) if text.dim() == 2 else (text, mask)
     require(texts.shape[1:] == expected and masks.shape == texts.shape[:2] and len(texts) > 0,
             f"text {tuple(text.shape)} and text_mask {tuple(mask.shape)} must be {expected} and "
@@ -1515,8 +1475,8 @@ class _Run:
     def velocity(self, step: Step, x: dict[int, Tensor]) -> dict[int, Tensor]:
         """Guided velocity of every noisy chunk; the keys of clean ones are stored on the way."""
         noisy = step.noisy
-        shares = {c.chunk: branch_shares(self.ask(c.chunk).cfg, c, is_oldest=c == noisy[0]) for c in noisy}
-        v = {}
+        shares = {c.chunk: branch_shares(self.asked[c.chunk].cfg, c, is_oldest=c == noisy[0]) for c in noisy}
+        v, zero = {}, torch.zeros((), device=self.prefix.device)
         for name, branch in self.branches.items():
             wanted = [chunk for chunk, share in shares.items() if share[name] != 0 or not self.skip]
             if branch.stores:
@@ -1524,7 +1484,7 @@ class _Run:
             alone = [c._replace(first_seen=c.chunk) for c in noisy if c.chunk in wanted]
             inputs = alone if branch.alone else needed(wanted, step.chunks)
             v[name] = self.forward(inputs, branch, step.d, x)
-        return {chunk: sum(weight * v[name][chunk] for name, weight in share.items() if weight != 0)
+        return {chunk: sum((weight * v[name][chunk] for name, weight in share.items() if weight != 0), zero)
                 for chunk, share in shares.items()}
 
     def forward(self, inputs: Sequence[ChunkInput], branch: Branch, d: float, x: dict[int, Tensor]
@@ -1544,25 +1504,22 @@ class _Run:
         return dict(zip(chunks, v.chunk(len(chunks), dim=2), strict=True))
 
     def config(self, chunk: int) -> SamplerConfig | None:
-        asked = self.ask(chunk)
-        return asked and asked.cfg
-
-    def ask(self, chunk: int) -> Asked | None:
-        """Text and config of a chunk; the first question takes the next item, and the last item goes on."""
+        """Of a chunk, None if the video ends before it. A chunk that enters takes the next item of the
+        prompts, with its text; the last item goes on."""
         if chunk not in self.asked:
             item = next(self.texts, self.last)
-            if item is None:                                                 # the video ends before it
+            if item is None:
                 return None
             require(item, "there is no prompt: give at least one, which may be empty")
             self.last = item
             text, mask, *cfg = item
             valid = mask.to(self.null.device).bool().long()
             self.asked[chunk] = Asked(text.to(self.null), valid, *(cfg or [self.cfg]))
-        return self.asked[chunk]
+        return self.asked[chunk].cfg
 
     def caption(self, chunk: int) -> tuple[Tensor, Tensor]:
         """Special tokens and caption of a noisy chunk, (L, C), (L,); null text where the caption is empty."""
-        text, mask, _ = self.ask(chunk)
+        text, mask, _ = self.asked[chunk]
         if not mask.any():
             return self.null_text()
         remaining = math.inf if self.K is None else self.K - chunk
@@ -1631,17 +1588,6 @@ def load_vae(folder: str | Path, device: Device = "cpu", dtype: torch.dtype | No
     return vae
 
 
-def load_tokens(folder: str | Path) -> dict[str, Tensor]:
-    """The special tokens of a model folder, name -> (1, C), float32; none if it has no such file."""
-    from safetensors.torch import load_file
-
-    file = Path(folder) / "special_tokens.safetensors"
-    if not file.is_file():
-        return {}
-    with reading("special tokens", file):
-        return {name: v.float() for name, v in load_file(file).items()}
-
-
 def load(folder: str | Path, *, vae: str | Path | None = None, t5: str | Path | None = None,
          device: Device = "cpu", dtype: str | None = None, vae_dtype: torch.dtype | None = None,
          backend: str = "torch", keep_t5: bool = False) -> MAGI:
@@ -1656,9 +1602,11 @@ def load(folder: str | Path, *, vae: str | Path | None = None, t5: str | Path | 
     cfg, sampler = read_config(folder, "dit", DiTConfig), read_config(folder, "sampler", SamplerConfig)
     vae_cfg = read_config(vae, "vae", VAEConfig)
     build(lambda: VAE(vae_cfg), vae)                     # only to check it before the large DiT is read
-    tokens = load_tokens(folder)
-    return MAGI(load_dit(folder, device, dtype, backend), load_vae(vae, device, vae_dtype, backend), sampler,
-                tokens, TextEncoder(t5, cfg.text_length, device, keep_t5))
+    tokens = folder / "special_tokens.safetensors"
+    table = read_tensors(tokens, "special tokens") if tokens.is_file() else {}
+    dit = load_dit(folder, device, dtype, backend)
+    return MAGI(dit, load_vae(vae, device, vae_dtype, backend), sampler, table,
+                T5(t5, cfg.text_length, device, keep=keep_t5))
 
 
 GUIDANCE = ("cfg_t", "prev_scales", "text_scales", "nearly_clean_t", "nearly_clean_blend")
@@ -1721,7 +1669,7 @@ class MAGI:
 
             image = None if image is None else media.to_image(image)
             video = None if video is None else media.to_video(video)
-            clip = media.prefix_clip(image, video, prefix_frames)
+            clip: Any = media.prefix_clip(image, video, prefix_frames)
             pixels = media.fit_frames(clip, cfg.height, cfg.width, fit)
         if cfg.num_frames is not None:       # whole latent frames; an image's own is among those emitted
             latents = math.ceil(num_frames / FRAMES_PER_LATENT) - (image is not None)
@@ -1737,7 +1685,7 @@ class MAGI:
         run(torch.zeros(channels, latents, *size) if latents else None)      # it checks, and computes nothing
         return self._frames(run, pixels, image is not None, num_frames)
 
-    def _texts(self, prompt: Any, cfg: SamplerConfig) -> tuple[Any, Tensor | None]:
+    def _texts(self, prompt: Any, cfg: SamplerConfig) -> Any:
         """What `sample` takes as text and text_mask."""
         if isinstance(prompt, str):
             prompt = [prompt]

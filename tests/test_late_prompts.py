@@ -29,9 +29,9 @@ def pipe(name: str) -> magi.MAGI:
     dit, generator = magi.DiT(cfg).eval().requires_grad_(False), torch.Generator().manual_seed(7)
     for p in dit.parameters():
         p.add_(0.1 * torch.randn(p.shape, generator=generator))
-    sampler = dataclasses.replace(magi.load(TINY / name).sampler, **QUICK)
-    made = magi.MAGI(dit, magi.load_vae(TINY / "vae"), sampler, magi.load_tokens(TINY / name),
-                     magi.TextEncoder(TINY / "t5", 64, keep=True))
+    loaded = magi.load(TINY / name)
+    made = magi.MAGI(dit, loaded.vae, dataclasses.replace(loaded.sampler, **QUICK), loaded.special_tokens,
+                     magi.T5(TINY / "t5", 64, keep=True))
     made.decode = lambda latent: np.repeat(latent.permute(1, 2, 3, 0).numpy(), 4, axis=0)
     return made
 
@@ -183,7 +183,7 @@ def test_a_few_encoded_texts_are_kept_but_not_all(monkeypatch):
 def test_t5_is_kept_only_if_asked_for(keep):
     made = magi.load(TINY / "distill", keep_t5=keep)
     list(made(iter([RED, BLUE]), **QUICK | {"num_frames": 24}))
-    assert (made.encode_text.t5 is not None) == keep
+    assert (made.encode_text.model is not None) == keep
 
 
 # ----------------------------------------------------------------------------------------- endless runs
