@@ -1,19 +1,17 @@
 """Speak to a video while it is made: one page on 127.0.0.1, or lines on standard input.
 
-    python live.py                                     the small model; open the address that it prints
+    python live.py                                      the small model; open the address that it prints
     python live.py --model models/4.5B-distill --device cuda --window 1
-    python live.py --fit_preview "a red ball bounces" "a blue star swings at night"    (once for a new VAE)
+    python live.py --fit_preview "a red ball bounces" "a blue star swings"      once for every new VAE
 
-    visitor --WebSocket--> Prompts --each chunk asks--> magi.MAGI --a second of frames--> Film --> visitors
-            <--state, twenty times a second, and the same mp4 fragments that a file would get --
+    visitor --WebSocket--> Prompts --each chunk asks--> magi.MAGI --a second of frames--> Live --> visitors
 
-One thread computes (Live.work); aiohttp serves, and never waits for it. The first visitor speaks, others watch.
-A second is begun when the player is about to need it, so little lies between a prompt and its first frame, and
-nothing is computed while nobody watches. Memory is constant: the film lies in a temporary file, and only its
-last fragments are kept. Nothing that a browser sends becomes a path or is run: see `check` and `read_upload`.
+One thread computes (Live.work); aiohttp serves and never waits for it. The first visitor speaks, others
+watch. A second is begun when the player is about to need it, so that little lies between a prompt and its
+first frame, and nothing is computed while nobody watches. The film lies in a temporary file; only its last
+fragments are in memory. Nothing that a browser sends becomes a path or is run: see `read_upload`, `check`.
 
 Contents: 1 Prompts, 2 Preview, 3 The film, 4 Uploads, 5 Server, 6 Page, 7 Command line.
-Needs aiohttp: pip install -r requirements.txt, or pip install aiohttp.
 """
 
 from __future__ import annotations
@@ -27,34 +25,32 @@ import argparse
 import asyncio
 import base64
 import contextlib
+import dataclasses
 import hmac
 import io
 import itertools
 import json
-import queue
+import re
 import secrets
 import sys
 import tempfile
 import threading
 import time
-import warnings
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, BinaryIO, NamedTuple
+from typing import Any, BinaryIO
 from urllib.parse import urlsplit
 
 import numpy as np
 
 from checkpoints import read_json, reading, require
 
-# torch, magi and media take seconds to import, so functions import them: sample.py only needs section 1.
+# Functions import torch, magi, media and aiohttp: sample.py only needs section 1.
 
-MAX_PROMPT = 2_000                 # characters
-MAX_WAITING = 8                    # prompts that no chunk has asked for yet
-MAX_UPLOAD = 32 * 2**20            # bytes
-MAX_VISITORS = 20
-KEPT = 8                           # chunks that are done: fragments for who comes late, cards on the strip
+MAX_PROMPT, MAX_WAITING = 2_000, 8                     # characters; prompts that no chunk has asked for yet
+MAX_UPLOAD, MAX_VISITORS = 32 * 2**20, 20              # bytes
+KEPT = 8                                               # seconds of film in memory, for who comes late
 
 # ------------------------------------------------------------------------------------------------------------
 # 1  Prompts
@@ -70,15 +66,14 @@ def check_prompt(text: Any) -> str:
 
 
 class Prompts:
-    """An iterator of prompts that another thread tells. Each is given once, to the next chunk that asks, then
-    the last one goes on. Whoever asks before the first is told waits for it.
-
-    endless: at the end of the prompts the video ends, too. Else the last one goes on.
+    """An iterator of prompts that another thread tells. Each is given once, to the next chunk that asks; then
+    the last one goes on. Who asks before the first is told waits for it. At the end of the prompts an endless
+    video ends, too (None); another goes on with the last one.
     """
 
     def __init__(self, endless: bool = False):
         self.endless, self.ended, self.last = endless, False, None
-        self.waiting: deque = deque()
+        self.waiting: deque[Any] = deque()
         self.changed = threading.Condition()
 
     def tell(self, prompt: Any) -> None:
@@ -99,23 +94,22 @@ class Prompts:
             self.changed.wait_for(lambda: self.waiting or self.ended or self.last is not None)
             if self.waiting:
                 self.last = self.waiting.popleft()
+            elif self.ended and self.endless:
+                return None
             elif self.ended:
-                if not self.endless:
-                    raise StopIteration
-                return None                                                  # the item that ends a video
+                raise StopIteration
             return self.last
 
 
 def told_by(stream: BinaryIO, endless: bool, say: Callable[[str], None]) -> Prompts:
-    """For `--prompt -`: a prompt a line, read by a thread of its own while the video is made. Lines without
-    text are passed over, and so are those that are no prompts, with a warning by `say`.
+    """For `--prompt -`: a prompt a line, read by a thread of its own while the video is made. Empty lines are
+    passed over, and with a warning by `say` those that are no prompts.
 
     The stream should be unbuffered: Python cannot end while a thread waits inside a buffered one.
     """
-    prompts = Prompts(endless)
+    prompts, limit = Prompts(endless), 4 * MAX_PROMPT + 2
 
     def read() -> None:
-        limit = 4 * MAX_PROMPT + 2
         while rest := (line := stream.readline(limit)):
             while rest and not rest.endswith(b"\n"):                         # of a line that is too long
                 rest = stream.readline(limit)
@@ -138,47 +132,45 @@ def told_by(stream: BinaryIO, endless: bool, say: Callable[[str], None]) -> Prom
 
 
 def fit_preview(pipe: Any, prompts: Sequence[str], file: Path) -> float:
-    """Fit the matrix to videos that the model makes, one for each prompt; returns the error, in 0 to 255."""
+    """Fit the matrix to two seconds of the model's own video for each prompt; returns the error, of 255."""
     latents, colours = [], []
 
     def watch(p: Any) -> None:
         if p.now.done is not None:
-            x = p.latents[p.now.done][0].float().cpu().numpy()               # (16, 6, H, W)
-            latents.append(x.reshape(len(x), -1).T)
+            latents.append(p.latents[p.now.done][0].flatten(1).T.float().cpu().numpy())   # (6 H W, 16)
 
     for seed, prompt in enumerate(prompts):
         for frames in pipe(prompt, num_frames=48, seed=seed, progress=watch):
             n, h, w, _ = frames.shape                                        # (24, 8 H, 8 W, 3)
             colours.append(frames.reshape(n // 4, 4, h // 8, 8, w // 8, 8, 3).mean((1, 3, 5)).reshape(-1, 3))
-    x, y = np.concatenate(latents), np.concatenate(colours)
-    x = np.concatenate([x, np.ones((len(x), 1))], axis=1)                    # (latents, 17)
+    y = np.concatenate(colours)
+    x = np.concatenate([np.concatenate(latents), np.ones((len(y), 1))], axis=1)
     matrix = np.linalg.lstsq(x, y, rcond=None)[0]                            # (17, 3)
     file.write_text(json.dumps({"latent_to_rgb": matrix.round(2).tolist()}) + "\n")
     return float(np.sqrt(np.mean((x @ matrix - y) ** 2)))
 
 
 def load_preview(file: Path) -> np.ndarray | None:
-    """The matrix beside a VAE, None if there is none: then there are no previews."""
+    """The matrix beside a VAE, None if there is none: then the strip has no pictures of what is in flight."""
     if not file.exists():
         return None
     with reading("preview", file):
         matrix = np.array(read_json(file)["latent_to_rgb"], np.float32)
-        require(matrix.ndim == 2 and matrix.shape[1] == 3, f"it has shape {matrix.shape}, not (channels + 1, 3)")
+        require(matrix.ndim == 2 and matrix.shape[1] == 3, f"its shape is {matrix.shape}, not (17, 3)")
         return matrix
 
 
 def preview(latent: Any, matrix: np.ndarray) -> np.ndarray:
-    """Latents (16, T, H, W) -> a small uint8 picture (H, W, 3) of the frame in their middle."""
-    x = latent[:, latent.shape[1] // 2].float().cpu().numpy()                # (16, H, W)
-    rgb = np.tensordot(x, matrix[:-1], axes=(0, 0)) + matrix[-1]
-    return rgb.clip(0, 255).astype(np.uint8)
+    """Latents (16, T, H, W) -> uint8 (H, W, 3): the frame in their middle."""
+    x = latent[:, latent.shape[1] // 2].float().cpu().numpy()
+    return (np.tensordot(x, matrix[:-1], axes=(0, 0)) + matrix[-1]).clip(0, 255).astype(np.uint8)
 
 
-def data_uri(picture: np.ndarray, largest: int = 96) -> str:
+def data_uri(pixels: np.ndarray) -> str:
     from PIL import Image
 
-    image, file = Image.fromarray(picture), io.BytesIO()
-    image.thumbnail((largest, largest))
+    image, file = Image.fromarray(pixels), io.BytesIO()
+    image.thumbnail((96, 96))
     image.save(file, "png")
     return "data:image/png;base64," + base64.b64encode(file.getvalue()).decode()
 
@@ -186,13 +178,6 @@ def data_uri(picture: np.ndarray, largest: int = 96) -> str:
 # ------------------------------------------------------------------------------------------------------------
 # 3  The film
 # ------------------------------------------------------------------------------------------------------------
-
-
-class Told(NamedTuple):
-    """A prompt, and which one it was, so that a page finds the chunk that obeys."""
-
-    prompt: Any                    # magi.Prompt
-    number: int
 
 
 class NewTake(Exception):
@@ -209,41 +194,44 @@ class Live:
         import media
 
         self.pipe, self.matrix, self.cfg = pipe, matrix, pipe.sampler
-        self.id, self.changed, self.version = secrets.token_hex(4), threading.Condition(), 0
+        self.changed, self.version = threading.Condition(), 0
         self.file, self.size, self.made = tempfile.TemporaryFile(buffering=0), 0, 0.0    # bytes, seconds
-        self.fragments, self.recent = media.Fragments(self.cfg.fps), deque(maxlen=KEPT)
-        self.cards: dict[int, dict] = {}                                     # chunk of the film -> on the strip
-        self.prompts, self.numbers, self.prompt = Prompts(), itertools.count(1), ""
-        self.takes, self.take, self.running = queue.SimpleQueue(), 0, False
-        self.paused, self.error, self.position = False, "", 0.0
-        self.pace, self.busy, self.mark = None, 0.0, 0.0                     # seconds of computing per second
+        self.fragments = media.Fragments(self.cfg.fps)
+        self.recent: deque[tuple[int, bytes]] = deque(maxlen=KEPT)           # chunk, fragment
+        self.cards: dict[int, dict] = {}                                     # chunk -> what the strip shows
+        self.prompts, self.number, self.prompt = Prompts(), 0, ""
+        self.take, self.start, self.error = 0, None, ""
+        self.running = self.paused = self.closed = False
+        self.position, self.pace, self.busy, self.mark = 0.0, 0.0, 0.0, 0.0  # pace: computing per second
         self.thread = threading.Thread(target=self.work, daemon=True)
         self.thread.start()
 
     def update(self, **what: Any) -> None:
         with self.changed:
-            for name, value in what.items():
-                setattr(self, name, value)
+            self.__dict__.update(what)
             self.version += 1
             self.changed.notify_all()
 
     # -------------------------------------------------------------------------------- what visitors ask for
 
     def say(self, text: str, kind: str | None = None) -> int:
-        """The next prompt, which may be "" for the one that holds now; returns its number."""
+        """The next prompt, "" for the one that holds now; returns its number, which its chunks will have."""
         import magi
 
         text = check_prompt(text) or self.prompt
         require(text, "say what to show, for example: a red ball bounces")
         if kind:
-            magi.shot_transition(self.cfg, 1, kind)                          # ValueError if this model has none
-        require(len(self.prompts.waiting) < MAX_WAITING, f"{MAX_WAITING} prompts are waiting: wait for them")
-        told = Told(magi.Prompt(text, kind), next(self.numbers))
-        self.prompts.tell(told)
-        self.update(prompt=text, error="")
+            magi.shot_transition(self.cfg, 1, kind)                          # ValueError where it cannot
+        require(len(self.prompts.waiting) < MAX_WAITING, f"{MAX_WAITING} prompts are waiting already")
+        self.prompts.tell((magi.Prompt(text, kind), self.number + 1))
+        self.update(prompt=text, error="", number=self.number + 1)
         if not self.running:
-            self.begin(seed=self.cfg.seed)
-        return told.number
+            self.begin()
+        return self.number
+
+    def begin(self, **start: Any) -> None:
+        """A new take: seed=, and image= or video= to go on from."""
+        self.update(take=self.take + 1, start=start, running=True, paused=False, error="")
 
     def played(self, seconds: float) -> None:
         """How far a player is."""
@@ -251,66 +239,55 @@ class Live:
             self.position = max(self.position, min(seconds, self.made))
             self.changed.notify_all()
 
-    def begin(self, **start: Any) -> None:
-        """A new take: seed=, and image= or video= to go on from."""
-        with self.changed:
-            self.take += 1
-            self.takes.put((self.take, start))
-            self.update(running=True, paused=False, error="")
+    def close(self) -> None:
+        self.update(take=self.take + 1, start=None, closed=True)
+        self.prompts.end()
+        self.thread.join(10)
 
     # ------------------------------------------------------------------------------------------ the thread
 
-    def close(self) -> None:
-        """Give up what is being made, and let the thread end."""
-        with self.changed:
-            self.take += 1
-            self.takes.put((0, None))
-            self.prompts.end()
-            self.update(running=False)
-        self.thread.join(10)
-
     def work(self) -> None:
         while True:
-            take, start = self.takes.get()
+            with self.changed:
+                self.cards = {n: card for n, card in self.cards.items() if card["done"]}
+                self.changed.wait_for(lambda: self.start is not None or self.closed)
+                take, start, self.start = self.take, self.start, None
             if start is None:
                 return
             try:
-                self.shoot(take, start)
+                self.shoot(take, max(self.cards, default=-1) + 1, start)
             except NewTake:
-                continue
+                pass
             except Exception as error:                                       # the page lives on
-                line = " ".join(f"{error}".split()) or type(error).__name__
-                kind = "" if isinstance(error, ValueError | FloatingPointError) else f"{type(error).__name__}: "
-                self.update(running=False, error=f"{kind}{line}"[:300])
-                print(f"error: {kind}{line}", file=sys.stderr)
+                ours = isinstance(error, ValueError | FloatingPointError)
+                line = " ".join(f"{'' if ours else type(error).__name__ + ': '}{error}".split())[:300]
+                self.update(running=False, error=line)
+                print(f"error: {line}", file=sys.stderr)
 
-    def shoot(self, take: int, start: dict) -> None:
-        first = max((n for n, card in self.cards.items() if card["done"]), default=-1) + 1
-        with self.changed:
-            self.cards = {n: card for n, card in self.cards.items() if n < first}
-        self.mark = time.perf_counter()
-        frames_of = self.pipe(self.asked(take, first), num_frames=None, progress=lambda p: self.step(take, first, p),
-                              **start)
-        for chunk, frames in enumerate(frames_of, first):
-            self.add(chunk, frames, is_first=chunk == first)
+    def shoot(self, take: int, first: int, start: dict) -> None:
+        """Make chunk after chunk of the film, from `first` on, for ever."""
+        self.mark, self.busy = time.perf_counter(), 0.0
+        made = self.pipe(self.asked(first), num_frames=None, **start,
+                         progress=lambda p: self.step(take, first, p))
+        for chunk, frames in enumerate(made, first):
+            self.add(chunk, frames, stages=self.cfg.window if chunk == first else 1)
             self.wait(take, lambda: not self.paused and self.made - self.position < 0.6 + 1.5 * self.pace)
 
-    def asked(self, take: int, first: int) -> Iterator[Any]:
-        """The prompts of a take; a card goes onto the strip when its chunk asks."""
+    def asked(self, first: int) -> Iterator[Any]:
+        """The prompts of a take; a card is laid onto the strip when its chunk asks."""
         before = None
         for chunk in itertools.count(first):
-            told = next(self.prompts)
-            kind = None if told is before or chunk == first else told.prompt.transition
+            prompt, number = told = next(self.prompts)
+            kind = None if told is before or chunk == first else prompt.transition
             before = told
-            self.cards[chunk] = dict(n=chunk, text=told.prompt.text, kind=kind, number=told.number, t=0.0,
-                                     picture="", done=False, start=None)
-            yield told.prompt._replace(transition=kind)
+            self.cards[chunk] = dict(n=chunk, text=prompt.text, kind=kind, number=number, t=0.0, picture="",
+                                     done=False, start=None)
+            yield prompt._replace(transition=kind)
 
     def step(self, take: int, first: int, p: Any) -> None:
         """After every step: note the noise levels, guess at the pictures, wait while paused."""
-        prefix = p.now.noisy[0].chunk - p.chunk
         for c in p.now.noisy:
-            card = self.cards[first + c.chunk - prefix]
+            card = self.cards[first + p.chunk + c.chunk - p.now.noisy[0].chunk]
             card["t"] = min(1.0, c.t + c.dt)
             if self.matrix is not None:
                 card["picture"] = data_uri(preview(p.guess(c.chunk)[0], self.matrix))
@@ -326,46 +303,42 @@ class Live:
             if take != self.take:
                 raise NewTake
 
-    def add(self, chunk: int, frames: np.ndarray, is_first: bool) -> None:
-        start, n = self.made, len(frames)
-        fragment = self.fragments.add(frames)
+    def add(self, chunk: int, frames: np.ndarray, stages: int) -> None:
+        seconds, fragment = len(frames) / self.cfg.fps, self.fragments.add(frames)
         with self.changed:
             self.file.seek(self.size)
             self.size += self.file.write(fragment if self.size else self.fragments.init + fragment)
-            self.made += n / self.cfg.fps
             self.recent.append((chunk, fragment))
-            self.cards[chunk] |= dict(done=True, t=1.0, start=start, picture=data_uri(frames[n // 2]))
-            for old in [n for n in self.cards if n <= chunk - KEPT]:
-                del self.cards[old]
-            now = time.perf_counter()
-            busy, self.busy, self.mark = self.busy + now - self.mark, 0.0, now
-            pace = busy / (self.cfg.window if is_first else 1) / (n / self.cfg.fps)
-            self.pace = pace if self.pace is None else 0.7 * self.pace + 0.3 * pace
+            self.cards[chunk] |= dict(done=True, start=self.made, picture=data_uri(frames[len(frames) // 2]))
+            self.cards.pop(chunk - KEPT, None)
+            self.made += seconds
+            pace = (self.busy + time.perf_counter() - self.mark) / stages / seconds
+            self.pace = 0.7 * (self.pace or pace) + 0.3 * pace
+            self.busy, self.mark = 0.0, time.perf_counter()
         self.update()
 
-    # --------------------------------------------------------------------------------- what visitors are told
+    # ------------------------------------------------------------------------------- what visitors are told
 
     def state(self) -> dict:
         with self.changed:
-            newest = max((n for n, card in self.cards.items() if card["done"]), default=0)
-            second, window = 24 / self.cfg.fps, self.cfg.window
-            codec = self.fragments.codec if self.fragments.init else ""
-            return dict(film=self.id, codec=codec, made=self.made,
-                        cards=[card for n, card in self.cards.items() if n > newest - 4], waiting=[t.prompt.text for t in self.prompts.waiting],
-                        running=self.running, paused=self.paused, pace=self.pace, error=self.error,
-                        prompt=self.prompt, flying=window - 1,
-                        least=max((window - 1) * second, window * second * (self.pace or 0)))
+            newest, flying, second = max(self.recent, default=(0,))[0], self.cfg.window - 1, 24 / self.cfg.fps
+            return dict(codec=self.fragments.codec if self.recent else "", made=self.made, pace=self.pace,
+                        cards=[card for n, card in self.cards.items() if n > newest - 4],
+                        waiting=[prompt.text for prompt, _ in self.prompts.waiting], prompt=self.prompt,
+                        running=self.running, paused=self.paused, error=self.error, flying=flying,
+                        least=second * max(flying, self.cfg.window * self.pace),
+                        width=self.cfg.width, height=self.cfg.height)
 
     def after(self, chunk: int | None) -> tuple[int | None, list[bytes]]:
-        """The fragments after this chunk that are still kept, the header first for who has none."""
+        """The fragments after this chunk that are still kept; for who has none the header, and those from
+        where the others are."""
         with self.changed:
             if not self.recent:
-                return chunk, []
+                return None, []
             data = []
-            if chunk is None:                                                # begin where the others are
+            if chunk is None:
                 seen = [n for n, _ in self.recent if self.cards[n]["start"] <= self.position]
-                chunk = max(seen, default=self.recent[0][0]) - 1
-                data = [self.fragments.init]
+                chunk, data = max(seen, default=self.recent[0][0]) - 1, [self.fragments.init]
             return self.recent[-1][0], data + [fragment for n, fragment in self.recent if n > chunk]
 
     def film(self) -> Iterator[bytes]:
@@ -382,32 +355,29 @@ class Live:
 # ------------------------------------------------------------------------------------------------------------
 # 4  Uploads
 # ------------------------------------------------------------------------------------------------------------
-# Only formats that hold their pictures themselves: a playlist or an SVG could name other files, and an EPS
-# would be run.
+# Only formats that hold their pictures themselves, known by their first bytes: a playlist or an SVG could
+# name other files, and an EPS would be run.
 
-PICTURES = (b"\x89PNG\r\n\x1a\n", b"\xff\xd8\xff", b"GIF8", b"RIFF....WEBP")
-CLIPS = (b"....ftyp", b"\x1aE\xdf\xa3", b"RIFF....AVI ")
+PICTURES = rb"\x89PNG\r\n\x1a\n|\xff\xd8\xff|GIF8|RIFF....WEBP"
+CLIPS = rb"....ftyp|\x1aE\xdf\xa3|RIFF....AVI "
 
 
 def read_upload(data: bytes, cfg: Any) -> dict:
-    """image= or video= of `begin`, from the bytes of a file. ValueError if it is neither."""
+    """image= or video= of Live.begin, from the bytes of a file. ValueError if it is neither."""
     import media
 
-    def is_one_of(kinds: Sequence[bytes]) -> bool:
-        return any(all(b in (a, ord(".")) for a, b in zip(data, kind, strict=False)) for kind in kinds)
-
-    size = (cfg.height, cfg.width)
+    picture, clip = (re.match(kind, data, re.DOTALL) for kind in (PICTURES, CLIPS))
+    require(picture or clip, "this is neither a picture (PNG, JPEG, GIF, WebP) nor a clip (MP4, MOV, WebM, "
+            "MKV, AVI)")
     with tempfile.TemporaryDirectory() as folder:
-        file = Path(folder, "upload")                                        # the name that it came with is not used
+        file, size = Path(folder, "upload"), (cfg.height, cfg.width)
         file.write_bytes(data)
         try:
-            if len(data) > 12 and is_one_of(PICTURES):
+            if picture:
                 return {"image": media.read_image(file, size)}
-            if len(data) > 12 and is_one_of(CLIPS):
-                return {"video": media.read_video(file, cfg.fps, count=32, size=size)}
+            return {"video": media.read_video(file, cfg.fps, count=32, size=size)}
         except ValueError as error:
             raise ValueError(str(error).replace(repr(str(file)), "that you chose")) from None
-    raise ValueError("this is neither a picture (PNG, JPEG, GIF, WebP) nor a clip (MP4, MOV, WebM, MKV, AVI)")
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -421,25 +391,26 @@ class Server:
     def __init__(self, live: Live, token: str = ""):
         from aiohttp import web
 
-        self.live, self.token, self.web = live, token, web
-        self.visitors: dict[str, Any] = {}                                   # id -> WebSocket; the first one speaks
-
         @web.middleware
         async def guarded(request: web.Request, handler: Callable) -> web.StreamResponse:
             self.check(request)
             return await handler(request)
 
+        self.live, self.token, self.web = live, token, web
+        self.visitors: dict[str, Any] = {}                                   # by name, the speaker first
         self.app = web.Application(middlewares=[guarded])
-        self.app.add_routes([web.get("/", self.page), web.get("/live", self.talk), web.get("/film.mp4", self.film)])
+        self.app.add_routes([web.get("/", self.page), web.get("/live", self.talk),
+                             web.get("/film.mp4", self.film)])
         self.app.on_shutdown.append(self.leave)
 
     def check(self, request: Any) -> None:
         """Without a token, only pages of this machine may ask: another site's name that was made to lead here
         (DNS rebinding) shows in Host, another site's page that talks to us in Origin."""
         host, origin = request.headers.get("Host", ""), request.headers.get("Origin")
-        given = request.query.get("token", "")
-        allowed = hmac.compare_digest(given.encode(), self.token.encode()) if self.token else \
-            urlsplit(f"//{host}").hostname in ("127.0.0.1", "localhost", "::1")
+        if self.token:
+            allowed = hmac.compare_digest(request.query.get("token", "").encode(), self.token.encode())
+        else:
+            allowed = urlsplit(f"//{host}").hostname in ("127.0.0.1", "localhost", "::1")
         if not allowed or origin not in (None, f"http://{host}", f"https://{host}"):
             raise self.web.HTTPForbidden(text="open the address that live.py printed")
 
@@ -463,7 +434,7 @@ class Server:
             await socket.close(code=1001)
 
     async def talk(self, request: Any) -> Any:
-        """One visitor: tell state and fragments, twenty times a second at most, and do what is asked."""
+        """One visitor: tell what happens, and do what is asked."""
         if len(self.visitors) >= MAX_VISITORS:
             raise self.web.HTTPServiceUnavailable(text="too many are watching")
         socket = self.web.WebSocketResponse(max_msg_size=MAX_UPLOAD, heartbeat=20, compress=False)
@@ -474,7 +445,8 @@ class Server:
         try:
             async for message in socket:
                 try:
-                    await self.obey(name, message, socket)
+                    if answer := await self.obey(name, message):
+                        await socket.send_json(answer)
                 except Exception as error:                                   # one line on the page
                     line = str(error) if type(error) is ValueError else f"{type(error).__name__}: {error}"
                     await socket.send_json({"problem": " ".join(line.split())[:300]})
@@ -488,6 +460,8 @@ class Server:
             del self.visitors[name]
 
     async def feed(self, name: str, socket: Any) -> None:
+        """State and fragments, when there is news, twenty times a second at most. Who reads slowly gets the
+        newest state, and of the fragments those that are still kept."""
         chunk, seen = None, None
         with contextlib.suppress(ConnectionError):
             while not socket.closed:
@@ -500,84 +474,78 @@ class Server:
                     seen = now
                 await asyncio.sleep(0.05)
 
-    async def obey(self, name: str, message: Any, socket: Any) -> None:
+    async def obey(self, name: str, message: Any) -> dict | None:
         live, is_file = self.live, message.type == self.web.WSMsgType.BINARY
         asked = {} if is_file else json.loads(message.data)
         if "at" in asked:
             return live.played(float(asked["at"]))
         require(next(iter(self.visitors)) == name, "someone else speaks to this film: you are watching")
+        if "say" in asked:
+            return {"told": live.say(asked["say"], asked.get("kind"))}
+        if "pause" in asked:
+            return live.update(paused=bool(asked["pause"]))
+        require(is_file or "seed" in asked, "this page does not fit the server: reload it")
+        require(live.prompt, "say what to show, for example: a red ball bounces")
         if is_file:
-            require(live.prompt or live.running, "say first what should happen, then choose the file")
-            start = await asyncio.to_thread(read_upload, message.data, live.cfg)
-            live.begin(seed=live.cfg.seed, **start)
-        elif "say" in asked:
-            number = live.say(asked["say"], asked.get("kind"))
-            await socket.send_json({"told": number})
-        elif "pause" in asked:
-            live.update(paused=bool(asked["pause"]))
-        elif "seed" in asked:
-            require(live.prompt, "say what to show, for example: a red ball bounces")
-            live.begin(seed=secrets.randbelow(2**31))
-        else:
-            raise ValueError("this page does not fit the server: reload it")
+            return live.begin(**await asyncio.to_thread(read_upload, message.data, live.cfg))
+        return live.begin(seed=secrets.randbelow(2**31))
 
 
 # ------------------------------------------------------------------------------------------------------------
 # 6  Page
 # ------------------------------------------------------------------------------------------------------------
-# Texts are only ever set as textContent, so nothing that a visitor says becomes part of the page's code.
+# Texts are only ever set as textContent: nothing that a visitor says becomes part of the page's code.
 
 PAGE = r"""<!doctype html>
 <html lang="en"><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">
 <title>MAGI-1, live</title><link rel="icon" href="data:,">
 <style>
   :root { color-scheme: light dark; --ink: light-dark(#1d2326, #e4e8e6); --soft: light-dark(#66717a, #98a3a6);
-    --page: light-dark(#f5f4f0, #14181a); --card: light-dark(#ffffff, #1e2427); --line: light-dark(#dcdbd5, #323a3e);
-    --accent: light-dark(#0f766e, #5ec4b6); --bad: light-dark(#b3372f, #f08a80) }
-  * { box-sizing: border-box }
+    --page: light-dark(#f5f4f0, #14181a); --card: light-dark(#fff, #1e2427);
+    --line: light-dark(#dcdbd5, #363f43); --accent: light-dark(#0f766e, #5ec4b6); --bad: light-dark(#b3372f, #f08a80) }
+  * { box-sizing: border-box; font: inherit; color: inherit }
   body { margin: 0 auto; max-width: 60rem; padding: 1.5rem; background: var(--page); color: var(--ink);
     font: 15px/1.5 system-ui, sans-serif }
-  header { display: flex; justify-content: space-between; align-items: baseline; gap: 1rem; margin-bottom: 1rem }
-  h1 { font-size: 1.1rem; margin: 0 } h2 { font-size: .85rem; font-weight: 500; color: var(--soft); margin: 1.5rem 0 .5rem }
-  header span, small, #latency { color: var(--soft) } small { font-size: .75rem }
-  main { display: flex; flex-wrap: wrap; gap: 1.5rem }
-  video { flex: 1 1 20rem; min-width: 0; max-height: 26rem; background: #000; border-radius: .6rem; object-fit: contain }
-  video.small { image-rendering: pixelated }
-  form { flex: 1 1 20rem; display: flex; flex-direction: column; gap: .75rem }
-  textarea { font: inherit; color: inherit; background: var(--card); border: 1px solid var(--line); border-radius: .5rem;
-    padding: .6rem .75rem; resize: vertical; min-height: 4.5rem }
-  .row { display: flex; flex-wrap: wrap; gap: .5rem }
-  button, .button { font: inherit; color: inherit; text-decoration: none; background: var(--card); cursor: pointer;
-    border: 1px solid var(--line); border-radius: .5rem; padding: .35rem .8rem }
-  button:hover, .button:hover { border-color: var(--accent) }
-  button.main { background: var(--accent); border-color: var(--accent); color: var(--page); font-weight: 600 }
-  :focus-visible { outline: 2px solid var(--accent); outline-offset: 2px }
-  fieldset { border: 0; padding: 0; margin: 0; display: contents } fieldset:disabled * { opacity: .6; cursor: default }
-  #problem { color: var(--bad); min-height: 1.5em } p { margin: 0 }
-  ol { list-style: none; display: flex; gap: .6rem; margin: 0; padding: .2rem; overflow-x: auto; min-height: 11.5rem }
-  li { flex: 0 0 6.2rem; background: var(--card); border: 1px solid var(--line); border-radius: .5rem; padding: .4rem }
-  li.flying { border-style: dashed } li.shown { outline: 2px solid var(--accent) } li.next { opacity: .6 }
-  li img { display: block; width: 100%; aspect-ratio: var(--shape, 1); background: var(--line); border-radius: .3rem;
-    image-rendering: pixelated }
-  li img:not([src]) { visibility: hidden }
-  .bar { height: 4px; margin: .4rem 0 .2rem; border-radius: 2px; background: var(--line); overflow: hidden }
-  .bar i { display: block; height: 100%; background: var(--accent) }
-  li p { font-size: .8rem; line-height: 1.3; display: -webkit-box; -webkit-box-orient: vertical; -webkit-line-clamp: 3;
-    overflow: hidden }
+  header, main, .row, ol { display: flex; flex-wrap: wrap; gap: .5rem; align-items: center }
+  header { justify-content: space-between; margin-bottom: 1rem }
+  h1 { font-size: 1.1rem; font-weight: 650; margin: 0 }
+  h2 { font-size: .85rem; margin: 1.5rem 0 .5rem } p { margin: 0 }
+  #status, h2, small, #latency { color: var(--soft) } #problem { color: var(--bad); min-height: 1.5em }
+  main { gap: 1.5rem; align-items: start }
+  video { flex: 1 1 20rem; min-width: 0; max-height: 26rem; background: #000; border-radius: .6rem }
+  .small { image-rendering: pixelated }
+  form, fieldset { display: flex; flex: 1 1 20rem; flex-direction: column; gap: .75rem }
+  fieldset { border: 0; padding: 0; margin: 0 } fieldset:disabled { opacity: .5 }
+  textarea, button, a, li { background: var(--card); border: 1px solid var(--line); border-radius: .5rem }
+  textarea { padding: .6rem .75rem; resize: vertical; min-height: 4.5rem }
+  button, a { padding: .35rem .8rem; text-decoration: none; cursor: pointer }
+  button:hover, a:hover { border-color: var(--accent) } :focus-visible { outline: 2px solid var(--accent) }
+  #say { background: var(--accent); border-color: var(--accent); color: var(--page); font-weight: 600 }
+  ol { list-style: none; flex-wrap: nowrap; align-items: stretch; margin: 0; padding: .2rem; overflow-x: auto;
+    min-height: 12rem }
+  li { flex: 0 0 6.2rem; padding: .4rem } li p { font-size: .8rem; line-height: 1.3; overflow-wrap: anywhere }
+  .flying { border-style: dashed } .shown { outline: 2px solid var(--accent) } .waits { opacity: .6 }
+  li img { display: block; width: 100%; aspect-ratio: var(--shape); border-radius: .3rem;
+    background: var(--line); image-rendering: pixelated }
+  li img:not([src]) { visibility: hidden } small { font-size: .75rem }
+  .bar { height: 4px; margin: .4rem 0 .2rem; border-radius: 2px; background: var(--line) }
+  .bar i { display: block; height: 100%; border-radius: 2px; background: var(--accent) }
 </style>
 <header><h1>MAGI-1, live</h1><span id="status" role="status">connecting</span></header>
 <main>
   <video id="video" muted playsinline></video>
-  <form id="form"><fieldset id="controls">
-    <textarea id="prompt" maxlength="2000" aria-label="the next prompt" placeholder="a red ball bounces" autofocus></textarea>
-    <div class="row"><button class="main" id="say" title="From the next chunk on">Say it</button>
-      <button type="button" id="cut" title="A new scene: the next chunk is laid out without its past">Cut</button>
-      <button type="button" id="restyle" title="The layout stays, details change">Restyle</button></div>
-    <div class="row"><button type="button" id="pause">Pause</button>
-      <button type="button" id="seed" title="The same prompt, from other noise">New seed</button>
-      <button type="button" id="pick" title="Go on from a picture or clip">Go on from a file</button>
-      <input type="file" id="file" accept="image/*,video/*" hidden></div></fieldset>
-    <div class="row"><a class="button" id="download" download="film.mp4">Download the film</a></div>
+  <form id="form">
+    <fieldset id="controls">
+      <textarea id="prompt" maxlength="2000" aria-label="the next prompt" autofocus></textarea>
+      <div class="row"><button id="say" title="From the next chunk on">Say it</button>
+        <button type="button" id="cut" title="A new scene, laid out without the past">Cut</button>
+        <button type="button" id="restyle" title="The layout stays, details change">Restyle</button></div>
+      <div class="row"><button type="button" id="pause">Pause</button>
+        <button type="button" id="seed" title="The same prompt from other noise">New seed</button>
+        <button type="button" id="pick" title="A picture or a clip">Go on from a file</button>
+        <input type="file" id="file" accept="image/*,video/*" hidden></div>
+    </fieldset>
+    <div class="row"><a id="download" download="film.mp4">Download the film</a></div>
     <p id="latency"></p><p id="problem" role="alert"></p>
   </form>
 </main>
@@ -587,115 +555,115 @@ PAGE = r"""<!doctype html>
 const $ = id => document.getElementById(id), video = $("video"), LARGEST = 32 * 2 ** 20;
 const query = new URLSearchParams(location.search);
 query.set("visitor", sessionStorage.visitor ||= Math.random().toString(36).slice(2));
-let socket, source, buffer, queue, state = null, pending = null, told = null, kept = 20;
 $("download").href = "film.mp4" + location.search;
+let socket, source, buffer, queue, state = null, asked = null, told = null, kept = 20;
+const send = what => socket.readyState == 1 && socket.send(JSON.stringify(what));
+const problem = line => $("problem").textContent = line;
 
-function connect() {                                   // a new player each time: the server may be a new one
-  queue = []; buffer = null; state = null;
-  source = new MediaSource();
+function connect() {                        // with a new player: the server may be a new one, too
+  queue = []; buffer = null; state = null; source = new MediaSource();
   source.onsourceopen = pump;
   video.src = URL.createObjectURL(source);
   socket = new WebSocket(location.origin.replace("http", "ws") + "/live?" + query);
   socket.binaryType = "arraybuffer";
-  socket.onmessage = ({data}) => typeof data == "string" ? hear(JSON.parse(data)) : (queue.push(data), pump());
-  socket.onclose = ({code}) => {
-    $("controls").disabled = true;
-    $("status").textContent = "no server: trying again";
-    if (code == 1009) problem("the file is too large: 32 MB at most");
+  socket.onmessage = ({data}) => {
+    if (typeof data == "string") return hear(JSON.parse(data));
+    queue.push(data); pump();
+  };
+  socket.onclose = () => {
+    state = null; $("controls").disabled = true; $("status").textContent = "no server: trying again";
     setTimeout(connect, 1000);
   };
 }
-const send = what => socket.readyState == 1 && socket.send(JSON.stringify(what));
-const problem = line => $("problem").textContent = line;
 
 function hear(message) {
-  if ("problem" in message) { pending = null; return problem(message.problem); }
+  if ("problem" in message) { asked = null; return problem(message.problem); }
   if ("told" in message) return told = message.told;
   state = message;
   $("controls").disabled = !state.speaks;
   $("pause").textContent = state.paused ? "Go on" : "Pause";
   $("prompt").placeholder = state.prompt || "a red ball bounces";
+  $("strip").style.setProperty("--shape", state.width / state.height);
+  video.classList.toggle("small", state.width < 200);
   if (state.error) problem(state.error);
   draw(); pump();
 }
 
-function pump() {                                      // feed the player, and drop what it has played
+function pump() {                           // feed the player, and drop what it has played
   if (!buffer && state?.codec && source.readyState == "open") {
     buffer = source.addSourceBuffer(`video/mp4; codecs="${state.codec}"`);
     buffer.onupdateend = pump;
   }
   if (!buffer || buffer.updating) return;
-  const played = video.buffered;
-  if (played.length && video.currentTime - played.start(0) > kept) buffer.remove(0, video.currentTime - kept / 4);
+  const there = video.buffered, now = video.currentTime;
+  if (there.length && now - there.start(0) > kept) buffer.remove(0, now - kept / 4);
   else if (queue.length) buffer.appendBuffer(queue.shift());
 }
 
-function follow() {                                    // ten times a second
+function follow() {                         // ten times a second
   if (!state) return;
-  const ranges = video.buffered, now = video.currentTime;
-  if (ranges.length) {
+  const there = video.buffered, n = there.length, now = video.currentTime;
+  if (n) {                                  // jump over a gap, and what is far behind
     let i = 0;
-    while (i < ranges.length - 1 && now >= ranges.end(i) - .05) i++;
-    if (now < ranges.start(i)) video.currentTime = ranges.start(i);
-    else if (ranges.end(ranges.length - 1) - now > 10) video.currentTime = ranges.end(ranges.length - 1) - 1;
+    while (i < n - 1 && now >= there.end(i) - .05) i++;
+    if (now < there.start(i)) video.currentTime = there.start(i);
+    else if (there.end(n - 1) - now > 10) video.currentTime = there.end(n - 1) - 1;
   }
-  if (state.paused) video.pause(); else if (video.paused && ranges.length) video.play().catch(() => {});
-  video.classList.toggle("small", video.videoWidth > 0 && video.videoWidth < 200);
+  if (state.paused) video.pause(); else if (video.paused && n) video.play().catch(() => {});
   send({at: video.currentTime});
-  const card = pending && told && state.cards.find(c => c.number >= told && c.done && video.currentTime >= c.start);
-  if (card) {
-    const before = state.flying == 1 ? "the chunk" : `the ${state.flying} chunks`;
-    $("latency").textContent = `From your prompt to its first frame: ${((performance.now() - pending) / 1000).toFixed(1)} s; `
-      + `at least ${state.least.toFixed(1)} s, ` + (state.flying ? `as ${before} in flight must be shown first.` : "to make a chunk.");
-    pending = told = null;
-  } else if (pending) $("latency").textContent = "Your prompt is on its way";
-  const pace = state.pace ? `${state.pace.toFixed(2)} s of computing per second of film` : "";
-  const doing = !state.running ? (state.prompt ? "stopped: say something to go on" : "say what to show")
+  if (asked) {
+    const obeys = told && state.cards.some(c => c.number >= told && c.done && video.currentTime >= c.start);
+    const seconds = (performance.now() - asked) / 1000;
+    $("latency").textContent = !obeys ? "Your prompt is on its way" : "From your prompt to its first frame: "
+      + `${seconds.toFixed(1)} s. The schedule needs ${state.least.toFixed(1)} s at least: `
+      + (state.flying ? `chunks in flight come first, ${state.flying} of them.` : "all steps of one chunk.");
+    if (obeys) asked = told = null;
+  }
+  const pace = state.pace ? ` · ${state.pace.toFixed(2)} s of computing per second of film` : "";
+  $("status").textContent = (!state.running ? state.prompt ? "stopped: say something" : "say what to show"
     : state.paused ? "paused: nothing is computed" : !state.made ? "the first second is being made"
-    : video.readyState < 3 ? `buffering · ${pace}` : `playing · ${pace}`;
-  $("status").textContent = doing + (state.speaks ? "" : " · someone else speaks, you are watching");
+    : (video.readyState < 3 ? "buffering" : "playing") + pace)
+    + (state.speaks ? "" : " · someone else speaks, you are watching");
 }
 
 function draw() {
-  const strip = $("strip"), coming = state.waiting.map(text => ({text, waits: true}));
-  const cards = [...state.cards, ...coming];
-  let start = state.made;
+  const strip = $("strip"), cards = [...state.cards, ...state.waiting.map(text => ({text, waits: true}))];
+  let end = state.made;
   while (strip.children.length > cards.length) strip.lastChild.remove();
   cards.forEach((card, i) => {
-    const li = strip.children[i] ?? strip.appendChild(Object.assign(document.createElement("li"),
-      {innerHTML: "<img alt=''><div class=bar><i></i></div><p></p><small></small>"}));
-    const [img, bar, text, note] = li.children, at = card.start ?? start;
-    if (!card.done) start += 1;
-    const shown = card.done && video.currentTime >= card.start && video.currentTime < (cards[i + 1]?.start ?? state.made);
-    li.className = card.waits ? "next" : card.done ? (shown ? "shown" : "") : "flying";
+    const li = strip.children[i] ?? strip.appendChild(document.createElement("li"));
+    if (!li.firstChild) li.innerHTML = "<img alt=''><div class=bar><i></i></div><p></p><small></small>";
+    const [img, bar, text, note] = li.children, at = Math.floor(card.start ?? end++), now = video.currentTime;
+    const shown = card.done && now >= card.start && now < (cards[i + 1]?.start ?? state.made);
+    li.className = card.waits ? "waits" : !card.done ? "flying" : shown ? "shown" : "";
     if (card.picture) img.src = card.picture; else img.removeAttribute("src");
     bar.firstChild.style.width = 100 * (card.t ?? 0) + "%";
-    text.textContent = text.title = card.text;
-    note.textContent = card.waits ? "waits for a chunk" : `${Math.floor(at / 60)}:${String(Math.floor(at % 60)).padStart(2, 0)}`
-      + (card.kind ? ` · ${card.kind}` : "") + (card.done ? "" : ` · ${Math.round(100 * card.t)} % clean`);
+    text.textContent = card.text;
+    note.textContent = card.waits ? "waits" : `${Math.floor(at / 60)}:${String(at % 60).padStart(2, 0)}`
+      + (card.kind ? ` · ${card.kind}` : "") + (card.done ? "" : ` · ${Math.round(100 * card.t)} %`);
   });
 }
 
 function say(kind) {
-  problem(""); pending = performance.now(); told = null;
+  problem(""); asked = performance.now(); told = null;
   send({say: $("prompt").value, kind});
   $("prompt").value = "";
 }
 $("form").onsubmit = event => { event.preventDefault(); say(null); };
-$("prompt").onkeydown = event => { if (event.key == "Enter" && !event.shiftKey) { event.preventDefault(); say(null); } };
+$("prompt").onkeydown = e => { if (e.key == "Enter" && !e.shiftKey) { e.preventDefault(); say(null); } };
 $("cut").onclick = () => say("cut");
 $("restyle").onclick = () => say("restyle");
 $("seed").onclick = () => { problem(""); send({seed: true}); };
 $("pause").onclick = () => send({pause: !state.paused});
 $("pick").onclick = () => $("file").click();
 $("file").onchange = () => {
-  const file = $("file").files[0];
-  problem(file?.size > LARGEST ? "the file is too large: 32 MB at most" : "");
-  if (file && file.size <= LARGEST) socket.send(file);
+  const file = $("file").files[0], fits = file?.size <= LARGEST;
+  problem(fits ? "" : "the file is too large: 32 MB at most");
+  if (fits) socket.send(file);
   $("file").value = "";
 };
 if (window.MediaSource) { connect(); setInterval(follow, 100); }
-else problem("this browser has no MediaSource: use another, or download the film");
+else problem("this browser has no MediaSource: try another, or download the film");
 </script></html>
 """
 
@@ -705,7 +673,7 @@ else problem("this browser has no MediaSource: use another, or download the film
 # ------------------------------------------------------------------------------------------------------------
 
 
-async def serve(live: Live, host: str, port: int, token: str = "") -> None:
+async def serve(live: Live, host: str, port: int, token: str) -> None:
     from aiohttp import web
 
     runner = web.AppRunner(Server(live, token).app, access_log=None, shutdown_timeout=1)
@@ -714,7 +682,7 @@ async def serve(live: Live, host: str, port: int, token: str = "") -> None:
         await web.TCPSite(runner, host, port).start()
         address, port = runner.addresses[0][:2]
         address = f"[{address}]" if ":" in address else address
-        print(f"http://{address}:{port}/{'?token=' + token if token else ''}", flush=True)
+        print(f"http://{address}:{port}/" + (f"?token={token}" if token else ""), flush=True)
         await asyncio.Event().wait()
     finally:
         await runner.cleanup()
@@ -724,40 +692,46 @@ async def serve(live: Live, host: str, port: int, token: str = "") -> None:
 def main(argv: list[str] | None = None) -> int:
     import sample
 
-    parser = argparse.ArgumentParser(prog="live.py", description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(prog="live.py", description=(__doc__ or "").split("\n")[0])
     flag = parser.add_argument
-    flag("--model", type=sample.model_folder, default=sample.DEFAULT_MODEL, help="as for sample.py")
+    flag("--model", type=sample.model_folder, default=sample.model_folder(sample.DEFAULT_MODEL),
+         help="as for sample.py")
     flag("--vae", type=Path, help="default: vae beside the model")
     flag("--t5", type=Path, help="default: t5 beside the model; it stays loaded")
     flag("--device", default="cpu", help="default: cpu")
     flag("--backend", default="torch", choices=["torch", "triton", "auto"], help="default: torch")
-    for name in ("steps", "window", "height", "width", "seed"):
-        flag(f"--{name}", type=int, help="as for sample.py")
-    flag("--host", default="127.0.0.1", help="serve others than this machine, who need the printed token")
+    for name in ("num_steps", "window", "height", "width", "seed"):
+        flag(f"--{name.removeprefix('num_')}", dest=name, type=int, help="as for sample.py")
+    flag("--host", default="127.0.0.1", help="to be seen by other machines, with the token that is printed")
     flag("--port", type=int, default=8765, help="default: 8765")
-    flag("--fit_preview", nargs="+", metavar="PROMPT", help="make videos, fit the previews, and leave")
+    flag("--fit_preview", nargs="+", metavar="PROMPT", help="fit the previews to these videos, and leave")
     args = parser.parse_args(argv)
+    token = "" if args.host in ("127.0.0.1", "localhost", "::1") else secrets.token_urlsafe(16)
+    file = (args.vae or args.model.parent / "vae") / "preview.json"
     try:
+        import aiohttp  # noqa: F401
+
         import magi
-        from checkpoints import check_device
+        from checkpoints import check_device, read_config
 
         check_device(args.device)
-        given = {"num_steps": args.steps, "window": args.window, "height": args.height, "width": args.width,
-                 "seed": args.seed}
+        cfg = read_config(args.model, "sampler", magi.SamplerConfig)
+        given = {name: getattr(args, name) for name in ("num_steps", "window", "height", "width", "seed")}
+        given = {name: value for name, value in given.items() if value is not None}
+        cfg = dataclasses.replace(cfg, num_frames=None, **given)             # checked before a weight is read
+        matrix = load_preview(file)
         pipe = magi.load(args.model, vae=args.vae, t5=args.t5, device=args.device, backend=args.backend,
                          keep_t5=True)
-        changes = {name: value for name, value in given.items() if value is not None}
-        pipe.sampler = magi.dataclasses.replace(pipe.sampler, num_frames=None, **changes)
-        file = (args.vae or Path(args.model).parent / "vae") / "preview.json"
+        pipe.sampler = cfg
         if args.fit_preview:
             print(f"{file}: off by {fit_preview(pipe, args.fit_preview, file):.1f} of 255")
-            return 0
-        token = "" if args.host in ("127.0.0.1", "localhost", "::1") else secrets.token_urlsafe(16)
-        asyncio.run(serve(Live(pipe, load_preview(file)), args.host, args.port, token))
+        else:
+            asyncio.run(serve(Live(pipe, matrix), args.host, args.port, token))
     except KeyboardInterrupt:
         return 130
     except (ValueError, OSError, ImportError) as error:
-        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+        missing = "the page needs aiohttp: pip install aiohttp (" if "aiohttp" in str(error) else ""
+        print(f"error: {missing}{' '.join(str(error).split())}{')' if missing else ''}", file=sys.stderr)
         return 2
     return 0
 

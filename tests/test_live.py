@@ -153,7 +153,7 @@ def test_a_preview_is_fitted_by_a_command_and_read_again(tmp_path):
     matrix = live.load_preview(file)
     assert matrix.shape == (17, 3) and 0 < error < 60
     file.write_text('{"latent_to_rgb": [1, 2]}')
-    with pytest.raises(ValueError, match=r"cannot read preview .* shape \(2,\)"):
+    with pytest.raises(ValueError, match=r"cannot read preview .* its shape is \(2,\)"):
         live.load_preview(file)
 
 
@@ -295,8 +295,7 @@ def test_bad_prompts_are_refused_and_change_nothing(film):
     with pytest.raises(ValueError, match="transition 'fade'"):
         film.say(RED, "fade")
     assert not film.running and not film.prompts.waiting
-    film.update(paused=True)
-    film.running = True
+    film.update(paused=True, running=True)
     for _ in range(live.MAX_WAITING):
         film.say(RED)
     with pytest.raises(ValueError, match="8 prompts are waiting"):
@@ -490,7 +489,7 @@ def test_nonsense_is_answered_by_one_line(film):
             for text in ('{"at": NaN}', '{"at": Infinity}', '{"at": -1e300}'):
                 await socket.send_str(text)
             await socket.send_bytes(b"no picture at all")
-            assert "say first" in (await heard(socket, lambda m: "problem" in m))["problem"]
+            assert "say what to show" in (await heard(socket, lambda m: "problem" in m))["problem"]
             await socket.send_json({"say": RED})
             await heard(socket, lambda m: m.get("made"))
             await socket.send_bytes(b"no picture at all")
@@ -740,7 +739,7 @@ def test_browser_a_server_that_is_killed_and_started_again_is_found(page, server
     until(lambda: "no server" in page.text("status"))
     server.__init__(port)
     until(lambda: page.js("state !== null && state.made == 0"))
-    assert page.text("status") == "say what to show"
+    until(lambda: page.text("status") == "say what to show")
     page.say(RED)
     page.plays()
     server.kill(signal.SIGINT)
