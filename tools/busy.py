@@ -3,10 +3,10 @@
     python tools/busy.py                   three turns of each, a minute or two on an idle machine
     python tools/busy.py --turns 5 --num_frames 480
 
-sample.py lets threads that wait sleep (OMP_WAIT_POLICY=PASSIVE); OpenMP's own default is to let them spin. Both
-are measured alone and beside one busy process per core, in turns, so that other load falls on all alike.
-Seconds of computing per second of video: the median of the turns. Wanted: sleeping beside busy processes at most
-3 times slower than alone, and alone at most 5 % slower than spinning.
+sample.py lets threads that wait sleep (OMP_WAIT_POLICY=PASSIVE); OpenMP's own default is to let them spin.
+Both are measured alone and beside one busy process per core, in turns, so that other load falls on all alike.
+The result is the median of the turns, in seconds of computing per second of video. Wanted: sleeping beside
+busy processes at most 3 times slower than alone, and alone at most 5 % slower than spinning.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ import tempfile
 from pathlib import Path
 
 SAMPLE = Path(__file__).resolve().parents[1] / "sample.py"
-POLICIES = {"sleeping": {}, "spinning": {"GOMP_SPINCOUNT": "300000"}}        # libgomp's default, in words it reads
+POLICIES = {"sleeping": {}, "spinning": {"GOMP_SPINCOUNT": "300000"}}        # the default of GNU's OpenMP
 LOADS = {"alone": 0, "busy": os.cpu_count() or 1}
 
 
@@ -33,8 +33,8 @@ def seconds_per_second(policy: dict[str, str], others: int, num_frames: int, thr
     busy = [subprocess.Popen([sys.executable, "-c", "while True: pass"]) for _ in range(others)]
     try:
         with tempfile.TemporaryDirectory() as folder:
-            command = [sys.executable, SAMPLE, "--mode", "t2v", "--prompt", "a red ball bounces", "--device", "cpu",
-                       "--num_frames", str(num_frames), "--out", f"{folder}/out.mp4"]
+            command = [sys.executable, SAMPLE, "--mode", "t2v", "--prompt", "a red ball bounces",
+                       "--device", "cpu", "--num_frames", str(num_frames), "--out", f"{folder}/out.mp4"]
             done = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
     finally:
         for process in busy:
@@ -58,10 +58,12 @@ def main() -> None:
                 print(f"turn {turn + 1}: {name:8} {load:5} {taken:6.2f}", flush=True)
     median = {key: statistics.median(values) for key, values in times.items()}
     for (name, load), value in median.items():
-        print(f"{name:8} {load:5} {value:6.2f} s per second of video ({', '.join(map(str, times[name, load]))})")
-    print(f"beside {LOADS['busy']} busy processes {median['sleeping', 'busy'] / median['sleeping', 'alone']:.2f} times "
-          f"slower (spinning: {median['spinning', 'busy'] / median['spinning', 'alone']:.2f}); sleeping costs "
-          f"{100 * (median['sleeping', 'alone'] / median['spinning', 'alone'] - 1):+.1f} % alone")
+        turns = ", ".join(map(str, times[name, load]))
+        print(f"{name:8} {load:5} {value:6.2f} s per second of video ({turns})")
+    slower = {name: median[name, "busy"] / median[name, "alone"] for name in POLICIES}
+    cost = 100 * (median["sleeping", "alone"] / median["spinning", "alone"] - 1)
+    print(f"beside {LOADS['busy']} busy processes {slower['sleeping']:.2f} times slower (spinning: "
+          f"{slower['spinning']:.2f}); sleeping costs {cost:+.1f} % alone")
 
 
 if __name__ == "__main__":
