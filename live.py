@@ -94,9 +94,10 @@ class Prompts:
             self.changed.wait_for(lambda: self.waiting or self.ended or self.last is not None)
             if self.waiting:
                 self.last = self.waiting.popleft()
-            elif self.ended and self.endless:
-                return None
             elif self.ended:
+                require(self.last is not None, "standard input ended before there was a prompt")
+                if self.endless:
+                    return None
                 raise StopIteration
             return self.last
 
@@ -502,7 +503,8 @@ PAGE = r"""<!doctype html>
 <style>
   :root { color-scheme: light dark; --ink: light-dark(#1d2326, #e4e8e6); --soft: light-dark(#66717a, #98a3a6);
     --page: light-dark(#f5f4f0, #14181a); --card: light-dark(#fff, #1e2427);
-    --line: light-dark(#dcdbd5, #363f43); --accent: light-dark(#0f766e, #5ec4b6); --bad: light-dark(#b3372f, #f08a80) }
+    --line: light-dark(#dcdbd5, #363f43); --accent: light-dark(#0f766e, #5ec4b6);
+    --bad: light-dark(#b3372f, #f08a80) }
   * { box-sizing: border-box; font: inherit; color: inherit }
   body { margin: 0 auto; max-width: 60rem; padding: 1.5rem; background: var(--page); color: var(--ink);
     font: 15px/1.5 system-ui, sans-serif }
@@ -710,10 +712,12 @@ def main(argv: list[str] | None = None) -> int:
     file = (args.vae or args.model.parent / "vae") / "preview.json"
     try:
         import aiohttp  # noqa: F401
+        from transformers.utils import logging
 
         import magi
         from checkpoints import check_device, read_config
 
+        logging.disable_progress_bar()
         check_device(args.device)
         cfg = read_config(args.model, "sampler", magi.SamplerConfig)
         given = {name: getattr(args, name) for name in ("num_steps", "window", "height", "width", "seed")}

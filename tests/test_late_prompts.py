@@ -18,20 +18,35 @@ import magi
 QUICK = {"num_steps": 4, "num_frames": 120, "height": 32, "width": 32}
 TINY = Path(__file__).parent.parent / "tiny"
 RED, BLUE = "a red ball bounces", "a blue square slides to the left at night"
-FIVE = [RED, RED, BLUE, "", RED]                         # an empty caption is a prompt, too
+FIVE = [RED, RED, BLUE, "", RED]  # an empty caption is a prompt, too
 
 
 @functools.cache
 def pipe(name: str) -> magi.MAGI:
     """A DiT of random weights, so that each prompt counts; it hands over its latents in place of frames."""
-    cfg = magi.DiTConfig(num_layers=2, hidden_size=64, num_heads=4, num_kv_heads=2, head_dim=16, ffn_size=64,
-                         text_dim=128, text_length=64, null_length=8, dtype="float32")
+    cfg = magi.DiTConfig(
+        num_layers=2,
+        hidden_size=64,
+        num_heads=4,
+        num_kv_heads=2,
+        head_dim=16,
+        ffn_size=64,
+        text_dim=128,
+        text_length=64,
+        null_length=8,
+        dtype="float32",
+    )
     dit, generator = magi.DiT(cfg).eval().requires_grad_(False), torch.Generator().manual_seed(7)
     for p in dit.parameters():
         p.add_(0.1 * torch.randn(p.shape, generator=generator))
     loaded = magi.load(TINY / name)
-    made = magi.MAGI(dit, loaded.vae, dataclasses.replace(loaded.sampler, **QUICK), loaded.special_tokens,
-                     magi.T5(TINY / "t5", 64, keep=True))
+    made = magi.MAGI(
+        dit,
+        loaded.vae,
+        dataclasses.replace(loaded.sampler, **QUICK),
+        loaded.special_tokens,
+        magi.T5(TINY / "t5", 64, keep=True),
+    )
     made.decode = lambda latent: np.repeat(latent.permute(1, 2, 3, 0).numpy(), 4, axis=0)
     return made
 
@@ -72,7 +87,7 @@ def test_prompts_that_come_late_give_what_a_list_gives(name, window, prefix):
     assert_equal(video(iter(FIVE), name, **more), expected)
     assert_equal(video(map(magi.Prompt, FIVE), name, **more), expected)
     assert_equal(video([magi.Prompt(p) for p in FIVE], name, **more), expected)
-    assert any(map(differ, video([RED], name, **more), expected))            # the prompts do matter
+    assert any(map(differ, video([RED], name, **more), expected))  # the prompts do matter
 
     said = []
     late = (said.append(p) or p for p in FIVE)
@@ -131,15 +146,21 @@ def test_guidance_holds_from_now_on():
     assert_equal(video(iter([magi.Prompt(RED, settings=strong), RED]), "base"), video(RED, "base", **strong))
 
 
-@pytest.mark.parametrize("item, message", [
-    (3, "a prompt is a caption or a magi.Prompt, not 3"),
-    (b"red", "not b'red'"),
-    (magi.Prompt(RED, "fade"), "transition 'fade' is not"),
-    (magi.Prompt(RED, settings={"num_steps": 8}), "'num_steps' cannot change .*, only cfg_t, prev_scales"),
-    (magi.Prompt(RED, settings={"kv_ranges": (9,)}), "'kv_ranges' cannot change"),
-    (magi.Prompt(RED, settings={"colour": 1}), "'colour' cannot change"),
-    (magi.Prompt(RED, settings={"text_scales": (1.0,)}), "text_scales"),
-])
+@pytest.mark.parametrize(
+    "item, message",
+    [
+        (3, "a prompt is a caption or a magi.Prompt, not 3"),
+        (b"red", "not b'red'"),
+        (magi.Prompt(RED, "fade"), "transition 'fade' is not"),
+        (
+            magi.Prompt(RED, settings={"num_steps": 8}),
+            "'num_steps' cannot change .*, only cfg_t, prev_scales",
+        ),
+        (magi.Prompt(RED, settings={"kv_ranges": (9,)}), "'kv_ranges' cannot change"),
+        (magi.Prompt(RED, settings={"colour": 1}), "'colour' cannot change"),
+        (magi.Prompt(RED, settings={"text_scales": (1.0,)}), "text_scales"),
+    ],
+)
 def test_what_a_chunk_cannot_be_given_is_refused_by_name(item, message):
     with pytest.raises(ValueError, match=message):
         video(iter([RED, item]), "base")
@@ -176,7 +197,7 @@ def test_a_few_encoded_texts_are_kept_but_not_all(monkeypatch):
     calls = counting(monkeypatch)
     many = [str(i) for i in range(9)]
     video(iter([*many, "8", "0"]), num_frames=11 * 24)
-    assert calls == [[caption] for caption in [*many, "0"]]                  # "8" is still there, "0" is not
+    assert calls == [[caption] for caption in [*many, "0"]]  # "8" is still there, "0" is not
 
 
 @pytest.mark.parametrize("keep", [True, False])
@@ -234,8 +255,10 @@ def test_memory_of_an_endless_run_does_not_grow():
     """A new prompt and a transition for each chunk: as many latents and Python bytes after 60 as after 20."""
     words = ["red", "blue", "green"]
     again = {"cfg_t": pipe("distill").sampler.cfg_t}
-    prompts = (magi.Prompt(f"a {words[i % 3]} ball number {i}", "cut" if i else None, again)
-               for i in itertools.count())
+    prompts = (
+        magi.Prompt(f"a {words[i % 3]} ball number {i}", "cut" if i else None, again)
+        for i in itertools.count()
+    )
     progress, sizes, alive = [], [], weakref.WeakSet()
 
     def watch(p: magi.Progress) -> None:

@@ -27,6 +27,7 @@ from PIL import Image
 
 import live
 import magi
+import sample
 
 ROOT = Path(__file__).parent.parent
 TINY = ROOT / "tiny"
@@ -58,6 +59,7 @@ def until(condition, seconds: float = 30) -> None:
 
 def play(film: live.Live, seconds: float) -> None:
     """What a player does: it reports how far it is, so that more is made."""
+
     def on() -> bool:
         film.played(film.made)
         return film.made >= seconds or bool(film.error)
@@ -131,6 +133,95 @@ def test_lines_make_the_video_that_a_list_makes(frames):
     assert np.abs(np.concatenate(made).astype(int) - np.concatenate(expected)).max() <= 1
 
 
+# ---------------------------------------------------------------------- --prompt -, --prompt_file, --out -
+
+
+def command(*flags: str, **more) -> subprocess.Popen:
+    pipes = dict(stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    return subprocess.Popen([sys.executable, ROOT / "sample.py", *flags], **pipes | more)
+
+
+def assert_close(a: np.ndarray, b: np.ndarray) -> None:
+    """As far as H.264 is exact."""
+    assert a.shape == b.shape and np.abs(a.astype(int) - b).mean() < 3
+
+
+def test_lines_that_come_while_it_runs_go_to_the_next_chunks():
+    """The second is written when the first second of video is there, the end with it."""
+    import world
+
+    process = command("--prompt", "-", "--num_frames", "inf", "--out", "-")
+    process.stdin.write(RED.encode() + b"\n")
+    process.stdin.flush()
+    data = os.read(process.stdout.fileno(), 65536)
+    while data.count(b"moof") < 1:
+        data += os.read(process.stdout.fileno(), 65536)
+    rest, messages = process.communicate(BLUE.encode() + b"\n", timeout=120)
+    assert process.returncode == 0 and b"frames -> -" in messages and b"Traceback" not in messages
+    frames = frames_of(data + rest)
+    colours = [colour for colour, _, _ in world.judge(frames).chunks]
+    assert colours[:3] == ["red"] * 3 and colours[-1] == "blue" and 5 <= len(colours) <= 7
+
+
+def test_an_mp4_on_standard_output_is_the_one_in_a_file(tmp_path):
+    process = command("--prompt", RED, "--num_frames", "40", "--out", "-")
+    data, messages = process.communicate(timeout=120)
+    assert process.returncode == 0 and data[4:8] == b"ftyp" and b"40 frames" in messages
+    assert command("--prompt", RED, "--num_frames", "40", "--out", tmp_path / "a.mp4").wait(120) == 0
+    assert np.array_equal(frames_of(data), frames_of((tmp_path / "a.mp4").read_bytes()))
+
+
+def test_a_player_that_is_closed_ends_an_endless_video_quietly():
+    process = command("--prompt", RED, "--num_frames", "inf", "--out", "-")
+    assert len(process.stdout.read(2000)) == 2000
+    process.stdout.close()
+    messages = process.stderr.read().decode()
+    assert process.wait(120) == 0 and not re.search("rror|Traceback|roken", messages)
+
+
+def test_a_file_of_prompts_makes_a_video_a_line(tmp_path):
+    (tmp_path / "p.txt").write_text(f"\ufeff{RED}\n\n  {RED} | {BLUE}\r\n", encoding="utf-8")
+    process = command(
+        "--prompt_file", tmp_path / "p.txt", "--out", tmp_path / "made", "--num_frames", "48", "--seed", "7"
+    )
+    assert b"warning" not in process.communicate(timeout=120)[1] and process.returncode == 0
+    assert sorted(os.listdir(tmp_path / "made")) == [
+        "000-a-red-ball-bounces.mp4",
+        "001-a-red-ball-bounces.mp4",
+    ]
+    pipe = magi.load(TINY / "distill")
+    for name, prompts, seed in (("000", [RED], 7), ("001", [RED, BLUE], 8)):
+        expected = np.concatenate(list(pipe(prompts, num_frames=48, seed=seed)))
+        assert_close(frames_of((tmp_path / "made" / f"{name}-a-red-ball-bounces.mp4").read_bytes()), expected)
+
+
+@pytest.mark.parametrize(
+    "flags, message",
+    [
+        (["--prompt", "-", "--prompt", "x"], "--prompt - stands alone"),
+        (["--prompt", "-", "--save_text", "t.safetensors"], "--save_text needs its prompts at once"),
+        (["--prompt_file", "nix"], "prompt file 'nix' does not exist"),
+        (["--prompt_file", os.devnull], "is empty: write a prompt a line"),
+        (["--prompt_file", "p", "--prompt", "x"], "--prompt_file has the prompts"),
+        (["--prompt_file", "LICENSE", "--num_frames", "inf"], "none is endless"),
+        (["--prompt_file", "LICENSE", "--out", "README.md"], "'README.md' must be a folder"),
+    ],
+)
+def test_what_does_not_go_together_is_one_line(flags, message, monkeypatch, capsys):
+    monkeypatch.chdir(ROOT)
+    assert sample.main(flags) == 2
+    err = capsys.readouterr().err
+    assert message in err and err.count("\n") == 1
+
+
+@pytest.mark.parametrize("frames", ["inf", "24"])
+def test_no_prompt_at_all_is_one_line(frames):
+    process = command("--prompt", "-", "--num_frames", frames, "--out", "-", stdin=subprocess.DEVNULL)
+    out, messages = process.communicate(timeout=120)
+    assert process.returncode == 1 and b"standard input ended before there was a prompt" in messages
+    assert out == b"" and b"Traceback" not in messages
+
+
 # ---------------------------------------------------------------------------------------------- preview
 
 
@@ -138,8 +229,13 @@ def test_the_preview_shows_the_colours_that_the_decoder_makes():
     """The matrix beside the VAE is no worse than one fitted to this very video, within a fifth."""
     pipe, matrix = magi.load(TINY / "distill"), live.load_preview(TINY / "vae" / "preview.json")
     latents = []
-    frames = next(pipe("a yellow ball bounces in the desert", num_frames=24,
-                       progress=lambda p: latents.append(p.latents[0][0])))
+    frames = next(
+        pipe(
+            "a yellow ball bounces in the desert",
+            num_frames=24,
+            progress=lambda p: latents.append(p.latents[0][0]),
+        )
+    )
     shown = live.preview(latents[-1], matrix).astype(float)
     truth = frames[12:16].reshape(4, 8, 8, 8, 8, 3).mean((0, 2, 4))
     assert shown.shape == truth.shape == (8, 8, 3)
@@ -161,7 +257,7 @@ def test_a_preview_is_fitted_by_a_command_and_read_again(tmp_path):
 
 
 def test_a_film_is_made_as_it_is_played_and_no_faster(film):
-    assert still(film) and film.made == 0                                    # nobody has said anything
+    assert still(film) and film.made == 0  # nobody has said anything
     film.say(RED)
     until(lambda: film.made)
     until(lambda: still(film))
@@ -210,14 +306,14 @@ def test_the_film_is_what_the_command_line_would_make(film):
     play(film, 3)
     made = frames_of(b"".join(film.film()))
     expected = np.concatenate(list(itertools.islice(small()(RED), 3)))
-    assert len(made) >= 72 and np.abs(made[:72].astype(int) - expected).mean() < 4   # H.264 is not exact
+    assert len(made) >= 72 and np.abs(made[:72].astype(int) - expected).mean() < 4  # H.264 is not exact
 
 
 def test_pause_stops_computing(film):
     film.say(RED)
     play(film, 1)
     film.update(paused=True)
-    time.sleep(0.5)                                                          # the step that was being computed
+    time.sleep(0.5)  # the step that was being computed
     film.played(film.made)
     assert still(film)
     made = film.made
@@ -252,7 +348,7 @@ def test_a_film_goes_on_from_a_picture_or_a_clip(film, name, frames):
     expected = next(small()(RED, **given))
     first = round(24 * card["start"])
     made = frames_of(b"".join(film.film()))[first : first + len(expected)]
-    assert np.abs(made.astype(int) - expected).mean() < 6                    # H.264 is not exact
+    assert np.abs(made.astype(int) - expected).mean() < 6  # H.264 is not exact
     assert film.cards[begins + 1]["start"] == pytest.approx(card["start"] + len(expected) / 24)
 
 
@@ -271,7 +367,7 @@ def test_a_crash_leaves_the_page_alive_and_the_film_whole(film, monkeypatch, cap
     assert film.state()["error"] == film.error and capfd.readouterr().err.count("\n") == 1
     made = film.made
     assert len(frames_of(b"".join(film.film()))) == made * 24
-    film.say(BLUE)                                                           # and it goes on
+    film.say(BLUE)  # and it goes on
     assert film.error == ""
     play(film, made + 1)
     assert film.made > made and len(frames_of(b"".join(film.film()))) == film.made * 24
@@ -288,8 +384,13 @@ def test_an_error_before_the_first_second_is_one_line_too(film):
 
 
 def test_bad_prompts_are_refused_and_change_nothing(film):
-    for text, message in [("", "say what to show"), ("x" * 2001, "at most 2,000"), ("\ud800", "not UTF-8"),
-                          (3, "is text"), (None, "is text")]:
+    for text, message in [
+        ("", "say what to show"),
+        ("x" * 2001, "at most 2,000"),
+        ("\ud800", "not UTF-8"),
+        (3, "is text"),
+        (None, "is text"),
+    ]:
         with pytest.raises(ValueError, match=message):
             film.say(text)
     with pytest.raises(ValueError, match="transition 'fade'"):
@@ -341,7 +442,11 @@ def encoded(kind: str) -> bytes:
             stream = out.add_stream({"webm": "libvpx-vp9", "avi": "mpeg4"}.get(kind, "libx264"), rate=24)
             stream.height, stream.width, stream.pix_fmt = 32, 48, "yuv420p"
             for _ in range(12):
-                out.mux(stream.encode(av.VideoFrame.from_ndarray(pixels[:, :48].repeat(2, 0)[:32], format="rgb24")))
+                out.mux(
+                    stream.encode(
+                        av.VideoFrame.from_ndarray(pixels[:, :48].repeat(2, 0)[:32], format="rgb24")
+                    )
+                )
             out.mux(stream.encode())
     else:
         Image.fromarray(pixels).save(file, kind)
@@ -351,17 +456,28 @@ def encoded(kind: str) -> bytes:
 @pytest.mark.parametrize("kind", ["png", "jpeg", "gif", "webp", "mp4", "matroska", "webm", "avi", "mov"])
 def test_uploads_are_read_as_the_command_line_reads_files(kind):
     given = live.read_upload(encoded(kind), small().sampler)
-    (name, pixels), = given.items()
+    ((name, pixels),) = given.items()
     assert name == ("image" if kind in ("png", "jpeg", "gif", "webp") else "video")
     assert pixels.shape[-3:] == (32, 32, 3) and pixels.ndim == (3 if name == "image" else 4)
     assert np.abs(pixels.reshape(-1, 3).mean(0) - (200, 30, 40)).max() < 12
     next(small()(RED, **given))
 
 
-@pytest.mark.parametrize("data", [
-    b"", b"hello", b"#EXTM3U\n#EXTINF:1,\nfile:///etc/passwd\n", b"ffconcat version 1.0\nfile /etc/passwd\n",
-    b"<svg xmlns='http://www.w3.org/2000/svg'><image href='/etc/passwd'/></svg>", b"%!PS-Adobe-3.0 EPSF-3.0\n",
-    b"RIFF....WAVEfmt ", b"P6 1 1 255 abc", b"%PDF-1.7 and more bytes", os.urandom(5000)])
+@pytest.mark.parametrize(
+    "data",
+    [
+        b"",
+        b"hello",
+        b"#EXTM3U\n#EXTINF:1,\nfile:///etc/passwd\n",
+        b"ffconcat version 1.0\nfile /etc/passwd\n",
+        b"<svg xmlns='http://www.w3.org/2000/svg'><image href='/etc/passwd'/></svg>",
+        b"%!PS-Adobe-3.0 EPSF-3.0\n",
+        b"RIFF....WAVEfmt ",
+        b"P6 1 1 255 abc",
+        b"%PDF-1.7 and more bytes",
+        os.urandom(5000),
+    ],
+)
 def test_what_is_no_picture_or_clip_is_refused_unread(data):
     with pytest.raises(ValueError, match="neither a picture"):
         live.read_upload(data, small().sampler)
@@ -378,7 +494,7 @@ def test_a_picture_of_very_many_pixels_is_refused():
     file = io.BytesIO()
     Image.new("1", (1, 1)).save(file, "png")
     data = bytearray(file.getvalue())
-    data[16:24] = (60_000).to_bytes(4, "big") * 2                            # width and height, in its header
+    data[16:24] = (60_000).to_bytes(4, "big") * 2  # width and height, in its header
     data[29:33] = zlib.crc32(data[12:29]).to_bytes(4, "big")
     with pytest.raises(ValueError, match="60000x60000"):
         live.read_upload(bytes(data), small().sampler)
@@ -411,14 +527,30 @@ def test_only_this_machine_may_ask(film):
     async def talk(client):
         at = f"{client.host}:{client.port}"
         for host, origin, ok in [
-            (at, None, True), (at, f"http://{at}", True), ("localhost:9", "http://localhost:9", True), ("[::1]:9", None, True),
-            ("evil.example", None, False), ("evil.example", "http://evil.example", False), (f"{client.host}.evil.example", None, False),
-            (at, "http://evil.example", False), (at, "null", False), (at, f"http://{client.host}:1", False), ("127.0.0.1.", None, False),
+            (at, None, True),
+            (at, f"http://{at}", True),
+            ("localhost:9", "http://localhost:9", True),
+            ("[::1]:9", None, True),
+            ("evil.example", None, False),
+            ("evil.example", "http://evil.example", False),
+            (f"{client.host}.evil.example", None, False),
+            (at, "http://evil.example", False),
+            (at, "null", False),
+            (at, f"http://{client.host}:1", False),
+            ("127.0.0.1.", None, False),
         ]:
             headers = {"Host": host} | ({"Origin": origin} if origin else {})
             for path in ("/", "/film.mp4", "/live"):
-                upgrade = {"Upgrade": "websocket", "Connection": "Upgrade", "Sec-WebSocket-Version": "13",
-                           "Sec-WebSocket-Key": "AAAAAAAAAAAAAAAAAAAAAA=="} if path == "/live" else {}
+                upgrade = (
+                    {
+                        "Upgrade": "websocket",
+                        "Connection": "Upgrade",
+                        "Sec-WebSocket-Version": "13",
+                        "Sec-WebSocket-Key": "AAAAAAAAAAAAAAAAAAAAAA==",
+                    }
+                    if path == "/live"
+                    else {}
+                )
                 async with client.get(path, headers=headers | upgrade) as response:
                     assert response.status == ((101 if upgrade else 200) if ok else 403), (host, origin, path)
 
@@ -428,11 +560,18 @@ def test_only_this_machine_may_ask(film):
 def test_other_machines_need_the_token(film):
     async def talk(client):
         headers = {"Host": "render.lan:8765"}
-        for query, status in [("", 403), ("?token=", 403), ("?token=sesam", 403), ("?token=s%C3%A9same", 403),
-                              ("?token=open", 200)]:
+        for query, status in [
+            ("", 403),
+            ("?token=", 403),
+            ("?token=sesam", 403),
+            ("?token=s%C3%A9same", 403),
+            ("?token=open", 200),
+        ]:
             async with client.get("/" + query, headers=headers) as response:
                 assert response.status == status, query
-        async with client.get("/?token=open", headers=headers | {"Origin": "http://evil.example"}) as response:
+        async with client.get(
+            "/?token=open", headers=headers | {"Origin": "http://evil.example"}
+        ) as response:
             assert response.status == 403
 
     serving(film, talk, token="open")
@@ -467,12 +606,12 @@ def test_one_speaks_and_another_watches(film):
             await first.send_json({"say": RED})
             assert (await heard(first, lambda m: "told" in m))["told"] == 1
             assert (await heard(second, lambda m: m.get("made")))["cards"][0]["text"] == RED
-            again = await client.ws_connect("/live?visitor=a")               # a reload keeps the place
+            again = await client.ws_connect("/live?visitor=a")  # a reload keeps the place
             assert (await heard(again, lambda m: True))["speaks"]
             await again.close()
-        assert (await heard(second, lambda m: m.get("speaks")))["visitors"] == 1   # then the next one speaks
+        assert (await heard(second, lambda m: m.get("speaks")))["visitors"] == 1  # then the next one speaks
         await second.send_json({"pause": True})
-        assert (await heard(second, lambda m: m.get("paused")))
+        assert await heard(second, lambda m: m.get("paused"))
         await second.close()
 
     serving(film, talk)
@@ -481,8 +620,23 @@ def test_one_speaks_and_another_watches(film):
 def test_nonsense_is_answered_by_one_line(film):
     async def talk(client):
         async with client.ws_connect("/live?visitor=a") as socket:
-            for text in ("", "{", "[]", "{}", "3", "null", '"at"', '{"at": "x"}', '{"at": null}', '{"say": 5}', '{"say": "x", "kind": [1]}',
-                         '{"say": "x", "kind": "../../etc"}', '{"say": "' + "x" * 3000 + '"}', '{"seed": 1}', '{"say": "\\ud800"}'):
+            for text in (
+                "",
+                "{",
+                "[]",
+                "{}",
+                "3",
+                "null",
+                '"at"',
+                '{"at": "x"}',
+                '{"at": null}',
+                '{"say": 5}',
+                '{"say": "x", "kind": [1]}',
+                '{"say": "x", "kind": "../../etc"}',
+                '{"say": "' + "x" * 3000 + '"}',
+                '{"seed": 1}',
+                '{"say": "\\ud800"}',
+            ):
                 await socket.send_str(text)
                 problem = (await heard(socket, lambda m: "problem" in m))["problem"]
                 assert problem and "\n" not in problem and len(problem) <= 300, text
@@ -508,7 +662,7 @@ def test_an_upload_that_is_too_large_is_not_read(film, monkeypatch):
             while (message := await socket.receive(timeout=20)).type.name == "TEXT":
                 pass
             assert socket.close_code == 1009 or message.data == 1009
-        async with client.ws_connect("/live?visitor=a") as socket:           # the server is well
+        async with client.ws_connect("/live?visitor=a") as socket:  # the server is well
             await heard(socket, lambda m: True)
 
     serving(film, talk)
@@ -547,9 +701,16 @@ def test_the_fragments_a_visitor_gets_are_the_film(film):
     serving(film, talk)
 
 
-@pytest.mark.parametrize("flags, message", [
-    (["--model", "nowhere"], "no model in 'nowhere'"), (["--steps", "7"], "steps 7 must be"), (["--device", "tpu"], "device 'tpu'"),
-    (["--height", "30"], "30"), (["--port", "1", "--host", "203.0.113.9"], "203.0.113.9")])
+@pytest.mark.parametrize(
+    "flags, message",
+    [
+        (["--model", "nowhere"], "no model in 'nowhere'"),
+        (["--steps", "7"], "steps 7 must be"),
+        (["--device", "tpu"], "device 'tpu'"),
+        (["--height", "30"], "30"),
+        (["--port", "1", "--host", "203.0.113.9"], "203.0.113.9"),
+    ],
+)
 def test_a_bad_flag_is_one_line_and_code_2(flags, message, capsys):
     assert live.main(flags) == 2
     err = capsys.readouterr().err
@@ -562,15 +723,21 @@ def test_a_bad_flag_is_one_line_and_code_2(flags, message, capsys):
 CHROMIUM, DRIVER = shutil.which("chromium"), shutil.which("chromedriver")
 FLAGS = """--headless --no-sandbox --disable-gpu --disable-quic --no-first-run --disable-background-networking
     --disable-component-update --disable-sync --disable-dev-shm-usage --window-size=940,960""".split()
-browser_test = pytest.mark.skipif(not (CHROMIUM and DRIVER), reason="no chromium and chromedriver: apt-get install chromium-driver")
+browser_test = pytest.mark.skipif(
+    not (CHROMIUM and DRIVER), reason="no chromium and chromedriver: apt-get install chromium-driver"
+)
 
 
 class Running:
     """`python live.py` with the small model, as a visitor starts it."""
 
     def __init__(self, port: int = 0):
-        self.process = subprocess.Popen([sys.executable, ROOT / "live.py", "--port", str(port)], text=True,
-                                        stdout=subprocess.PIPE, stderr=subprocess.DEVNULL)
+        self.process = subprocess.Popen(
+            [sys.executable, ROOT / "live.py", "--port", str(port)],
+            text=True,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.DEVNULL,
+        )
         self.url = self.process.stdout.readline().strip()
         assert self.url.startswith("http://127.0.0.1:")
 
@@ -637,7 +804,10 @@ class Page:
         until(lambda: self.js("video.currentTime") > start + seconds)
 
     def made(self, chunk: int) -> None:
-        until(lambda: self.js(f"state.cards.some(c => c.n == {chunk} && c.done) || state.cards[0].n > {chunk}"), 60)
+        until(
+            lambda: self.js(f"state.cards.some(c => c.n == {chunk} && c.done) || state.cards[0].n > {chunk}"),
+            60,
+        )
 
     def no_errors(self) -> None:
         assert [e for e in self.driver.get_log("browser") if e["level"] == "SEVERE"] == []
@@ -659,7 +829,7 @@ def test_browser_a_typed_prompt_is_obeyed_in_the_chunk_it_should(page, server):
     page.made(chunk)
     until(lambda: "From your prompt to its first frame" in page.text("latency"))
     took, least = map(float, re.findall(r"(\d+\.\d) s", page.text("latency")))
-    assert took >= least >= 3.0                                              # three chunks were in flight
+    assert took >= least >= 3.0  # three chunks were in flight
     colours = [colour for colour, _, _ in world.judge(server.film()).chunks]
     assert colours[chunk - 1] == "red" and colours[chunk] == "blue", (chunk, colours)
     assert page.js("document.querySelectorAll('#strip .flying').length") >= 3
@@ -690,7 +860,7 @@ def test_browser_an_upload_is_gone_on_from(page, server, tmp_path):
     until(lambda: page.js("state.made") >= made + 1)
     pixels = np.asarray(Image.open(picture).convert("RGB")).astype(int)
     off = [np.abs(frame - pixels).mean() for frame in server.film()]
-    assert min(off) < 8 < np.median(off)                                     # the film goes through it
+    assert min(off) < 8 < np.median(off)  # the film goes through it
     (tmp_path / "words.txt").write_text("just words, no picture at all")
     page.driver.find_element("id", "file").send_keys(str(tmp_path / "words.txt"))
     until(lambda: "neither a picture" in page.text("problem"))
@@ -721,7 +891,7 @@ def test_browser_a_reload_goes_on_and_a_second_tab_watches(page, server):
 def test_browser_old_buffer_is_dropped(page, server):
     """What has been played is taken out of the browser's memory, so an hour costs no more than a minute."""
     page.plays()
-    assert page.js("kept") == 20                                             # seconds; here less, for a quick test
+    assert page.js("kept") == 20  # seconds; here less, for a quick test
     page.js("kept = 2")
     for _ in range(2):
         start = page.js("video.buffered.start(0)")
