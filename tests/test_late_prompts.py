@@ -150,7 +150,7 @@ def test_guidance_holds_from_now_on():
     "item, message",
     [
         (3, "a prompt is of type int"),
-        (b"red", "not b'red'"),
+        (b"red", "a prompt is of type bytes"),
         (magi.Prompt(RED, "fade"), "transition 'fade' is not"),
         (
             magi.Prompt(RED, settings={"num_steps": 8}),
