@@ -1712,7 +1712,7 @@ class MAGI:
                 return prompt
             if all(isinstance(caption, str) for caption in prompt):
                 return self.encode_text(list(prompt))
-            prompt = [as_prompt(item) for item in prompt]
+            prompt = [item if item is None else as_prompt(item) for item in prompt]
 
         def one_by_one(config: SamplerConfig) -> Iterator[tuple[Tensor, Tensor, SamplerConfig] | None]:
             encode = functools.lru_cache(8)(lambda caption: self.encode_text([caption]))
