@@ -7,6 +7,7 @@ until `fill` is called, so a wrong file is refused before any weight is read.
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import errno
 import importlib.util
 import itertools
@@ -22,9 +23,10 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
-__all__ = ["build", "check_device", "check_dit_config", "check_sampler_config", "check_vae_config",
-           "compare_headers", "fill", "headers_of", "load_module", "make_config", "read_config", "read_headers",
-           "read_json", "read_tensors", "reading", "require", "save", "weight_files"]
+__all__ = ["build", "check_device", "check_dit_config", "check_own_config", "check_sampler_config",
+           "check_vae_config", "compare_headers", "fill", "headers_of", "load_module", "make_config",
+           "read_config", "read_headers", "read_json", "read_tensors", "reading", "require", "save",
+           "weight_files"]
 
 Module = TypeVar("Module", bound=nn.Module)
 
@@ -182,6 +184,24 @@ def _check_guidance(cfg: Any) -> None:
             f"prev_scales {cfg.prev_scales}, text_scales {cfg.text_scales}")
 
 
+OWN = ("cfg_t", "prev_scales", "text_scales", "nearly_clean_t", "nearly_clean_blend", "kv_ranges",
+       "kv_ranges_at")
+
+
+def check_own_config(own: Any, run: Any) -> None:
+    """ValueError if the config of one chunk differs from its run's in more than guidance and ranges, or looks
+    further back: the cache has forgotten what came before."""
+    for name in (field.name for field in dataclasses.fields(own) if field.name not in OWN):
+        require(getattr(own, name) == getattr(run, name),
+                f"{name} {getattr(own, name)!r} of one chunk is not its run's {getattr(run, name)!r}: a chunk"
+                f" may only have its own {', '.join(OWN)}")
+    new = [ranges for at, ranges in own.kv_ranges_at if (at, ranges) not in run.kv_ranges_at]
+    for ranges in (own.kv_ranges, *new):
+        require(not run.kv_ranges or ranges and max(ranges) <= max(run.kv_ranges),
+                f"kv_ranges {ranges} of one chunk look further back than its run's {run.kv_ranges}, but the "
+                f"cache has forgotten what came before")
+
+
 def weight_files(folder: str | Path, name: str = "model.safetensors") -> list[Path]:
     """The files of a checkpoint: the one of that name, or all that its index names; where only NAME.zst is
     there (official downloads), that."""
@@ -191,7 +211,7 @@ def weight_files(folder: str | Path, name: str = "model.safetensors") -> list[Pa
         values = read_json(index, "index")
         require(isinstance(values, dict) and isinstance(values.get("weight_map"), dict),
                 f"{index} is no index of weights: download or convert the model again")
-        names = sorted(set(values["weight_map"].values()))
+        names = sorted({str(part) for part in values["weight_map"].values()})
     files = [folder / part for part in names]
     files = [file if file.is_file() else file.with_name(f"{file.name}.zst") for file in files]
     missing = [part for part, file in zip(names, files, strict=True) if not file.is_file()]
@@ -302,5 +322,5 @@ def check_device(device: str) -> None:
     try:
         torch.empty(1, device=device)
     except (RuntimeError, AssertionError) as error:                          # by how PyTorch was built
-        reason = re.split(r"[.\n]\s|\.$", str(error))[0]
+        reason = re.split(r"\.\s|\n|\.$", str(error))[0]
         raise ValueError(f"device {str(device)!r} is not available ({reason}): try cpu") from None

@@ -48,17 +48,9 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 from tqdm import tqdm
 
+import checkpoints
 import magi
-from checkpoints import (
-    compare_headers,
-    load_module,
-    make_config,
-    read_json,
-    reading,
-    require,
-    save,
-    weight_files,
-)
+from checkpoints import compare_headers, make_config, read_json, reading, require, save, weight_files
 from folders import new_folder, output_folder
 from magi import DiTConfig, SamplerConfig, VAEConfig
 
@@ -112,8 +104,7 @@ VAE_KEYS = (
      "norm_code": False, "use_rope": False},
     ())
 
-# These must be there: the sizes, and what no tensor's shape gives away when it is wrong. For other keys our
-# defaults are taken if they are missing.
+# These must be there: they are sizes, or no tensor's shape shows when they are wrong. Others have defaults.
 REQUIRED_KEYS = ("num_layers", "hidden_size", "ffn_hidden_size", "num_attention_heads", "num_query_groups",
                  "kv_channels", "in_channels", "out_channels", "x_rescale_factor")
 REQUIRED_VAE_KEYS = ("video_size", "video_length", "patch_size", "patch_length", "z_chans", "embed_dim",
@@ -122,7 +113,7 @@ REQUIRED_VAE_KEYS = ("video_size", "video_length", "patch_size", "patch_length",
 
 
 def configs_from_upstream(config: dict) -> tuple[DiTConfig, SamplerConfig]:
-    """An official JSON -> our two configs. Raises ValueError, naming the key, for what we do not support."""
+    """Turn an official JSON into our two configs. Raises ValueError, naming the key, for what is unknown."""
     require(isinstance(config, dict) and config.keys() == CONFIG_KEYS.keys(),
             f"an official config has the parts {', '.join(CONFIG_KEYS)}; this is {str(config)[:60]!r}")
     values = {}
@@ -150,26 +141,23 @@ def configs_from_upstream(config: dict) -> tuple[DiTConfig, SamplerConfig]:
 
 
 def note_on_gpus(config: dict) -> str:
-    """What to tell the user of an official config that is for several GPUs; "" if it is for one."""
-    engine = config["engine_config"]
-    sizes = {key: engine[key] for key in ("cp_size", "pp_size") if type(engine.get(key)) is int}
-    ranks = math.prod(sizes.values())
-    if ranks <= 1:
-        return ""
-    given = ", ".join(f"{key} {size}" for key, size in sizes.items())
-    return (f"note: the config is for {ranks} GPUs ({given}). Here the launcher sets their number: "
+    """Say how to start on several GPUs, if an official config is for that; else return ""."""
+    sizes = [config["engine_config"].get(key) for key in ("cp_size", "pp_size")]
+    ranks = math.prod(size for size in sizes if type(size) is int)
+    note = (f"note: the config is for {ranks} GPUs (cp_size, pp_size); here the launcher sets their number: "
             f"torchrun --nproc_per_node {ranks} sample.py ...")
+    return note if ranks > 1 else ""
 
 
 def vae_config_from_upstream(config: dict) -> VAEConfig:
-    """The VAE's config.json -> VAEConfig. Raises ValueError likewise."""
+    """Turn the VAE's config.json into a VAEConfig. Raises ValueError likewise."""
     table = {"ddconfig": "ddconfig"}, {}, ("_class_name", "_diffusers_version", "model_type")
     ddconfig = _translate("config.json", config, table, ["ddconfig"])["ddconfig"]
     return _build(VAEConfig, _translate("ddconfig", ddconfig, VAE_KEYS, REQUIRED_VAE_KEYS))
 
 
 def _translate(part: str, values: dict, table: tuple, required: Iterable[str] = ()) -> dict:
-    """The entries of one part of an official config, under our names."""
+    """Return the entries of one part of an official config that are fields of ours, under our names."""
     fields, fixed, ignored = table
     require(isinstance(values, dict), f"{part} is {values!r}, not a table of keys")
     for key, value in values.items():
@@ -251,8 +239,8 @@ TOKEN_ROWS = {                                   # a token -> array of special_t
 
 
 def convert_dit(sd: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Official DiT tensors, all or some -> ours: other names, fp8 weights without their leading axis, and the
-    columns of attn.proj in another order."""
+    """Turn official DiT tensors, all or some, into ours: they get other names, fp8 weights lose their leading
+    axis, and the columns of attn.proj get another order."""
     for name, tensor in sd.items():
         require(not re.search(r"linear_qkv[^.]*(\.weight)?$", name), f"{name} {list(tensor.shape)} packs q, "
                 "k and v in an undocumented order: this is MAGI-1.1, and only MAGI-1 is supported")
@@ -269,7 +257,7 @@ def convert_dit(sd: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 def self_before_cross(columns: Tensor) -> Tensor:
-    """The official order of the output projection's columns (..., 2*Hq*hd) -> ours.
+    """Put the output projection's columns (..., 2*Hq*hd) from the official order into ours.
 
     The official model was trained 8-way tensor parallel: the part of Wo on each rank saw the self- and the
     cross-attention of the rank's own heads side by side. In our order all of self-attention comes first.
@@ -278,17 +266,17 @@ def self_before_cross(columns: Tensor) -> Tensor:
 
 
 def convert_vae(sd: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Official VAE tensors, all or some -> ours."""
+    """Turn official VAE tensors, all or some, into ours: they get other names."""
     return _rename(sd, VAE_MODULES)
 
 
 def convert_t5(sd: dict[str, Tensor]) -> dict[str, Tensor]:
-    """A T5 checkpoint's tensors, all or some -> the encoder's in bf16; transformers' names stay."""
+    """Keep, of a T5 checkpoint's tensors, all or some, the encoder's, in bf16. Names stay transformers'."""
     for name, tensor in sd.items():
         part = name.split(".")[0]
         require(part in ("shared", "encoder", "decoder", "lm_head") and tensor.is_floating_point(),
                 f"{name} ({tensor.dtype}) is not a tensor of a T5 model")
-    tied = "encoder.embed_tokens.weight"                 # is shared.weight again: transformers ties it itself
+    tied = "encoder.embed_tokens.weight"                 # it equals shared.weight, and transformers ties it
     return {name: tensor.to(torch.bfloat16) for name, tensor in sd.items()
             if name.startswith(("shared.", "encoder.")) and name != tied}
 
@@ -309,7 +297,7 @@ def _rename(sd: dict[str, Tensor], modules: dict[str, tuple[str, str]]) -> dict[
 
 
 def special_tokens_from_npz(file: Path, width: int) -> dict[str, Tensor]:
-    """The learned vectors (1, width) by name. They pass through float16, as they do in the official code."""
+    """Read the learned vectors (1, width) by name. They pass through float16, as in the official code."""
     names = magi.SPECIAL_TOKENS | magi.NEGATIVE_TOKENS
     tokens = {}
     with reading("special tokens", file), np.load(file, allow_pickle=False) as arrays:
@@ -331,19 +319,19 @@ _DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF
 
 
 def open_file(file: Path) -> BinaryIO:
-    """A stream of bytes, decompressed on the way if the file is .zst."""
+    """Open a stream of bytes, which is decompressed on the way if the file is .zst."""
     if file.suffix != ".zst":
         return open(file, "rb")
     try:
         import zstandard
     except ImportError:
         raise ValueError(f"{file} is compressed: pip install zstandard") from None
-    unpack = zstandard.ZstdDecompressor(max_window_size=2**31)               # of `zstd --long=31`
+    unpack = zstandard.ZstdDecompressor(max_window_size=2**31)               # as `zstd --long=31` needs
     return unpack.stream_reader(open(file, "rb"), read_across_frames=True)   # pzstd writes many frames
 
 
 def read_header(file: Path) -> dict[str, Tensor]:
-    """A file's tensors on the meta device: names, shapes and dtypes without the data."""
+    """Read names, shapes and dtypes without the data: a file's tensors on the meta device."""
     if file.suffix == ".bin":
         return load_pickle(file, "meta")
     with open_file(file) as f, reading("weights", file):
@@ -358,7 +346,7 @@ def read_header(file: Path) -> dict[str, Tensor]:
 
 
 def load_pickle(file: Path, device: str) -> dict[str, Tensor]:
-    """A .bin file, mapped from the disk where its format allows. Nothing in it is executed."""
+    """Read a .bin file, mapped from the disk where its format allows. Nothing in it is executed."""
     with reading("weights", file), warnings.catch_warnings():
         warnings.simplefilter("ignore")                  # torch.load remarks on old pickle protocols
         try:
@@ -373,7 +361,7 @@ def load_pickle(file: Path, device: str) -> dict[str, Tensor]:
 
 @contextmanager
 def open_weights(file: Path, scratch: Path) -> Iterator[Callable[[str], Tensor]]:
-    """A function that reads one tensor by name. A .zst file is unpacked into `scratch` while it is open."""
+    """Yield a function that reads a tensor by name. A .zst file is unpacked into `scratch` meanwhile."""
     if file.suffix == ".bin":
         yield load_pickle(file, "cpu").__getitem__
         return
@@ -422,8 +410,13 @@ def make_plan(files: list[Path], convert: Callable, expected: dict[str, Tensor])
     return reads, shards
 
 
+def size_of(plan: tuple[list, list]) -> int:
+    """Count the bytes that the tensors of a plan take on the disk."""
+    return sum(tensor.nbytes for shard in plan[1] for tensor in shard.values())
+
+
 def check(found: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
-    """Compare names, shapes and dtypes both ways. Raises ValueError with the first difference of a kind."""
+    """Compare names, shapes and dtypes both ways. Raises ValueError with the first difference."""
     show = lambda tensor: f"{str(tensor.dtype).removeprefix('torch.')} {list(tensor.shape)}"
     wanted = {name: show(tensor) for name, tensor in expected.items()}
     have = {name: show(tensor) for name, tensor in found.items()}
@@ -434,7 +427,7 @@ def check(found: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
 
 
 def fits(name: str, found: torch.dtype, expected: torch.dtype) -> bool:
-    """Whether a tensor may have this dtype: e4m3 exactly where the model has it; else the model's dtype,
+    """Tell if a tensor may have this dtype. It is e4m3 exactly where the model's is; else it is the model's,
     float32, or bf16 in the blocks, since official files store even their float32 norms in bf16."""
     if E4M3 in (found, expected):
         return found == expected
@@ -457,9 +450,9 @@ def write_weights(reads: list, shards: list, convert: Callable, folder: Path) ->
                         save(held, folder / names[done], FOR_TRANSFORMERS)
                         held, done = {}, done + 1
     if n > 1:
-        size = sum(tensor.nbytes for shard in shards for tensor in shard.values())
         where = {key: name for name, shard in zip(names, shards, strict=True) for key in shard}
-        write_json({"metadata": {"total_size": size}, "weight_map": where}, folder / INDEX)
+        total = {"total_size": size_of((reads, shards))}
+        write_json({"metadata": total, "weight_map": where}, folder / INDEX)
 
 
 def write_json(values: dict, file: Path) -> None:
@@ -487,9 +480,9 @@ def run_dit(src: Path, out: Path, config: str, special_tokens: Path | None, forc
     if not tokens:
         notes.append(f"note: without --special-tokens, {out} only runs with special_tokens=(), in sample.py "
                      f"--special_tokens none")
-    files = weight_files(src, "model.safetensors")
+    files = weight_files(src)
     plan = make_plan(files, convert_dit, meta_weights(lambda: magi.DiT(cfg)))
-    with new_folder(src, out, force) as folder:
+    with new_folder(src, out, force, size_of(plan)) as folder:
         write_weights(*plan, convert_dit, folder)
         write_json({"dit": asdict(cfg), "sampler": asdict(sampler)}, folder / "config.json")
         if tokens:
@@ -503,13 +496,13 @@ def run_vae(src: Path, out: Path, force: bool) -> None:
     cfg = vae_config_from_upstream(read_json(src / "config.json"))
     files = weight_files(src, "diffusion_pytorch_model.safetensors")
     plan = make_plan(files, convert_vae, meta_weights(lambda: magi.VAE(cfg)))
-    with new_folder(src, out, force) as folder:
+    with new_folder(src, out, force, size_of(plan)) as folder:
         write_weights(*plan, convert_vae, folder)
         write_json({"vae": asdict(cfg)}, folder / "config.json")
 
 
 def run_t5(src: Path, out: Path, force: bool) -> None:
-    from transformers import T5Config, T5EncoderModel  # takes seconds, so it stands here
+    from transformers import T5Config, T5EncoderModel  # this takes seconds, so it stands here
 
     out = output_folder(src, out, force)
     config = read_json(src / "config.json")
@@ -522,15 +515,14 @@ def run_t5(src: Path, out: Path, force: bool) -> None:
     has_safetensors = any((src / name).is_file() for name in ("model.safetensors", INDEX))
     files = weight_files(src, "model.safetensors" if has_safetensors else "pytorch_model.bin")
     plan = make_plan(files, convert_t5, expected)
-    with new_folder(src, out, force) as folder:
+    with new_folder(src, out, force, size_of(plan)) as folder:
         write_weights(*plan, convert_t5, folder)
         write_json(config, folder / "config.json")
         shutil.copyfile(src / "spiece.model", folder / "spiece.model")
 
 
 def run_all(src: Path, out: Path, special_tokens: Path | None, force: bool) -> None:
-    """Convert all that a ckpt folder holds. The names of its DiT folders tell the preset, and the headers
-    confirm it."""
+    """Convert all that a ckpt folder holds. A DiT folder's name tells the preset; the headers confirm it."""
     jobs = {}                                            # name in OUT -> function, official folder, arguments
     for folder in sorted(src.glob("magi/*/inference_weight*")):
         label = f"{folder.parent.name}/{folder.name}"
@@ -556,7 +548,7 @@ def run_all(src: Path, out: Path, special_tokens: Path | None, force: bool) -> N
 
 
 def not_converted(src: Path, out: Path, converted: list[Path]) -> list[str]:
-    """A line on each folder of an official download that holds weights which no job reads."""
+    """Say of each folder in a download that holds weights, but is not converted, why it is skipped."""
     weights = (".safetensors", ".safetensors.zst", ".bin")
     folders = {file.parent for file in src.rglob("*") if file.name.endswith(weights)} - {src}
     folders |= {folder for folder in src.glob("magi?*") if folder.is_dir()}              # such as magi1.1
@@ -578,8 +570,8 @@ def meta_weights(build: Callable[[], nn.Module]) -> dict[str, Tensor]:
 
 
 def quantizer() -> Any:
-    """tools/quantize.py, loaded by its path, since other packages are called `tools` too."""
-    return load_module("magi_quantize", Path(__file__).parent / "tools" / "quantize.py")
+    """Load tools/quantize.py by its path, since other packages are called `tools` too."""
+    return checkpoints.load_module("magi_quantize", Path(__file__).parent / "tools" / "quantize.py")
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -1,6 +1,6 @@
-"""An output folder that is there whole or not at all, whatever ends the program.
+"""Make an output folder that is there whole or not at all, whatever ends the program.
 
-    with new_folder(src, out, force) as folder:          # OUT.partial, empty, and no other run writes in it
+    with new_folder(src, out, force, size) as folder:    # OUT.partial, empty, and no other run writes in it
         ...                                              # write the files
     # Here OUT is complete. After an error or Ctrl-C, OUT.partial is gone, and OUT is as it was before.
 
@@ -21,13 +21,14 @@ OUR_FILES = ("config.json", "spiece.model", "model.safetensors.index.json")
 
 
 def output_folder(src: Path, out: Path, force: bool) -> Path:
-    """The folder that OUT names, without links. Raises ValueError if it must not be written.
+    """Return the folder that OUT names, without links. Raises ValueError if it must not be written.
 
     Call it before any work. An existing OUT must be a model folder, not hold `src`, and be meant (`force`).
     """
+    for path in (out, *out.parents):
+        require(path.exists() or not path.is_symlink(), f"{path} is a link to something that does not exist: "
+                "give the name of the folder itself, or remove the link")
     if out.is_symlink():
-        require(out.exists(), f"{out} is a link to {out.readlink()}, which does not exist: give the name of "
-                "the folder itself, or remove the link")
         out = out.resolve()
     partial, old = beside(out)
     for leftover in (partial, old):
@@ -41,12 +42,12 @@ def output_folder(src: Path, out: Path, force: bool) -> Path:
 
 
 def beside(out: Path) -> tuple[Path, Path]:
-    """Where OUT is made, and where an old OUT waits to be removed."""
+    """Name the folder where OUT is made, and the one where an old OUT waits to be removed."""
     return out.with_name(f"{out.name}.partial"), out.with_name(f"{out.name}.replaced")
 
 
 def is_ours(folder: Path) -> bool:
-    """Whether a folder holds only what a run writes. Unfinished files are called .tmp* or *.part."""
+    """Tell if a folder holds only what a run writes. Unfinished files are called .tmp* or *.part."""
     if folder.is_symlink() or not folder.is_dir():
         return False
     return all(file.name in OUR_FILES or file.suffix in (".safetensors", ".unpacked", ".part")
@@ -54,10 +55,11 @@ def is_ours(folder: Path) -> bool:
 
 
 @contextmanager
-def new_folder(src: Path, out: Path, force: bool) -> Iterator[Path]:
-    """A folder OUT.partial that becomes OUT if the block ends well, and is removed if it does not.
+def new_folder(src: Path, out: Path, force: bool, size: int) -> Iterator[Path]:
+    """Yield a folder OUT.partial that becomes OUT if the block ends well, and is removed if it does not.
 
     An old OUT is moved aside at the end and removed last, so the old or the new one is whole at any time.
+    size: how many bytes will be written. Raises ValueError if the disk has no room for them.
     """
     partial, old = beside(out)
     partial.mkdir(parents=True, exist_ok=True)
@@ -69,11 +71,13 @@ def new_folder(src: Path, out: Path, force: bool) -> Iterator[Path]:
         for leftover in partial.iterdir():               # a run was killed before it ended
             leftover.unlink()
         try:
+            free = shutil.disk_usage(partial).free
+            require(size <= free, f"{out} needs {size / 1e9:.3f} GB, but only {free / 1e9:.3f} GB are free")
             yield partial
             if out.exists():
                 out.rename(old)
             partial.rename(out)
-        except BaseException:                            # Ctrl-C too
+        except BaseException:                            # Ctrl-C is one of them
             if old.exists() and not out.exists():
                 old.rename(out)
             shutil.rmtree(partial, ignore_errors=True)
@@ -86,7 +90,7 @@ def new_folder(src: Path, out: Path, force: bool) -> Iterator[Path]:
 
 @contextmanager
 def only_run_in(folder: Path) -> Iterator[None]:
-    """Raises ValueError if another run writes in the folder. The system frees the lock of a killed run."""
+    """Raise ValueError if another run writes in the folder. The system frees the lock of a killed run."""
     try:
         import fcntl
     except ImportError:                                  # Windows has no such lock

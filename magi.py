@@ -72,6 +72,7 @@ from captions import clean_caption
 from checkpoints import (
     build,
     check_dit_config,
+    check_own_config,
     check_sampler_config,
     check_vae_config,
     fill,
@@ -1511,10 +1512,15 @@ class _Run:
             if item is None:
                 return None
             require(item, "there is no prompt: give at least one, which may be empty")
+            text, mask, *own = item
+            require(text.shape == self.null.shape and mask.shape == text.shape[:1],
+                    f"text {tuple(text.shape)} and text_mask {tuple(mask.shape)} of chunk {chunk - self.P} "
+                    f"must be {tuple(self.null.shape)} and ({len(self.null)},)")
+            for cfg in own:
+                check_own_config(cfg, self.cfg)
             self.last = item
-            text, mask, *cfg = item
             valid = mask.to(self.null.device).bool().long()
-            self.asked[chunk] = Asked(text.to(self.null), valid, *(cfg or [self.cfg]))
+            self.asked[chunk] = Asked(text.to(self.null), valid, *(own or [self.cfg]))
         return self.asked[chunk].cfg
 
     def caption(self, chunk: int) -> tuple[Tensor, Tensor]:
@@ -1619,11 +1625,23 @@ class Prompt(NamedTuple):
     transition: str | None = None        # "cut" or "restyle", at this chunk
     settings: dict = {}                  # of GUIDANCE, the fields of SamplerConfig that may change in a run
 
-    def check(self) -> None:
-        """ValueError for what a chunk cannot be given."""
-        require(isinstance(self.text, str), f"a prompt is a caption or a magi.Prompt, not {self.text!r}")
-        wrong = ", ".join(map(repr, self.settings.keys() - set(GUIDANCE)))
-        require(not wrong, f"{wrong} cannot change while a video is made, only {', '.join(GUIDANCE)}")
+
+def as_prompt(item: Any) -> Prompt:
+    """A caption or a Prompt -> Prompt; ValueError for what a chunk cannot be given."""
+    prompt = item if isinstance(item, Prompt) else Prompt(item)
+    require(isinstance(prompt.text, str), f"a prompt is of type {type(item).__name__}: give captions, "
+            f"Prompts, or the (text, mask) of encode_text")
+    wrong = ", ".join(map(repr, prompt.settings.keys() - set(GUIDANCE)))
+    require(not wrong, f"{wrong} cannot change while a video is made, only {', '.join(GUIDANCE)}")
+    return prompt
+
+
+def with_settings(cfg: SamplerConfig, settings: dict[str, Any]) -> SamplerConfig:
+    """The config with some fields replaced; ValueError for a field that it does not have."""
+    known = [field.name for field in dataclasses.fields(SamplerConfig)]
+    unknown = ", ".join(settings.keys() - set(known))
+    require(not unknown, f"unknown setting {unknown}: choose from {', '.join(known)}")
+    return dataclasses.replace(cfg, **settings)
 
 
 class MAGI:
@@ -1658,10 +1676,7 @@ class MAGI:
         num_steps, height, width. Raises ValueError for bad ones before anything is computed, and later
         FloatingPointError if the model gives what is not finite.
         """
-        known = [field.name for field in dataclasses.fields(SamplerConfig)]
-        unknown = ", ".join(settings.keys() - set(known))
-        require(not unknown, f"unknown setting {unknown}: choose from {', '.join(known)}")
-        cfg = dataclasses.replace(sampler or self.sampler, **settings)
+        cfg = with_settings(sampler or self.sampler, settings)
         num_frames = math.inf if cfg.num_frames is None else cfg.num_frames
         pixels = None
         if image is not None or video is not None:
@@ -1687,15 +1702,17 @@ class MAGI:
 
     def _texts(self, prompt: Any, cfg: SamplerConfig) -> Any:
         """What `sample` takes as text and text_mask."""
-        if isinstance(prompt, str):
+        if isinstance(prompt, str | Prompt):
             prompt = [prompt]
+        require(isinstance(prompt, Iterable), f"the prompt {prompt!r} is neither a caption nor several")
         if isinstance(prompt, Sequence):
             require(len(prompt) > 0,
                     "the prompt is an empty list: give at least one caption, which may be ''")
-            if isinstance(prompt[0], Tensor):
+            if len(prompt) == 2 and all(isinstance(u, Tensor) for u in prompt):
                 return prompt
             if all(isinstance(caption, str) for caption in prompt):
                 return self.encode_text(list(prompt))
+            prompt = [as_prompt(item) for item in prompt]
 
         def one_by_one(config: SamplerConfig) -> Iterator[tuple[Tensor, Tensor, SamplerConfig] | None]:
             encode = functools.lru_cache(8)(lambda caption: self.encode_text([caption]))
@@ -1703,8 +1720,7 @@ class MAGI:
                 if item is None:
                     yield None
                     return
-                item = item if isinstance(item, Prompt) else Prompt(item)
-                item.check()
+                item = as_prompt(item)
                 config = dataclasses.replace(config, **item.settings)
                 here = shot_transition(config, chunk, item.transition) if item.transition else config
                 text, mask = encode(item.text)

@@ -67,11 +67,11 @@ OTHER_NAMES = {
     "num_steps": "steps", "window_size": "window", "frames": "num_frames", "text_scales": "text_scale",
     "prev_scales": "prev_scale", "kv_ranges": "kv_range", "clean_chunk_kvrange": "clean_kv_range",
 }  # fmt: skip
-# What other programs call what we have under another name: suggested, not taken, since the scale may differ.
-SUGGESTED = {"guidance": "text_scale", "guidance_scale": "text_scale", "cfg": "text_scale",
-             "cfg_scale": "text_scale", "negative_prompt": "negative_tokens", "num_inference_steps": "steps",
-             "length": "num_frames", "duration": "num_frames", "resolution": "height", "size": "height"}
-
+# Names in other programs: suggested, not taken, since the meaning differs a little.
+SUGGESTED = {
+    "guidance": "text_scale", "guidance_scale": "text_scale", "cfg": "text_scale", "cfg_scale": "text_scale",
+    "negative_prompt": "negative_tokens", "num_inference_steps": "steps", "duration": "num_frames",
+}  # fmt: skip
 
 # The bundled models. "tiny" is the distilled one, or the base one where that has not been made.
 TINY = Path(__file__).resolve().parent / "tiny"
@@ -299,11 +299,7 @@ def claim_outputs(args: argparse.Namespace, locks: contextlib.ExitStack) -> None
     inputs += [file for folder in (args.model, args.vae, args.t5) for file in folder.glob("*")]
 
     def claimed(path: Path) -> Path:
-        require(not path.exists() or not any(os.path.exists(f) and path.samefile(f) for f in inputs),
-                f"{str(path)!r} is an input: give the output another name")
-        path = media.check_output(path)
-        locks.enter_context(media.locked(path))
-        return path
+        return locks.enter_context(media.claimed(path, inputs))
 
     args.outs = [claimed(out) if isinstance(out, Path) else out for out in args.outs]
     args.save_text = args.save_text and claimed(args.save_text)
@@ -563,6 +559,7 @@ def load_text(path: str, dit) -> tuple:
     require(text.shape[1:] == (dit.text_length, dit.text_dim) and mask.shape == text.shape[:2] and len(text),
             f"text {path!r} has shape {tuple(text.shape)}, this model needs (prompts, {dit.text_length}, "
             f"{dit.text_dim}): save it again with this model")
+    require(text.isfinite().all(), f"text {path!r} has numbers that are not finite: save it again")
     return text, mask
 
 

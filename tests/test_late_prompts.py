@@ -149,7 +149,7 @@ def test_guidance_holds_from_now_on():
 @pytest.mark.parametrize(
     "item, message",
     [
-        (3, "a prompt is a caption or a magi.Prompt, not 3"),
+        (3, "a prompt is of type int"),
         (b"red", "not b'red'"),
         (magi.Prompt(RED, "fade"), "transition 'fade' is not"),
         (

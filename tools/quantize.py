@@ -26,7 +26,7 @@ from tqdm import tqdm
 
 import convert_weights
 import magi
-from checkpoints import check_device, read_config, require, weight_files
+from checkpoints import check_device, read_config, read_tensors, require, weight_files
 from folders import new_folder, output_folder
 from magi import DiTConfig, SamplerConfig
 
@@ -38,7 +38,7 @@ CALIBRATION_PROMPTS = ("a red ball bounces", "a blue star slides to the left at 
 
 
 def quantise_layer(weight: Tensor, peak: Tensor, kind: str, alpha: float = ALPHA) -> dict[str, Tensor]:
-    """The tensors of a magi.FP8Linear of this kind ("tensor", "channel") for weight (out, in), peak (in,)."""
+    """Make the tensors of a magi.FP8Linear ("tensor" or "channel") from weight (out, in) and peak (in,)."""
     weight = weight.float()
     peak = peak.to(weight.device).clamp(min=SMALLEST)
     if kind == "channel":
@@ -54,7 +54,7 @@ def quantise_layer(weight: Tensor, peak: Tensor, kind: str, alpha: float = ALPHA
 
 
 def calibrate(dit: magi.DiT, layers: Iterable[str], run: Callable[[], None]) -> dict[str, Tensor]:
-    """Largest |input| of every channel of the named layers while `run` uses the model: name -> (in,)."""
+    """Note the largest |input| of every channel of the named layers while `run` uses the model -> (in,)."""
     peaks: dict[str, Tensor] = {}
 
     def watch(name: str) -> Callable:
@@ -78,13 +78,14 @@ def calibrate(dit: magi.DiT, layers: Iterable[str], run: Callable[[], None]) -> 
 def measure(src: Path, cfg: SamplerConfig, prompts: Iterable[str], t5: Path, device: str, backend: str,
             layers: Iterable[str]) -> dict[str, Tensor]:
     """Calibrate a model folder, in bf16, by one sampling run per prompt, each with a seed of its own."""
-    from transformers.utils import logging  # takes seconds, so it stands here
+    from transformers.utils import logging  # this takes seconds, so it stands here
 
     logging.disable_progress_bar()
     text_length = read_config(src, "dit", DiTConfig).text_length
-    texts, masks = magi.T5(t5, text_length, device)(list(prompts))           # frees the encoder at the end
+    texts, masks = magi.T5(t5, text_length, device)(list(prompts))           # frees the encoder
     dit = magi.load_dit(src, device, dtype="bfloat16", backend=backend)
-    table = magi.load_tokens(src)
+    tokens = src / "special_tokens.safetensors"
+    table = read_tensors(tokens, "special tokens") if tokens.is_file() else {}
 
     def run() -> None:
         bar = tqdm(range(len(texts)), unit="video", desc="calibrating", disable=None)
@@ -97,7 +98,7 @@ def measure(src: Path, cfg: SamplerConfig, prompts: Iterable[str], t5: Path, dev
 
 
 def fp8_layers(cfg: DiTConfig) -> dict[str, str]:
-    """The layers of an fp8 model that are quantised, and how: name -> "tensor" or "channel"."""
+    """Name the layers of an fp8 model that are quantised, and how: name -> "tensor" or "channel"."""
     with torch.device("meta"):
         modules = magi.DiT(cfg).named_modules()
     return {name: "tensor" if module.smooth_scale is None else "channel"
@@ -139,7 +140,7 @@ def run_quantize(src: Path, out: Path, prompt: list[str] | None, t5: Path | None
     with torch.device("meta"):                           # a misfit is found before the model runs
         peaks = {name: torch.empty(expected[f"{name}.weight"].shape[1]) for name in kinds}
     plan = convert_weights.make_plan(files, convert, expected)
-    with new_folder(src, out, force) as folder:
+    with new_folder(src, out, force, convert_weights.size_of(plan)) as folder:
         peaks = measure(src, sampler_run, prompt or CALIBRATION_PROMPTS, t5, device, backend, kinds)
         convert_weights.write_weights(*plan, convert, folder)
         convert_weights.write_json({"dit": asdict(cfg8), "sampler": asdict(sampler)}, folder / "config.json")
@@ -149,7 +150,7 @@ def run_quantize(src: Path, out: Path, prompt: list[str] | None, t5: Path | None
 
 
 def add_flags(command: argparse.ArgumentParser) -> None:
-    """The command line of convert_weights.py quantize."""
+    """Add the flags of convert_weights.py quantize, and what it runs."""
     command.set_defaults(run=run_quantize)
     command.add_argument("src", type=Path, metavar="MODEL", help="a DiT folder, with t5 beside it")
     command.add_argument("out", type=Path, metavar="OUT", help="the folder to make")
