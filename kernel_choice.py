@@ -61,9 +61,9 @@ LONG = 5.0                        # ms: where calls are shorter, FlexAttention i
 
 
 def milliseconds(run: Callable[[], object], enough: float = math.inf) -> float:
-    """Median time of a call on the GPU, after a first one that compiles. It takes three calls, more while they
-    last less than 50 ms in all, and only one if that lasts longer than 200 ms or than `enough`. Small inputs may
-    lie in the L2 cache from the call before."""
+    """Median time of a call on the GPU, after a first one that compiles. It takes three calls, more while all
+    have lasted less than 50 ms, and only one if that lasts longer than 200 ms or than `enough`. Small inputs
+    may lie in the L2 cache from the call before."""
     run()
     times: list[float] = []
     while len(times) < 20 and sum(times) < (50 if len(times) >= 3 else 200):
@@ -225,10 +225,12 @@ def sampled(results: list[Tensor]) -> list[Tensor]:
 def require_equal(results: list[Tensor], expected: list[Tensor]) -> None:
     """Raises ArithmeticError if a result is further from the readable path's than rounding explains."""
     for i, (ours, exact) in enumerate(zip(results, expected, strict=True)):
-        bar = BARS.get(results[0].dtype, 0.0) * (2 if i else 1)
+        what, bar = f"gradient {i}" if i else "result", BARS.get(results[0].dtype, 0.0) * (2 if i else 1)
+        if ours.shape != exact.shape:
+            raise ArithmeticError(f"{what} is {tuple(ours.shape)}, not {tuple(exact.shape)}")
         error = ((ours.float() - exact.float()).norm() / exact.float().norm().clamp_min(1e-30)).item()
-        if ours.shape != exact.shape or not error <= bar:                    # nan is no error below a bar
-            raise ArithmeticError(f"{f'gradient {i}' if i else 'result'} is off by {error:.1e}")
+        if not error <= bar:                         # nan is not
+            raise ArithmeticError(f"{what} is off by {error:.1e}")
 
 
 # ----------------------------------------------------------------------------------------------------------

@@ -519,6 +519,8 @@ def flash_attention(q: Tensor, k: Tensor, v: Tensor, spans: Tensor, out: Tensor 
     and v. Raises ValueError for an empty span, one beyond the keys, tensors that do not fit together, another
     type or head width, or a device that cannot.
     """
+    magi.require(q.ndim == k.ndim == 4, f"queries {tuple(q.shape)} and keys {tuple(k.shape)} must be (batch, "
+                 f"tokens, heads, width)")
     B, N, Hq, hd = q.shape
     magi.require(q.dtype in (torch.float32, torch.bfloat16, torch.float16), f"attention in {q.dtype}: use "
                  f"float32, bfloat16 or float16")
@@ -526,7 +528,7 @@ def flash_attention(q: Tensor, k: Tensor, v: Tensor, spans: Tensor, out: Tensor 
                  f"head width {hd} must be a multiple of 16, at most 128: use the backend 'torch'")
     magi.require(k.shape == v.shape, f"keys {tuple(k.shape)} and values {tuple(v.shape)} must be alike")
     for u in (k, v):
-        magi.require(u.shape[0] == B and u.shape[3] == hd and Hq % u.shape[2] == 0
+        magi.require(u.shape[0] == B and u.shape[3] == hd and u.shape[2] > 0 and Hq % u.shape[2] == 0
                      and u.dtype == q.dtype and u.device == q.device,
                      f"keys and values {tuple(u.shape)} {u.dtype} do not go with queries {tuple(q.shape)} "
                      f"{q.dtype}")
@@ -897,11 +899,11 @@ def tiles_for(kernel: str, arch: int, hd: int = 0, dtype: torch.dtype = torch.bf
     width = triton.next_power_of_2(hd)
     table, tma = max(64, width), arch in (90, 100, 120) and hd == width
     if dtype == torch.float32:
-        side, warps = {64: (32, 8), 128: (16, 8 if kernel == "dkv" else 4)}[table]
+        side = 2048 // table
+        warps = 8 if arch < 900 and (kernel == "dkv" or kernel == "dq" and table == 64) else 4
         return Tiles(side, side, 0, warps, 1, tma)
     m, n, warps, stages = ATTENTION_TILES[f"{kernel} {table}"][COLUMN[arch]]
     return Tiles(m, n, 0, warps, stages, tma, 16 if kernel == "dkv" else max(16, n // 2))
-
 
 
 def _forward_only(change: Callable[[Tiles], Tiles]) -> Callable[[str, Tiles], Tiles]:
@@ -911,10 +913,9 @@ def _forward_only(change: Callable[[Tiles], Tiles]) -> Callable[[str, Tiles], Ti
 # Other tiles of the forward for the user's card to choose from (kernel_choice.py). Narrow: for few keys, as
 # of a caption, where a span is a tile or two.
 VARIANTS = {
-    "other stages": _forward_only(lambda tiles: tiles._replace(stages=5 - min(3, tiles.stages))),
+    "fewer stages": _forward_only(lambda tiles: tiles._replace(stages=tiles.stages - 1)),
     "narrow": _forward_only(lambda tiles: tiles._replace(n=tiles.n // 2, rest=max(16, tiles.n // 4))),
 }
-
 
 
 def get_ops(backend: str, device: torch.device | str) -> magi.Ops:

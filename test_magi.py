@@ -11,6 +11,7 @@ import json
 import math
 import os
 import sys
+import weakref
 from types import SimpleNamespace
 
 import pytest
@@ -697,6 +698,24 @@ def test_a_late_chunk_may_have_its_own_guidance_and_ranges():
             own(QUICK, dataclasses.replace(QUICK, **change))
 
 
+def test_texts_of_finished_chunks_are_let_go():
+    dit, text, mask, tokens = small()
+    alive = []
+
+    def late():
+        while True:
+            fresh = text.clone()
+            alive.append(weakref.ref(fresh))
+            yield fresh, mask
+
+    endless = dataclasses.replace(QUICK, num_frames=None)
+    for i, _ in magi.sample(dit, late(), None, endless, special_tokens=tokens):
+        assert sum(ref() is not None for ref in alive) <= QUICK.window + 1
+        if i == 9:
+            break
+    assert len(alive) > 10
+
+
 def test_late_prompts_that_do_not_fit_are_refused():
     dit, text, mask, tokens = small()
     for items, message in (
@@ -915,7 +934,7 @@ def test_sizes_on_both_sides_of_stride_and_tile(height):
         assert off < 1e-6 if size <= 200 else off > 1e-4
 
 
-@settings(max_examples=40)
+@settings(max_examples=30)
 @given(
     st.tuples(st.integers(1, 5), st.integers(1, 17), st.integers(1, 17)),
     st.tuples(st.integers(1, 3), st.sampled_from([1, 2, 4, 5, 8]), st.sampled_from([1, 3, 4, 8])),
@@ -990,7 +1009,7 @@ def close(ours: torch.Tensor, reference: torch.Tensor, exact: torch.Tensor, leas
 
 @st.composite
 def attention_problem(draw):
-    """Ragged chunks, each with some non-empty range of its own, over cached and new keys."""
+    """Chunks with some non-empty span of their own, over cached and new keys, joined."""
     batch, chunks, c = draw(st.integers(1, 2)), draw(st.integers(1, 3)), draw(st.integers(1, 21))
     heads, group = draw(st.integers(1, 2)), draw(st.integers(1, 3))
     hd = draw(st.sampled_from([16, 32, 48, 64, 128]))
@@ -1003,23 +1022,23 @@ def attention_problem(draw):
     size = draw(st.sampled_from([1e-3, 1.0, 8.0]))
     generator = torch.Generator().manual_seed(draw(st.integers(0, 1000)))
     make = lambda n, h: (size * torch.randn(batch, n, h, hd, generator=generator)).to(dtype)
-    q, k, v = make(chunks * c, heads * group), make(new, heads), make(new, heads)
-    cached = (make(old, heads), make(old, heads)) if old else None
-    return q, k, v, torch.tensor(spans).reshape(-1, chunks, 2), cached
+    q, k, v = make(chunks * c, heads * group), make(old + new, heads), make(old + new, heads)
+    return q, k, v, torch.tensor(spans).reshape(-1, chunks, 2)
 
 
 @kernel_settings
 @given(attention_problem())
 def test_flash_attention_and_its_gradients_are_those_of_the_formula(kernels, problem):
-    q, k, v, ranges, cached = problem
+    *tensors, spans = problem
+    q, k, v = tensors
     results = []
     for attend, dtype in (
         (kernels.block_attention, q.dtype),
         (magi.block_attention, q.dtype),
         (magi.block_attention, torch.float64),
     ):
-        inputs = [u.detach().to(dtype).requires_grad_() for u in (q, k, v, *(cached or ()))]
-        out = attend(*inputs[:3], ranges, tuple(inputs[3:]) or None)
+        inputs = [u.detach().to(dtype).requires_grad_() for u in tensors]
+        out = attend(*inputs, spans)
         weight = torch.randn(out.shape, generator=torch.Generator().manual_seed(1))
         grads = torch.autograd.grad((out.double() * weight).sum(), inputs)
         results.append([out.detach(), *grads])
@@ -1042,8 +1061,8 @@ def test_flash_attention_returns_log_sum_exp(kernels):
 @pytest.mark.parametrize(
     "change, message",
     [
-        (dict(ranges=[[2, 2]]), "empty|at least one key|range"),
-        (dict(ranges=[[0, 99]]), "range|keys"),
+        (dict(spans=[[2, 2]]), "span .2, 2. of chunk 0 is empty .*at least one"),
+        (dict(spans=[[0, 99]]), "span .0, 99. of chunk 0 .*leaves the 6 keys"),
         (dict(hd=24), "multiple of 16"),
         (dict(dtype=torch.float64), "float64"),
     ],
@@ -1052,7 +1071,7 @@ def test_flash_attention_refuses(kernels, change, message):
     hd, dtype = change.get("hd", 16), change.get("dtype", torch.float32)
     q, k, v = (torch.zeros(1, n, 1, hd, dtype=dtype) for n in (4, 6, 6))
     with pytest.raises(ValueError, match=message):
-        kernels.block_attention(q, k, v, torch.tensor([change.get("ranges", [[0, 6]])]))
+        kernels.block_attention(q, k, v, torch.tensor([change.get("spans", [[0, 6]])]))
 
 
 @kernel_settings
@@ -1091,11 +1110,11 @@ def test_fused_steps_and_their_gradients_are_the_references(kernels, shape, widt
     norm, head_norm = magi.LayerNorm1p(width, 1e-6), magi.LayerNorm1p(hd, 1e-6)
     for p in (*norm.parameters(), *head_norm.parameters()):
         torch.nn.init.normal_(p, std=0.3)
-    x, branch = (size * torch.randn(2, 2, n * c, width)).to(dtype).requires_grad_().unbind()
+    x, update = (size * torch.randn(2, 2, n * c, width)).to(dtype).requires_grad_().unbind()
     gate, angles = torch.randn(2, n, width).tanh().to(dtype), torch.randn(n * c, 3 * hd // 8)
     heads = (size * torch.randn(2, n * c, 3, hd)).to(dtype).requires_grad_()
     for name, inputs, wrt in (
-        ("gated_residual", (x, gate, branch, norm), (x, branch, *norm.parameters())),
+        ("gated_residual", (x, gate, update, norm), (x, update, *norm.parameters())),
         ("norm_rotary", (heads, head_norm, angles), (heads, *head_norm.parameters())),
     ):
         outs = [getattr(ops, name)(*inputs) for ops in (kernels, magi)]
@@ -1113,8 +1132,9 @@ def test_a_whole_dit_and_a_run_through_the_kernels_equal_the_torch_path(kernels)
     for name, p in plain.named_parameters():
         if "norm" in name:
             torch.nn.init.normal_(p, std=0.1)
-    fast = magi.DiT(plain.cfg, kernels.TRITON_OPS)
+    fast = magi.DiT(plain.cfg)
     fast.load_state_dict(plain.state_dict())
+    fast.ops = kernels.TRITON_OPS
     latents, text, mask = torch.randn(2, 16, 12, 4, 4), torch.randn(2, 2, 14, 12), torch.ones(2, 2, 14)
     losses, grads = [], []
     for dit in (plain, fast):
@@ -1135,17 +1155,17 @@ def test_a_whole_dit_and_a_run_through_the_kernels_equal_the_torch_path(kernels)
 
 
 @pytest.mark.parametrize("tma", [False, True])
-def test_attention_reads_nothing_outside_a_range(kernels, tma):
+def test_attention_reads_nothing_outside_a_span(kernels, tma):
     torch.manual_seed(3)
     q, k, v = torch.randn(3, 1, 40, 1, 16)
-    ranges, tiles = torch.tensor([[[3, 24], [3, 24]]]), kernels.Tiles(32, 16, tma=tma)
-    clean, _ = kernels.flash_attention(q, k, v, ranges, None, tiles)
-    torch.testing.assert_close(clean, magi.block_attention(q, k, v, ranges))
+    spans, tiles = torch.tensor([[[3, 24], [3, 24]]]), lambda kernel, _: kernels.Tiles(32, 16, tma=tma)
+    clean, _ = kernels.flash_attention(q, k, v, spans, tiles=tiles)
+    torch.testing.assert_close(clean, magi.block_attention(q, k, v, spans))
     k, v = k.clone(), v.clone()
     for u in (k, v):
         u[:, :3] = u[:, 24:] = math.nan
     inputs = [u.requires_grad_() for u in (q.clone(), k, v)]
-    poisoned, _ = kernels.flash_attention(*inputs, ranges, None, tiles)
+    poisoned, _ = kernels.flash_attention(*inputs, spans, tiles=tiles)
     assert torch.equal(poisoned, clean)
     dq, dk, dv = torch.autograd.grad(poisoned.sum(), inputs)
     assert dq.isfinite().all() and dk.isfinite().all() and dv.isfinite().all()
@@ -1157,9 +1177,9 @@ def test_attention_bears_tiny_and_huge_numbers(kernels, size):
     # at 200 scores are some 10^5 apart: e^s would overflow, and all weights but one are zero
     torch.manual_seed(2)
     q, k, v = size * torch.randn(3, 1, 20, 2, 16)
-    ranges = torch.tensor([[[0, 20], [3, 17]]])
-    out, lse = kernels.flash_attention(q, k, v, ranges)
-    assert relative(out, magi.block_attention(*(u.double() for u in (q, k, v)), ranges)) < 1e-5
+    spans = torch.tensor([[[0, 20], [3, 17]]])
+    out, lse = kernels.flash_attention(q, k, v, spans)
+    assert relative(out, magi.block_attention(*(u.double() for u in (q, k, v)), spans)) < 1e-5
     assert lse.isfinite().all()
 
 
@@ -1167,16 +1187,17 @@ def test_attention_bears_tiny_and_huge_numbers(kernels, size):
 @settings(max_examples=100, suppress_health_check=list(HealthCheck))
 @given(attention_problem(), st.sampled_from([16, 32, 64]), st.sampled_from([16, 32, 64]), st.booleans())
 def test_attention_is_right_with_any_tiles(kernels, problem, m, n, tma):
-    q, k, v, ranges, cached = problem
-    tiles = kernels.Tiles(m, n, tma=tma and q.shape[-1] != 48)
+    *tensors, spans = problem
+    q, k, v = tensors
+    tiles = lambda kernel, _: kernels.Tiles(m, n, tma=tma and q.shape[-1] != 48)
     results = []
     for dtype, attend in (
-        (q.dtype, lambda *a: kernels.flash_attention(*a, tiles)[0]),
+        (q.dtype, lambda *a: kernels.flash_attention(*a, tiles=tiles)[0]),
         (q.dtype, magi.block_attention),
         (torch.float64, magi.block_attention),
     ):
-        inputs = [u.detach().to(dtype).requires_grad_() for u in (q, k, v, *(cached or ()))]
-        out = attend(*inputs[:3], ranges, tuple(inputs[3:]) or None)
+        inputs = [u.detach().to(dtype).requires_grad_() for u in tensors]
+        out = attend(*inputs, spans)
         weight = torch.randn(out.shape, generator=torch.Generator().manual_seed(1))
         results.append([out.detach(), *torch.autograd.grad((out.double() * weight).sum(), inputs)])
     summed = 0.1 * (weight.abs().max() * max(u.abs().max() for u in (q, k)) * v.abs().max()).item()
@@ -1184,53 +1205,79 @@ def test_attention_is_right_with_any_tiles(kernels, problem, m, n, tma):
         close(ours, reference, exact, summed)
 
 
-def test_keys_are_read_where_they_are(kernels, monkeypatch):
-    # cached ones in a longer buffer, as the cache's views are; new ones interleaved, as those of the text are
+def test_keys_that_are_whole_are_read_where_they_are(kernels, monkeypatch):
+    # in a longer buffer, as what is joined of the cache and of this forward may lie
     torch.manual_seed(4)
-    q, buffer, kv = torch.randn(2, 8, 2, 16), torch.randn(2, 30, 1, 16), torch.randn(2, 9, 1, 32)
-    k, v, old = kv[..., :16], kv[..., 16:], (buffer[:, :11], buffer[:, :11])
-    ranges = torch.tensor([[[0, 20], [7, 15]]])
-    expected, plain = magi.block_attention(q, k, v, ranges, old), torch.Tensor.contiguous
+    q, buffer = torch.randn(1, 8, 2, 16), torch.randn(2, 1, 40, 1, 16)
+    k, v = buffer[:, :, 8:28]
+    spans = torch.tensor([[[0, 20], [7, 15]]])
+    expected, plain = magi.block_attention(q, k, v, spans), torch.Tensor.contiguous
     with monkeypatch.context() as patch:
         patch.setattr(torch, "cat", lambda *_, **__: pytest.fail("keys were joined"))
+        patch.setattr(torch.Tensor, "clone", lambda *_, **__: pytest.fail("keys were copied"))
         keep = lambda u, **_: plain(u) if u.is_contiguous() else pytest.fail("keys were copied")
         patch.setattr(torch.Tensor, "contiguous", keep)
-        out = kernels.block_attention(q, k, v, ranges, old)
+        out = kernels.block_attention(q, k, v, spans)
     torch.testing.assert_close(out, expected, rtol=1e-5, atol=1e-6)
+
+
+def test_the_cache_is_joined_in_front_of_new_keys(kernels):
+    # cached ones are views of a longer buffer; new ones are interleaved, as those of the text are
+    torch.manual_seed(4)
+    q, old, kv = torch.randn(2, 8, 2, 16), torch.randn(2, 33, 1, 16), torch.randn(2, 8, 1, 32)
+    k, v = kv[..., :16], kv[..., 16:]
+    cache = magi.KVCache()
+    cache.write(0, old, -old)
+    cache.chunks += [0, 1, 2]  # of 11 tokens each, of which the first two are read
+    spans = torch.tensor([[[0, 30], [7, 15]]])
+    joined = torch.cat([old[:, :22], k], 1), torch.cat([-old[:, :22], v], 1)
+    expected = magi.block_attention(q, *joined, spans)
+    for ops in (kernels.TRITON_OPS, magi.TORCH_OPS):
+        ctx = SimpleNamespace(ops=ops, spans=spans, chunks=[2], first=0, cache=cache, store=0)
+        ours = magi.CachedAttention(0)(q, k, v, ctx)
+        torch.testing.assert_close(ours, expected, rtol=1e-5, atol=1e-6)
 
 
 def test_keys_may_lie_apart_each_in_its_own_way(kernels):
     torch.manual_seed(4)
-    q, kv, old = torch.randn(1, 8, 4, 16), torch.randn(1, 9, 2, 32), torch.randn(2, 1, 11, 2, 16)
-    (k, v), ranges = kv.chunk(2, dim=-1), torch.tensor([[[0, 20], [7, 15]]])
+    q, kv = torch.randn(1, 8, 4, 16), torch.randn(1, 20, 2, 32)
+    (k, v), spans = kv.chunk(2, dim=-1), torch.tensor([[[0, 20], [7, 15]]])
     for keys in ((k, v), (k, v.contiguous()), (k.contiguous(), v)):
-        expected = magi.block_attention(q, *keys, ranges, tuple(old))
-        ours = kernels.block_attention(q, *keys, ranges, tuple(old))
+        expected = magi.block_attention(q, *keys, spans)
+        ours = kernels.block_attention(q, *keys, spans)
         torch.testing.assert_close(ours, expected, rtol=1e-5, atol=1e-6)
 
 
 def test_batches_not_whole_tokens_apart_are_copied(kernels):
     torch.manual_seed(4)
     k = torch.randn(2 * 9 * 32 + 16).as_strided((2, 9, 1, 16), (9 * 32 + 16, 32, 16, 1))
-    q, ranges = torch.randn(2, 8, 1, 16), torch.tensor([[[0, 9], [2, 5]]])
-    expected = magi.block_attention(q, k, k, ranges)
-    torch.testing.assert_close(kernels.block_attention(q, k, k, ranges), expected, rtol=1e-5, atol=1e-6)
+    q, spans = torch.randn(2, 8, 1, 16), torch.tensor([[[0, 9], [2, 5]]])
+    expected = magi.block_attention(q, k, k, spans)
+    torch.testing.assert_close(kernels.block_attention(q, k, k, spans), expected, rtol=1e-5, atol=1e-6)
 
 
 def test_plans_cover_every_query_and_key_once_longest_first(kernels):
-    ranges = (((0, 50), (17, 30), (30, 90)), ((5, 6), (0, 90), (40, 41)))
-    plan = kernels.query_plan(ranges, 2, 100, 70, 20, 16, (20, 70))
-    assert sorted(row + i for row, count, *_ in plan for i in range(count)) == list(range(200))
-    lengths = [old + new for *_, old, _, new in plan]
+    spans = (((0, 50), (17, 30), (30, 90)), ((5, 6), (0, 90), (40, 41)))
+    plan = kernels.query_plan(spans, 2, 99, 90, 16)
+    assert sorted(row + i for row, count, *_ in plan for i in range(count)) == list(range(198))
+    for row, count, first, number in plan:
+        b, query = divmod(row, 99)
+        start, end = spans[b][query // 33]
+        assert (query + count - 1) // 33 == query // 33 and (first, number) == (b * 90 + start, end - start)
+    lengths = [number for *_, number in plan]
     assert lengths == sorted(lengths, reverse=True) and min(lengths) >= 1
-    tiles, runs = kernels.key_plan(ranges, 2, 100, 70, 20, 16, 20, 70)
-    assert sorted(row + i for row, count, *_ in tiles for i in range(count)) == list(range(140))
+    tiles, runs = kernels.key_plan(spans, 2, 99, 90, 16)
+    assert sorted(row + i for row, count, *_ in tiles for i in range(count)) == list(range(180))
     for row, count, first, number in tiles:
-        b, key = divmod(row, 70)
-        queries = [(b * 100 + start, min(34, 100 - start)) for start in (0, 34, 68)]
+        b, key = divmod(row, 90)
+        queries = [(b * 99 + start, 33) for start in (0, 33, 66)]
         for i in range(count):  # every key of a tile has the same readers
-            readers = [u for u, (s, e) in zip(queries, ranges[b], strict=True) if s <= key + 20 + i < e]
+            readers = [u for u, (s, e) in zip(queries, spans[b], strict=True) if s <= key + i < e]
             assert runs[first : first + number] == readers
+    work = [sum(rows for _, rows in runs[first : first + number]) for _, _, first, number in tiles]
+    assert work == sorted(work, reverse=True)
+    with bad("100 queries: one per chunk, all of a size"):
+        kernels.query_plan(spans, 2, 100, 90, 16)
 
 
 def test_every_e4m3_rounding_is_the_references(kernels):
@@ -1270,11 +1317,14 @@ def test_an_fp8_model_and_a_vae_through_the_kernels_equal_the_torch_path(kernels
     torch.manual_seed(0)
     cfg = dataclasses.replace(SMALL, num_layers=3, head_dim=16, dtype="bfloat16", fp8=True)
     plain = magi.DiT(cfg).requires_grad_(False)
-    for name, b in plain.named_buffers():
+    fp8 = [(name, p) for name, p in plain.named_parameters() if p.dtype == torch.float8_e4m3fn]
+    assert len(fp8) == 7  # q, k, v, qx, proj, fc1 and fc2 of the middle layer
+    for name, b in (*plain.named_buffers(), *fp8):
         values = torch.randn(b.shape) if name.endswith("weight") else 0.01 + 0.02 * torch.rand(b.shape)
         b.copy_(values.to(b.dtype))
-    fast = magi.DiT(cfg, kernels.TRITON_OPS).requires_grad_(False)
+    fast = magi.DiT(cfg).requires_grad_(False)
     fast.load_state_dict(plain.state_dict())
+    fast.ops = kernels.TRITON_OPS
     x, t = torch.randn(1, 16, 12, 4, 4), torch.tensor([[0.9, 0.2]])
     text, mask = torch.randn(1, 2, 14, 12), (torch.arange(14) < torch.tensor([[[3], [14]]])).long()
     a, b = (dit(x, t, text, mask) for dit in (fast, plain))
@@ -1283,15 +1333,17 @@ def test_an_fp8_model_and_a_vae_through_the_kernels_equal_the_torch_path(kernels
     vae_cfg = magi.VAEConfig(
         video_size=32, video_length=4, embed_dim=32, depth=1, num_heads=2, use_final_proj=True
     )
-    plain, fast = magi.VAE(vae_cfg), magi.VAE(vae_cfg, kernels.TRITON_OPS)
+    plain, fast = magi.VAE(vae_cfg), magi.VAE(vae_cfg)
     fast.load_state_dict(plain.state_dict())
+    fast.ops = kernels.TRITON_OPS
     with torch.no_grad():
         video = torch.rand(1, 3, 4, 16, 32)
         assert relative(fast.encode(video), plain.encode(video)) < 1e-5
 
 
 def test_triton_backend_says_what_is_missing(kernels, monkeypatch):
-    monkeypatch.setattr(kernels, "INTERPRETED", SimpleNamespace(value=False))
+    monkeypatch.setattr(kernels, "arch_of", kernels.arch_of.__wrapped__)  # it remembers what it found
+    monkeypatch.setattr(kernels, "INTERPRETED", False)
     q = torch.randn(1, 4, 1, 16)
     for call in (lambda: kernels.attention(q, q, q), lambda: kernels.arch_of("cpu")):
         with bad("needs an NVIDIA GPU.*use 'torch'"):
@@ -1307,6 +1359,10 @@ def test_triton_backend_says_what_is_missing(kernels, monkeypatch):
         else:
             with bad("Tesla T4 has 7.5"):
                 kernels.arch_of("cuda")
-    monkeypatch.setitem(sys.modules, "kernels", None)  # as if Triton could not be imported
+    monkeypatch.setitem(sys.modules, "triton", None)  # as if Triton could not be imported
+    monkeypatch.delitem(sys.modules, "magi_kernels")
     with bad("backend 'triton' is not available here.*use 'torch'"):
         magi.get_ops("triton")
+    assert magi.get_ops("auto") is magi.TORCH_OPS and magi.get_ops("auto", "cpu") is magi.TORCH_OPS
+    with bad("backend 'cuda' is not 'auto', 'torch' or 'triton'"):
+        magi.get_ops("cuda")

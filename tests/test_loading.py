@@ -158,7 +158,7 @@ def test_bad_calls_are_refused_before_anything_is_computed(pipe):
     for more, message in (
         (dict(height=40), "height 40"),
         (dict(num_steps=5), "steps 5"),
-        (dict(video=frames), "3 frames, at least 4"),
+        (dict(video=frames), "the video has 3 frame.s., at least 4 are needed"),
         (dict(image=frames[0], video=frames), "not both"),
         (dict(video=np.zeros((9, 32, 48, 3), np.uint8), prefix_frames=6), "prefix_frames 6"),
         (dict(special_tokens=("best",)), "unknown special token 'best'"),
