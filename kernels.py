@@ -916,7 +916,7 @@ def _forward_only(change: Callable[[Tiles], Tiles]) -> Callable[[str, Tiles], Ti
 # Other tiles of the forward for the user's card to choose from (kernel_choice.py). Narrow: for few keys, as
 # of a caption, where a span is a tile or two.
 VARIANTS = {
-    "fewer stages": _forward_only(lambda tiles: tiles._replace(stages=tiles.stages - 1)),
+    "other stages": _forward_only(lambda tiles: tiles._replace(stages=tiles.stages - 1)),
     "narrow": _forward_only(lambda tiles: tiles._replace(n=tiles.n // 2, rest=max(16, tiles.n // 4))),
 }
 
