@@ -1,0 +1,383 @@
+"""One video on several GPUs, or on a GPU that is too small for its model. magi.py knows nothing of it: all of
+this hangs on its modules from outside, and the results are the same.
+
+    torchrun --nproc_per_node 8 sample.py --model models/24B-base ...       the same flags as without torchrun
+    python sample.py --model models/24B-base --stream cpu ...               or: --stream disk
+    python sample.py --model models/24B-base --plan                         what fits where, without computing
+
+Who holds what, with R ranks (a rank is a process with a GPU of its own; here R = 4 and a chunk is a row):
+
+                       tokens           heads, and their cache     weights of a layer      tiles of the VAE
+                     r0 r1 r2 r3
+        chunk 0      -- -- -- --        rank r: Hq/R of q,         1/R each; a layer       0 4 8 ..  rank 0
+        chunk 1      -- -- -- --        Hkv/R of k and v,          is put together for     1 5 9 ..  rank 1
+        chunk 2      -- -- -- --        over all tokens            its turn, then freed    2 6 10 .. rank 2
+
+    all tokens --+-> its tokens --> [ norms, q k v, text, feed-forward: its tokens, all heads  ]* --> gather
+       (cut)     |                  [ self-attention:    all-to-all,    all tokens, its heads  ]      64 numbers
+                 +-> ...            [                    all-to-all                             ]     a token
+
+Every rank walks the same plan and draws the same noise from (seed, chunk), so nothing else is said between
+them. T5 runs on rank 0, which sends the text; rank 0 writes. For more than one machine torchrun's own flags
+do (--nnodes, --rdzv-endpoint).
+
+Streaming: one layer computes while a thread brings the next; two are held. Each forward reads all layers, so a
+base model reads them up to three times a step.
+
+Contents: 1 Ranks, 2 Tokens and heads, 3 Weights, 4 Slices, 5 Loading.   Left out on purpose: training on several
+GPUs, and running the branches of a step layer by layer together.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from einops import rearrange
+from torch import Tensor, nn
+
+import magi
+from checkpoints import build, fill, read_config, require, weight_files
+
+# ------------------------------------------------------------------------------------------------------------
+# 1  Ranks
+# ------------------------------------------------------------------------------------------------------------
+
+
+def start(device: str) -> str:
+    """Join the other processes if torchrun started this one, which its environment tells; -> the device."""
+    if int(os.environ.get("WORLD_SIZE", 1)) == 1 or dist.is_initialized():
+        return device
+    if device == "cuda":
+        device = f"cuda:{os.environ['LOCAL_RANK']}"
+        torch.cuda.set_device(device)
+    dist.init_process_group("cpu:gloo,cuda:nccl" if device.startswith("cuda") else "gloo")
+    return device
+
+
+def ranks() -> int:
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+
+def rank() -> int:
+    return dist.get_rank() if dist.is_initialized() else 0
+
+
+def from_first(make: Callable[..., Any]) -> Callable[..., Any]:
+    """The same function, but rank 0 alone runs it and sends the result, or its ValueError, to the others."""
+    def run(*args: Any, **kwargs: Any) -> Any:
+        if ranks() == 1:
+            return make(*args, **kwargs)
+        made: list[Any] = [None]
+        if rank() == 0:
+            try:
+                made = [make(*args, **kwargs)]
+            except (ValueError, OSError) as error:
+                made = [error]
+        dist.broadcast_object_list(made)
+        if isinstance(made[0], Exception):
+            raise made[0]
+        return made[0]
+
+    return run
+
+
+def agree(error: BaseException | None) -> None:
+    """Raise on every rank what failed on any of them: all call this together, with their error or None."""
+    if ranks() == 1:
+        found = [error]
+    else:
+        found = [None] * ranks()
+        dist.all_gather_object(found, error)
+    for i, one in enumerate(found):
+        if one is not None:
+            raise one if i == 0 else ValueError(f"{one} (process {i} of {ranks()})")
+
+
+# ------------------------------------------------------------------------------------------------------------
+# 2  Tokens and heads
+# ------------------------------------------------------------------------------------------------------------
+# DeepSpeed-Ulysses (Jacobs et al. 2023), with one turn: a rank has its share of every chunk, not of the
+# sequence. So gates, texts, norms and linears, which know chunks but no neighbours, run on a share unchanged,
+# and each chunk is equal work for all. Where the tokens do not divide, the last ranks' shares end in zeros.
+
+
+class Share:
+    """Shares a DiT's tokens among the ranks. sent: bytes that this rank has sent so far."""
+
+    def __init__(self, dit: magi.DiT):
+        Hkv, R = dit.cfg.num_kv_heads, ranks()
+        counts = [r for r in range(1, Hkv + 1) if Hkv % r == 0]
+        require(R in counts, f"{R} processes cannot share {Hkv} key/value heads: "
+                f"start {', '.join(map(str, counts[:-1]))} or {counts[-1]}")
+        self.size, self.sent = 0, 0                          # size: tokens of a chunk
+        dit.layers[0].register_forward_pre_hook(self.cut)
+        for layer in dit.layers:
+            layer.attn.core = SharedAttention(layer.attn.core, self)
+        dit.final_linear.register_forward_hook(lambda module, args, out: self.join(out, self.n))
+
+    def cut(self, layer: nn.Module, args: tuple) -> tuple:
+        """Tokens (B, n s, D) and their angles -> this rank's (B, n s/R, D)."""
+        tokens, ctx = args
+        self.n = len(ctx.chunks)
+        self.size = tokens.shape[1] // self.n
+        mine = lambda u: self.padded(u, self.n)[:, :, rank()].flatten(1, 2)
+        ctx.angles = mine(ctx.angles[None])[0]
+        return mine(tokens), ctx
+
+    def padded(self, u: Tensor, n: int) -> Tensor:
+        """(B, n s, ...) -> (B, n, R, s/R, ...), zeros where s does not divide."""
+        u = u.unflatten(1, (n, -1))
+        u = F.pad(u, (*[0, 0] * (u.dim() - 3), 0, -u.shape[2] % ranks()))
+        return u.unflatten(2, (ranks(), -1))
+
+    def join(self, u: Tensor, n: int) -> Tensor:
+        """Each rank's (B, n s/R, ...) -> all (B, n s, ...) on every rank."""
+        every = u.new_empty(ranks(), *u.shape)
+        dist.all_gather_single(every.flatten(0, 1), u.contiguous())
+        self.sent += u.nbytes * (ranks() - 1)
+        return self.whole(every, n)
+
+    def whole(self, every: Tensor, n: int) -> Tensor:
+        """(R, B, n s/R, ...) -> (B, n s, ...) without the padding."""
+        every = rearrange(every, "r b (n s) ... -> b n (r s) ...", n=n)
+        return every[:, :, : self.size].flatten(1, 2)
+
+    def exchange(self, u: Tensor) -> Tensor:
+        """(R, ...), of which part r is for rank r -> (R, ...), of which part r is from rank r."""
+        got = torch.empty_like(u)
+        dist.all_to_all_single(got, u)
+        self.sent += u.nbytes // ranks() * (ranks() - 1)
+        return got
+
+
+class SharedAttention(nn.Module):
+    """In the place of a layer's CachedAttention, which gets all tokens of this rank's heads, and caches them."""
+
+    def __init__(self, core: nn.Module, share: Share):
+        super().__init__()
+        self.core, self.share = core, share
+
+    def forward(self, q: Tensor, k: Tensor, v: Tensor, ctx: magi.Context, out: Tensor | None = None) -> Tensor:
+        n, R, share = len(ctx.chunks), ranks(), self.share                   # (B, n s/R, heads, hd)
+        packed = torch.cat([u.unflatten(2, (R, -1)) for u in (q, k, v)], dim=3)
+        packed = share.exchange(rearrange(packed, "b n r h d -> r b n h d").contiguous())
+        packed = share.whole(packed, n)                                      # (B, n s, heads/R, hd)
+        q, k, v = packed.split([u.shape[2] // R for u in (q, k, v)], dim=2)
+        result = self.core(q, k, v, ctx)                                     # (B, n s, Hq/R, hd)
+        del packed, q, k, v
+        result = rearrange(share.padded(result, n), "b n r s h d -> r b (n s) h d").contiguous()
+        result = rearrange(share.exchange(result), "r b n h d -> b n (r h) d")
+        return result.contiguous() if out is None else out.copy_(result)     # (B, n s/R, Hq, hd)
+
+
+def share_tiles(vae: magi.VAE) -> magi.VAE:
+    """Deal the tiles of the VAE out to the ranks, in rounds; each gets every tile in the end."""
+    def deal(fn: Callable, windows: Sequence) -> Iterator[Tensor]:
+        for first in range(0, len(windows), ranks()):
+            here = windows[first : first + ranks()]
+            tile = fn(here[rank()]).contiguous() if rank() < len(here) else None
+            shapes: list = [None] * ranks()                  # tiles at the edges are smaller
+            dist.all_gather_object(shapes, None if tile is None else tuple(tile.shape))
+            for i in range(len(here)):
+                got = tile if i == rank() else torch.empty(shapes[i], dtype=vae.dtype, device=vae_device)
+                dist.broadcast(got, i)
+                yield got
+
+    vae_device = vae.encoder.pos_embed.device
+    if ranks() > 1:
+        vae.map_tiles = deal
+    return vae
+
+
+# ------------------------------------------------------------------------------------------------------------
+# 3  Weights
+# ------------------------------------------------------------------------------------------------------------
+
+
+def shard_layers(dit: magi.DiT, load: Callable[[int], None], device: str) -> None:
+    """Load a layer, keep 1/R of each of its weights, load the next: no rank ever holds all of them.
+
+    PyTorch's FSDP puts a layer together before its turn and frees it after. The rest of the model is left
+    whole: it is small, and the sampler reads null_text outside of forward. The DiT itself is registered with
+    none of its own weights, since a common root lets the next layer come while one computes.
+    """
+    from torch.distributed.fsdp import fully_shard
+
+    mesh = dist.init_device_mesh(torch.device(device).type, (ranks(),))
+    for i, layer in enumerate(dit.layers):
+        load(i)
+        fully_shard(layer, mesh=mesh, reshard_after_forward=True)
+    rest = {p for name, p in dit.named_parameters() if not name.startswith("layers.")}
+    fully_shard(dit, mesh=mesh, reshard_after_forward=True, ignored_params=rest)
+
+
+def layer_reader(module: nn.Module, folder: str | Path, prefix: str) -> Callable[[int], dict[str, Tensor]]:
+    """-> read(i): the weights of layer i, in memory of their own, by their names within the layer."""
+    from safetensors import safe_open
+
+    dtypes = {name: u.dtype for name, u in module.state_dict().items()}
+    files = weight_files(folder)
+    held = [safe_open(file, "pt").keys() for file in files]
+
+    def read(i: int) -> dict[str, Tensor]:
+        start, weights = f"{prefix}{i}.", {}
+        for file, names in zip(files, held, strict=True):
+            here = [name for name in names if name.startswith(start)]
+            if here:
+                with safe_open(file, "pt") as f:             # opened anew: its pages are let go after
+                    for name in here:
+                        u = f.get_tensor(name).to(dtypes[name], copy=True)
+                        weights[name.removeprefix(start)] = u
+        return weights
+
+    return read
+
+
+class Streamed:
+    """Hooks on layers without weights that bring those of a layer when it is entered, and drop them after.
+
+    fetch(i) gives the weights of layer i in CPU memory. A thread calls it for the next layer while one
+    computes; on a GPU it copies on a stream of its own, once the layer before has been computed, so that
+    there are never more than two.
+    """
+
+    def __init__(self, layers: Sequence[nn.Module], fetch: Callable[[int], dict[str, Tensor]], device: str):
+        self.fetch, self.device, self.count = fetch, device, len(layers)
+        self.thread, self.coming = ThreadPoolExecutor(1), {}
+        gpu = torch.device(device).type == "cuda"
+        self.stream = torch.cuda.Stream(device) if gpu else None
+        self.computed: torch.cuda.Event | None = None        # the layer before
+        for i, layer in enumerate(layers):
+            # What stands for a weight that is not there has its shape, type and device, and no memory: a
+            # LoRA that is added later finds what it needs to know.
+            empty = {name: torch.zeros(1, dtype=u.dtype, device=device).expand(u.shape)
+                     for name, u in layer.state_dict().items()}
+            layer.load_state_dict(empty, assign=True)
+            layer.register_forward_pre_hook(partial(self.enter, i))
+            layer.register_forward_hook(partial(self.leave, empty))
+
+    def bring(self, i: int, after: torch.cuda.Event | None = None) -> dict[str, Tensor]:
+        weights = self.fetch(i)
+        if self.stream is None:
+            return weights
+        if after is not None:
+            after.synchronize()
+        with torch.cuda.stream(self.stream):
+            weights = {name: u.to(self.device, non_blocking=True) for name, u in weights.items()}
+            self.stream.synchronize()
+        return weights
+
+    def enter(self, i: int, layer: nn.Module, args: tuple) -> None:
+        coming: Future | None = self.coming.pop(i, None)
+        weights = self.bring(i) if coming is None else coming.result()
+        layer.load_state_dict(weights, strict=False, assign=True)            # not strict: it may have a LoRA
+        following = (i + 1) % self.count
+        self.coming = {following: self.thread.submit(self.bring, following, self.computed)}
+
+    def leave(self, empty: dict[str, Tensor], layer: nn.Module, args: tuple, out: Any) -> None:
+        if self.stream is not None:
+            self.computed = torch.cuda.current_stream(self.device).record_event()
+        layer.load_state_dict(empty, strict=False, assign=True)
+
+
+def stream_layers(module: nn.Module, layers: Sequence[nn.Module], folder: str | Path, prefix: str, device: str,
+                  source: str) -> Streamed:
+    """Stream layers from "disk", the files of a folder, or from "cpu": they are read once and kept there."""
+    require(source in ("cpu", "disk"), f"stream {source!r} is not 'cpu' or 'disk'")
+    fetch = layer_reader(module, folder, prefix)
+    if source == "cpu":
+        pin = (lambda u: u.pin_memory()) if torch.device(device).type == "cuda" else (lambda u: u)
+        kept = [{name: pin(u) for name, u in fetch(i).items()} for i in range(len(layers))]
+        fetch = kept.__getitem__
+    return Streamed(layers, fetch, device)
+
+
+# ------------------------------------------------------------------------------------------------------------
+# 4  Slices
+# ------------------------------------------------------------------------------------------------------------
+# The widest tensors of a layer live within one operation: the feed-forward's middle, and float32 copies in the
+# torch backend. Each token is on its own there, so they are computed for a slice of tokens at a time.
+
+SLICE = 4096                     # tokens: enough to keep a GPU busy
+
+
+def in_slices(fn: Callable, x: Tensor, dim: int, n: int = 1) -> Tensor:
+    """fn(slice of x, where, i) for slices of at most SLICE along dim that do not cross its n equal parts."""
+    size, out = x.shape[dim] // n, None
+    if size <= SLICE and n == 1:
+        return fn(x, slice(None), 0)
+    for start in range(0, n * size, size):
+        for first in range(start, start + size, SLICE):
+            where = slice(first, min(first + SLICE, start + size))
+            part = fn(x.narrow(dim, first, where.stop - first), where, start // size)
+            if out is None:
+                shape = list(part.shape)
+                shape[dim] = n * size
+                out = part.new_empty(shape)
+            out.narrow(dim, first, where.stop - first).copy_(part)
+    return out
+
+
+def slice_ops(ops: magi.Ops) -> magi.Ops:
+    """The torch backend's operations, in slices. Those of kernels.py make no wide copies."""
+    if ops.name != "torch":
+        return ops
+
+    def norm_rotary(x, norm, angles):
+        of = lambda where: None if angles is None else angles[where]
+        return in_slices(lambda u, where, i: ops.norm_rotary(u, norm, of(where)), x, dim=1)
+
+    def gated_residual(x, gate, update, norm):
+        def part(u, where, i):
+            return ops.gated_residual(u, gate[:, i : i + 1], update[:, where], norm)
+        return in_slices(part, x, dim=1, n=gate.shape[1])
+
+    def of_tokens(fn):
+        return lambda x, *rest: in_slices(lambda u, where, i: fn(u, *rest), x, dim=x.dim() - 2)
+
+    return dataclasses.replace(ops, norm_rotary=norm_rotary, gated_residual=gated_residual,
+                               matmul_float32=of_tokens(ops.matmul_float32), fp8_matmul=of_tokens(ops.fp8_matmul))
+
+
+def slice_widest(dit: magi.DiT) -> magi.DiT:
+    """Compute what is widest in slices of tokens."""
+    dit.ops = slice_ops(dit.ops)
+    for layer in dit.layers:
+        whole = layer.ffn.forward
+        layer.ffn.forward = lambda x, ctx, whole=whole: in_slices(lambda u, *_: whole(u, ctx), x, dim=1)
+    return dit
+
+
+# ------------------------------------------------------------------------------------------------------------
+# 5  Loading
+# ------------------------------------------------------------------------------------------------------------
+
+
+def load_dit(folder: str | Path, device: str = "cpu", dtype: str | None = None, backend: str = "torch",
+             stream: str | None = None) -> magi.DiT:
+    """magi.load_dit for this rank: its share of the work, and of the weights, or none of them (stream)."""
+    cfg = read_config(folder, "dit", magi.DiTConfig)
+    cfg = dataclasses.replace(cfg, dtype=dtype or cfg.dtype)
+    dit = build(lambda: magi.DiT(cfg), folder)
+    if ranks() > 1:
+        Share(dit)
+    if stream or ranks() > 1:
+        fill(dit, folder, device, only=lambda name: not name.startswith("layers."))
+    if stream:
+        stream_layers(dit, dit.layers, folder, "layers.", device, stream)
+    elif ranks() > 1:
+        shard_layers(dit, lambda i: fill(dit, folder, device, only=lambda name: name.startswith(f"layers.{i}.")),
+                     device)
+    else:
+        fill(dit, folder, device)
+    dit.ops = magi.get_ops(backend, device)
+    return slice_widest(dit)
