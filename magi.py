@@ -712,16 +712,21 @@ class T5:
             file = Path(folder) / name
             require(file.is_file(), f"no text encoder in {str(folder)!r}: {file} does not exist")
         from sentencepiece import SentencePieceProcessor
-        from transformers import T5EncoderModel
 
         self.length = length
         self.tokenizer = SentencePieceProcessor(model_file=str(Path(folder) / "spiece.model"))
+        self.model = self.read(folder, device, dtype).eval()
+
+    def read(self, folder: str | Path, device: Device, dtype: torch.dtype) -> nn.Module:
+        """The encoder (parallel.py streams its blocks instead)."""
+        from transformers import T5EncoderModel
+
         model, info = T5EncoderModel.from_pretrained(folder, dtype=dtype, local_files_only=True,
                                                      output_loading_info=True)
         missing = sorted(set(info["missing_keys"]) - {"encoder.embed_tokens.weight"})  # it is shared.weight
         require(not missing, f"the text encoder in {str(folder)!r} lacks {len(missing)} tensor(s), such as "
                 f"{missing[:1]}: convert it again")                          # transformers would draw them
-        self.model = model.to(device).eval()
+        return model.to(device)
 
     @torch.no_grad()
     def __call__(self, captions: Sequence[str], clean: bool = True) -> tuple[Tensor, Tensor]:
@@ -739,12 +744,14 @@ class TextEncoder:
     """Captions -> text (n, L, C) and mask (n, L). T5 is read when it is first needed, and freed at once
     unless `keep` is set: the DiT needs the memory, and a run needs each prompt once."""
 
+    encoder: type[T5] = T5
+
     def __init__(self, folder: str | Path, length: int, device: Device = "cpu", keep: bool = False):
         self.folder, self.length, self.device, self.keep = folder, length, device, keep
         self.t5: T5 | None = None
 
     def __call__(self, captions: Sequence[str]) -> tuple[Tensor, Tensor]:
-        t5 = self.t5 or T5(self.folder, self.length, self.device)
+        t5 = self.t5 or self.encoder(self.folder, self.length, self.device)
         self.t5 = t5 if self.keep else None
         return t5(captions)
 
@@ -1624,11 +1631,13 @@ def load_tokens(folder: str | Path) -> dict[str, Tensor]:
 
 def load(folder: str | Path, *, vae: str | Path | None = None, t5: str | Path | None = None,
          device: Device = "cpu", dtype: str | None = None, vae_dtype: torch.dtype | None = None,
-         backend: str = "torch", keep_t5: bool = False) -> MAGI:
+         backend: str = "torch", keep_t5: bool = False,
+         parts: Sequence[Callable] = (load_dit, load_vae, TextEncoder)) -> MAGI:
     """Load a model folder; vae and t5 default to its neighbours. dtype overrides that of the DiT's blocks.
 
     Files are checked against their configs before any weight is read. T5 is read when a prompt comes and
-    then freed unless keep_t5 is set, so a model without T5 can be used with encoded text. ValueError for what
+    then freed unless keep_t5 is set, so a model without T5 can be used with encoded text. parts: what loads
+    the three of them; parallel.parts() shares them among GPUs or streams their weights. ValueError for what
     does not fit.
     """
     folder = Path(folder)
@@ -1637,8 +1646,9 @@ def load(folder: str | Path, *, vae: str | Path | None = None, t5: str | Path | 
     vae_cfg = read_config(vae, "vae", VAEConfig)
     build(lambda: VAE(vae_cfg), vae)                     # only to check it before the large DiT is read
     tokens = load_tokens(folder)
-    return MAGI(load_dit(folder, device, dtype, backend), load_vae(vae, device, vae_dtype, backend), sampler,
-                tokens, TextEncoder(t5, cfg.text_length, device, keep_t5))
+    make_dit, make_vae, make_encoder = parts
+    return MAGI(make_dit(folder, device, dtype, backend), make_vae(vae, device, vae_dtype, backend), sampler,
+                tokens, make_encoder(t5, cfg.text_length, device, keep_t5))
 
 
 class Prompt(NamedTuple):
