@@ -31,9 +31,12 @@ GPUs, and running the branches of a step layer by layer together.
 from __future__ import annotations
 
 import dataclasses
+import itertools
+import math
 import os
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -45,7 +48,7 @@ from einops import rearrange
 from torch import Tensor, nn
 
 import magi
-from checkpoints import build, fill, read_config, require, weight_files
+from checkpoints import build, fill, read_config, read_headers, require, weight_files
 
 # ------------------------------------------------------------------------------------------------------------
 # 1  Ranks
@@ -115,41 +118,54 @@ class Share:
 
     def __init__(self, dit: magi.DiT):
         Hkv, R = dit.cfg.num_kv_heads, ranks()
-        counts = [r for r in range(1, Hkv + 1) if Hkv % r == 0]
-        require(R in counts, f"{R} processes cannot share {Hkv} key/value heads: "
-                f"start {', '.join(map(str, counts[:-1]))} or {counts[-1]}")
-        self.size, self.sent = 0, 0                          # size: tokens of a chunk
-        dit.layers[0].register_forward_pre_hook(self.cut)
+        counts = [str(r) for r in range(1, Hkv + 1) if Hkv % r == 0]
+        require(str(R) in counts, f"{R} processes cannot share {Hkv} key/value heads: start "
+                f"{', '.join(counts[:-1])} or {counts[-1]}")
+        self.n, self.size, self.sent = 0, 0, 0               # chunks in this forward, tokens of one, bytes
+        self.dit, self.patchify = dit, dit.patchify
+        dit.patchify = self.first_tokens
+        dit.register_forward_pre_hook(self.begin)
+        dit.layers[0].register_forward_pre_hook(self.cut_angles)
         for layer in dit.layers:
             layer.attn.core = SharedAttention(layer.attn.core, self)
-        dit.final_linear.register_forward_hook(lambda module, args, out: self.join(out, self.n))
+        dit.final_linear.register_forward_hook(lambda linear, args, out: self.gather(out))
 
-    def cut(self, layer: nn.Module, args: tuple) -> tuple:
-        """Tokens (B, n s, D) and their angles -> this rank's (B, n s/R, D)."""
-        tokens, ctx = args
-        self.n = len(ctx.chunks)
-        self.size = tokens.shape[1] // self.n
-        mine = lambda u: self.padded(u, self.n)[:, :, rank()].flatten(1, 2)
-        ctx.angles = mine(ctx.angles[None])[0]
-        return mine(tokens), ctx
+    def begin(self, dit: nn.Module, args: tuple) -> None:
+        x, t = args[:2]
+        self.n = t.shape[1]
+        self.size = math.prod(x.shape[2:]) // (self.n * dit.cfg.patch_size**2)
+
+    def first_tokens(self, x: Tensor) -> Tensor:
+        """In the place of DiT.patchify: this rank's tokens. All of them, in float32, are never there."""
+        chunks = x.chunk(self.n, dim=2)
+        return torch.cat([self.cut(self.patchify(chunk), 1) for chunk in chunks], dim=1)
+
+    def cut_angles(self, layer: nn.Module, args: tuple) -> None:
+        ctx = args[1]
+        ctx.angles = self.cut(ctx.angles[None], self.n)[0]
+
+    def cut(self, u: Tensor, n: int) -> Tensor:
+        """All (B, n s, ...) -> this rank's (B, n s/R, ...)."""
+        return self.padded(u, n)[:, :, rank()].flatten(1, 2)
 
     def padded(self, u: Tensor, n: int) -> Tensor:
         """(B, n s, ...) -> (B, n, R, s/R, ...), zeros where s does not divide."""
-        u = u.unflatten(1, (n, -1))
-        u = F.pad(u, (*[0, 0] * (u.dim() - 3), 0, -u.shape[2] % ranks()))
+        u, missing = u.unflatten(1, (n, -1)), -self.size % ranks()
+        if missing:
+            u = F.pad(u, (*[0, 0] * (u.dim() - 3), 0, missing))
         return u.unflatten(2, (ranks(), -1))
 
-    def join(self, u: Tensor, n: int) -> Tensor:
-        """Each rank's (B, n s/R, ...) -> all (B, n s, ...) on every rank."""
+    def whole(self, every: Tensor) -> Tensor:
+        """All ranks' (R, B, n s/R, ...) -> (B, n s, ...), without the padding."""
+        every = rearrange(every, "r b (n s) ... -> b n (r s) ...", n=self.n)
+        return every[:, :, : self.size].flatten(1, 2)
+
+    def gather(self, u: Tensor) -> Tensor:
+        """This rank's (B, n s/R, ...) -> all (B, n s, ...)."""
         every = u.new_empty(ranks(), *u.shape)
         dist.all_gather_single(every.flatten(0, 1), u.contiguous())
         self.sent += u.nbytes * (ranks() - 1)
-        return self.whole(every, n)
-
-    def whole(self, every: Tensor, n: int) -> Tensor:
-        """(R, B, n s/R, ...) -> (B, n s, ...) without the padding."""
-        every = rearrange(every, "r b (n s) ... -> b n (r s) ...", n=n)
-        return every[:, :, : self.size].flatten(1, 2)
+        return self.whole(every)
 
     def exchange(self, u: Tensor) -> Tensor:
         """(R, ...), of which part r is for rank r -> (R, ...), of which part r is from rank r."""
@@ -166,17 +182,18 @@ class SharedAttention(nn.Module):
         super().__init__()
         self.core, self.share = core, share
 
-    def forward(self, q: Tensor, k: Tensor, v: Tensor, ctx: magi.Context, out: Tensor | None = None) -> Tensor:
-        n, R, share = len(ctx.chunks), ranks(), self.share                   # (B, n s/R, heads, hd)
-        packed = torch.cat([u.unflatten(2, (R, -1)) for u in (q, k, v)], dim=3)
-        packed = share.exchange(rearrange(packed, "b n r h d -> r b n h d").contiguous())
-        packed = share.whole(packed, n)                                      # (B, n s, heads/R, hd)
-        q, k, v = packed.split([u.shape[2] // R for u in (q, k, v)], dim=2)
-        result = self.core(q, k, v, ctx)                                     # (B, n s, Hq/R, hd)
-        del packed, q, k, v
-        result = rearrange(share.padded(result, n), "b n r s h d -> r b (n s) h d").contiguous()
-        result = rearrange(share.exchange(result), "r b n h d -> b n (r h) d")
-        return result.contiguous() if out is None else out.copy_(result)     # (B, n s/R, Hq, hd)
+    def forward(self, q: Tensor, k: Tensor, v: Tensor, ctx: magi.Context, out: Tensor) -> Tensor:
+        R, share = ranks(), self.share                                       # q (B, n s/R, Hq, hd)
+        for_each = [rearrange(u, "b n (r h) d -> r b n h d", r=R) for u in (q, k, v)]
+        mine = share.whole(share.exchange(torch.cat(for_each, dim=3)))       # (B, n s, heads/R, hd)
+        del for_each
+        qh, kh, vh = mine.split([u.shape[2] // R for u in (q, k, v)], dim=2)
+        result = self.core(qh, kh, vh, ctx)                                  # (B, n s, Hq/R, hd)
+        del mine, qh, kh, vh
+        result = rearrange(share.padded(result, share.n), "b n r s h d -> r b (n s) h d").contiguous()
+        result = share.exchange(result)                                      # (R, B, n s/R, Hq/R, hd)
+        out.unflatten(2, (R, -1)).copy_(rearrange(result, "r b n h d -> b n r h d"))
+        return out                                                           # (B, n s/R, Hq, hd)
 
 
 def share_tiles(vae: magi.VAE) -> magi.VAE:
@@ -364,20 +381,145 @@ def slice_widest(dit: magi.DiT) -> magi.DiT:
 
 def load_dit(folder: str | Path, device: str = "cpu", dtype: str | None = None, backend: str = "torch",
              stream: str | None = None) -> magi.DiT:
-    """magi.load_dit for this rank: its share of the work, and of the weights, or none of them (stream)."""
+    """magi.load_dit for this rank: with its share of the weights, or with none of them (stream)."""
     cfg = read_config(folder, "dit", magi.DiTConfig)
     cfg = dataclasses.replace(cfg, dtype=dtype or cfg.dtype)
     dit = build(lambda: magi.DiT(cfg), folder)
-    if ranks() > 1:
-        Share(dit)
-    if stream or ranks() > 1:
-        fill(dit, folder, device, only=lambda name: not name.startswith("layers."))
+
+    def load(start: str, others: bool = False) -> None:
+        fill(dit, folder, device, only=lambda name: name.startswith(start) != others)
+
+    load("layers.", others=True)
     if stream:
         stream_layers(dit, dit.layers, folder, "layers.", device, stream)
     elif ranks() > 1:
-        shard_layers(dit, lambda i: fill(dit, folder, device, only=lambda name: name.startswith(f"layers.{i}.")),
-                     device)
+        shard_layers(dit, lambda i: load(f"layers.{i}."), device)
     else:
-        fill(dit, folder, device)
+        load("layers.")
+    if ranks() > 1:
+        Share(dit)
     dit.ops = magi.get_ops(backend, device)
     return slice_widest(dit)
+
+
+def load_vae(*args: Any, **kwargs: Any) -> magi.VAE:
+    """magi.load_vae, whose tiles are dealt out to the ranks."""
+    return share_tiles(magi.load_vae(*args, **kwargs))
+
+
+class StreamedT5(magi.T5):
+    """T5 whose blocks come one by one from its files."""
+
+    def read(self, folder: str | Path, device: str, dtype: torch.dtype) -> nn.Module:
+        from transformers import T5Config, T5EncoderModel
+
+        with torch.device("meta"):
+            model = T5EncoderModel(T5Config.from_pretrained(folder, local_files_only=True)).to(dtype)
+        tied = "encoder.embed_tokens.weight"                 # shared.weight again
+        missing = sorted(model.state_dict().keys() - read_headers(weight_files(folder)).keys() - {tied})
+        require(not missing, f"the text encoder in {str(folder)!r} lacks {len(missing)} tensor(s), such as "
+                f"{missing[:1]}: convert it again")
+        fill(model, folder, device, only=lambda name: ".block." not in name)
+        model.encoder.embed_tokens = model.shared
+        stream_layers(model, model.encoder.block, folder, "encoder.block.", device, "disk")
+        return model
+
+
+class TextEncoder(magi.TextEncoder):
+    """Rank 0 reads T5 and encodes for all."""
+
+    def __init__(self, *args: Any, stream: str | None = None):
+        super().__init__(*args)
+        self.encoder = StreamedT5 if stream else magi.T5
+
+    def __call__(self, captions: Sequence[str]) -> tuple[Tensor, Tensor]:
+        return from_first(super().__call__)(captions)
+
+
+def parts(stream: str | None = None) -> tuple[Callable, Callable, Callable]:
+    """What magi.load is given to load a model for this rank; stream: None, "cpu" or "disk"."""
+    return partial(load_dit, stream=stream), load_vae, partial(TextEncoder, stream=stream)
+
+
+# ------------------------------------------------------------------------------------------------------------
+# 6  Planning
+# ------------------------------------------------------------------------------------------------------------
+# What a rank needs, from the shapes alone. tests/test_parallel.py holds it against what is really allocated.
+
+GIB = 2**30
+CARDS = (12, 16, 24, 32, 48, 80, 141)        # GB, as they are called; a tenth is left for CUDA and fragmentation
+T5_XXL = (4096, 24, 32128, 10240)            # width, blocks, words, feed-forward
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Bytes on one rank."""
+
+    weights: int                 # of the DiT, with those of one or two layers that are put together or streamed
+    vae: int
+    cache: int                   # keys and values of clean chunks
+    activations: int             # the worst moment of a layer
+    decoding: int                # that of the VAE, while it decodes a chunk: in turn with the DiT
+    t5: int                      # before all others are loaded
+
+    @property
+    def all(self) -> int:
+        return max(self.t5, self.weights + self.vae + self.cache + max(self.activations, self.decoding))
+
+
+def needs(dit: magi.DiTConfig, run: magi.SamplerConfig, vae: magi.VAEConfig = magi.VAE_PRESETS["magi"], *,
+          R: int = 1, stream: bool = False, vae_bytes: int = 4, text: int | None = None, cpu: bool = False,
+          t5: tuple[int, int, int, int] = T5_XXL) -> Memory:
+    """Memory of a run on each of R ranks, with the torch backend. text: tokens of a caption, default: as many
+    as there can be. cpu: with the copies that only the CPU needs."""
+    size_of = lambda module: sum(u.numel() * u.element_size() for u in module.state_dict().values())
+    with torch.device("meta"):
+        model, tiler = magi.DiT(dit), magi.VAE(vae)
+    layers = [size_of(layer) for layer in model.layers]
+    rest = size_of(model) - sum(layers)
+    pairs = [layers[i - 1] + layers[i] for i in range(len(layers))]          # one computes, one comes
+    weights = rest + (max(pairs) if stream else sum(layers) if R == 1 else sum(layers) // R + max(pairs))
+
+    # How many chunks the plan keeps in the cache, and how many a forward holds, once the video is long.
+    long = dataclasses.replace(run, num_frames=None)
+    steps = list(itertools.takewhile(lambda step: step.chunks[0].chunk < 24, magi.plan(long, 40)))
+    kept, cached, n = 0, set(), max(len(step.chunks) for step in steps)
+    for step in steps:
+        cached = {chunk for chunk in cached if chunk >= step.forget} | {c.chunk for c in step.chunks if c.clean}
+        kept = max(kept, len(cached))
+
+    b, D, F = dit.torch_dtype.itemsize, dit.hidden_size, dit.ffn_size
+    A, G = dit.num_heads * dit.head_dim, dit.num_kv_heads * dit.head_dim
+    s = magi.CHUNK * (run.height // 16) * (run.width // 16)                  # tokens of a chunk
+    N = n * math.ceil(s / R)                                                 # of a forward on this rank
+    S = min(N, SLICE)
+    cache = kept * s * dit.num_layers * 2 * (G // R) * b
+
+    wide = F * (4 if dit.gated_ffn else 2) * b                               # feed-forward, a token of a slice
+    quantised = (4 + 2 + 1 + 2 + 4 * cpu) * max(F, 2 * A) * dit.fp8
+    copied = (2 * dit.fp8 + 4 * cpu * (b < 4)) * max(D * F * (1 + dit.gated_ffn) * dit.fp8, 2 * A * D)
+    joined = 2 * G * (1 + kept / n)                                          # keys and values with the cached
+    talk = max(2 * (A + 2 * G), A + 2 * G + joined + A, 2 * A) if R > 1 else joined + A / n
+    moments = [                                                              # bytes beside x
+        N * b * (D + 3 * A + 2 * G + max(2 * A, talk)),                      # attention to chunks or to text
+        N * (b * 2 * A + 4 * D) + S * 8 * A * cpu * (b < 4) + copied,        # Wo
+        N * (4 + b) * D + S * 16 * D,                                        # gated residual
+        N * b * 2 * D + S * (b * D + wide + quantised) + copied,             # feed-forward
+    ]
+    length = n * (text or dit.text_length)
+    texts = length * (2 * 4 * dit.text_dim + b * (D + 4 * G))
+    activations = int(N * b * D + max(moments) + texts)
+
+    tile = (12, 256, 256)
+    t, h, w = (min(a, of) for a, of in zip(tile, (24, run.height, run.width), strict=True))
+    tokens = 1 + t // 4 * (h // 8) * (w // 8)
+    block = tokens * vae_bytes * max(11 * vae.embed_dim, 4 * vae.out_features)
+    second = 3 * 24 * run.height * run.width * vae_bytes                     # a chunk in pixels
+    decoding = block + 3 * second
+    return Memory(weights, size_of(tiler) * vae_bytes // 4, cache, activations, decoding, t5_bytes(t5, stream))
+
+
+def t5_bytes(t5: tuple[int, int, int, int], stream: bool) -> int:
+    width, blocks, words, hidden = t5
+    block = 2 * (4 * width * width + 3 * width * hidden)                     # bfloat16
+    return 2 * words * width + block * (2 if stream else blocks)
