@@ -15,13 +15,17 @@ import re
 import sys
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
 
 __all__ = ["build", "check_device", "compare_headers", "fill", "headers_of", "load_module", "make_config",
-           "read_config", "read_headers", "read_json", "reading", "require", "save", "weight_files"]
+           "read_config", "read_headers", "read_json", "read_tensors", "reading", "require", "save",
+           "weight_files"]
+
+
+Module = TypeVar("Module", bound=nn.Module)
 
 
 def require(ok: Any, message: str) -> None:
@@ -50,7 +54,7 @@ def reading(what: str, path: str | Path) -> Iterator[None]:
             raise
         cause = f"damaged or of another kind: {type(error).__name__}: {error}"
         if isinstance(error, OSError) and error.errno in errno.errorcode:
-            cause = error.strerror                             # the disk's fault
+            cause = str(error.strerror)                           # the disk's fault
         raise ValueError(f"cannot read {what} {str(path)!r}, {cause}") from error
 
 
@@ -124,6 +128,14 @@ def read_headers(files: Iterable[str | Path]) -> dict[str, tuple[tuple[int, ...]
     return found
 
 
+def read_tensors(file: str | Path, what: str = "weights") -> dict[str, Tensor]:
+    """Name -> tensor in float32, of a small safetensors file."""
+    from safetensors.torch import load_file
+
+    with reading(what, file):
+        return {name: v.float() for name, v in load_file(file).items()}
+
+
 def headers_of(module: nn.Module) -> dict[str, tuple[tuple[int, ...], bool]]:
     """The same of a module's state dict."""
     return {k: (tuple(v.shape), v.dtype == torch.float8_e4m3fn) for k, v in module.state_dict().items()}
@@ -140,7 +152,7 @@ def compare_headers(found: dict, expected: dict, complaint: str) -> None:
         require(not names, f"{complaint}: it {problem} {len(names)} tensor(s), such as {first!r}{values}")
 
 
-def build(make: Callable[[], nn.Module], folder: str | Path) -> nn.Module:
+def build(make: Callable[[], Module], folder: str | Path) -> Module:
     """A module without memory (on the meta device), after a look at the headers of a folder's files.
 
     ValueError, naming the first differences, if a file is corrupt or a name, shape or fp8 type differs.
@@ -153,8 +165,8 @@ def build(make: Callable[[], nn.Module], folder: str | Path) -> nn.Module:
     return module
 
 
-def fill(module: nn.Module, folder: str | Path, device: str | torch.device = "cpu",
-         dtype: torch.dtype | None = None, only: Callable[[str], bool] = lambda name: True) -> nn.Module:
+def fill(module: Module, folder: str | Path, device: str | torch.device = "cpu",
+         dtype: torch.dtype | None = None, only: Callable[[str], bool] = lambda name: True) -> Module:
     """Read a folder's weights, those whose names are wanted, straight to the device, as `dtype` or in the
     dtypes the module has: official files hold in bf16 the norms that are computed in float32."""
     from safetensors import safe_open
@@ -186,6 +198,7 @@ def load_module(name: str, path: str | Path) -> Any:
     """A Python file as the module `name`, found by its path: its file name may be that of a package."""
     if name not in sys.modules:
         spec = importlib.util.spec_from_file_location(name, path)
+        assert spec is not None and spec.loader is not None
         sys.modules[name] = importlib.util.module_from_spec(spec)
         try:
             spec.loader.exec_module(sys.modules[name])

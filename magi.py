@@ -54,6 +54,7 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import math
+import sys
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -67,7 +68,7 @@ from einops import rearrange, repeat
 from torch import Tensor, nn
 
 from captions import clean_caption
-from checkpoints import build, fill, load_module, read_config, reading, require
+from checkpoints import build, fill, load_module, read_config, read_tensors, require
 
 __all__ = ["DiT", "DiTConfig", "KVCache", "MAGI", "PRESETS", "Prompt", "SamplerConfig", "T5", "VAE",
            "VAEConfig", "clean_caption", "load", "load_dit", "load_vae", "plan", "sample", "shot_transition"]
@@ -279,14 +280,16 @@ class Preset(NamedTuple):
     sampler: SamplerConfig
 
 
-_24B = dict(num_layers=48, hidden_size=6144, num_heads=48, ffn_size=16384, gated_ffn=True, in_channels=32,
-            out_channels=32, x_scale=0.1)
-_TINY = dict(num_layers=6, hidden_size=192, num_heads=6, num_kv_heads=2, head_dim=32, ffn_size=768,
-             text_dim=128, text_length=64, null_length=8, dtype="float32")
-_BASE_24B = dict(num_steps=32, height=720, width=1280)
+_24B: dict[str, Any] = dict(
+    num_layers=48, hidden_size=6144, num_heads=48, ffn_size=16384, gated_ffn=True, in_channels=32,
+    out_channels=32, x_scale=0.1)
+_TINY: dict[str, Any] = dict(
+    num_layers=6, hidden_size=192, num_heads=6, num_kv_heads=2, head_dim=32, ffn_size=768,
+    text_dim=128, text_length=64, null_length=8, dtype="float32")
+_BASE_24B: dict[str, Any] = dict(num_steps=32, height=720, width=1280)
 # Official configs say 16 steps for the distilled 24B and 64 for the distilled 4.5B. Here it is 16 for
 # both: 64, 32, 16 and 8 steps are all trained budgets, and 16 take a quarter of the time.
-_DISTILL = dict(num_steps=16, distilled=True)
+_DISTILL: dict[str, Any] = dict(num_steps=16, distilled=True)
 _DISTILL_24B = _DISTILL | dict(width=1280)
 # fmt: off
 PRESETS = {                                        # the model zoo (model card)
@@ -323,6 +326,12 @@ class LayerNorm1p(nn.LayerNorm):
         """Normalise the last axis in the dtype of the weights (float32 for most norms of the DiT)."""
         x = x.to(self.weight.dtype)
         return F.layer_norm(x, self.normalized_shape, self.weight + 1, self.bias, self.eps)
+
+
+def small_normal(*shape: int) -> nn.Parameter:
+    """A learned table with a deviation of 0.02. (On the meta device torch.randn imports torch._dynamo, which
+    takes a second; this initialiser does not.)"""
+    return nn.Parameter(nn.init.trunc_normal_(torch.empty(shape), std=0.02))
 
 
 def timestep_features(t: Tensor, dim: int = 256) -> Tensor:
@@ -411,11 +420,16 @@ def swiglu(u: Tensor) -> Tensor:
 def matmul_float32(x: Tensor, weight: Tensor) -> Tensor:
     """x weight^T in float32: (..., in), (out, in) -> (..., out).
 
-    The product of two bf16 (or e4m3) numbers is exact in float32, so on a GPU the tensor cores take the bf16
-    operands as they are and sum in float32: the same result at several times the speed.
+    The product of two bf16 (or e4m3) numbers is exact in float32, so a processor that has bf16 instructions
+    takes the operands as they are and sums in float32: the same result at several times the speed. A CPU
+    then rounds the sum to bf16, as after every other linear layer, because PyTorch cannot ask it not to.
     """
-    if x.is_cuda and x.dtype == weight.dtype == torch.bfloat16 and not torch.is_grad_enabled():
-        return torch.mm(x.flatten(0, -2), weight.t(), out_dtype=torch.float32).unflatten(0, x.shape[:-1])
+    if x.dtype == weight.dtype == torch.bfloat16 and not torch.is_grad_enabled():
+        if x.is_cuda:
+            rows = x.flatten(0, -2)
+            return torch.mm(rows, weight.t(), out_dtype=torch.float32).unflatten(0, x.shape[:-1])
+        if x.device.type == "cpu" and torch.cpu._is_avx512_bf16_supported():
+            return F.linear(x, weight).float()
     return F.linear(x.float(), weight.float())
 
 
@@ -425,7 +439,9 @@ def fp8_matmul(x: Tensor, weight: Tensor, divide: Tensor, scale: Tensor) -> Tens
     Runs anywhere, on e4m3 numbers held in wider types, and returns bf16: the reference for the fp8 kernels.
     """
     x8 = (x / divide.float()).clamp_(-448, 448).to(torch.bfloat16).to(torch.float8_e4m3fn)  # 448: e4m3's max
-    return (matmul_float32(x8.bfloat16(), weight.bfloat16()) * scale).to(torch.bfloat16)
+    x8, weight = x8.bfloat16(), weight.bfloat16()
+    product = matmul_float32(x8, weight) if x.is_cuda else F.linear(x8.float(), weight.float())
+    return (product * scale).to(torch.bfloat16)
 
 
 @dataclass(frozen=True)
@@ -511,11 +527,11 @@ class VAETransformer(nn.Module):
         side = cfg.video_size // cfg.patch_size
         self.grid = (cfg.video_length // cfg.patch_length, side, side)       # native (T, H, W)
         self.cls_token = nn.Parameter(torch.zeros(1, 1, cfg.embed_dim))
-        self.pos_embed = nn.Parameter(torch.randn(1, 1 + math.prod(self.grid), cfg.embed_dim) * 0.02)
+        self.pos_embed = small_normal(1, 1 + math.prod(self.grid), cfg.embed_dim)
         self.blocks = nn.ModuleList(VAEBlock(cfg) for _ in range(cfg.depth))
         self.norm = nn.LayerNorm(cfg.embed_dim)
 
-    def positions(self, size: tuple[int, int, int]) -> Tensor:
+    def positions(self, size: tuple[int, ...]) -> Tensor:
         """The position table resampled to another (T, H, W); the class token has no place to resample."""
         if size == self.grid:
             return self.pos_embed
@@ -556,7 +572,7 @@ class VAEDecoder(VAETransformer):
         self.patch = dict(pt=cfg.patch_length, ph=cfg.patch_size, pw=cfg.patch_size)
         self.proj_in = nn.Linear(cfg.z_chans, cfg.embed_dim)
         width = cfg.out_features
-        self.final = nn.Identity()
+        self.final: nn.Module = nn.Identity()
         if cfg.use_final_proj:
             self.final = nn.Sequential(nn.Linear(cfg.embed_dim, width), nn.LayerNorm(width))
         # The shuffle leaves each pixel a few channels; a convolution over them hides the patches' seams.
@@ -579,7 +595,8 @@ class VAE(nn.Module):
 
     def __init__(self, cfg: VAEConfig):
         super().__init__()
-        self.cfg, self.ops = cfg, TORCH_OPS
+        self.cfg = cfg
+        self.ops: Ops = TORCH_OPS
         self.patch = (cfg.patch_length, cfg.patch_size, cfg.patch_size)
         self.encoder = VAEEncoder(cfg)
         self.decoder = VAEDecoder(cfg)
@@ -609,8 +626,8 @@ class VAE(nn.Module):
             return self.encoder(video, self.ops)[0]
 
         def encode_tile(window: Sequence[slice]) -> Tensor:
-            pixels = [slice(w.start * p, w.stop * p) for w, p in zip(window, self.patch, strict=True)]
-            return self.encoder(video[(..., *pixels)], self.ops)[0]
+            t, h, w = (slice(s.start * p, s.stop * p) for s, p in zip(window, self.patch, strict=True))
+            return self.encoder(video[:, :, t, h, w], self.ops)[0]
 
         size = [s // p for s, p in zip(video.shape[2:], self.patch, strict=True)]
         return self._tiled(encode_tile, size, tile, overlap, scale=1, neighbour="blended")
@@ -622,7 +639,8 @@ class VAE(nn.Module):
             return self.decoder(latent, self.ops)
 
         def decode_tile(window: Sequence[slice]) -> Tensor:
-            return self.decoder(latent[(..., *window)], self.ops)
+            t, h, w = window
+            return self.decoder(latent[:, :, t, h, w], self.ops)
 
         return self._tiled(decode_tile, latent.shape[2:], tile, overlap, self.cfg.patch_size, neighbour="raw")
 
@@ -647,9 +665,11 @@ class VAE(nn.Module):
         pieces = []
         for frame in frames:
             tiles = iter(self.map_tiles(fn, [(frame, row, column) for row in rows for column in columns]))
-            above, joined = [], []                       # the row above, as this one blends with it
+            above: list[Tensor] = []                     # the row above, as this one blends with it
+            joined = []
             for _ in rows:
-                seen, row = [], []                       # this row as its neighbours see it, as it is kept
+                seen: list[Tensor] = []                  # this row as its neighbours blend with it
+                row = []                                 # and as it is kept
                 for i in range(len(columns)):
                     raw = out = next(tiles)
                     if above:
@@ -701,59 +721,47 @@ def tokenize(tokenizer: Any, captions: Sequence[str], length: int) -> tuple[Tens
 
 
 class T5:
-    """A T5 encoder folder (config.json, weights, spiece.model), read offline.
+    """A T5 encoder folder (config.json, weights, spiece.model), read offline, when captions come.
 
-    The XXL encoder has 4.7 B parameters: 9.5 GB in bfloat16, the default (19 in float32).
+    The XXL encoder has 4.7 B parameters: 9.5 GB in bfloat16, the default (19 in float32). The DiT needs that
+    memory and a run needs each prompt once, so the model is freed after every call unless `keep` is set.
     """
 
     def __init__(self, folder: str | Path, length: int = 800, device: Device = "cpu",
-                 dtype: torch.dtype = torch.bfloat16):
+                 dtype: torch.dtype = torch.bfloat16, keep: bool = False):
+        self.folder, self.length = Path(folder), length
+        self.device, self.dtype, self.keep = device, dtype, keep
+        self.model: Any = None
+
+    def read(self) -> Any:
+        """The model, a transformers.T5EncoderModel."""
         for name in ("config.json", "spiece.model"):
-            file = Path(folder) / name
-            require(file.is_file(), f"no text encoder in {str(folder)!r}: {file} does not exist")
-        from sentencepiece import SentencePieceProcessor
-
-        self.length = length
-        self.tokenizer = SentencePieceProcessor(model_file=str(Path(folder) / "spiece.model"))
-        self.model = self.read(folder, device, dtype).eval()
-
-    def read(self, folder: str | Path, device: Device, dtype: torch.dtype) -> nn.Module:
-        """The encoder (parallel.py streams its blocks instead)."""
+            file = self.folder / name
+            require(file.is_file(), f"no text encoder in {str(self.folder)!r}: {file} does not exist")
         from transformers import T5EncoderModel
 
-        model, info = T5EncoderModel.from_pretrained(folder, dtype=dtype, local_files_only=True,
-                                                     output_loading_info=True)
+        read: Any = T5EncoderModel.from_pretrained
+        model, info = read(self.folder, dtype=self.dtype, local_files_only=True, output_loading_info=True)
         missing = sorted(set(info["missing_keys"]) - {"encoder.embed_tokens.weight"})  # it is shared.weight
-        require(not missing, f"the text encoder in {str(folder)!r} lacks {len(missing)} tensor(s), such as "
-                f"{missing[:1]}: convert it again")                          # transformers would draw them
-        return model.to(device)
+        require(not missing, f"the text encoder in {str(self.folder)!r} lacks {len(missing)} tensor(s), such "
+                f"as {missing[:1]}: convert it again")                       # transformers would draw them
+        return model.to(self.device).eval()
 
     @torch.no_grad()
     def __call__(self, captions: Sequence[str], clean: bool = True) -> tuple[Tensor, Tensor]:
         """Captions -> last hidden state (n, L, text_dim) float32 and mask (n, L), on the CPU."""
+        from sentencepiece import SentencePieceProcessor
+
+        model = self.model or self.read()
+        self.model = model if self.keep else None
+        tokenizer = SentencePieceProcessor(model_file=str(self.folder / "spiece.model"))
         captions = [clean_caption(c) if clean else c for c in captions]
-        ids, mask = tokenize(self.tokenizer, captions, self.length)
+        ids, mask = tokenize(tokenizer, captions, self.length)
         used = max(1, int(mask.sum(1).max()))            # the columns that are not padding everywhere
-        ids, short = ids[:, :used].to(self.model.device), mask[:, :used].to(self.model.device)
-        hidden = self.model(ids, attention_mask=short).last_hidden_state.float().cpu()
+        ids, short = ids[:, :used].to(self.device), mask[:, :used].to(self.device)
+        hidden = model(ids, attention_mask=short).last_hidden_state.float().cpu()
         # Padding is zeroed, so that a result does not depend on what else is in the batch.
         return F.pad(hidden * mask[:, :used, None], (0, 0, 0, self.length - used)), mask
-
-
-class TextEncoder:
-    """Captions -> text (n, L, C) and mask (n, L). T5 is read when it is first needed, and freed at once
-    unless `keep` is set: the DiT needs the memory, and a run needs each prompt once."""
-
-    encoder: type[T5] = T5
-
-    def __init__(self, folder: str | Path, length: int, device: Device = "cpu", keep: bool = False):
-        self.folder, self.length, self.device, self.keep = folder, length, device, keep
-        self.t5: T5 | None = None
-
-    def __call__(self, captions: Sequence[str]) -> tuple[Tensor, Tensor]:
-        t5 = self.t5 or self.encoder(self.folder, self.length, self.device)
-        self.t5 = t5 if self.keep else None
-        return t5(captions)
 
 
 def prepend_tokens(text: Tensor, mask: Tensor, tokens: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
@@ -903,6 +911,8 @@ class FP8Linear(nn.Module):
     input is divided by a smoothing scale per channel, which moves outliers from activations to weights.
     """
 
+    input_scale: Tensor
+
     def __init__(self, in_features: int, out_features: int, kind: str):
         super().__init__()
         assert kind in ("tensor", "channel"), kind
@@ -914,7 +924,7 @@ class FP8Linear(nn.Module):
 
     def forward(self, x: Tensor, ops: Ops = TORCH_OPS) -> Tensor:            # (..., in) -> (..., out), bf16
         divide = self.input_scale if self.smooth_scale is None else self.smooth_scale
-        return ops.fp8_matmul(x, self.weight, divide, self.input_scale[0] * self.weight_scale)
+        return ops.fp8_matmul(x, self.weight, divide, self.input_scale[:1] * self.weight_scale)
 
 
 def _linear(cfg: DiTConfig, index: int, n_in: int, n_out: int, kind: str, otherwise: type[Linear] = Linear
@@ -1051,15 +1061,16 @@ class DiT(nn.Module):
 
     def __init__(self, cfg: DiTConfig):
         super().__init__()
-        self.cfg, self.ops = cfg, TORCH_OPS                  # set ops = get_ops("triton") for fast kernels
+        self.cfg = cfg
+        self.ops: Ops = TORCH_OPS                            # set it to get_ops("triton") for fast kernels
         D, cond, p = cfg.hidden_size, cfg.cond_size, cfg.patch_size
         self.patch_embed = nn.Conv3d(cfg.in_channels, D, (1, p, p), (1, p, p), bias=False)
         self.time_embed = nn.Sequential(nn.Linear(256, cond), nn.SiLU(), nn.Linear(cond, cond))
-        self.null_text = nn.Parameter(torch.randn(cfg.text_length, cfg.text_dim) * 0.02)
+        self.null_text = small_normal(cfg.text_length, cfg.text_dim)
         self.text_proj = nn.Linear(cfg.text_dim, D)
         self.flag_proj = nn.Linear(cfg.text_dim, cond)
         bands = cfg.head_dim // 8                            # of each axis; 3 axes turn 3/4 of a head's width
-        self.rope_bands = nn.Parameter(10000.0 ** (-torch.arange(bands) / bands))
+        self.rope_bands = nn.Parameter(torch.tensor([10000.0 ** (-i / bands) for i in range(bands)]))
         self.layers = nn.ModuleList(DiTLayer(cfg, i) for i in range(cfg.num_layers))
         self.final_norm = LayerNorm1p(D, cfg.norm_eps)
         self.final_linear = nn.Linear(D, p * p * cfg.out_channels, bias=False)
@@ -1181,7 +1192,7 @@ def timestep_grid(num_steps: int, shortcut_mode: str = "8,16,16") -> Tensor:
     return shift_time(s**2)
 
 
-def kv_range(cfg: SamplerConfig, grid_index: int, chunk: int | None = None) -> float:
+def kv_range(cfg: SamplerConfig, grid_index: int, chunk: int = -1) -> float:
     """How many chunks a noisy chunk sees, itself included, at a step of its own time grid; inf: all.
 
     `chunk` counts generated chunks: it selects an exception of cfg.kv_ranges_at.
@@ -1280,7 +1291,8 @@ def plan(cfg: SamplerConfig, chunks: int | None, prefix_chunks: int = 0,
     0: t 0.30, sees 0..; 1: t 0.10, sees 0..; 2: t 0.02, sees 0..
     0: t 1.00, sees 0..; 1: t 0.30, sees 0..; 2: t 0.10, sees 0..
     """
-    K, P, window = math.inf if chunks is None else chunks, prefix_chunks, cfg.window
+    P, window = prefix_chunks, cfg.window
+    K = sys.maxsize if chunks is None else chunks
     config_of = config_of or (lambda chunk: cfg)
     per_stage = cfg.num_steps // window
     grid = timestep_grid(cfg.num_steps, cfg.shortcut_mode).tolist()
@@ -1315,7 +1327,7 @@ def plan(cfg: SamplerConfig, chunks: int | None, prefix_chunks: int = 0,
         reads += [oldest_seen(cfg, c) for c in to_come if newest < c < K]
         return min(reads)
 
-    for stage in itertools.count() if chunks is None else range(K - P + window - 1 if K > P else 0):
+    for stage in range(K - P + window - 1 if K > P else 0):
         active = range(max(P, P + stage - window + 1), min(P + stage + 1, K))
         oldest, newest = active[0], active[-1]
         just_left = oldest - 1 if stage >= window else None
@@ -1452,8 +1464,10 @@ def sample(dit: DiT, text: Tensor | Iterator[tuple], text_mask: Tensor | None, s
     return _Run(dit, cfg, K, P, text, table, prefix, noise, skip).stream(progress or (lambda _: None))
 
 
-def _one_by_one(text: Tensor, mask: Tensor, expected: tuple[int, int]) -> Iterator[tuple[Tensor, Tensor]]:
+def _one_by_one(text: Tensor, mask: Tensor | None, expected: tuple[int, ...]) -> Iterator[tuple]:
     """Text (L, C) or (chunks, L, C), and its mask, checked -> an iterator over chunks."""
+    require(isinstance(mask, Tensor), "text needs its text_mask, which says which rows are not padding")
+    assert mask is not None
     texts, masks = (text[None], mask[None]) if text.dim() == 2 else (text, mask)
     require(texts.shape[1:] == expected and masks.shape == texts.shape[:2] and len(texts) > 0,
             f"text {tuple(text.shape)} and text_mask {tuple(mask.shape)} must be {expected} and "
@@ -1482,7 +1496,7 @@ class _Run:
         self.branches = DISTILLED_BRANCHES if cfg.distilled else BASE_BRANCHES
         self.cache = KVCache()
         self.asked: dict[int, Asked] = {}                                    # of the chunks in flight
-        self.last: tuple | None = None                                       # what the newest chunk asked for
+        self.last: tuple = ()                                                # what the newest chunk asked for
 
     @torch.no_grad()
     def stream(self, progress: Callable[[Progress], None]) -> Iterator[tuple[int, Tensor]]:
@@ -1510,7 +1524,7 @@ class _Run:
         """Guided velocity of every noisy chunk; the keys of clean ones are stored on the way."""
         noisy = step.noisy
         shares = {c.chunk: branch_shares(self.ask(c.chunk).cfg, c, is_oldest=c == noisy[0]) for c in noisy}
-        v = {}
+        v, zero = {}, torch.zeros((), device=self.prefix.device)
         for name, branch in self.branches.items():
             wanted = [chunk for chunk, share in shares.items() if share[name] != 0 or not self.skip]
             if branch.stores:
@@ -1518,7 +1532,7 @@ class _Run:
             alone = [c._replace(first_seen=c.chunk) for c in noisy if c.chunk in wanted]
             inputs = alone if branch.alone else needed(wanted, step.chunks)
             v[name] = self.forward(inputs, branch, step.d, x)
-        return {chunk: sum(weight * v[name][chunk] for name, weight in share.items() if weight != 0)
+        return {chunk: sum((weight * v[name][chunk] for name, weight in share.items() if weight != 0), zero)
                 for chunk, share in shares.items()}
 
     def forward(self, inputs: Sequence[ChunkInput], branch: Branch, d: float, x: dict[int, Tensor]
@@ -1541,7 +1555,7 @@ class _Run:
         """Text and config of a chunk; the first question takes the next item, and the last item goes on."""
         if chunk not in self.asked:
             self.last = next(self.texts, self.last)
-            require(self.last is not None, "there is no prompt: give at least one, which may be empty")
+            require(self.last, "there is no prompt: give at least one, which may be empty")
             text, mask, *cfg = self.last
             valid = mask.to(self.null.device).bool().long()
             self.asked[chunk] = Asked(text.to(self.null), valid, *(cfg or [self.cfg]))
@@ -1618,21 +1632,10 @@ def load_vae(folder: str | Path, device: Device = "cpu", dtype: torch.dtype | No
     return vae
 
 
-def load_tokens(folder: str | Path) -> dict[str, Tensor]:
-    """The special tokens of a model folder, name -> (1, C), float32; none if it has no such file."""
-    from safetensors.torch import load_file
-
-    file = Path(folder) / "special_tokens.safetensors"
-    if not file.is_file():
-        return {}
-    with reading("special tokens", file):
-        return {name: v.float() for name, v in load_file(file).items()}
-
-
 def load(folder: str | Path, *, vae: str | Path | None = None, t5: str | Path | None = None,
          device: Device = "cpu", dtype: str | None = None, vae_dtype: torch.dtype | None = None,
          backend: str = "torch", keep_t5: bool = False,
-         parts: Sequence[Callable] = (load_dit, load_vae, TextEncoder)) -> MAGI:
+         parts: Sequence[Callable] = (load_dit, load_vae, T5)) -> MAGI:
     """Load a model folder; vae and t5 default to its neighbours. dtype overrides that of the DiT's blocks.
 
     Files are checked against their configs before any weight is read. T5 is read when a prompt comes and
@@ -1645,10 +1648,12 @@ def load(folder: str | Path, *, vae: str | Path | None = None, t5: str | Path | 
     cfg, sampler = read_config(folder, "dit", DiTConfig), read_config(folder, "sampler", SamplerConfig)
     vae_cfg = read_config(vae, "vae", VAEConfig)
     build(lambda: VAE(vae_cfg), vae)                     # only to check it before the large DiT is read
-    tokens = load_tokens(folder)
-    make_dit, make_vae, make_encoder = parts
-    return MAGI(make_dit(folder, device, dtype, backend), make_vae(vae, device, vae_dtype, backend), sampler,
-                tokens, make_encoder(t5, cfg.text_length, device, keep_t5))
+    tokens = folder / "special_tokens.safetensors"
+    table = read_tensors(tokens, "special tokens") if tokens.is_file() else {}
+    read_dit, read_vae, encoder = parts
+    dit = read_dit(folder, device, dtype, backend)
+    return MAGI(dit, read_vae(vae, device, vae_dtype, backend), sampler, table,
+                encoder(t5, cfg.text_length, device, keep=keep_t5))
 
 
 class Prompt(NamedTuple):
@@ -1701,7 +1706,7 @@ class MAGI:
 
             image = None if image is None else media.to_image(image)
             video = None if video is None else media.to_video(video)
-            clip = media.prefix_clip(image, video, prefix_frames)
+            clip: Any = media.prefix_clip(image, video, prefix_frames)
             pixels = media.fit_frames(clip, cfg.height, cfg.width, fit)
         if cfg.num_frames is not None:       # whole latent frames; an image's own is among those emitted
             latents = math.ceil(num_frames / FRAMES_PER_LATENT) - (image is not None)
@@ -1717,7 +1722,7 @@ class MAGI:
         run(torch.zeros(channels, latents, *size) if latents else None)      # it checks, and computes nothing
         return self._frames(run, pixels, image is not None, num_frames)
 
-    def _texts(self, prompt: Any, cfg: SamplerConfig) -> tuple[Any, Tensor | None]:
+    def _texts(self, prompt: Any, cfg: SamplerConfig) -> Any:
         """What `sample` takes as text and text_mask."""
         if isinstance(prompt, str):
             prompt = [prompt]
@@ -1728,7 +1733,8 @@ class MAGI:
             return prompt if plain else self.encode_text(list(prompt))
 
         def one_by_one(config: SamplerConfig) -> Iterator[tuple[Tensor, Tensor, SamplerConfig]]:
-            said, encoded = None, None
+            said: str | None = None
+            encoded: Any = None
             for chunk, item in enumerate(prompt):
                 item = Prompt(item) if isinstance(item, str) else item
                 config = dataclasses.replace(config, **item.settings)

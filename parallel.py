@@ -407,38 +407,37 @@ def load_vae(*args: Any, **kwargs: Any) -> magi.VAE:
     return share_tiles(magi.load_vae(*args, **kwargs))
 
 
-class StreamedT5(magi.T5):
-    """T5 whose blocks come one by one from its files."""
+class T5(magi.T5):
+    """T5 on rank 0, which encodes for all; stream: its blocks come one by one from its files."""
 
-    def read(self, folder: str | Path, device: str, dtype: torch.dtype) -> nn.Module:
+    def __init__(self, *args: Any, stream: str | None = None, **kwargs: Any):
+        super().__init__(*args, **kwargs)
+        self.stream = stream
+
+    def __call__(self, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        return from_first(super().__call__)(*args, **kwargs)
+
+    def read(self) -> Any:
+        if self.stream is None:
+            return super().read()
         from transformers import T5Config, T5EncoderModel
 
         with torch.device("meta"):
-            model = T5EncoderModel(T5Config.from_pretrained(folder, local_files_only=True)).to(dtype)
+            model: Any = T5EncoderModel(T5Config.from_pretrained(self.folder, local_files_only=True))
+        model = model.to(self.dtype)
         tied = "encoder.embed_tokens.weight"                 # shared.weight again
-        missing = sorted(model.state_dict().keys() - read_headers(weight_files(folder)).keys() - {tied})
-        require(not missing, f"the text encoder in {str(folder)!r} lacks {len(missing)} tensor(s), such as "
-                f"{missing[:1]}: convert it again")
-        fill(model, folder, device, only=lambda name: ".block." not in name)
+        missing = sorted(model.state_dict().keys() - read_headers(weight_files(self.folder)).keys() - {tied})
+        require(not missing, f"the text encoder in {str(self.folder)!r} lacks {len(missing)} tensor(s), such "
+                f"as {missing[:1]}: convert it again")
+        fill(model, self.folder, self.device, only=lambda name: ".block." not in name)
         model.encoder.embed_tokens = model.shared
-        stream_layers(model, model.encoder.block, folder, "encoder.block.", device, "disk")
+        stream_layers(model, model.encoder.block, self.folder, "encoder.block.", self.device, "disk")
         return model
-
-
-class TextEncoder(magi.TextEncoder):
-    """Rank 0 reads T5 and encodes for all."""
-
-    def __init__(self, *args: Any, stream: str | None = None):
-        super().__init__(*args)
-        self.encoder = StreamedT5 if stream else magi.T5
-
-    def __call__(self, captions: Sequence[str]) -> tuple[Tensor, Tensor]:
-        return from_first(super().__call__)(captions)
 
 
 def parts(stream: str | None = None) -> tuple[Callable, Callable, Callable]:
     """What magi.load is given to load a model for this rank; stream: None, "cpu" or "disk"."""
-    return partial(load_dit, stream=stream), load_vae, partial(TextEncoder, stream=stream)
+    return partial(load_dit, stream=stream), load_vae, partial(T5, stream=stream)
 
 
 # ------------------------------------------------------------------------------------------------------------
