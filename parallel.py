@@ -270,6 +270,7 @@ class Streamed:
     def __init__(self, layers: Sequence[nn.Module], fetch: Callable[[int], dict[str, Tensor]], device: str):
         self.fetch, self.device, self.count = fetch, device, len(layers)
         self.thread, self.coming = ThreadPoolExecutor(1), {}
+        self.held: set[int] = set()                          # layers that take memory now
         gpu = torch.device(device).type == "cuda"
         self.stream = torch.cuda.Stream(device) if gpu else None
         self.computed: torch.cuda.Event | None = None        # the layer before
@@ -280,9 +281,10 @@ class Streamed:
                      for name, u in layer.state_dict().items()}
             layer.load_state_dict(empty, assign=True)
             layer.register_forward_pre_hook(partial(self.enter, i))
-            layer.register_forward_hook(partial(self.leave, empty))
+            layer.register_forward_hook(partial(self.leave, i, empty))
 
     def bring(self, i: int, after: torch.cuda.Event | None = None) -> dict[str, Tensor]:
+        self.held.add(i)
         weights = self.fetch(i)
         if self.stream is None:
             return weights
@@ -300,10 +302,11 @@ class Streamed:
         following = (i + 1) % self.count
         self.coming = {following: self.thread.submit(self.bring, following, self.computed)}
 
-    def leave(self, empty: dict[str, Tensor], layer: nn.Module, args: tuple, out: Any) -> None:
+    def leave(self, i: int, empty: dict[str, Tensor], layer: nn.Module, args: tuple, out: Any) -> None:
         if self.stream is not None:
             self.computed = torch.cuda.current_stream(self.device).record_event()
         layer.load_state_dict(empty, strict=False, assign=True)
+        self.held.discard(i)
 
 
 def stream_layers(module: nn.Module, layers: Sequence[nn.Module], folder: str | Path, prefix: str, device: str,
@@ -391,7 +394,7 @@ def load_dit(folder: str | Path, device: str = "cpu", dtype: str | None = None, 
 
     load("layers.", others=True)
     if stream:
-        stream_layers(dit, dit.layers, folder, "layers.", device, stream)
+        dit.streamed = stream_layers(dit, dit.layers, folder, "layers.", device, stream)
     elif ranks() > 1:
         shard_layers(dit, lambda i: load(f"layers.{i}."), device)
     else:

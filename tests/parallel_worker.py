@@ -1,0 +1,168 @@
+"""One process of tests/test_parallel.py: parallel_worker.py JOB RANK RANKS FOLDER.
+
+    cases    every run of CASES and more; what came out and what it took -> FOLDER/cases.RANKS.RANK.pt
+    forever  says "running" and samples until it is stopped
+    count    loads a model for RANKS processes
+"""
+
+import dataclasses
+import json
+import sys
+import weakref
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+import magi
+import parallel
+import training
+from checkpoints import save
+
+SMALL = magi.DiTConfig(num_layers=4, hidden_size=32, num_heads=8, num_kv_heads=4, head_dim=8, ffn_size=48,
+                       text_dim=12, text_length=14, null_length=5, dtype="float32")
+WIDE = dict(gated_ffn=True, in_channels=32, out_channels=32, x_scale=0.1)
+MIDDLE = magi.DiTConfig(num_layers=5, hidden_size=384, num_heads=6, num_kv_heads=2, head_dim=64, ffn_size=1536,
+                        text_dim=64, text_length=40, null_length=8, dtype="float32")
+MODELS = {
+    "base": SMALL,
+    "wide": dataclasses.replace(SMALL, **WIDE),
+    "fp8": dataclasses.replace(SMALL, dtype="bfloat16", fp8=True),
+    "middle": MIDDLE,
+    "middle_bf16": dataclasses.replace(MIDDLE, dtype="bfloat16", gated_ffn=True),
+    "middle_fp8": dataclasses.replace(MIDDLE, dtype="bfloat16", fp8=True),
+}  # fmt: skip
+VAE = magi.VAEConfig(video_size=32, video_length=8, embed_dim=64, depth=1, num_heads=2, use_final_proj=True)
+
+RUN = magi.SamplerConfig(num_steps=4, num_frames=72, height=32, width=32, special_tokens=())
+UNEVEN = dict(height=48, width=80)            # 15 patches a frame, 90 tokens a chunk: 22.5 for each of 4 ranks
+CASES = {                                     # name: model, frames of prefix in the latents, settings
+    "t2v": ("base", 0, {}),
+    "t2v, window 1, uneven": ("base", 0, dict(window=1, num_frames=120) | UNEVEN),
+    "i2v": ("base", 1, {}),
+    "v2v": ("wide", 9, UNEVEN),
+    "v2v, window 1": ("base", 13, dict(window=1)),
+    "distilled": ("wide", 0, dict(distilled=True) | UNEVEN),
+    "distilled, window 1": ("base", 0, dict(distilled=True, window=1)),
+    "fp8": ("fp8", 0, dict(distilled=True) | UNEVEN),
+    "LoRA": ("base", 0, {}),
+    "fp8, LoRA": ("fp8", 0, dict(num_frames=48)),
+}  # fmt: skip
+BIG = magi.SamplerConfig(num_steps=4, num_frames=120, height=128, width=160, special_tokens=(), distilled=True)
+
+
+def write_folder(folder: Path, module: torch.nn.Module, **configs) -> None:
+    folder.mkdir()
+    (folder / "config.json").write_text(json.dumps({k: dataclasses.asdict(v) for k, v in configs.items()}))
+    save(module.state_dict(), folder / "model.safetensors")
+
+
+def write_models(folder: Path) -> None:
+    for name, cfg in MODELS.items():
+        torch.manual_seed(1)
+        dit = magi.DiT(cfg)
+        for u in dit.state_dict().values():
+            if u.dtype == torch.float8_e4m3fn:
+                u.copy_((torch.randn(u.shape) * 60).to(u.dtype))
+            elif u.is_floating_point() and u.dim() > 0:
+                u.add_(0.05 * torch.rand(u.shape).to(u.dtype))
+        write_folder(folder / name, dit, dit=cfg, sampler=RUN)
+        training.add_lora(dit, 2)
+        for lora in training.loras(dit):
+            torch.nn.init.normal_(lora.up, std=0.1)
+        training.save_lora(dit, folder / f"{name}.lora.safetensors")
+    torch.manual_seed(2)
+    write_folder(folder / "vae", magi.VAE(VAE), vae=VAE)
+
+
+def drawn(cfg: magi.DiTConfig, prefix: int, run: magi.SamplerConfig) -> dict:
+    generator = torch.Generator().manual_seed(3)
+    text = torch.randn(cfg.text_length, cfg.text_dim, generator=generator)
+    given = torch.randn(16, prefix, run.height // 8, run.width // 8, generator=generator)
+    return dict(text=text, text_mask=(torch.arange(len(text)) < 7).long(), sampler=run,
+                prefix=given if prefix else None)  # fmt: skip
+
+
+def run_case(folder: Path, name: str, stream: str | None = None) -> torch.Tensor:
+    model, prefix, settings = CASES[name]
+    dit = parallel.load_dit(folder / model, stream=stream)
+    if "LoRA" in name:
+        training.load_lora(dit, folder / f"{model}.lora.safetensors", 0.7)
+    run = dataclasses.replace(RUN, **settings)
+    with torch.inference_mode():
+        chunks = [u for _, u in magi.sample(dit, **drawn(dit.cfg, prefix, run))]
+    return torch.cat(chunks, dim=1).clone()
+
+
+def tiles(folder: Path) -> tuple[torch.Tensor, torch.Tensor]:
+    """A video encoded and decoded in 12 tiles a piece, those at the edges smaller."""
+    vae = parallel.load_vae(folder / "vae")
+    video = torch.randn(1, 3, 8, 72, 88, generator=torch.Generator().manual_seed(4))
+    with torch.inference_mode():
+        latent = vae.encode(video, tile=(4, 32, 32))
+        return latent.clone(), vae.decode(latent, tile=(4, 32, 32)).clone()
+
+
+class Allocations(TorchDispatchMode):
+    """The most bytes of tensors that lived at one time in a `with` block, beside those of `known`."""
+
+    def __init__(self, known=(), extra=lambda: 0):
+        super().__init__()
+        self.known = {u.untyped_storage()._cdata for u in known}
+        self.live, self.peak, self.extra = {}, 0, extra
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        for u in tree_leaves(out):
+            if isinstance(u, torch.Tensor) and u.device.type != "meta":
+                storage = u.untyped_storage()
+                key = storage._cdata
+                if key not in self.known and key not in self.live:
+                    self.live[key] = weakref.ref(storage, lambda _, key=key: self.live.pop(key, None))
+        # asked anew each time: FSDP lets its buffers grow and shrink
+        now = sum(storage.nbytes() for ref in list(self.live.values()) if (storage := ref()) is not None)
+        self.peak = max(self.peak, now + self.extra())
+        return out
+
+
+def held_by(dit: magi.DiT) -> list[torch.Tensor]:
+    """Every tensor of a model that lies in memory here: of a sharded one, this rank's part."""
+    tensors = [u.detach() for u in (*dit.parameters(), *dit.buffers())]
+    return [u.to_local() if hasattr(u, "to_local") else u for u in tensors]
+
+
+def measure(folder: Path, model: str, stream: str | None = None) -> dict:
+    """What a long run takes, and what was foretold."""
+    parallel.SLICE = 512
+    dit = parallel.load_dit(folder / model, stream=stream)
+    held = held_by(dit)
+    weights = sum(u.untyped_storage().nbytes() for u in held) if stream is None else 0
+    cache = []
+    sizes = [sum(u.nbytes for u in layer.state_dict().values()) for layer in dit.layers]
+    extra = lambda: sum(sizes[i] for i in list(dit.streamed.held)) if stream else 0
+    given = drawn(dit.cfg, 0, BIG) | dict(text_mask=torch.ones(dit.cfg.text_length, dtype=torch.long))
+    with torch.no_grad(), Allocations(held, extra) as seen:
+        for _ in magi.sample(dit, **given, progress=lambda p: cache.append(p.cache_bytes)):
+            pass
+    return dict(weights=weights, cache=max(cache), peak=seen.peak)
+
+
+def main() -> None:
+    job, rank, size, folder = sys.argv[1], int(sys.argv[2]), int(sys.argv[3]), Path(sys.argv[4])
+    torch.set_num_threads(1)
+    store = f"file://{folder}/store.{job}.{size}"
+    dist.init_process_group("gloo", init_method=store, rank=rank, world_size=size)
+    if job == "cases":
+        out = {name: run_case(folder, name) for name in CASES}
+        out["tiles"] = tiles(folder)
+        calls = []
+        out["text"] = parallel.from_first(lambda text: calls.append(text) or torch.ones(3))("a ball")
+        out["calls"] = calls
+        torch.save(out, folder / f"cases.{size}.{rank}.pt")
+    dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main()
