@@ -490,27 +490,28 @@ def needs(dit: magi.DiTConfig, run: magi.SamplerConfig, vae: magi.VAEConfig = ma
         cached = {chunk for chunk in cached if chunk >= step.forget} | {c.chunk for c in step.chunks if c.clean}
         kept = max(kept, len(cached))
 
-    b, D, F = dit.torch_dtype.itemsize, dit.hidden_size, dit.ffn_size
-    A, G = dit.num_heads * dit.head_dim, dit.num_kv_heads * dit.head_dim
+    b, D, F, T = dit.torch_dtype.itemsize, dit.hidden_size, dit.ffn_size, text or dit.text_length
+    A, G, H = dit.num_heads * dit.head_dim, dit.num_kv_heads * dit.head_dim, dit.ffn_size * (1 + dit.gated_ffn)
     s = magi.CHUNK * (run.height // 16) * (run.width // 16)                  # tokens of a chunk
     N = n * math.ceil(s / R)                                                 # of a forward on this rank
     S = min(N, SLICE)
     cache = kept * s * dit.num_layers * 2 * (G // R) * b
 
-    wide = F * (4 if dit.gated_ffn else 2) * b                               # feed-forward, a token of a slice
-    quantised = (4 + 2 + 1 + 2 + 4 * cpu) * max(F, 2 * A) * dit.fp8
-    copied = (2 * dit.fp8 + 4 * cpu * (b < 4)) * max(D * F * (1 + dit.gated_ffn) * dit.fp8, 2 * A * D)
     joined = 2 * G * (1 + kept / n)                                          # keys and values with the cached
     talk = max(2 * (A + 2 * G), A + 2 * G + joined + A, 2 * A) if R > 1 else joined + A / n
+    slices = [b * (D + H), b * (4 if dit.gated_ffn else 2) * F, b * (F + D)]              # of the feed-forward
+    if dit.fp8:
+        slices += [b * D + 2 * D + 8 * H, (b + 6) * F]                       # rounded numbers in wider types
+    copied = (2 + 4 * cpu) * D * H * dit.fp8                                 # of a weight
     moments = [                                                              # bytes beside x
-        N * b * (D + 3 * A + 2 * G + max(2 * A, talk)),                      # attention to chunks or to text
-        N * (b * 2 * A + 4 * D) + S * 8 * A * cpu * (b < 4) + copied,        # Wo
+        N * b * (D + 3 * A + 2 * G + max(2 * A, talk)) + S * 8 * A,          # attention to chunks or to text
+        N * (b * 2 * A + 4 * D) + cpu * (b < 4) * (S * 8 * A + 8 * A * D),   # Wo
         N * (4 + b) * D + S * 16 * D,                                        # gated residual
-        N * b * 2 * D + S * (b * D + wide + quantised) + copied,             # feed-forward
+        N * b * 2 * D + S * max(slices) + copied,                            # feed-forward
     ]
-    length = n * (text or dit.text_length)
-    texts = length * (2 * 4 * dit.text_dim + b * (D + 4 * G))
-    activations = int(N * b * D + max(moments) + texts)
+    latents = 4 * 16 * magi.CHUNK * (run.height // 8) * (run.width // 8)     # of a chunk
+    others = 4 * n * latents + N * dit.head_dim * 3 // 2 + n * T * (8 * dit.text_dim + b * (D + 4 * G))
+    activations = int(N * b * D + max(moments)) + others
 
     tile = (12, 256, 256)
     t, h, w = (min(a, of) for a, of in zip(tile, (24, run.height, run.width), strict=True))

@@ -34,6 +34,7 @@ MODELS = {
     "middle_bf16": dataclasses.replace(MIDDLE, dtype="bfloat16", gated_ffn=True),
     "middle_fp8": dataclasses.replace(MIDDLE, dtype="bfloat16", fp8=True),
 }  # fmt: skip
+MIDDLES = ("middle", "middle_bf16", "middle_fp8")
 VAE = magi.VAEConfig(video_size=32, video_length=8, embed_dim=64, depth=1, num_heads=2, use_final_proj=True)
 
 RUN = magi.SamplerConfig(num_steps=4, num_frames=72, height=32, width=32, special_tokens=())
@@ -106,47 +107,59 @@ def tiles(folder: Path) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 class Allocations(TorchDispatchMode):
-    """The most bytes of tensors that lived at one time in a `with` block, beside those of `known`."""
+    """The most bytes of tensors that lived at one time in a `with` block, but for ignored ones."""
 
-    def __init__(self, known=(), extra=lambda: 0):
+    def __init__(self, extra=lambda: 0):
         super().__init__()
-        self.known = {u.untyped_storage()._cdata for u in known}
-        self.live, self.peak, self.extra = {}, 0, extra
+        self.ignored, self.live, self.peak, self.extra = {}, {}, 0, extra
+
+    def watch(self, where: dict, tensor: torch.Tensor) -> None:
+        storage = tensor.untyped_storage()
+        key = storage._cdata                                  # its address: used again when it is gone
+        where[key] = weakref.ref(storage, lambda _: where.pop(key, None))
+
+    def ignore(self, tensors) -> int:
+        for u in tensors:
+            self.watch(self.ignored, u)
+        return sum(ref().nbytes() for ref in self.ignored.values())
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         out = func(*args, **(kwargs or {}))
         for u in tree_leaves(out):
             if isinstance(u, torch.Tensor) and u.device.type != "meta":
-                storage = u.untyped_storage()
-                key = storage._cdata
-                if key not in self.known and key not in self.live:
-                    self.live[key] = weakref.ref(storage, lambda _, key=key: self.live.pop(key, None))
+                key = u.untyped_storage()._cdata
+                if key not in self.ignored and key not in self.live:
+                    self.watch(self.live, u)
         # asked anew each time: FSDP lets its buffers grow and shrink
         now = sum(storage.nbytes() for ref in list(self.live.values()) if (storage := ref()) is not None)
         self.peak = max(self.peak, now + self.extra())
         return out
 
 
-def held_by(dit: magi.DiT) -> list[torch.Tensor]:
-    """Every tensor of a model that lies in memory here: of a sharded one, this rank's part."""
-    tensors = [u.detach() for u in (*dit.parameters(), *dit.buffers())]
-    return [u.to_local() if hasattr(u, "to_local") else u for u in tensors]
-
-
 def measure(folder: Path, model: str, stream: str | None = None) -> dict:
     """What a long run takes, and what was foretold."""
     parallel.SLICE = 512
     dit = parallel.load_dit(folder / model, stream=stream)
-    held = held_by(dit)
-    weights = sum(u.untyped_storage().nbytes() for u in held) if stream is None else 0
-    cache = []
-    sizes = [sum(u.nbytes for u in layer.state_dict().values()) for layer in dit.layers]
-    extra = lambda: sum(sizes[i] for i in list(dit.streamed.held)) if stream else 0
+    cache, seen = [], Allocations()
+    held = [u.detach() for u in (*dit.parameters(), *dit.buffers())]
+    weights = seen.ignore(u.to_local() if hasattr(u, "to_local") else u for u in held)
+    if stream:
+        sizes = [sum(u.nbytes for u in layer.state_dict().values()) for layer in dit.layers]
+        seen.extra = lambda: sum(sizes[i] for i in list(dit.streamed.held))
+        fetch = dit.streamed.fetch
+
+        def fetched(i):
+            got = fetch(i)
+            seen.ignore(got.values())
+            return got
+
+        dit.streamed.fetch = fetched
     given = drawn(dit.cfg, 0, BIG) | dict(text_mask=torch.ones(dit.cfg.text_length, dtype=torch.long))
-    with torch.no_grad(), Allocations(held, extra) as seen:
+    with torch.no_grad(), seen:
         for _ in magi.sample(dit, **given, progress=lambda p: cache.append(p.cache_bytes)):
             pass
-    return dict(weights=weights, cache=max(cache), peak=seen.peak)
+    plan = parallel.needs(dit.cfg, BIG, R=parallel.ranks(), stream=bool(stream), cpu=True)
+    return dict(weights=weights, cache=max(cache), all=weights + seen.peak, plan=dataclasses.asdict(plan))
 
 
 def main() -> None:
@@ -160,7 +173,10 @@ def main() -> None:
         calls = []
         out["text"] = parallel.from_first(lambda text: calls.append(text) or torch.ones(3))("a ball")
         out["calls"] = calls
+        out["memory"] = {name: measure(folder, name) for name in MIDDLES}
         torch.save(out, folder / f"cases.{size}.{rank}.pt")
+    if job == "measure":
+        torch.save({name: measure(folder, name) for name in MIDDLES}, folder / f"measure.{size}.{rank}.pt")
     dist.destroy_process_group()
 
 
