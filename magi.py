@@ -68,7 +68,18 @@ from einops import rearrange, repeat
 from torch import Tensor, nn
 
 from captions import clean_caption
-from checkpoints import build, fill, load_module, read_config, read_tensors, require
+from checkpoints import (
+    build,
+    check_dit_config,
+    check_own_config,
+    check_sampler_config,
+    check_vae_config,
+    fill,
+    load_module,
+    read_config,
+    read_tensors,
+    require,
+)
 
 __all__ = ["DiT", "DiTConfig", "KVCache", "MAGI", "PRESETS", "Prompt", "SamplerConfig", "T5", "VAE",
            "VAEConfig", "clean_caption", "load", "load_dit", "load_vae", "plan", "sample", "shot_transition"]
@@ -78,8 +89,8 @@ Device = str | torch.device
 # ----------------------------------------------------------------------------------------------------------
 # 1  Configs and presets
 # ----------------------------------------------------------------------------------------------------------
-# Three frozen dataclasses say everything about a model and a run. They check themselves when they are made,
-# so a bad number is refused in milliseconds, not after an hour of sampling.
+# Three frozen dataclasses say everything about a model and a run. They check themselves when they are made
+# (checkpoints.py), so a bad number is refused in milliseconds, not after an hour of sampling.
 
 SCALE_FACTOR = 0.18215     # brings latents to unit variance, as in latent diffusion
 CHUNK = 6                  # latent frames in a chunk: 24 video frames, one second
@@ -122,15 +133,7 @@ class VAEConfig:
     ln_in_attn: bool = True       # normalise q, k and v per head instead of the block's input
     use_final_proj: bool = False  # extra Linear + LayerNorm before the pixel shuffle: narrow models need it
 
-    def __post_init__(self):
-        require(self.video_size % self.patch_size == 0 and self.video_length % self.patch_length == 0,
-                f"video_size {self.video_size} and video_length {self.video_length} must be multiples of "
-                f"the patch ({self.patch_length} frames, {self.patch_size} px)")
-        require(self.embed_dim % self.num_heads == 0,
-                f"embed_dim {self.embed_dim} must be a multiple of num_heads {self.num_heads}")
-        require(self.use_final_proj or self.embed_dim % self.patch_volume == 0,
-                f"embed_dim {self.embed_dim} must be a multiple of {self.patch_volume}, "
-                f"or set use_final_proj")
+    __post_init__ = check_vae_config
 
     @property
     def patch_volume(self) -> int:
@@ -165,21 +168,7 @@ class DiTConfig:
     dtype: str = "bfloat16"       # of the blocks; embedders, head and half of the norms stay float32
     fp8: bool = False             # e4m3 weights in every layer but the first and last
 
-    def __post_init__(self):
-        require(self.dtype in ("float32", "bfloat16", "float16"),
-                f"dtype {self.dtype!r} is not one of float32, bfloat16, float16")
-        require(self.num_heads % self.num_kv_heads == 0,
-                f"num_heads {self.num_heads} must be a multiple of num_kv_heads {self.num_kv_heads}")
-        require(self.head_dim % 8 == 0, f"head_dim {self.head_dim} must be a multiple of 8 (rotary bands)")
-        require(self.num_heads * self.head_dim % 8 == 0 and self.hidden_size % 4 == 0,
-                f"num_heads * head_dim must be a multiple of 8 (convert_weights.py permutes Wo in eighths) "
-                f"and hidden_size ({self.hidden_size}) of 4")
-        for name in ("in_channels", "out_channels"):
-            require(getattr(self, name) in (self.latent_channels, 2 * self.latent_channels),
-                    f"{name} {getattr(self, name)} must be latent_channels ({self.latent_channels}) "
-                    f"or twice that")
-        require(2 <= self.null_length <= self.text_length,
-                f"null_length {self.null_length} must be in [2, {self.text_length}]")
+    __post_init__ = check_dit_config
 
     @property
     def cond_size(self) -> int:
@@ -223,56 +212,7 @@ class SamplerConfig:
     seed: int = 1234
 
     def __post_init__(self):
-        for name in ("num_steps", "window", "clean_kv_range", "num_frames", "height", "width", "fps", "seed"):
-            value = getattr(self, name)
-            require(hasattr(value, "__index__") or (name, value) == ("num_frames", None),
-                    f"{name} {value!r} must be a whole number")
-        for name in ("clean_t", "nearly_clean_t", "nearly_clean_blend"):
-            require(not math.isnan(getattr(self, name)), f"{name} {getattr(self, name)} must be a number")
-        self._check_schedule()
-        self._check_guidance()
-        require(self.num_frames is None or self.num_frames >= 1,
-                f"num_frames {self.num_frames} must be at least 1")
-        for name in ("height", "width"):
-            value = getattr(self, name)
-            nearest = min(max(32, round(value / 16) * 16), 16384)
-            require(value == nearest,
-                    f"{name} {value} must be a multiple of 16, 32 to 16384: the nearest is {nearest}")
-        require(self.fps > 0, f"fps {self.fps} must be positive")
-        require(0 <= self.seed < 2**63, f"seed {self.seed} must be in [0, 2**63)")
-
-    def _check_schedule(self) -> None:
-        steps, window = self.num_steps, self.window
-        require(window >= 1, f"window {window} must be at least 1")
-        require(steps <= 10_000, f"steps {steps} are too many: at most 10000")
-        require(steps >= 1 and steps % window == 0,
-                f"steps {steps} must be a multiple of the window {window}: "
-                f"try {max(window, round(steps / window) * window)}")
-        for ranges in (self.kv_ranges, *(ranges for _, ranges in self.kv_ranges_at)):
-            require(all(v >= 1 and hasattr(v, "__index__") for v in ranges),
-                    f"kv_ranges {ranges} must all be whole numbers of at least 1")
-            unit = math.lcm(window, len(ranges) or 1)
-            require(steps % unit == 0,
-                    f"steps {steps} must be a multiple of the number of kv_ranges ({len(ranges)}) "
-                    f"and of the window {window}: try {unit * max(1, round(steps / unit))}")
-        require(self.clean_kv_range >= 1 or self.clean_kv_range == -1,
-                f"clean_kv_range {self.clean_kv_range} must be at least 1, or -1")
-        require(self.shortcut_mode in ("8,16,16", "16,16,8"),
-                f"shortcut_mode {self.shortcut_mode!r} is not '8,16,16' or '16,16,8'")
-        require(steps != 12 or not self.distilled or window in (1, 2, 4),
-                f"12 steps of a distilled model come in threes, of two sizes (see shortcut_d): "
-                f"window {window} must be 1, 2 or 4")
-
-    def _check_guidance(self) -> None:
-        one_length = len(self.cfg_t) == len(self.prev_scales) == len(self.text_scales) >= 1
-        rising = all(a <= b for a, b in itertools.pairwise(self.cfg_t))
-        finite = all(map(math.isfinite, (*self.prev_scales, *self.text_scales)))
-        require(one_length and self.cfg_t[0] <= 0 and rising and finite,
-                f"guidance tables must have one length, rise from t = 0 and be finite: cfg_t {self.cfg_t}, "
-                f"prev_scales {self.prev_scales}, text_scales {self.text_scales}")
-        for kind, known in (("special", SPECIAL_TOKENS), ("negative", NEGATIVE_TOKENS)):
-            for name in getattr(self, f"{kind}_tokens"):
-                require(name in known, f"unknown {kind} token {name!r}: choose from {', '.join(known)}")
+        check_sampler_config(self, SPECIAL_TOKENS, NEGATIVE_TOKENS)
 
 
 class Preset(NamedTuple):
@@ -1556,9 +1496,14 @@ class _Run:
         if chunk not in self.asked:
             self.last = next(self.texts, self.last)
             require(self.last, "there is no prompt: give at least one, which may be empty")
-            text, mask, *cfg = self.last
+            text, mask, *own = self.last
+            require(text.shape == self.null.shape and mask.shape == text.shape[:1],
+                    f"text {tuple(text.shape)} and text_mask {tuple(mask.shape)} of chunk {chunk - self.P} "
+                    f"must be {tuple(self.null.shape)} and ({len(self.null)},)")
+            for cfg in own:
+                check_own_config(cfg, self.cfg)
             valid = mask.to(self.null.device).bool().long()
-            self.asked[chunk] = Asked(text.to(self.null), valid, *(cfg or [self.cfg]))
+            self.asked[chunk] = Asked(text.to(self.null), valid, *(own or [self.cfg]))
         return self.asked[chunk]
 
     def caption(self, chunk: int) -> tuple[Tensor, Tensor]:
@@ -1664,6 +1609,20 @@ class Prompt(NamedTuple):
     settings: dict = {}                  # fields of SamplerConfig for guidance: text_scales, prev_scales
 
 
+def check_prompt(item: Any) -> None:
+    fine = isinstance(item, str) or isinstance(item, Prompt) and isinstance(item.text, str)
+    require(fine, f"a prompt is of type {type(item).__name__}: give captions, Prompts, or the (text, mask) "
+            f"of encode_text")
+
+
+def with_settings(cfg: SamplerConfig, settings: dict[str, Any]) -> SamplerConfig:
+    """The config with some fields replaced; ValueError for a field that it does not have."""
+    known = [field.name for field in dataclasses.fields(SamplerConfig)]
+    unknown = ", ".join(settings.keys() - set(known))
+    require(not unknown, f"unknown setting {unknown}: choose from {', '.join(known)}")
+    return dataclasses.replace(cfg, **settings)
+
+
 class MAGI:
     """The one object a user holds: text, image and video to video, streamed chunk by chunk.
 
@@ -1695,10 +1654,7 @@ class MAGI:
         num_steps, height, width. Raises ValueError for bad ones before anything is computed, and later
         FloatingPointError if the model gives what is not finite.
         """
-        known = [field.name for field in dataclasses.fields(SamplerConfig)]
-        unknown = ", ".join(settings.keys() - set(known))
-        require(not unknown, f"unknown setting {unknown}: choose from {', '.join(known)}")
-        cfg = dataclasses.replace(sampler or self.sampler, **settings)
+        cfg = with_settings(sampler or self.sampler, settings)
         num_frames = math.inf if cfg.num_frames is None else cfg.num_frames
         pixels = None
         if image is not None or video is not None:
@@ -1724,20 +1680,26 @@ class MAGI:
 
     def _texts(self, prompt: Any, cfg: SamplerConfig) -> Any:
         """What `sample` takes as text and text_mask."""
-        if isinstance(prompt, str):
+        if isinstance(prompt, str | Prompt):
             prompt = [prompt]
+        require(isinstance(prompt, Iterable), f"the prompt {prompt!r} is neither a caption nor several")
         if isinstance(prompt, Sequence):
             require(len(prompt) > 0,
                     "the prompt is an empty list: give at least one caption, which may be ''")
-            plain = isinstance(prompt[0], Tensor)
-            return prompt if plain else self.encode_text(list(prompt))
+            if len(prompt) == 2 and all(isinstance(u, Tensor) for u in prompt):
+                return prompt
+            if all(isinstance(item, str) for item in prompt):
+                return self.encode_text(list(prompt))
+            for item in prompt:
+                check_prompt(item)
 
         def one_by_one(config: SamplerConfig) -> Iterator[tuple[Tensor, Tensor, SamplerConfig]]:
             said: str | None = None
             encoded: Any = None
             for chunk, item in enumerate(prompt):
+                check_prompt(item)
                 item = Prompt(item) if isinstance(item, str) else item
-                config = dataclasses.replace(config, **item.settings)
+                config = with_settings(config, item.settings)
                 here = shot_transition(config, chunk, item.transition) if item.transition else config
                 if item.text != said:                    # text that is encoded already is used again
                     said, encoded = item.text, self.encode_text([item.text])

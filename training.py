@@ -5,8 +5,8 @@
     shortcut_loss        shortcut distillation: many steps and three branches into few steps and one branch
     LoRA                 low-rank weights beside a frozen model: add_lora, save_lora, load_lora, merge_lora
 
-The official project ships no training code. What the report leaves open is our choice; such choices are marked
-"(not in the report)" and are fields of TrainingConfig where they are numbers.
+The official project ships no training code. What the report leaves open is our choice; such choices are
+marked "(not in the report)" and are fields of TrainingConfig where they are numbers.
 """
 
 from __future__ import annotations
@@ -14,7 +14,9 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import itertools
-from collections.abc import Callable, Iterator, Sequence
+import json
+import re
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -22,7 +24,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from checkpoints import compare_headers, read_headers, require, save
+from checkpoints import compare_headers, read_headers, read_json, require, save
 from magi import (
     CHUNK,
     VAE,
@@ -402,25 +404,114 @@ def save_lora(dit: DiT, file: str | Path) -> None:
     save({k: v for k, v in dit.state_dict().items() if ".lora." in k}, file)
 
 
+# Files of others: how they end the names of the two factors (down, up), and what they put before that of a
+# layer. PEFT and Comfy keep the dots of the name, kohya writes underscores; "alpha" scales by alpha / rank.
+LORA_NAMES = re.compile(
+    r"(?:(?:base_model\.model|transformer|diffusion_model|model|dit|module)\.|lora_unet_|lora_transformer_)*"
+    r"(?P<layer>.+?)\.(?:"
+    r"(?P<down>lora\.down|lora_A(?:\.default)?\.weight|(?:lora_|lora\.|lora_linear_layer\.)down\.weight)|"
+    r"(?P<up>lora\.up|lora_B(?:\.default)?\.weight|(?:lora_|lora\.|lora_linear_layer\.)up\.weight)|(?P<alpha>alpha))")
+OTHER_KINDS = {"hada_": "LoHa", "lokr_": "LoKr", "dora_scale": "DoRA", "lora_magnitude_vector": "DoRA",
+               "lora_mid": "LoCon", "oft_": "OFT", "diff": "whole differences of weights"}
+
+
+def lora_layers(dit: DiT, file: str | Path) -> dict[str, dict[str, str]]:
+    """Layer of ours -> {"down": name in the file, "up": ..., perhaps "alpha": ...}, from the header alone.
+
+    Layers may have our names or the official ones (those from "videodit_blocks" on). ValueError if one is of
+    no layer here, if a factor is missing or has another shape, or if the file is no LoRA of this kind.
+    """
+    found, targets = read_headers([file]), lora_targets(dit)
+    matches = {name: LORA_NAMES.fullmatch(name) for name in found}
+    require(any(m and not m["alpha"] for m in matches.values()),
+            f"{str(file)!r} is no LoRA: it has {len(found)} tensor(s), such as "
+            f"{min(found, default=None)!r}")
+    for name in (name for name, m in matches.items() if m is None):
+        kind = next((kind for word, kind in OTHER_KINDS.items() if word in name), "unknown")
+        raise ValueError(f"the LoRA {str(file)!r} has {name!r}, whose kind is {kind}: only pairs of low-rank "
+                         f"factors can be loaded (PEFT, diffusers, kohya and Comfy write such files)")
+    ours = {name.replace(".", "_"): name for name in targets}
+    if any("videodit_blocks" in name for name in found):
+        ours |= {name.replace(".", "_"): our for our, name in official_layers(targets).items()}
+    layers: dict[str, dict[str, str]] = {}
+    for name, m in matches.items():
+        layer = ours.get(m["layer"].replace(".", "_"))
+        require(layer, f"the LoRA {str(file)!r} is for another model: this one has no layer {m['layer']!r}")
+        layers.setdefault(layer, {})[m.lastgroup] = name
+    own = all(name.endswith((".lora.down", ".lora.up")) for name in found)   # ours has all layers
+    expected = {}
+    for layer in targets if own else layers:
+        names, weight = layers.get(layer, {}), targets[layer].weight
+        down, up = (names.get(part, f"{layer}.lora.{part}") for part in ("down", "up"))
+        rank = (found.get(down, ((1,), False))[0] or (1,))[0]
+        expected |= {down: ((rank, weight.shape[1]), False), up: ((weight.shape[0], rank), False)}
+    factors = {name: header for name, header in found.items() if not matches[name]["alpha"]}
+    compare_headers(factors, expected, f"the LoRA {str(file)!r} is for another model")
+    return layers
+
+
+def official_layers(targets: Iterable[str]) -> dict[str, str]:
+    """Our name of a layer -> the official one."""
+    from convert_weights import DIT_MODULES
+
+    official = {ours: theirs for theirs, (ours, *_) in DIT_MODULES.items()}
+    names = {}
+    for target in targets:
+        _, index, rest = target.split(".", 2)
+        names[target] = official[f"layers.{{}}.{rest}"].format(index)
+    return names
+
+
+def lora_strengths(file: str | Path, layers: dict[str, dict[str, str]]) -> dict[str, float]:
+    """What alpha multiplies each layer's LoRA by, where it is not in a tensor: PEFT keeps it in a JSON beside
+    the file, diffusers in the file's header."""
+    from safetensors import safe_open
+
+    config = Path(file).with_name("adapter_config.json")
+    with safe_open(file, "pt") as f:
+        about = json.loads((f.metadata() or {}).get("lora_adapter_metadata", "{}"))
+    about = {key.removeprefix("transformer."): value for key, value in about.items()}
+    if not about and config.is_file() and Path(file).name.startswith("adapter_model"):
+        about = read_json(config, "LoRA config")
+    if not about.get("lora_alpha"):
+        return dict.fromkeys(layers, 1.0)
+    rank = about["r"] ** (0.5 if about.get("use_rslora") else 1)
+    return dict.fromkeys(layers, about["lora_alpha"] / rank)
+
+
 def check_lora(dit: DiT, file: str | Path) -> int:
-    """The rank of a LoRA file, from its header. ValueError if it does not fit the model (meta will do)."""
+    """The largest rank in a LoRA file, from its header. ValueError if it does not fit (meta will do)."""
     found = read_headers([file])
-    ranks = {shape[0] for name, (shape, _) in found.items() if name.endswith(".lora.down") and shape}
-    require(len(ranks) == 1, f"{str(file)!r} is no LoRA of one rank: it has {len(found)} tensor(s), such as "
-             f"{min(found, default=None)!r}")
-    (rank,) = ranks
-    expected = {f"{name}.lora.{part}": (shape, False) for name, linear in lora_targets(dit).items()
-                for part, shape in (("down", (rank, linear.weight.shape[1])),
-                                    ("up", (linear.weight.shape[0], rank)))}
-    compare_headers(found, expected, f"the LoRA {str(file)!r} is for another model")
-    return rank
+    return max(found[names["down"]][0][0] for names in lora_layers(dit, file).values())
 
 
 def load_lora(dit: DiT, file: str | Path, scale: float = 1.0) -> DiT:
-    """Add a saved LoRA to a model, in place; scale: how strongly it acts. ValueError if it does not fit."""
+    """Add a saved LoRA to a model, in place; scale: how strongly it acts. One that is there already stays,
+    and both act. ValueError if it does not fit."""
     from safetensors.torch import load_file
 
-    add_lora(dit, check_lora(dit, file))
-    dit.load_state_dict(load_file(file, device=str(dit.null_text.device)), strict=False)
-    scale_lora(dit, scale)
+    layers, targets = lora_layers(dit, file), lora_targets(dit)
+    strengths = lora_strengths(file, layers)
+    tensors = load_file(file, device=str(dit.null_text.device))
+    for layer, names in layers.items():
+        down, up = tensors[names["down"]].float(), tensors[names["up"]].float()
+        strength = tensors[names["alpha"]].item() / len(down) if "alpha" in names else strengths[layer]
+        if "videodit_blocks" in names["down"]:                               # its inputs may change places
+            from convert_weights import convert_dit
+
+            name = f"{official_layers([layer])[layer]}.weight"
+            (down,) = convert_dit({name: down}).values()
+        extend_lora(targets[layer], down, up * strength, scale)
     return dit.requires_grad_(False)
+
+
+def extend_lora(linear: nn.Module, down: Tensor, up: Tensor, scale: float) -> None:
+    """Give a layer these factors, beside those that it has: two LoRAs are one whose rank is the sum."""
+    if hasattr(linear, "lora"):
+        old = linear.lora
+        down, up = torch.cat([old.down, down]), torch.cat([old.up * old.scale, up * scale], 1)
+        scale = 1.0
+    else:
+        linear.lora = LoRA(linear, len(down))
+    linear.lora.down, linear.lora.up = nn.Parameter(down), nn.Parameter(up)
+    linear.lora.scale = scale
