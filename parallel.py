@@ -93,16 +93,29 @@ def from_first(make: Callable[..., Any]) -> Callable[..., Any]:
     return run
 
 
-def agree(error: BaseException | None) -> None:
-    """Raise on every rank what failed on any of them: all call this together, with their error or None."""
-    if ranks() == 1:
-        found = [error]
-    else:
-        found = [None] * ranks()
-        dist.all_gather_object(found, error)
-    for i, one in enumerate(found):
-        if one is not None:
-            raise one if i == 0 else ValueError(f"{one} (process {i} of {ranks()})")
+def agreed(make: Callable[..., Any]) -> Callable[..., Any]:
+    """The same function on every rank; where it fails on one of them, it fails on all, with the same error."""
+    def run(*args: Any, **kwargs: Any) -> Any:
+        made = error = None
+        try:
+            made = make(*args, **kwargs)
+        except (ValueError, OSError, ImportError) as e:
+            error = e
+        errors: list = [error]
+        if ranks() > 1:
+            errors = [None] * ranks()
+            dist.all_gather_object(errors, error)
+        for i, e in enumerate(errors):
+            if e is not None:
+                raise e if i == 0 else ValueError(f"process {i} of {ranks()}: {e}")
+        return made
+
+    return run
+
+
+def lost_another(error: BaseException) -> bool:
+    """Did this fail because another process is gone?"""
+    return ranks() > 1 and (isinstance(error, dist.DistError) or "peer" in str(error))
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -457,7 +470,8 @@ T5_XXL = (4096, 24, 32128, 10240)            # width, blocks, words, feed-forwar
 class Memory:
     """Bytes on one rank."""
 
-    weights: int                 # of the DiT, with those of one or two layers that are put together or streamed
+    weights: int                 # of the DiT, kept all the time
+    passing: int                 # layers that are put together, or streamed: one computes, the next comes
     vae: int
     cache: int                   # keys and values of clean chunks
     activations: int             # the worst moment of a layer
@@ -465,8 +479,8 @@ class Memory:
     t5: int                      # before all others are loaded
 
     @property
-    def all(self) -> int:
-        return max(self.t5, self.weights + self.vae + self.cache + max(self.activations, self.decoding))
+    def total(self) -> int:
+        return max(self.t5, self.weights + self.passing + self.vae + self.cache + max(self.activations, self.decoding))
 
 
 def needs(dit: magi.DiTConfig, run: magi.SamplerConfig, vae: magi.VAEConfig = magi.VAE_PRESETS["magi"], *,
@@ -479,8 +493,9 @@ def needs(dit: magi.DiTConfig, run: magi.SamplerConfig, vae: magi.VAEConfig = ma
         model, tiler = magi.DiT(dit), magi.VAE(vae)
     layers = [size_of(layer) for layer in model.layers]
     rest = size_of(model) - sum(layers)
-    pairs = [layers[i - 1] + layers[i] for i in range(len(layers))]          # one computes, one comes
-    weights = rest + (max(pairs) if stream else sum(layers) if R == 1 else sum(layers) // R + max(pairs))
+    pairs = [layers[i - 1] + layers[i] for i in range(len(layers))]
+    weights = rest + (0 if stream else sum(layers) // R)
+    passing = max(pairs) if stream or R > 1 else 0
 
     # How many chunks the plan keeps in the cache, and how many a forward holds, once the video is long.
     long = dataclasses.replace(run, num_frames=None)
@@ -503,11 +518,12 @@ def needs(dit: magi.DiTConfig, run: magi.SamplerConfig, vae: magi.VAEConfig = ma
     if dit.fp8:
         slices += [b * D + 2 * D + 8 * H, (b + 6) * F]                       # rounded numbers in wider types
     copied = (2 + 4 * cpu) * D * H * dit.fp8                                 # of a weight
+    small = (max(pairs) - max(pairs[2:-1])) * (dit.fp8 and passing > 0)                    # an fp8 layer is
     moments = [                                                              # bytes beside x
         N * b * (D + 3 * A + 2 * G + max(2 * A, talk)) + S * 8 * A,          # attention to chunks or to text
         N * (b * 2 * A + 4 * D) + cpu * (b < 4) * (S * 8 * A + 8 * A * D),   # Wo
         N * (4 + b) * D + S * 16 * D,                                        # gated residual
-        N * b * 2 * D + S * max(slices) + copied,                            # feed-forward
+        N * b * 2 * D + S * max(slices) + copied - small,                    # feed-forward
     ]
     latents = 4 * 16 * magi.CHUNK * (run.height // 8) * (run.width // 8)     # of a chunk
     others = 4 * n * latents + N * dit.head_dim * 3 // 2 + n * T * (8 * dit.text_dim + b * (D + 4 * G))
@@ -519,10 +535,50 @@ def needs(dit: magi.DiTConfig, run: magi.SamplerConfig, vae: magi.VAEConfig = ma
     block = tokens * vae_bytes * max(11 * vae.embed_dim, 4 * vae.out_features)
     second = 3 * 24 * run.height * run.width * vae_bytes                     # a chunk in pixels
     decoding = block + 3 * second
-    return Memory(weights, size_of(tiler) * vae_bytes // 4, cache, activations, decoding, t5_bytes(t5, stream))
+    return Memory(weights, passing, size_of(tiler) * vae_bytes // 4, cache, activations, decoding, t5_bytes(t5, stream))
 
 
 def t5_bytes(t5: tuple[int, int, int, int], stream: bool) -> int:
     width, blocks, words, hidden = t5
     block = 2 * (4 * width * width + 3 * width * hidden)                     # bfloat16
     return 2 * words * width + block * (2 if stream else blocks)
+
+
+def fits(memory: Memory, card: float) -> bool:
+    return memory.total < 0.9 * card * GIB
+
+
+CHANGES = {                      # what takes less memory, the gentlest first
+    "as it is": {},
+    "--stream cpu": dict(stream=True),
+    "--window 1 --kv_range 2": dict(window=1, kv_ranges=(2,)),
+    "--stream cpu --window 1 --kv_range 2": dict(stream=True, window=1, kv_ranges=(2,)),
+    "--stream cpu --height 480 --width 832": dict(stream=True, height=480, width=832),
+}
+
+
+def smallest_change(dit: magi.DiTConfig, run: magi.SamplerConfig, card: float, R: int = 1) -> tuple[str, Memory]:
+    """The first of CHANGES with which R cards of so many GB will do, or "nothing here", and what it takes."""
+    for name, change in CHANGES.items():
+        settings = {k: v for k, v in change.items() if k != "stream"}
+        memory = needs(dit, dataclasses.replace(run, **settings), R=R, stream="stream" in change)
+        if fits(memory, card):
+            return name, memory
+    return "nothing here", memory
+
+
+def plan(dit: magi.DiTConfig, run: magi.SamplerConfig, cards: Sequence[float] = (12, 24, 80)) -> str:
+    """What a run takes, in ways to run it, and what makes it fit: the text of sample.py --plan."""
+    parts = [field.name for field in dataclasses.fields(Memory)]
+    lines = [f"GiB on each GPU, {run.height}x{run.width}, window {run.window} (T5 comes first and goes):",
+             " ".join(["processes  stream", *(f"{part:>11}" for part in [*parts, "total"])])]
+    counts = [r for r in (1, 2, 4, 8) if dit.num_kv_heads % r == 0]
+    for R, stream in [(1, False), (1, True), *((r, False) for r in counts[1:])]:
+        memory = needs(dit, run, R=R, stream=stream)
+        values = [getattr(memory, part) / GIB for part in parts] + [memory.total / GIB]
+        lines.append(" ".join([f"{R:9}  {'cpu' if stream else '-':>6}", *(f"{v:11.2f}" for v in values)]))
+    lines.append("\nA card of    on one               on eight    (torchrun --nproc_per_node 8 sample.py ...)")
+    for card in cards:
+        ways = [smallest_change(dit, run, card, R)[0] for R in (1, 8) if R in counts]
+        lines.append(f"{card:6} GB    " + "    ".join(f"{way:17}" for way in ways))
+    return "\n".join(lines)
