@@ -13,19 +13,19 @@ Who holds what, with R ranks (a rank is a process with a GPU of its own; here R 
         chunk 1      -- -- -- --        Hkv/R of k and v,          is put together for     1 5 9 ..  rank 1
         chunk 2      -- -- -- --        over all tokens            its turn, then freed    2 6 10 .. rank 2
 
-    all tokens --+-> its tokens --> [ norms, q k v, text, feed-forward: its tokens, all heads  ]* --> gather
-       (cut)     |                  [ self-attention:    all-to-all,    all tokens, its heads  ]      64 numbers
-                 +-> ...            [                    all-to-all                             ]     a token
+    latents --> its tokens --> [ norms, q k v, text, feed-forward:   its tokens, all heads ]* --> gather
+                               [ all-to-all, self-attention:         all tokens, its heads ]      64 numbers
+                               [ all-to-all back                                           ]      a token
 
 Every rank walks the same plan and draws the same noise from (seed, chunk), so nothing else is said between
 them. T5 runs on rank 0, which sends the text; rank 0 writes. For more than one machine torchrun's own flags
 do (--nnodes, --rdzv-endpoint).
 
-Streaming: one layer computes while a thread brings the next; two are held. Each forward reads all layers, so a
-base model reads them up to three times a step.
+Streaming: one layer computes while a thread brings the next; two are held. Each forward reads all layers, so
+a base model reads them up to three times a step.
 
-Contents: 1 Ranks, 2 Tokens and heads, 3 Weights, 4 Slices, 5 Loading.   Left out on purpose: training on several
-GPUs, and running the branches of a step layer by layer together.
+Contents: 1 Ranks, 2 Tokens and heads, 3 Weights, 4 Slices, 5 Loading, 6 Planning. Left out on purpose: training
+on several GPUs, and running the branches of a step layer by layer together.
 """
 
 from __future__ import annotations
@@ -94,7 +94,7 @@ def from_first(make: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def agreed(make: Callable[..., Any]) -> Callable[..., Any]:
-    """The same function on every rank; where it fails on one of them, it fails on all, with the same error."""
+    """The same function on every rank; where it fails on one, it fails on all, with the same error."""
     def run(*args: Any, **kwargs: Any) -> Any:
         made = error = None
         try:
@@ -189,7 +189,7 @@ class Share:
 
 
 class SharedAttention(nn.Module):
-    """In the place of a layer's CachedAttention, which gets all tokens of this rank's heads, and caches them."""
+    """In the place of a layer's CachedAttention: that gets all tokens of this rank's heads, and caches them."""
 
     def __init__(self, core: nn.Module, share: Share):
         super().__init__()
@@ -322,8 +322,8 @@ class Streamed:
         self.held.discard(i)
 
 
-def stream_layers(module: nn.Module, layers: Sequence[nn.Module], folder: str | Path, prefix: str, device: str,
-                  source: str) -> Streamed:
+def stream_layers(module: nn.Module, layers: Sequence[nn.Module], folder: str | Path, prefix: str,
+                  device: str, source: str) -> Streamed:
     """Stream layers from "disk", the files of a folder, or from "cpu": they are read once and kept there."""
     require(source in ("cpu", "disk"), f"stream {source!r} is not 'cpu' or 'disk'")
     fetch = layer_reader(module, folder, prefix)
@@ -337,8 +337,8 @@ def stream_layers(module: nn.Module, layers: Sequence[nn.Module], folder: str | 
 # ------------------------------------------------------------------------------------------------------------
 # 4  Slices
 # ------------------------------------------------------------------------------------------------------------
-# The widest tensors of a layer live within one operation: the feed-forward's middle, and float32 copies in the
-# torch backend. Each token is on its own there, so they are computed for a slice of tokens at a time.
+# The widest tensors of a layer live within one operation: the feed-forward's middle, and float32 copies in
+# the torch backend. Each token is on its own there, so they are computed for a slice of tokens at a time.
 
 SLICE = 4096                     # tokens: enough to keep a GPU busy
 
@@ -378,7 +378,8 @@ def slice_ops(ops: magi.Ops) -> magi.Ops:
         return lambda x, *rest: in_slices(lambda u, where, i: fn(u, *rest), x, dim=x.dim() - 2)
 
     return dataclasses.replace(ops, norm_rotary=norm_rotary, gated_residual=gated_residual,
-                               matmul_float32=of_tokens(ops.matmul_float32), fp8_matmul=of_tokens(ops.fp8_matmul))
+                               matmul_float32=of_tokens(ops.matmul_float32),
+                               fp8_matmul=of_tokens(ops.fp8_matmul))
 
 
 def slice_widest(dit: magi.DiT) -> magi.DiT:
@@ -462,7 +463,6 @@ def parts(stream: str | None = None) -> tuple[Callable, Callable, Callable]:
 # What a rank needs, from the shapes alone. tests/test_parallel.py holds it against what is really allocated.
 
 GIB = 2**30
-CARDS = (12, 16, 24, 32, 48, 80, 141)        # GB, as they are called; a tenth is left for CUDA and fragmentation
 T5_XXL = (4096, 24, 32128, 10240)            # width, blocks, words, feed-forward
 
 
@@ -480,7 +480,8 @@ class Memory:
 
     @property
     def total(self) -> int:
-        return max(self.t5, self.weights + self.passing + self.vae + self.cache + max(self.activations, self.decoding))
+        both = self.weights + self.passing + self.vae + self.cache
+        return max(self.t5, both + max(self.activations, self.decoding))
 
 
 def needs(dit: magi.DiTConfig, run: magi.SamplerConfig, vae: magi.VAEConfig = magi.VAE_PRESETS["magi"], *,
@@ -502,11 +503,13 @@ def needs(dit: magi.DiTConfig, run: magi.SamplerConfig, vae: magi.VAEConfig = ma
     steps = list(itertools.takewhile(lambda step: step.chunks[0].chunk < 24, magi.plan(long, 40)))
     kept, cached, n = 0, set(), max(len(step.chunks) for step in steps)
     for step in steps:
-        cached = {chunk for chunk in cached if chunk >= step.forget} | {c.chunk for c in step.chunks if c.clean}
+        cached = {chunk for chunk in cached if chunk >= step.forget}
+        cached |= {c.chunk for c in step.chunks if c.clean}
         kept = max(kept, len(cached))
 
     b, D, F, T = dit.torch_dtype.itemsize, dit.hidden_size, dit.ffn_size, text or dit.text_length
-    A, G, H = dit.num_heads * dit.head_dim, dit.num_kv_heads * dit.head_dim, dit.ffn_size * (1 + dit.gated_ffn)
+    A, G = dit.num_heads * dit.head_dim, dit.num_kv_heads * dit.head_dim
+    H = F * (1 + dit.gated_ffn)
     s = magi.CHUNK * (run.height // 16) * (run.width // 16)                  # tokens of a chunk
     N = n * math.ceil(s / R)                                                 # of a forward on this rank
     S = min(N, SLICE)
@@ -514,7 +517,7 @@ def needs(dit: magi.DiTConfig, run: magi.SamplerConfig, vae: magi.VAEConfig = ma
 
     joined = 2 * G * (1 + kept / n)                                          # keys and values with the cached
     talk = max(2 * (A + 2 * G), A + 2 * G + joined + A, 2 * A) if R > 1 else joined + A / n
-    slices = [b * (D + H), b * (4 if dit.gated_ffn else 2) * F, b * (F + D)]              # of the feed-forward
+    slices = [b * (D + H), b * (4 if dit.gated_ffn else 2) * F, b * (F + D)]   # of the feed-forward
     if dit.fp8:
         slices += [b * D + 2 * D + 8 * H, (b + 6) * F]                       # rounded numbers in wider types
     copied = (2 + 4 * cpu) * D * H * dit.fp8                                 # of a weight
@@ -535,7 +538,8 @@ def needs(dit: magi.DiTConfig, run: magi.SamplerConfig, vae: magi.VAEConfig = ma
     block = tokens * vae_bytes * max(11 * vae.embed_dim, 4 * vae.out_features)
     second = 3 * 24 * run.height * run.width * vae_bytes                     # a chunk in pixels
     decoding = block + 3 * second
-    return Memory(weights, passing, size_of(tiler) * vae_bytes // 4, cache, activations, decoding, t5_bytes(t5, stream))
+    vae_size = size_of(tiler) * vae_bytes // 4
+    return Memory(weights, passing, vae_size, cache, activations, decoding, t5_bytes(t5, stream))
 
 
 def t5_bytes(t5: tuple[int, int, int, int], stream: bool) -> int:
@@ -545,6 +549,7 @@ def t5_bytes(t5: tuple[int, int, int, int], stream: bool) -> int:
 
 
 def fits(memory: Memory, card: float) -> bool:
+    """On a card of so many GB, as cards are called; a tenth is left for CUDA and fragmentation."""
     return memory.total < 0.9 * card * GIB
 
 
@@ -557,7 +562,8 @@ CHANGES = {                      # what takes less memory, the gentlest first
 }
 
 
-def smallest_change(dit: magi.DiTConfig, run: magi.SamplerConfig, card: float, R: int = 1) -> tuple[str, Memory]:
+def smallest_change(dit: magi.DiTConfig, run: magi.SamplerConfig, card: float, R: int = 1
+                    ) -> tuple[str, Memory]:
     """The first of CHANGES with which R cards of so many GB will do, or "nothing here", and what it takes."""
     for name, change in CHANGES.items():
         settings = {k: v for k, v in change.items() if k != "stream"}
@@ -577,7 +583,7 @@ def plan(dit: magi.DiTConfig, run: magi.SamplerConfig, cards: Sequence[float] = 
         memory = needs(dit, run, R=R, stream=stream)
         values = [getattr(memory, part) / GIB for part in parts] + [memory.total / GIB]
         lines.append(" ".join([f"{R:9}  {'cpu' if stream else '-':>6}", *(f"{v:11.2f}" for v in values)]))
-    lines.append("\nA card of    on one               on eight    (torchrun --nproc_per_node 8 sample.py ...)")
+    lines.append("\nA card of    one                  eight (torchrun --nproc_per_node 8 sample.py ...)")
     for card in cards:
         ways = [smallest_change(dit, run, card, R)[0] for R in (1, 8) if R in counts]
         lines.append(f"{card:6} GB    " + "    ".join(f"{way:17}" for way in ways))

@@ -88,8 +88,8 @@ def drawn(cfg: magi.DiTConfig, prefix: int, run: magi.SamplerConfig) -> dict:
 
 
 def run_case(folder: Path, name: str, stream: str | None = None, copied: bool = False) -> torch.Tensor:
-    """copied: the layers' weights lie in memory of their own, as streamed ones do, not in a mapped file, whose
-    alignment is another: a product of few rows rounds by it."""
+    """copied: the layers' weights lie in memory of their own, as streamed ones do, not in a mapped file,
+    whose alignment is another: a product of few rows rounds by it."""
     model, prefix, settings = CASES[name]
     dit = parallel.load_dit(folder / model, stream=stream)
     if copied:
