@@ -24,8 +24,8 @@ do (--nnodes, --rdzv-endpoint).
 Streaming: one layer computes while a thread brings the next; two are held. Each forward reads all layers, so
 a base model reads them up to three times a step.
 
-Contents: 1 Ranks, 2 Tokens and heads, 3 Weights, 4 Slices, 5 Loading, 6 Planning. Left out on purpose: training
-on several GPUs, and running the branches of a step layer by layer together.
+Contents: 1 Ranks, 2 Tokens and heads, 3 Weights, 4 Slices, 5 Loading, 6 Planning. Left out on purpose:
+training on several GPUs, and running the branches of a step layer by layer together.
 """
 
 from __future__ import annotations
@@ -55,14 +55,18 @@ from checkpoints import build, fill, read_config, read_headers, require, weight_
 # ------------------------------------------------------------------------------------------------------------
 
 
-def start(device: str) -> str:
-    """Join the other processes if torchrun started this one, which its environment tells; -> the device."""
+def start(device: str | None = None) -> str | None:
+    """Join the other processes if torchrun started this one, which its environment tells. device: what was
+    asked for, or None; returns this process's own."""
     if int(os.environ.get("WORLD_SIZE", 1)) == 1 or dist.is_initialized():
         return device
-    if device == "cuda":
+    if device == "cuda" or device is None and torch.cuda.is_available():
         device = f"cuda:{os.environ['LOCAL_RANK']}"
+        require(int(os.environ["LOCAL_RANK"]) < torch.cuda.device_count(),
+                f"there are {torch.cuda.device_count()} GPUs here: start that many processes at most")
         torch.cuda.set_device(device)
-    dist.init_process_group("cpu:gloo,cuda:nccl" if device.startswith("cuda") else "gloo")
+    gpu = str(device).startswith("cuda")
+    dist.init_process_group("cpu:gloo,cuda:nccl" if gpu else "gloo")
     return device
 
 
@@ -189,7 +193,7 @@ class Share:
 
 
 class SharedAttention(nn.Module):
-    """In the place of a layer's CachedAttention: that gets all tokens of this rank's heads, and caches them."""
+    """In the place of a layer's CachedAttention, to which it gives all tokens of this rank's heads."""
 
     def __init__(self, core: nn.Module, share: Share):
         super().__init__()
