@@ -21,9 +21,15 @@ for clean. kv_range counts the chunks that a chunk sees, itself included; first_
 from __future__ import annotations
 
 import contextlib
+import csv
 import dataclasses
 import json
+import math
+import os
 import re
+import signal
+import threading
+import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -32,6 +38,7 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from tqdm import tqdm
 
 from checkpoints import compare_headers, read_headers, read_json, reading, require, save
 from magi import (
@@ -699,3 +706,202 @@ def export_lora(file: str | Path, out: str | Path, style: str = "peft") -> None:
                   "alpha_pattern": others, "target_modules": layers, "bias": "none", "inference_mode": True,
                   "base_model_name_or_path": lora_metadata(file).get("base_model")}
         out.with_name("adapter_config.json").write_text(json.dumps(config, indent=1) + "\n")
+
+
+# ----------------------------------------------------------------------------------------------------------
+# 6  The training loop
+# ----------------------------------------------------------------------------------------------------------
+# One loop for every stage of tiny/train.py and for fine-tuning. What a step computes depends on its number
+# alone, so a run that was killed goes on from its last checkpoint to the same result.
+
+
+class AdamW(torch.optim.Optimizer):
+    """AdamW (Loshchilov and Hutter 2019) whose averages are float32 whatever the weights are.
+
+    bf16 has 8 bits: an update below 1/256 of a weight would be rounded away. So what a bf16 weight has lost
+    is kept beside it, in bf16 too; the two together hold the weight to 16 bits, and small updates add up.
+    """
+
+    def __init__(self, params, lr: float, betas: tuple[float, float] = (0.9, 0.95), eps: float = 1e-8,
+                 weight_decay: float = 0.1):
+        super().__init__(params, dict(lr=lr, betas=betas, eps=eps, weight_decay=weight_decay))
+
+    @torch.no_grad()
+    def step(self) -> None:
+        for group in self.param_groups:
+            (beta1, beta2), lr = group["betas"], group["lr"]
+            for p in (p for p in group["params"] if p.grad is not None):
+                state = self.state[p]
+                if not state:
+                    state["step"] = torch.zeros(())
+                    state["mean"] = torch.zeros_like(p, dtype=torch.float32)
+                    state["square"] = torch.zeros_like(p, dtype=torch.float32)
+                    if p.dtype != torch.float32:
+                        state["lost"] = torch.zeros_like(p)
+                grad = p.grad.float()
+                state["step"] += 1
+                state["mean"].lerp_(grad, 1 - beta1)
+                state["square"].lerp_(grad.square(), 1 - beta2)
+                unbias1, unbias2 = (1 - beta ** state["step"].item() for beta in (beta1, beta2))
+                update = state["mean"] / unbias1 / ((state["square"] / unbias2).sqrt() + group["eps"])
+                exact = p.float() + state["lost"].float() if "lost" in state else p
+                exact = exact * (1 - lr * group["weight_decay"]) - lr * update
+                p.copy_(exact)
+                if "lost" in state:
+                    state["lost"].copy_(exact - p.float())
+
+    def load_state_dict(self, state: dict) -> None:
+        """PyTorch's own would turn the averages of bf16 weights into bf16."""
+        super().load_state_dict(state)
+        params = [p for group in self.param_groups for p in group["params"]]
+        for i, saved in state["state"].items():
+            self.state[params[i]] = {name: u.to(params[i].device) for name, u in saved.items()}
+
+
+@contextlib.contextmanager
+def stop_between_steps() -> Iterator[list[str]]:
+    """Ctrl-C and SIGTERM within this block end no step in its middle: their names come into the list."""
+    asked: list[str] = []
+
+    def ask(number: int, frame: object) -> None:
+        if asked:
+            raise KeyboardInterrupt                      # asked twice: at once
+        asked.append(signal.Signals(number).name)
+
+    if threading.current_thread() is not threading.main_thread():
+        yield asked                                      # only the main thread may handle signals
+        return
+    before = {number: signal.signal(number, ask) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield asked
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def fit(name: str, model: nn.Module, loss_of_step: Callable[[int], tuple[Tensor, dict[str, float]]],
+        steps: int, optimizers: Sequence[torch.optim.Optimizer], folder: Path, *, every: int = 500,
+        warmup: int = 100, accumulate: int = 1, ema_decay: float | None = None,
+        report: Callable[[], str] | None = None, report_every: int | None = None) -> nn.Module:
+    """Train what in `model` has gradients, by loss_of_step(i) -> (loss, numbers to log).
+
+    Step s takes the mean of the losses i = s * accumulate, s * accumulate + 1, ...: so many. Rates warm up,
+    stay, and fall to zero in the last third: to train a finished model further, give more steps. With
+    ema_decay a moving average of the weights is kept; `report` sees it, and it is what is left in the model.
+
+    Every `every` steps, at the end and at Ctrl-C all that is needed to go on is written to folder/name.pt,
+    which is read if it is there. folder/name.csv has a row a step, and name.png draws it.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    file, log = folder / f"{name}.pt", folder / f"{name}.csv"
+    trained = {k: p for k, p in model.named_parameters() if p.requires_grad}
+    rates = [[group["lr"] for group in optimizer.param_groups] for optimizer in optimizers]
+    ema = {k: p.detach().clone() for k, p in trained.items()} if ema_decay else {}
+    first = 0
+    if file.exists():
+        with reading("checkpoint", file):
+            state = torch.load(file, weights_only=True, map_location="cpu")
+        require(state["model"].keys() == trained.keys(), f"{str(file)!r} is the checkpoint of another run: "
+                f"choose another folder, or remove it")
+        model.load_state_dict(state["model"], strict=False)
+        ema = {k: v.to(trained[k]) for k, v in state["ema"].items()}
+        first = state["step"]
+        for optimizer, saved in zip(optimizers, state["optimizers"], strict=True):
+            optimizer.load_state_dict(saved)
+
+    def save_state(step: int) -> None:
+        state = {"model": {k: p.detach() for k, p in trained.items()}, "ema": ema, "step": step,
+                 "optimizers": [optimizer.state_dict() for optimizer in optimizers]}
+        torch.save(state, file.with_suffix(".tmp"))
+        os.replace(file.with_suffix(".tmp"), file)       # a kill in the middle of writing loses nothing
+
+    rows = read_log(log, before=first)
+    log.write_text("".join(",".join(map(str, row)) + "\n" for row in rows))
+    bar = tqdm(range(first, steps), initial=first, total=steps, desc=name, mininterval=1, dynamic_ncols=True)
+    model.train()
+    with log.open("a", newline="") as table, stop_between_steps() as asked:
+        writer = csv.writer(table)
+        for step in bar:
+            start = time.perf_counter()
+            for optimizer, group_rates in zip(optimizers, rates, strict=True):
+                for group, rate in zip(optimizer.param_groups, group_rates, strict=True):
+                    group["lr"] = rate * min((step + 1) / warmup, 1, 3 * (1 - step / steps))
+            model.zero_grad(set_to_none=True)
+            losses = []
+            for i in range(accumulate):
+                loss, numbers = loss_of_step(step * accumulate + i)
+                (loss / accumulate).backward()
+                losses.append(float(loss.detach()))
+            mean_loss = sum(losses) / accumulate
+            if not math.isfinite(mean_loss):
+                raise FloatingPointError(f"the loss of step {step} is {mean_loss}: try a lower rate; the "
+                                         f"last checkpoint ({file}) is kept")
+            nn.utils.clip_grad_norm_(trained.values(), 1.0)
+            for optimizer in optimizers:
+                optimizer.step()
+            with torch.no_grad():
+                for k in ema:
+                    decay = min(ema_decay, (step + 1) / (step + 10))         # the start is soon forgotten
+                    ema[k].lerp_(trained[k].to(ema[k]), 1 - decay)
+            seconds = time.perf_counter() - start
+            rows.append([step, mean_loss, *numbers.values(), round(seconds, 3)])
+            writer.writerow(rows[-1])
+            table.flush()
+            recent = [sum(map(float, column)) / len(column) for column in zip(*rows[-100:], strict=True)]
+            shown = dict(zip(["loss", *numbers, "s/step"], recent[1:], strict=True))
+            bar.set_postfix({key: f"{value:.3g}" for key, value in shown.items()}, refresh=False)
+            is_last = step + 1 == steps
+            if (step + 1) % every == 0 or is_last or asked:
+                save_state(step + 1)
+            if asked:
+                bar.close()
+                raise KeyboardInterrupt(f"stopped after step {step + 1} of {steps}, all of which are saved")
+            if report and ((step + 1) % (report_every or every) == 0 or is_last):
+                with exchanged(model, ema):
+                    bar.write(f"{name} {step + 1}: {report()}")
+    model.load_state_dict(ema, strict=False)
+    if rows:
+        plot_loss(log)
+    return model.eval()
+
+
+@contextlib.contextmanager
+def exchanged(model: nn.Module, weights: dict[str, Tensor]) -> Iterator[None]:
+    """The model with other weights and in evaluation, for the length of a `with` block."""
+    kept = {k: v.clone() for k, v in model.state_dict().items() if k in weights}
+    model.load_state_dict(weights, strict=False)
+    model.eval()
+    try:
+        yield
+    finally:
+        model.load_state_dict(kept, strict=False)
+        model.train()
+
+
+def read_log(log: Path, before: int) -> list[list[str]]:
+    """The rows of a CSV for steps before this one: what came later is computed again."""
+    if not log.exists():
+        return []
+    with log.open(newline="") as table:
+        return [row for row in csv.reader(table) if row and row[0].isdecimal() and int(row[0]) < before]
+
+
+def plot_loss(log: Path) -> None:
+    """Draw the smoothed loss of a CSV beside it, if matplotlib is there."""
+    try:
+        import matplotlib
+    except ImportError:
+        return
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    rows = [(float(row[0]), float(row[1])) for row in read_log(log, before=2**63)]
+    width = max(1, len(rows) // 200)
+    parts = [rows[i : i + width] for i in range(0, len(rows) - width + 1, width)]
+    figure, axes = plt.subplots(figsize=(6, 3.5))
+    axes.semilogy([sum(step for step, _ in part) / width for part in parts],
+                  [sum(loss for _, loss in part) / width for part in parts])
+    axes.set(xlabel="step", ylabel="loss", title=log.stem)
+    axes.grid(alpha=0.3)
+    figure.savefig(log.with_suffix(".png"), dpi=100, bbox_inches="tight")
+    plt.close(figure)
