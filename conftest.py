@@ -9,7 +9,7 @@ from PIL import Image
 from safetensors.torch import save_file
 
 import magi
-import sample
+import media
 
 torch.set_num_threads(1)  # the models are small: threads would only wait for each other on a busy machine
 settings.register_profile("repeatable", derandomize=True, deadline=None)  # the same examples in every clone
@@ -32,7 +32,7 @@ def model_folder(tmp_path_factory):
     Image.fromarray(pixels).save(root / "image.png")
     text = {"text": torch.randn(1, 16, 32), "mask": (torch.arange(16) < 4).long()[None]}
     save_file(text, root / "text.safetensors")
-    sample.Mp4Writer(root / "clip.mp4", 24).write(shades(range(0, 200, 5)))
+    media.Mp4Writer(root / "clip.mp4", 24).write(shades(range(0, 200, 5)))
     return write_model(root / "base")
 
 

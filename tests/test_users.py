@@ -1,0 +1,572 @@
+"""What people feed it: files of phones and cameras, arrays of other libraries, busy machines, odd outputs.
+
+Every row of the list of public bug reports that the program was tried on has its tests here, on small files
+that the tests make themselves."""
+
+import copy
+import io
+import math
+import os
+import struct
+import sys
+from fractions import Fraction
+from pathlib import Path
+
+import av
+import numpy as np
+import pytest
+import torch
+from common import small
+from PIL import Image, ImageCms
+from safetensors.torch import save_file
+
+import convert_weights as cw
+import media
+import training
+
+RED, GREEN, BLUE, WHITE = (220, 30, 30), (30, 200, 30), (30, 30, 220), (255, 255, 255)
+
+
+def corners(height: int = 64, width: int = 96) -> np.ndarray:
+    """Four colours, so that every turn and mirror is another picture."""
+    x = np.empty((height, width, 3), np.uint8)
+    x[: height // 2, : width // 2], x[: height // 2, width // 2 :] = RED, GREEN
+    x[height // 2 :, : width // 2], x[height // 2 :, width // 2 :] = BLUE, WHITE
+    return x
+
+
+def greys(values, height: int = 32, width: int = 48) -> np.ndarray:
+    return np.stack([np.full((height, width, 3), v, np.uint8) for v in values])
+
+
+def write_video(path: Path, frames, fps=24, pix_fmt="yuv420p", codec="libx264", pts=None, matrix=None, sar=None,
+                hflip=False, degrees=None, options=None, tags=None, source="rgb24", dst_colorspace=None) -> Path:
+    """A video through PyAV, with the properties that cameras give theirs."""
+    with av.open(str(path), "w") as file:
+        stream = file.add_stream(codec, rate=fps, options=options or {})
+        stream.height, stream.width, stream.pix_fmt = *frames[0].shape[:2], pix_fmt
+        if sar:
+            stream.codec_context.sample_aspect_ratio = sar
+        for name, value in (tags or {}).items():
+            setattr(stream.codec_context, name, value)
+        if matrix is not None:
+            stream.set_display_matrix(matrix)
+        elif degrees is not None or hflip:
+            stream.set_display_rotation(degrees or 0, hflip=hflip)
+        for i, pixels in enumerate(frames):
+            frame = av.VideoFrame.from_ndarray(np.ascontiguousarray(pixels), format=source)
+            if dst_colorspace:
+                frame = frame.reformat(format=pix_fmt, dst_colorspace=dst_colorspace)
+            frame.pts, frame.time_base = pts[i] if pts else i, Fraction(1, fps)
+            file.mux(stream.encode(frame))
+        file.mux(stream.encode())
+    return path
+
+
+def close(a, b, within: float = 6) -> bool:
+    """Equal but for what a codec loses, away from edges."""
+    a, b = np.asarray(a, float), np.asarray(b, float)
+    return a.shape == b.shape and np.median(np.abs(a - b)) <= within and np.abs(a - b).mean() <= 2 * within
+
+
+# ------------------------------------------------------------------------------------------------ pictures
+
+
+def pgm(path: Path, values: np.ndarray, white: int) -> Path:
+    header = f"P5 {values.shape[1]} {values.shape[0]} {white}\n".encode()
+    path.write_bytes(header + values.astype(">u2").tobytes())
+    return path
+
+
+def test_pictures_of_other_depths(tmp_path):
+    deep = np.linspace(0, 65535, 48).round().astype(np.uint16).reshape(6, 8)
+    grey = np.rint(deep / 257)[..., None].repeat(3, 2)
+    assert np.abs(media.read_image(pgm(tmp_path / "a.pgm", deep, 65535)) - grey).max() <= 1
+    assert np.abs(media.read_image(pgm(tmp_path / "b.pgm", deep // 64, 1023)) - grey).max() <= 1  # 10 bits
+    for name in "a.png", "a.tif":
+        Image.fromarray(deep).save(tmp_path / name)
+        assert np.abs(media.read_image(tmp_path / name) - grey).max() <= 1
+    Image.fromarray(deep // 16).save(tmp_path / "b.tif", tiffinfo={258: 12})
+    for name, array in ("i.tif", deep.astype(np.int32)), ("f.tif", deep.astype(np.float32)):
+        Image.fromarray(array).save(tmp_path / name)
+        with pytest.raises(ValueError, match="does not say what white is: save it with 8 or 16 bits"):
+            media.read_image(tmp_path / name)
+    Image.fromarray(deep).save(tmp_path / "inverted.tif", tiffinfo={262: 0})
+    assert np.abs(media.read_image(tmp_path / "inverted.tif") - (255 - grey)).max() <= 1
+
+
+def icc(primaries: list, gamma: float) -> bytes:
+    """An RGB profile of three primaries (X, Y, Z for D50) and a gamma: what cameras embed, smaller."""
+    s15 = lambda *v: b"".join(struct.pack(">i", round(x * 65536)) for x in v)
+    xyz = lambda v: b"XYZ \0\0\0\0" + s15(*v)
+    tags = {b"rXYZ": xyz(primaries[0]), b"gXYZ": xyz(primaries[1]), b"bXYZ": xyz(primaries[2]),
+            b"wtpt": xyz((0.9642, 1, 0.8249)), b"desc": b"desc" + bytes(4) + struct.pack(">I", 2) + b"a\0" + bytes(80)}
+    curve = b"curv\0\0\0\0" + struct.pack(">IH", 1, round(gamma * 256)) + bytes(2)
+    tags |= {b"rTRC": curve, b"gTRC": curve, b"bTRC": curve, b"cprt": b"text\0\0\0\0none\0\0\0\0"}
+    table, data, at = b"", b"", 128 + 4 + 12 * len(tags)
+    for name, value in tags.items():
+        value += bytes(-len(value) % 4)
+        table += name + struct.pack(">II", at + len(data), len(value))
+        data += value
+    size = at + len(data)
+    head = struct.pack(">I4sI4s4s4s", size, b"lcms", 0x02100000, b"mntr", b"RGB ", b"XYZ ") + bytes(12) + b"acsp"
+    head += bytes(28) + s15(0.9642, 1, 0.8249)
+    return head + bytes(128 - len(head)) + struct.pack(">I", len(tags)) + table + data
+
+
+P3 = icc([(0.51512, 0.24120, -0.00105), (0.29198, 0.69225, 0.04189), (0.15710, 0.06657, 0.78407)], 2.2)
+
+
+def srgb_encoded(x):
+    return 255 * np.where(x <= 0.0031308, 12.92 * x, 1.055 * np.clip(x, 0.0031308, 1) ** (1 / 2.4) - 0.055)
+
+
+def p3_to_srgb(rgb: np.ndarray) -> np.ndarray:
+    light = (rgb / 255.0) ** 2.2 @ np.array([[1.2249, -0.0420, -0.0197], [-0.2247, 1.0419, -0.0786], [0, 0, 1.0979]])
+    return srgb_encoded(light.clip(0, 1))
+
+
+@pytest.mark.parametrize("name", ["a.jpg", "a.png", "a.webp", "a.tif", "alpha.png", "palette.png"])
+def test_colour_profiles_of_phones(name, tmp_path):
+    colour = np.array([200, 120, 90])
+    image = Image.new("RGB", (32, 32), tuple(colour.tolist()))
+    image = image.convert("RGBA") if "alpha" in name else image.quantize(4) if "palette" in name else image
+    more = {"lossless": True} if name.endswith("webp") else {"quality": 95} if name.endswith("jpg") else {}
+    image.save(tmp_path / name, icc_profile=P3, **more)
+    read = media.read_image(tmp_path / name)[16, 16]
+    assert np.abs(read - p3_to_srgb(colour)).max() < 3, read
+    assert np.abs(p3_to_srgb(colour) - colour).max() > 10  # the profile matters
+
+
+def test_other_colour_profiles(tmp_path):
+    """A grey one; one that belongs to another kind of picture; one that is damaged; Lab."""
+    image = Image.new("L", (8, 8), 128)
+    srgb = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
+    image.save(tmp_path / "grey in sRGB.png", icc_profile=srgb)
+    assert np.abs(media.read_image(tmp_path / "grey in sRGB.png") - 128.0).max() <= 1
+    image.convert("CMYK").save(tmp_path / "cmyk.jpg", icc_profile=srgb)
+    plain = np.asarray(image.convert("CMYK").convert("RGB"), float)
+    assert np.abs(media.read_image(tmp_path / "cmyk.jpg") - plain).max() <= 2
+    image.convert("RGB").save(tmp_path / "damaged.png", icc_profile=P3[:200])
+    with pytest.warns(UserWarning, match="colour profile of the image cannot be used"):
+        assert (media.read_image(tmp_path / "damaged.png") == 128).all()
+    lab = Image.merge("LAB", [Image.new("L", (8, 8), v) for v in (136, 128, 128)])  # L 53 %, no colour
+    lab.save(tmp_path / "lab.tif")
+    assert np.abs(media.read_image(tmp_path / "lab.tif") - 127.0).max() <= 2
+
+
+def cmyk_icc(inks: dict[str, tuple[float, float, float]]) -> bytes:
+    """A CMYK profile as a table of Lab colours: of the paper, and of what is named; all else is black."""
+    table = np.zeros((2, 2, 2, 2, 3))  # c, m, y, k
+    table[0, 0, 0, 0] = 100, 0, 0
+    for ink, colour in inks.items():
+        table[tuple(int(letter in ink) for letter in "cmyk")] = colour
+    lab = np.rint(table * [2.55, 1, 1] + [0, 128, 128]).astype(np.uint8)
+    ramp = bytes(range(256))
+    matrix = struct.pack(">9i", *(65536 * (i % 4 == 0) for i in range(9)))
+    lut = b"mft1" + bytes(4) + bytes([4, 3, 2, 0]) + matrix + 4 * ramp + lab.tobytes() + 3 * ramp
+    white = b"XYZ " + bytes(4) + struct.pack(">3i", *(round(65536 * v) for v in (0.9642, 1, 0.8249)))
+    tags, at, entries, data = {b"A2B0": lut, b"wtpt": white}, 128 + 4 + 24, b"", b""
+    for name, value in tags.items():
+        entries += name + struct.pack(">II", at + len(data), len(value))
+        data += value + bytes(-len(value) % 4)
+    head = struct.pack(">I4sI4s4s4s", at + len(data), b"lcms", 0x02100000, b"prtr", b"CMYK", b"Lab ")
+    head += bytes(12) + b"acsp" + bytes(28) + white[8:]
+    return head + bytes(128 - len(head)) + struct.pack(">I", len(tags)) + entries + data
+
+
+def test_printers_pictures_with_their_profile(tmp_path):
+    """The cyan of this printer is Lab (60, -30, -40): sRGB (0, 161, 215)."""
+    profile = cmyk_icc({"c": (60, -30, -40)})
+    for name in "a.jpg", "a.tif":
+        for ink, right in ((255, 0, 0, 0), (0, 161, 215)), ((0, 0, 0, 0), WHITE), ((0, 0, 0, 255), (0, 0, 0)):
+            Image.new("CMYK", (16, 16), ink).save(tmp_path / name, icc_profile=profile)
+            assert np.abs(media.read_image(tmp_path / name)[8, 8] - np.array(right)).max() <= 6, (name, ink)
+
+
+def test_pictures_are_upright_and_on_white_at_any_size(tmp_path):
+    stored = np.zeros((600, 900, 4), np.uint8)
+    stored[..., :3], stored[:, 450:, 3] = corners(600, 900), 255  # the left half is transparent
+    stored[300:, :450, 3] = 128
+    image = Image.fromarray(stored)
+    for orientation, turn in [(1, lambda x: x), (6, lambda x: np.rot90(x, -1)), (7, lambda x: np.rot90(x, 2).swapaxes(0, 1)),
+                              (2, np.fliplr)]:
+        exif = Image.Exif()
+        exif[0x0112] = orientation
+        image.save(tmp_path / "a.png", exif=exif)
+        alpha = stored[..., 3:] / 255
+        right = turn(stored[..., :3] * alpha + 255 * (1 - alpha))
+        assert close(media.read_image(tmp_path / "a.png"), right, 1)
+        small = Image.fromarray(right.round().astype(np.uint8))
+        for size in (30, 30), (40, 20), (20, 64):
+            scale = max(size[0] / small.height, size[1] / small.width)
+            w, h = size[1] / scale, size[0] / scale
+            box = ((small.width - w) / 2, (small.height - h) / 2, (small.width + w) / 2, (small.height + h) / 2)
+            reference = small.resize(size[::-1], Image.Resampling.BICUBIC, box)
+            assert close(media.read_image(tmp_path / "a.png", size), reference, 3), (orientation, size)
+        image.convert("RGB").save(tmp_path / "a.jpg", exif=exif, quality=95)
+        for fit in "crop", "pad", "stretch":
+            read = media.read_image(tmp_path / "a.jpg", (32, 64), fit)
+            assert read.shape == (32, 64, 3)
+        assert close(read, Image.fromarray(turn(stored[..., :3])).resize((64, 32), Image.Resampling.BICUBIC), 3)
+    assert (media.read_image(tmp_path / "a.jpg", (32, 640), "pad")[:, :200] == 0).all()
+
+
+def peak(code: str, *arguments) -> int:
+    """Bytes by which the peak memory of a Python process grows while it runs the code."""
+    before = "import resource, sys, media, numpy; peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss; b = peak()"
+    root = Path(media.__file__).parent
+    import subprocess
+
+    done = subprocess.run([sys.executable, "-c", f"{before}; {code}; print(1024 * (peak() - b))", *map(str, arguments)],
+                          cwd=root, capture_output=True, text=True, check=True)
+    return int(done.stdout.split()[-1])
+
+
+def test_memory_of_pictures_is_near_what_the_size_needs(tmp_path):
+    for shape in (60000, 2), (2, 60000):
+        Image.new("RGB", shape, RED).save(tmp_path / "a.png")
+        assert (media.read_image(tmp_path / "a.png", (64, 64)) == RED).all()
+        assert peak("media.read_image(sys.argv[1], (64, 64))", tmp_path / "a.png") < 30e6
+    Image.new("RGB", (12000, 9000), RED).save(tmp_path / "a.jpg")
+    assert peak("media.read_image(sys.argv[1], (64, 64))", tmp_path / "a.jpg") < 60e6
+    (tmp_path / "a.jpg").unlink()
+    data = io.BytesIO()
+    Image.new("1", (8, 8)).save(data, "PNG")
+    huge = data.getvalue().replace(struct.pack(">II", 8, 8), struct.pack(">II", 200_000, 200_000), 1)
+    import zlib
+
+    huge = huge[:29] + struct.pack(">I", zlib.crc32(huge[12:29])) + huge[33:]
+    (tmp_path / "huge.png").write_bytes(huge)
+    with pytest.raises(ValueError, match="200000x200000 pixels: make it smaller first"):
+        media.read_image(tmp_path / "huge.png")
+
+
+def test_heic_is_read_or_named(tmp_path):
+    (tmp_path / "a.heic").write_bytes(b"\0\0\0\x18ftypheic\0\0\0\0mif1heic")
+    try:
+        import pillow_heif
+    except ImportError:
+        with pytest.raises(ValueError, match="it is HEIC: pip install pillow-heif, or save it as JPEG"):
+            media.read_image(tmp_path / "a.heic")
+        return
+    pillow_heif.from_pillow(Image.fromarray(corners())).save(tmp_path / "a.heic", quality=95)
+    assert close(media.read_image(tmp_path / "a.heic"), corners())
+
+
+# ------------------------------------------------------------------------------------------------ video
+
+
+@pytest.mark.parametrize("degrees", [0, 90, 180, 270])
+@pytest.mark.parametrize("mirrored", [False, True])
+def test_videos_are_turned_and_mirrored_as_a_player_does(degrees, mirrored, tmp_path):
+    """PyAV turns counter-clockwise, then mirrors."""
+    video = write_video(tmp_path / "a.mp4", [corners()] * 5, degrees=degrees, hflip=mirrored)
+    right = np.rot90(corners(), degrees // 90)
+    right = np.fliplr(right) if mirrored else right
+    assert close(media.read_video(video), [right] * 5)
+    assert close(media.read_video(video, size=(32, 32), fit="stretch")[0], Image.fromarray(right).resize((32, 32)))
+
+
+def test_videos_upside_down(tmp_path):
+    flipped = (65536, 0, 0, 0, -65536, 0, 0, 0, 1 << 30)
+    video = write_video(tmp_path / "a.mp4", [corners()] * 5, matrix=flipped)
+    assert close(media.read_video(video)[0], np.flipud(corners()))
+
+
+@pytest.mark.parametrize("ratio", [Fraction(2), Fraction(1, 2), Fraction(4, 3)])
+@pytest.mark.parametrize("degrees", [0, 90])
+def test_pixels_that_are_not_square(ratio, degrees, tmp_path):
+    video = write_video(tmp_path / "a.mp4", [corners()] * 5, sar=ratio, degrees=degrees)
+    w, h = (round(96 * ratio), 64) if ratio > 1 else (96, round(64 / ratio))
+    right = Image.fromarray(corners()).resize((w, h))
+    right = np.rot90(np.asarray(right), degrees // 90)
+    assert close(media.read_video(video)[0], right)
+    for fit in "crop", "pad":
+        small = media.fitted(Image.fromarray(np.ascontiguousarray(right)), (48, 64), fit)
+        assert close(media.read_video(video, size=(48, 64), fit=fit)[0], small)
+
+
+@pytest.mark.parametrize("lines, width, matrix", [(720, 1280, "itu709"), (480, 640, "itu601"), (1280, 720, "itu709")])
+def test_videos_without_colour_tags(lines, width, matrix, tmp_path):
+    frame = np.full((lines, width, 3), (200, 60, 60), np.uint8)
+    video = write_video(tmp_path / "a.mp4", [frame] * 4, dst_colorspace=matrix)
+    for size in None, (32, 32):
+        assert close(media.read_video(video, size=size)[0, 5, 5], (200, 60, 60), 3)
+
+
+def hlg(light):
+    """Light of the scene, 1 is white on the screen (203 of 1,000 nits), grey alone."""
+    scene = (light * 0.203) ** (1 / 1.2)
+    return np.where(scene <= 1 / 12, np.sqrt(3 * scene), 0.17883277 * np.log(np.maximum(12 * scene - 0.28466892, 1e-9)) + 0.55991073)
+
+
+def pq(light):
+    y = (light * 0.0203) ** 0.1593017578125
+    return ((0.8359375 + 18.8515625 * y) / (1 + 18.6875 * y)) ** 78.84375
+
+
+@pytest.mark.parametrize("curve, tag", [(hlg, 18), (pq, 16)])
+def test_hdr_becomes_what_a_screen_shows(curve, tag, tmp_path):
+    """Greys below nine tenths of white keep their light; what is brighter is compressed, in order."""
+    light = np.array([0.01, 0.05, 0.18, 0.4, 0.7, 0.9, 1.0, 2.0, 4.9])
+    code = np.rint(64 + 876 * curve(light)).astype(np.uint16)  # 10 bits, limited range
+    tags = dict(color_trc=tag, color_primaries=9, colorspace=9, color_range=1)
+    with av.open(str(tmp_path / "a.mp4"), "w") as file:
+        stream = file.add_stream("libx264", rate=24, options={"crf": "4"})
+        stream.height, stream.width, stream.pix_fmt = 64, 16 * len(code), "yuv420p10le"
+        for name, value in tags.items():
+            setattr(stream.codec_context, name, value)
+        for i in range(4):
+            frame = av.VideoFrame(16 * len(code), 64, "yuv420p10le")
+            for plane, values in zip(frame.planes, (code.repeat(16), np.full(8 * len(code), 512), np.full(8 * len(code), 512)), strict=True):
+                row = np.zeros(plane.line_size // 2, np.uint16)
+                row[: len(values)] = values
+                plane.update(np.tile(row, plane.height).tobytes())
+            for name, value in tags.items():
+                setattr(frame, name, value)
+            frame.pts = i
+            file.mux(stream.encode(frame))
+        file.mux(stream.encode())
+    shown = media.read_video(tmp_path / "a.mp4")[0, 32, 8::16].astype(float)
+    assert np.abs(shown[:6] - srgb_encoded(light[:6])[:, None]).max() < 4, (shown, srgb_encoded(light))
+    assert (np.diff(shown[:, 1]) > 0).all() and shown[6:].min() > 240
+    assert np.ptp(shown, axis=1).max() <= 2  # grey stays grey
+
+
+def test_wide_colours_become_srgb(tmp_path):
+    tags = dict(color_primaries=12, colorspace=1, color_range=1, color_trc=1)
+    colour = np.array([200, 120, 90])
+    video = write_video(tmp_path / "a.mp4", [np.full((64, 64, 3), colour, np.uint8)] * 4, tags=tags, dst_colorspace="itu709")
+    light = np.where(colour / 255 <= 0.04045, colour / 255 / 12.92, ((colour / 255 + 0.055) / 1.055) ** 2.4)
+    right = srgb_encoded(light @ np.array([[1.2249, -0.0420, -0.0197], [-0.2247, 1.0419, -0.0786], [0, 0, 1.0979]]))
+    assert np.abs(media.read_video(video)[0, 32, 32] - right).max() < 5
+
+
+def test_the_best_of_several_streams(tmp_path):
+    path = tmp_path / "a.mp4"
+    with av.open(str(path), "w") as file:
+        streams = [(file.add_stream("libx264", rate=24), size) for size in (32, 64, 64)]
+        for stream, size in streams:
+            stream.width, stream.height, stream.pix_fmt = size, size, "yuv420p"
+        for _ in range(8):
+            for k, (stream, size) in enumerate(streams):
+                file.mux(stream.encode(av.VideoFrame.from_ndarray(greys([50 * k], size, size)[0])))
+        for stream, _ in streams:
+            file.mux(stream.encode())
+    video = media.read_video(path)
+    assert video.shape == (8, 64, 64, 3) and close(video, greys([50] * 8, 64, 64), 3)
+
+
+def test_interlaced_videos_are_not_combed(tmp_path):
+    """A bright square moves 8 pixels between the two fields of a frame."""
+    fields = np.zeros((16, 128, 192, 3), np.uint8)
+    for i, field in enumerate(fields):
+        field[40:88, 8 * i : 8 * i + 48] = 255
+    frames = fields[::2].copy()
+    frames[:, 1::2] = fields[1::2, 1::2]
+    combed = lambda x: np.abs(x[:, 1:-1].astype(float) - (x[:, :-2].astype(float) + x[:, 2:]) / 2).max((1, 2, 3))
+    assert combed(frames).min() > 200
+    interlaced = {"x264-params": "tff=1:crf=5"}
+    path = write_video(tmp_path / "a.mp4", frames, options=interlaced)
+    with pytest.warns(UserWarning, match="interlaced"):
+        video = media.read_video(path)
+    assert video.shape == frames.shape
+    inner = slice(2, -2)
+    assert np.abs(video[inner, 40:88].mean((2, 3))[:, 4:-4].mean(1) - 255 * 48 / 192).max() < 12
+    steps = np.abs(np.diff(video[inner, 64, :, 0].astype(float), axis=0)).sum(1)
+    rows = np.abs(video[inner, 45:83:2].astype(float) - video[inner, 46:84:2]).mean()
+    before = np.abs(frames[inner, 45:83:2].astype(float) - frames[inner, 46:84:2]).mean()
+    assert rows < before / 4 and steps.min() > 0
+
+
+def test_videos_that_change_size(tmp_path):
+    """With a size for the result they are read; without one the cause is named."""
+    raw = io.BytesIO()
+    for size in 64, 32:
+        with av.open(raw2 := io.BytesIO(), "w", format="h264") as file:
+            stream = file.add_stream("libx264", rate=24)
+            stream.width, stream.height, stream.pix_fmt = size, size, "yuv420p"
+            for v in range(12):
+                file.mux(stream.encode(av.VideoFrame.from_ndarray(greys([10 * v + size], size, size)[0])))
+            file.mux(stream.encode())
+        raw.write(raw2.getvalue())
+    (tmp_path / "a.h264").write_bytes(raw.getvalue())
+    with pytest.raises(ValueError, match="its frames change size, 64x64, then 32x32"):
+        media.read_video(tmp_path / "a.h264")
+    video = media.read_video(tmp_path / "a.h264", fps=25, size=(16, 16))
+    assert close(video.mean((1, 2, 3)), [10 * v + size for size in (64, 32) for v in range(12)], 3)
+
+
+def test_advice_for_videos_of_one_frame_works(tmp_path):
+    video = write_video(tmp_path / "a.mp4", [corners()])
+    with pytest.raises(ValueError, match="only one frame: save that as a picture .*--image frame.png"):
+        media.read_video(video)
+    Image.fromarray(corners()).save(tmp_path / "a.png")
+    with pytest.raises(ValueError, match="single picture: use --mode i2v --image '.*a.png'"):
+        media.read_video(tmp_path / "a.png")
+    assert (media.read_image(tmp_path / "a.png") == corners()).all()
+
+
+@pytest.mark.parametrize("name, codec, keep", [("a.mp4", "libx264", 0), ("a.mkv", "mpeg4", 12)])
+def test_a_video_whose_first_packet_is_broken(name, codec, keep, tmp_path):
+    """What can be decoded is read, with a note; the rest of a file that was cut off as well."""
+    options = {"g": "12", "bf": "0"}
+    path = write_video(tmp_path / name, greys(range(0, 240, 5)), options=options, codec=codec)
+    with av.open(str(path)) as file:
+        packet = next(file.demux(video=0))
+        at, size = packet.pos, packet.size
+    data = bytearray(path.read_bytes())
+    noise = np.random.default_rng(0).integers(1, 255, size - keep, dtype=np.uint8) if keep else np.zeros(size, np.uint8)
+    data[at + keep : at + size] = noise.tobytes()
+    path.write_bytes(data)
+    with pytest.warns(UserWarning, match=f"{name}' is damaged in 1 place"):
+        video = media.read_video(path)
+    assert len(video) >= 36 and close(video[-12:], greys(range(180, 240, 5)), 3)
+    path.write_bytes(bytes(1000))
+    with pytest.raises(ValueError, match=f"cannot read video .*{name}"):
+        media.read_video(path)
+
+
+def numbered(n: int) -> np.ndarray:
+    """Frames that say which they are: bits of the number as eight bars."""
+    bits = np.arange(n)[:, None] >> np.arange(8) & 1
+    return np.repeat(255 * bits, 8, 1)[:, None, :, None].repeat(32, 1).repeat(3, 3).astype(np.uint8)
+
+
+def numbers(video: np.ndarray) -> list[int]:
+    return ((video[:, 16, 4::8, 1] > 128) << np.arange(8)).sum(1).tolist()
+
+
+@pytest.mark.parametrize("suffix", [".mp4", ".mkv"])
+@pytest.mark.parametrize("fps", [12, 8, 6, 24, 48, 96, 30])
+def test_the_rhythm_of_other_frame_rates(fps, suffix, tmp_path):
+    """Matroska rounds times to milliseconds. 12 per second come twice each, and so does the last one."""
+    n = 2 * fps
+    path = write_video(tmp_path / f"a{suffix}", numbered(n), fps=fps)
+    shown = np.array(numbers(media.read_video(path)))
+    if 24 % fps == 0:
+        right = np.arange(n).repeat(24 // fps)
+    elif fps % 24 == 0:
+        right = np.arange(n)[::-1][:: fps // 24][::-1]
+    else:
+        right = None
+        assert len(shown) == 48 and set(np.diff(shown)) == {1, 2} and shown[-1] == n - 1
+    assert right is None or shown.tolist() == right.tolist()
+    assert (media.read_video(path, count=7) == media.read_video(path)[-7:]).all()
+
+
+def test_a_piece_of_a_video_for_training(tmp_path):
+    path = write_video(tmp_path / "a.mp4", greys(np.arange(480) // 2 + 5), fps=24, options={"g": "48", "crf": "1"})
+    shade = lambda video: video.mean((1, 2, 3)) - 5
+    assert np.abs(shade(media.read_video(path, start=0, count=24)) - np.arange(24) // 2).max() < 1.5
+    assert np.abs(shade(media.read_video(path, start=400, count=24)) - np.arange(400, 424) // 2).max() < 1.5
+    assert len(media.read_video(path, start=470, count=24)) == 10 and len(media.read_video(path, start=500, count=24)) == 0
+    assert len(media.read_video(path, start=240)) == 240 and len(media.read_video(path)) == 480
+    assert media.read_video(path, fps=12, start=10, count=4).shape == (4, 32, 48, 3)
+    assert np.abs(shade(media.read_video(path, fps=12, start=10, count=4)) - [10, 11, 12, 13]).max() < 1.5
+
+
+def test_memory_of_videos_is_a_few_frames(tmp_path):
+    frame = np.zeros((2160, 3840, 3), np.uint8)
+    frame[:, 1920:] = 200
+    path = write_video(tmp_path / "a.mp4", [frame] * 90, fps=60, options={"preset": "ultrafast"})
+    video = media.read_video(path, count=32, size=(64, 64))
+    assert video.shape == (32, 64, 64, 3) and close(video[0, :, 40:], greys([200], 64, 24)[0], 3)
+    assert peak("media.read_video(sys.argv[1], count=32, size=(64, 64))", path) < 400e6
+
+
+# ------------------------------------------------------------------------------------------------ LoRA
+
+
+def lora_of(dit, rank: int = 2, seed: int = 0) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
+    generator = torch.Generator().manual_seed(seed)
+    draw = lambda *shape: torch.randn(*shape, generator=generator) * 0.1
+    return {name: (draw(rank, linear.weight.shape[1]), draw(linear.weight.shape[0], rank))
+            for name, linear in training.lora_targets(dit).items()}
+
+
+def updates(dit) -> dict[str, torch.Tensor]:
+    """What the LoRAs of a model add to its weights."""
+    return {name: linear.lora.scale * linear.lora.up @ linear.lora.down
+            for name, linear in training.lora_targets(dit).items() if hasattr(linear, "lora")}
+
+
+LORA_FORMATS = {
+    "PEFT": ("base_model.model.{}.lora_A.weight", "base_model.model.{}.lora_B.weight"),
+    "PEFT adapter": ("base_model.model.{}.lora_A.default.weight", "base_model.model.{}.lora_B.default.weight"),
+    "diffusers": ("transformer.{}.lora_A.weight", "transformer.{}.lora_B.weight"),
+    "old diffusers": ("transformer.{}.lora.down.weight", "transformer.{}.lora.up.weight"),
+    "Comfy": ("diffusion_model.{}.lora_down.weight", "diffusion_model.{}.lora_up.weight"),
+    "kohya": ("lora_unet_{_}.lora_down.weight", "lora_unet_{_}.lora_up.weight"),
+}
+
+
+@pytest.mark.parametrize("form", LORA_FORMATS)
+def test_loras_of_other_programs(form, tmp_path):
+    """Some layers only, with alpha, as most of them write."""
+    dit = copy.deepcopy(small()[0])
+    lora = {name: pair for name, pair in lora_of(dit).items() if ".attn." in name}
+    tensors, about = {}, None
+    for name, pair in lora.items():
+        for template, part in zip(LORA_FORMATS[form], pair, strict=True):
+            tensors[template.replace("{_}", name.replace(".", "_")).replace("{}", name)] = part
+        if form in ("kohya", "Comfy"):
+            alpha = LORA_FORMATS[form][0].split(".lora")[0]
+            tensors[alpha.replace("{_}", name.replace(".", "_")).replace("{}", name) + ".alpha"] = torch.tensor(1.0)
+    file = tmp_path / "adapter_model.safetensors"
+    if form == "PEFT adapter":
+        (tmp_path / "adapter_config.json").write_text('{"lora_alpha": 1, "r": 2}')
+    if form == "diffusers":
+        about = {"lora_adapter_metadata": '{"transformer.lora_alpha": 1, "transformer.r": 2}'}
+    save_file(tensors, file, about)
+    assert training.check_lora(dit, file) == 2
+    training.load_lora(dit, file, scale=3)
+    strength = 3.0 if form in ("PEFT", "old diffusers") else 1.5
+    made = updates(dit)
+    assert made.keys() == lora.keys()
+    for name, (down, up) in lora.items():
+        assert torch.allclose(made[name], strength * up @ down), name
+
+
+def test_loras_in_official_names(tmp_path):
+    """They act on the official model as on ours, in which the inputs of one layer stand in another order."""
+    dit = copy.deepcopy(small()[0])
+    targets = training.lora_targets(dit)
+    official = training.official_layers(targets)
+    tensors = {}
+    for name, (down, up) in lora_of(dit).items():
+        tensors |= {f"{official[name]}.lora_A.weight": down, f"{official[name]}.lora_B.weight": up}
+    save_file(tensors, tmp_path / "a.safetensors")
+    training.load_lora(dit, tmp_path / "a.safetensors")
+    for name, made in updates(dit).items():
+        down, up = tensors[f"{official[name]}.lora_A.weight"], tensors[f"{official[name]}.lora_B.weight"]
+        (right,) = cw.convert_dit({f"{official[name]}.weight": up @ down}).values()
+        assert torch.allclose(made, right, atol=1e-6), name
+
+
+def test_loras_add_up(tmp_path):
+    dit, files = copy.deepcopy(small()[0]), []
+    loras = [lora_of(dit, rank, seed=rank) for rank in (2, 3)]
+    for i, lora in enumerate(loras):
+        files.append(tmp_path / f"{i}.safetensors")
+        save_file({f"{name}.lora.{part}": v for name, pair in lora.items()
+                   for part, v in zip(("down", "up"), pair, strict=True)}, files[-1])
+    training.load_lora(training.load_lora(dit, files[0], 0.5), files[1], 2.0)
+    for name, made in updates(dit).items():
+        (down, up), (down2, up2) = (lora[name] for lora in loras)
+        assert torch.allclose(made, 0.5 * up @ down + 2 * up2 @ down2, atol=1e-5)
+    with training.lora_off(dit):
+        assert all(not v.any() for v in updates(dit).values())
+
+
+@pytest.mark.parametrize("name, words", [
+    ("layers.0.attn.q.hada_w1_a", "LoHa"), ("layers.0.attn.q.lora_magnitude_vector", "DoRA"),
+    ("transformer.blocks.7.to_q.lora_A.weight", "for another model: this one has no layer 'blocks.7.to_q'"),
+    ("layers.0.attn.q.lora_B.weight", "for another model"),
+])
+def test_loras_that_cannot_be_loaded_are_named(name, words, tmp_path):
+    tensors = {"layers.0.attn.q.lora_A.weight": torch.zeros(2, 32), "layers.0.attn.q.lora_B.weight": torch.zeros(32, 2)}
+    save_file(tensors | {name: torch.zeros(3, 32)}, tmp_path / "a.safetensors")
+    with pytest.raises(ValueError, match=words):
+        training.check_lora(small()[0], tmp_path / "a.safetensors")
