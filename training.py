@@ -1,9 +1,12 @@
-"""Training MAGI-1: the objectives of the report (sections 2.1, 2.3 and 2.5), low-rank adaptation.
+"""Training MAGI-1: the objectives of the report (sections 2.1, 2.3 and 2.5), low-rank adaptation, the loop.
+
+    python training.py lora --model models/4.5B-base --data clips/ --out my.safetensors    (see finetune.py)
 
     flow_matching_loss   one objective for text, image and video to video, over chunks at their own times
     vae_loss             L1 + KL
     shortcut_loss        shortcut distillation: many steps and three branches into few steps and one branch
     LoRA                 low-rank weights beside a frozen model: add_lora, save_lora, load_lora, merge_lora
+    fit                  the training loop: rates, checkpoints, log; a killed run goes on to the same result
 
 Both objectives for the DiT have the same shape. `draw_prefix` decides how many leading frames of each clip
 are given, then each chunk gets a time, then `corrupt` makes a `Corrupted` batch of them (noise, text, what
@@ -905,3 +908,9 @@ def plot_loss(log: Path) -> None:
     axes.grid(alpha=0.3)
     figure.savefig(log.with_suffix(".png"), dpi=100, bbox_inches="tight")
     plt.close(figure)
+
+
+if __name__ == "__main__":
+    from finetune import main
+
+    main()

@@ -109,7 +109,7 @@ def judge_long(pipe: magi.MAGI, count: int) -> float:
 
 def encode_once(pipe: magi.MAGI, t5: Path) -> None:
     """Keep the text encoder in memory, so that each of many short videos does not read it again."""
-    encoder = functools.cache(magi.T5(t5, pipe.dit.cfg.text_length, dtype=torch.float32).__call__)
+    encoder = functools.cache(magi.T5(t5, pipe.dit.cfg.text_length, dtype=torch.float32, keep=True).__call__)
     pipe.encode_text = lambda captions: encoder(tuple(captions))
 
 

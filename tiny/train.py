@@ -3,7 +3,8 @@
     vae    the video autoencoder, on 12-frame pieces                      -> tiny/vae/
     dit    latents of many clips, then text encoder + DiT together        -> tiny/t5/, tiny/base/
     distill  three branches and many steps into one branch and few        -> tiny/distill/
-    lora   a colour that the finished model has never seen                -> tiny/lora/cyan.safetensors
+    clips  a folder of mp4 files with captions that teach a new colour    -> --out
+    lora   the same colour, by `training.py lora`, and what the judge says -> tiny/lora/cyan.safetensors
     eval   what the judge says of prompts that were never trained on
     steps  base and distilled at 64 to 4 steps: a table and a plot        -> tiny/examples/steps.*
 
@@ -27,6 +28,7 @@ import sys
 import time
 from dataclasses import asdict
 from pathlib import Path
+from types import SimpleNamespace
 
 HERE = Path(__file__).resolve().parent
 sys.path[:0] = [str(HERE.parent), str(HERE)]
@@ -41,7 +43,9 @@ from torch import Tensor, nn  # noqa: E402
 from tqdm import tqdm  # noqa: E402
 
 import checkpoints  # noqa: E402
+import finetune  # noqa: E402
 import magi  # noqa: E402
+import media  # noqa: E402
 import training  # noqa: E402
 
 # ------------------------------------------------------------------------------------ attention on a CPU
@@ -483,43 +487,49 @@ def distill(args) -> None:
     save_model(args.out / "distill", student, config, special_tokens=dict(model.tokens.items()))
 
 
-def train_lora(args) -> None:
-    """A LoRA teaches the base model a colour that none of its clips had, in minutes on a CPU."""
-    torch.manual_seed(3)
+def write_clips(args) -> None:
+    """A folder for `training.py lora`: mp4 files, each with a caption a second, half of them in a colour that
+    no training clip had, half in the old ones. Without these the model would forget what it is not shown."""
     (colour,) = world.NEW_COLOURS
-    vae, model = magi.load_vae(args.out / "vae"), Tiny()
-    model.load(args.out)
-    model.requires_grad_(False)
-    model.sampler = checkpoints.read_config(args.out / "base", "sampler", magi.SamplerConfig)
-    training.add_lora(model.dit, args.rank)
+    args.out.mkdir(parents=True, exist_ok=True)
+    names = [(s, m) for s in world.SHAPES for m in world.MOTIONS if not world.held_out(colour, s, m)]
+    places = [*world.PLACES]
+    new = [world.scene(colour, *name, place, chunks=2, seed=i)
+           for i, name in enumerate(names) for place in (places[i % 4], places[(i + 1) % 4])]  # fmt: skip
+    old = [world.make_clip(seed, chunks=2) for seed in range(len(new))]
+    for kind, clips in ((colour, new), ("old", old)):
+        for i, clip in enumerate(clips):
+            file = args.out / f"{kind}{i:03}.mp4"
+            file.unlink(missing_ok=True)
+            writer = media.Mp4Writer(file, world.FPS)
+            writer.write(clip.frames)
+            writer.close()
+            file.with_suffix(".txt").write_text("\n".join(clip.captions) + "\n")
+    print(f"wrote {len(new) + len(old)} clips of 2 s to {args.out}")
 
-    names = [(s, m) for s in world.SHAPES for m in world.MOTIONS]
-    taught, asked = ([n for n in names if world.held_out(colour, *n) == held] for held in (False, True))
-    clips = [world.scene(colour, *n, p, chunks=2, seed=i) for i, n in enumerate(taught) for p in world.PLACES]
-    new = encode(vae, clips)
-    old = encode_clips(vae, 500, args.work)  # half of every batch: what is not shown again is forgotten
 
-    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], 2e-3, weight_decay=0)
-    bar = tqdm(range(args.lora_steps), desc="lora", mininterval=5)
-    for step in bar:
-        optimizer.param_groups[0]["lr"] = 2e-3 * min(1, (step + 1) / 20, 3 * (1 - step / args.lora_steps))
-        rng, n = np.random.default_rng([step, 17]), 1 + step % 2
-        with autocast():
-            halves = [draw_clips(rng, n, args.batch // 4 // n, model, data) for data in (new, old)]
-            batch = {k: torch.cat([half[k] for half in halves]) for k in halves[0]}
-            loss = training.flow_matching_loss(model.dit, **batch, sampler=model.sampler,
-                                           generator=torch.Generator().manual_seed(step))  # fmt: skip
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-        bar.set_postfix({"loss": f"{loss.item():.3f}"}, refresh=False)
-    file = args.out / "lora" / f"{colour}.safetensors"
+def train_lora(args) -> None:
+    """A LoRA teaches the base model a colour that none of its clips had, in minutes on a CPU: from a folder
+    of clips, by the program that trains on anybody's clips."""
+    (colour,) = world.NEW_COLOURS
+    folder, file = args.work / "clips", args.out / "lora" / f"{colour}.safetensors"
+    write_clips(SimpleNamespace(out=folder))
     file.parent.mkdir(exist_ok=True)
-    training.save_lora(model.dit, file)
-    print(f"wrote {file}, {file.stat().st_size / 1e6:.1f} MB")
+    settings = {"rank": args.rank, "steps": args.lora_steps, "lr": 2e-3, "seconds": 2, "sample-every": 0,
+                "tokens": 96 * args.batch, "work": args.work / "lora"}  # fmt: skip
+    flags = [str(word) for name, value in settings.items() for word in (f"--{name}", value)]
+    command = ["lora", "--model", args.out / "base", "--data", folder, "--out", file]
+    finetune.run(finetune.parser().parse_args([*map(str, command), *flags]))
+    judge_lora(args, file)
 
-    prompts = [(world.caption([(colour, *n)]), (colour, *n)) for n in asked]
-    others = world.sample_prompts(len(prompts), seed=1)
+
+def judge_lora(args, file: Path) -> None:
+    """Prompts in the new colour, in combinations that the LoRA was not shown, and in the old ones; without
+    the LoRA and with it."""
+    (colour,) = world.NEW_COLOURS
+    names = [(s, m) for s in world.SHAPES for m in world.MOTIONS if world.held_out(colour, s, m)]
+    prompts = [(world.caption([(colour, *n)]), (colour, *n)) for n in names]
+    others = world.sample_prompts(max(args.prompts, len(prompts)), seed=1)
     for folder in ("base", "distill"):
         if not (args.out / folder).is_dir():
             continue
@@ -537,20 +547,19 @@ def examples(args) -> None:
     """Write the inputs that the README's i2v and v2v commands use."""
     import imageio.v3 as iio
 
-    from sample import Mp4Writer
-
     folder = args.out / "examples"
     folder.mkdir(parents=True, exist_ok=True)
     iio.imwrite(folder / "image.png", world.scene("yellow", "square", "right", "night", seed=2).frames[0])
     (folder / "video.mp4").unlink(missing_ok=True)
-    Mp4Writer(folder / "video.mp4", world.FPS).write(
-        world.scene("green", "ball", "bounce", "room", 2, 5).frames
-    )
+    writer = media.Mp4Writer(folder / "video.mp4", world.FPS)
+    writer.write(world.scene("green", "ball", "bounce", "room", 2, 5).frames)
+    writer.close()
     print(f"wrote {folder}")
 
 
 STAGES = {"vae": train_vae, "dit": train_dit, "distill": distill, "lora": train_lora, "eval": evaluate,
-          "steps": step_counts, "examples": examples}  # fmt: skip
+          "steps": step_counts, "examples": examples,
+          "clips": write_clips}  # fmt: skip
 
 
 def main() -> None:
