@@ -84,12 +84,12 @@ def checkpoint_layers(dit: DiT) -> None:
         layer.forward = functools.partial(checkpoint, plain, use_reentrant=False)
 
 
-def memory_plan(dit: DiT, command: str, rank: int, tokens: int, text_tokens: int, optimizer: str
-                ) -> dict[str, float]:
+def memory_plan(dit: DiT, command: str, rank: int, tokens: int, text_tokens: int, optimizer: str = "adamw",
+                keep_activations: bool = False) -> dict[str, float]:
     """Bytes of a training step of a DiT (on the meta device), by what they are for.
 
-    tokens and text_tokens: of one forward. Activations are the inputs of all layers (`checkpoint_layers`) and
-    what the matrices and norms of one layer save. It is an estimate: allocators take some more.
+    tokens and text_tokens: of one forward. Activations are the inputs of all layers and what the matrices and
+    norms of one layer save (`checkpoint_layers`), or of all. It is an estimate: allocators take some more.
     """
     cfg = dit.cfg
     weights = sum(p.nbytes for p in dit.parameters())
@@ -113,7 +113,9 @@ def memory_plan(dit: DiT, command: str, rank: int, tokens: int, text_tokens: int
     one_layer = tokens * (width * in_blocks + 4 * in_float32)
     one_layer += text_tokens * (4 * cfg.text_dim + 8 * D + 4 * width * kv)
     branches = 3 if command == "distill" else 1                              # of a teacher, without gradients
-    plan["activations"] = width * tokens * D * cfg.num_layers + one_layer * (1 + branches) / 2
+    inputs = width * tokens * D * cfg.num_layers
+    layers = one_layer * cfg.num_layers if keep_activations else one_layer + inputs
+    plan["activations"] = layers + one_layer * (branches - 1) / 2
     return plan
 
 
@@ -218,10 +220,12 @@ def finetune(args: argparse.Namespace) -> None:
     check_output(args.out, work, args.rank)
     batches = look_at_data(args, base)
     if args.plan:
+        describe(args, base, batches)
         return
     work.mkdir(parents=True, exist_ok=True)
     with only_run_in(work):
         check_settings(work, args, batches.pieces)
+        describe(args, base, batches)
         cache = batches.cache
         batches.pieces = cache.encode_pieces(batches.pieces, args.skip_bad, say)
         captions = [caption for piece in batches.pieces for caption in piece.captions]
@@ -235,10 +239,10 @@ def check_model(args: argparse.Namespace) -> DiT:
     """The base model on the meta device. ValueError if it cannot be trained."""
     cfg = read_config(args.model, "dit", DiTConfig)
     sampler = read_config(args.model, "sampler", SamplerConfig)
-    require(not cfg.fp8, f"{args.model} has fp8 weights, with steps coarser than what training changes: "
-            f"train on the bf16 model; its LoRA can be used with the fp8 one")
-    require(not sampler.distilled, f"{args.model} is a distilled model: train on the base model, then distill "
-            f"that, or use its LoRA with the distilled one")
+    require(not cfg.fp8, f"{args.model} has fp8 weights, too coarse for the small changes of training: "
+            f"use the bf16 model; its LoRA can be used with the fp8 one")
+    require(not sampler.distilled, f"{args.model} is a distilled model: train on the base model, then "
+            f"distill that, or use its LoRA with the distilled one")
     base = build(lambda: DiT(cfg), args.model)
     for file in args.lora:
         check_lora(base, file)
@@ -246,7 +250,7 @@ def check_model(args: argparse.Namespace) -> DiT:
 
 
 def look_at_data(args: argparse.Namespace, base: DiT) -> Batches:
-    """The pieces of the data folder, described and with the memory they need. ValueError for bad ones."""
+    """The pieces of the data folder. ValueError for bad ones."""
     sampler = read_config(args.model, "sampler", SamplerConfig)
     tokens = args.model / "special_tokens.safetensors"
     table = read_tensors(tokens, "special tokens") if tokens.is_file() else {}
@@ -255,15 +259,10 @@ def look_at_data(args: argparse.Namespace, base: DiT) -> Batches:
     dtype = torch.bfloat16 if "cuda" in args.device else None
     cache = clips.Cache(folder, args.vae, args.t5, args.device, dtype)
     height, width = args.size or (sampler.height, sampler.width)
-    per_chunk = CHUNK * (height // 16) * (width // 16)
-    most_tokens = args.tokens or args.seconds * per_chunk
+    most_tokens = args.tokens or args.seconds * CHUNK * (height // 16) * (width // 16)
     videos = clips.find_videos(args.data, folder, args.skip_bad, say)
     pieces = clips.cut(videos, height * width, args.seconds, most_tokens)
     check_captions(pieces, args.t5, base.cfg.text_length - len(sampler.special_tokens))
-    text_tokens = base.cfg.text_length * max(1, most_tokens // per_chunk)
-    say(describe(videos, pieces, most_tokens))
-    say(show_plan(memory_plan(base, args.command, args.rank, most_tokens, text_tokens, args.optimizer),
-                  memory_of(args.device)))
     return Batches(cache, pieces, sampler, table, base.cfg.text_length, most_tokens, args.seed)
 
 
@@ -278,7 +277,8 @@ def make_models(args: argparse.Namespace) -> tuple[DiT, DiT]:
         add_lora(dit, args.rank)
     else:
         dit.requires_grad_()
-    checkpoint_layers(dit)
+    if not args.keep_activations:
+        checkpoint_layers(dit)
     return dit, teacher
 
 
@@ -368,14 +368,19 @@ class Training:
         say(f"wrote {self.args.out}")
 
 
-def describe(videos: Sequence[clips.Video], pieces: Sequence[clips.Piece], most_tokens: int) -> str:
-    """What will be trained on, a line for each size."""
-    lines = [f"{len(videos)} clips, {sum(video.seconds for video in videos)} s, in {len(pieces)} pieces:"]
+def describe(args: argparse.Namespace, base: DiT, batches: Batches) -> None:
+    """Say what will be trained on, a line for each size, and what memory it takes."""
+    pieces, text_tokens = batches.pieces, 0
+    files = {piece.path for piece in pieces}
+    say(f"{len(files)} clips, {sum(piece.chunks for piece in pieces)} s, in {len(pieces)} pieces:")
     for (chunks, height, width), members in clips.buckets(pieces).items():
         tokens = chunks * pieces[members[0]].tokens_per_chunk
-        lines.append(f"  {len(members):5} of {chunks} s at {height}x{width}: {tokens} tokens each, "
-                     f"{max(1, most_tokens // tokens)} in a step")
-    return "\n".join(lines)
+        count = max(1, batches.most_tokens // tokens)
+        text_tokens = max(text_tokens, count * chunks * batches.length)
+        say(f"  {len(members):5} of {chunks} s at {height}x{width}: {tokens} tokens each, {count} at once")
+    plan = memory_plan(base, args.command, args.rank, batches.most_tokens, text_tokens, args.optimizer,
+                       args.keep_activations)
+    say(show_plan(plan, memory_of(args.device)))
 
 
 def most_common(pieces: Sequence[clips.Piece]) -> clips.Piece:
@@ -408,9 +413,9 @@ def check_output(out: Path, work: Path, rank: int) -> None:
             f"ends with .safetensors, a model with all weights is a folder")
     parent = next(path for path in out.absolute().parents if path.exists())
     writable = parent.is_dir() and os.access(parent, os.W_OK)
-    require(writable, f"--out {str(out)!r} cannot be written: {parent} is no folder, or not yours")
-    require(not out.exists() or (work / "settings.json").is_file(), f"{str(out)!r} exists and was not made by "
-            f"this run: choose another --out, or remove it")
+    require(writable, f"--out {str(out)!r} cannot be made: {parent} is read-only, or no folder")
+    require(not out.exists() or (work / "settings.json").is_file(), f"{str(out)!r} exists and was not made "
+            f"by this run: choose another --out, or remove it")
 
 
 # What decides the weights that come out. A run that goes on must have the same; other settings may change,
@@ -428,8 +433,8 @@ def check_settings(work: Path, args: argparse.Namespace, pieces: Sequence[clips.
         before = read_json(file, "settings")
         changed = [f"{name} (was {before.get(name)}, is {value})" for name, value in now.items()
                    if before.get(name) != value]
-        require(not changed, f"the run in {str(work)!r} was started with other settings: {', '.join(changed)}; "
-                f"give another --out, or remove {work}")
+        require(not changed, f"the run in {str(work)!r} began with other settings: {', '.join(changed)}; "
+                f"choose another --out, or remove {work}")
     clips.write_whole(file, lambda new: new.write_text(json.dumps(now, indent=1) + "\n"))
 
 
@@ -513,6 +518,7 @@ def parser() -> argparse.ArgumentParser:
         flag("--seconds", type=whole, default=4, help="of the longest piece")
         flag("--tokens", type=whole, help="most in a forward; default: those of the longest piece")
         flag("--optimizer", choices=["adamw", "adamw8bit"], default="adamw", help="adamw8bit needs torchao")
+        flag("--keep-activations", action="store_true", help="of all layers: more memory, a third less time")
         flag("--seed", type=natural, default=0)
         flag("--device", default="cuda" if torch.cuda.is_available() else "cpu")
         flag("--backend", choices=["torch", "triton", "auto"], default="torch")
@@ -559,17 +565,19 @@ def run(args: argparse.Namespace) -> None:
     finetune(args)
 
 
-def main(argv: Sequence[str] | None = None) -> None:
+def main(argv: Sequence[str] | None = None) -> int:
+    """The command line -> its exit code."""
     args = parser().parse_args(argv)
     try:
         run(args)
     except KeyboardInterrupt as stop:
         print("training:", str(stop) or "stopped", file=sys.stderr)
-        sys.exit(130)
+        return 130
     except (ValueError, FloatingPointError, OSError) as error:
         print("training:", " ".join(str(error).split()), file=sys.stderr)
-        sys.exit(2)
+        return 2
+    return 0
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -23,12 +23,16 @@ for clean. kv_range counts the chunks that a chunk sees, itself included; first_
 
 from __future__ import annotations
 
+import os
+
+if __name__ == "__main__":       # threads that wait must not spin (see sample.py); before PyTorch is there
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+
 import contextlib
 import csv
 import dataclasses
 import json
 import math
-import os
 import re
 import signal
 import threading
@@ -911,6 +915,8 @@ def plot_loss(log: Path) -> None:
 
 
 if __name__ == "__main__":
+    import sys
+
     from finetune import main
 
-    main()
+    sys.exit(main())
