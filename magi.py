@@ -54,6 +54,7 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import math
+import sys
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -67,7 +68,18 @@ from einops import rearrange, repeat
 from torch import Tensor, nn
 
 from captions import clean_caption
-from checkpoints import build, fill, load_module, read_config, read_tensors, require
+from checkpoints import (
+    build,
+    check_dit_config,
+    check_own_config,
+    check_sampler_config,
+    check_vae_config,
+    fill,
+    load_module,
+    read_config,
+    read_tensors,
+    require,
+)
 
 __all__ = ["DiT", "DiTConfig", "KVCache", "MAGI", "PRESETS", "Prompt", "SamplerConfig", "T5", "VAE",
            "VAEConfig", "clean_caption", "load", "load_dit", "load_vae", "plan", "sample", "shot_transition"]
@@ -77,8 +89,8 @@ Device = str | torch.device
 # ----------------------------------------------------------------------------------------------------------
 # 1  Configs and presets
 # ----------------------------------------------------------------------------------------------------------
-# Three frozen dataclasses say everything about a model and a run. They check themselves when they are made,
-# so a bad number is refused in milliseconds, not after an hour of sampling.
+# Three frozen dataclasses say everything about a model and a run. They check themselves when they are made
+# (checkpoints.py), so a bad number is refused in milliseconds, not after an hour of sampling.
 
 SCALE_FACTOR = 0.18215     # brings latents to unit variance, as in latent diffusion
 CHUNK = 6                  # latent frames in a chunk: 24 video frames, one second
@@ -121,15 +133,7 @@ class VAEConfig:
     ln_in_attn: bool = True       # normalise q, k and v per head instead of the block's input
     use_final_proj: bool = False  # extra Linear + LayerNorm before the pixel shuffle: narrow models need it
 
-    def __post_init__(self):
-        require(self.video_size % self.patch_size == 0 and self.video_length % self.patch_length == 0,
-                f"video_size {self.video_size} and video_length {self.video_length} must be multiples of "
-                f"the patch ({self.patch_length} frames, {self.patch_size} px)")
-        require(self.embed_dim % self.num_heads == 0,
-                f"embed_dim {self.embed_dim} must be a multiple of num_heads {self.num_heads}")
-        require(self.use_final_proj or self.embed_dim % self.patch_volume == 0,
-                f"embed_dim {self.embed_dim} must be a multiple of {self.patch_volume}, "
-                f"or set use_final_proj")
+    __post_init__ = check_vae_config
 
     @property
     def patch_volume(self) -> int:
@@ -164,21 +168,7 @@ class DiTConfig:
     dtype: str = "bfloat16"       # of the blocks; embedders, head and half of the norms stay float32
     fp8: bool = False             # e4m3 weights in every layer but the first and last
 
-    def __post_init__(self):
-        require(self.dtype in ("float32", "bfloat16", "float16"),
-                f"dtype {self.dtype!r} is not one of float32, bfloat16, float16")
-        require(self.num_heads % self.num_kv_heads == 0,
-                f"num_heads {self.num_heads} must be a multiple of num_kv_heads {self.num_kv_heads}")
-        require(self.head_dim % 8 == 0, f"head_dim {self.head_dim} must be a multiple of 8 (rotary bands)")
-        require(self.num_heads * self.head_dim % 8 == 0 and self.hidden_size % 4 == 0,
-                f"num_heads * head_dim must be a multiple of 8 (convert_weights.py permutes Wo in eighths) "
-                f"and hidden_size ({self.hidden_size}) of 4")
-        for name in ("in_channels", "out_channels"):
-            require(getattr(self, name) in (self.latent_channels, 2 * self.latent_channels),
-                    f"{name} {getattr(self, name)} must be latent_channels ({self.latent_channels}) "
-                    f"or twice that")
-        require(2 <= self.null_length <= self.text_length,
-                f"null_length {self.null_length} must be in [2, {self.text_length}]")
+    __post_init__ = check_dit_config
 
     @property
     def cond_size(self) -> int:
@@ -222,56 +212,7 @@ class SamplerConfig:
     seed: int = 1234
 
     def __post_init__(self):
-        for name in ("num_steps", "window", "clean_kv_range", "num_frames", "height", "width", "fps", "seed"):
-            value = getattr(self, name)
-            require(hasattr(value, "__index__") or (name, value) == ("num_frames", None),
-                    f"{name} {value!r} must be a whole number")
-        for name in ("clean_t", "nearly_clean_t", "nearly_clean_blend"):
-            require(not math.isnan(getattr(self, name)), f"{name} {getattr(self, name)} must be a number")
-        self._check_schedule()
-        self._check_guidance()
-        require(self.num_frames is None or self.num_frames >= 1,
-                f"num_frames {self.num_frames} must be at least 1")
-        for name in ("height", "width"):
-            value = getattr(self, name)
-            nearest = min(max(32, round(value / 16) * 16), 16384)
-            require(value == nearest,
-                    f"{name} {value} must be a multiple of 16, 32 to 16384: the nearest is {nearest}")
-        require(self.fps > 0, f"fps {self.fps} must be positive")
-        require(0 <= self.seed < 2**63, f"seed {self.seed} must be in [0, 2**63)")
-
-    def _check_schedule(self) -> None:
-        steps, window = self.num_steps, self.window
-        require(window >= 1, f"window {window} must be at least 1")
-        require(steps <= 10_000, f"steps {steps} are too many: at most 10000")
-        require(steps >= 1 and steps % window == 0,
-                f"steps {steps} must be a multiple of the window {window}: "
-                f"try {max(window, round(steps / window) * window)}")
-        for ranges in (self.kv_ranges, *(ranges for _, ranges in self.kv_ranges_at)):
-            require(all(v >= 1 and hasattr(v, "__index__") for v in ranges),
-                    f"kv_ranges {ranges} must all be whole numbers of at least 1")
-            unit = math.lcm(window, len(ranges) or 1)
-            require(steps % unit == 0,
-                    f"steps {steps} must be a multiple of the number of kv_ranges ({len(ranges)}) "
-                    f"and of the window {window}: try {unit * max(1, round(steps / unit))}")
-        require(self.clean_kv_range >= 1 or self.clean_kv_range == -1,
-                f"clean_kv_range {self.clean_kv_range} must be at least 1, or -1")
-        require(self.shortcut_mode in ("8,16,16", "16,16,8"),
-                f"shortcut_mode {self.shortcut_mode!r} is not '8,16,16' or '16,16,8'")
-        require(steps != 12 or not self.distilled or window in (1, 2, 4),
-                f"12 steps of a distilled model come in threes, of two sizes (see shortcut_d): "
-                f"window {window} must be 1, 2 or 4")
-
-    def _check_guidance(self) -> None:
-        one_length = len(self.cfg_t) == len(self.prev_scales) == len(self.text_scales) >= 1
-        rising = all(a <= b for a, b in itertools.pairwise(self.cfg_t))
-        finite = all(map(math.isfinite, (*self.prev_scales, *self.text_scales)))
-        require(one_length and self.cfg_t[0] <= 0 and rising and finite,
-                f"guidance tables must have one length, rise from t = 0 and be finite: cfg_t {self.cfg_t}, "
-                f"prev_scales {self.prev_scales}, text_scales {self.text_scales}")
-        for kind, known in (("special", SPECIAL_TOKENS), ("negative", NEGATIVE_TOKENS)):
-            for name in getattr(self, f"{kind}_tokens"):
-                require(name in known, f"unknown {kind} token {name!r}: choose from {', '.join(known)}")
+        check_sampler_config(self, SPECIAL_TOKENS, NEGATIVE_TOKENS)
 
 
 class Preset(NamedTuple):
@@ -279,14 +220,16 @@ class Preset(NamedTuple):
     sampler: SamplerConfig
 
 
-_24B = dict(num_layers=48, hidden_size=6144, num_heads=48, ffn_size=16384, gated_ffn=True, in_channels=32,
-            out_channels=32, x_scale=0.1)
-_TINY = dict(num_layers=6, hidden_size=192, num_heads=6, num_kv_heads=2, head_dim=32, ffn_size=768,
-             text_dim=128, text_length=64, null_length=8, dtype="float32")
-_BASE_24B = dict(num_steps=32, height=720, width=1280)
+_24B: dict[str, Any] = dict(
+    num_layers=48, hidden_size=6144, num_heads=48, ffn_size=16384, gated_ffn=True, in_channels=32,
+    out_channels=32, x_scale=0.1)
+_TINY: dict[str, Any] = dict(
+    num_layers=6, hidden_size=192, num_heads=6, num_kv_heads=2, head_dim=32, ffn_size=768,
+    text_dim=128, text_length=64, null_length=8, dtype="float32")
+_BASE_24B: dict[str, Any] = dict(num_steps=32, height=720, width=1280)
 # Official configs say 16 steps for the distilled 24B and 64 for the distilled 4.5B. Here it is 16 for
 # both: 64, 32, 16 and 8 steps are all trained budgets, and 16 take a quarter of the time.
-_DISTILL = dict(num_steps=16, distilled=True)
+_DISTILL: dict[str, Any] = dict(num_steps=16, distilled=True)
 _DISTILL_24B = _DISTILL | dict(width=1280)
 # fmt: off
 PRESETS = {                                        # the model zoo (model card)
@@ -528,7 +471,7 @@ class VAETransformer(nn.Module):
         self.blocks = nn.ModuleList(VAEBlock(cfg) for _ in range(cfg.depth))
         self.norm = nn.LayerNorm(cfg.embed_dim)
 
-    def positions(self, size: tuple[int, int, int]) -> Tensor:
+    def positions(self, size: tuple[int, ...]) -> Tensor:
         """The position table resampled to another (T, H, W); the class token has no place to resample."""
         if size == self.grid:
             return self.pos_embed
@@ -569,7 +512,7 @@ class VAEDecoder(VAETransformer):
         self.patch = dict(pt=cfg.patch_length, ph=cfg.patch_size, pw=cfg.patch_size)
         self.proj_in = nn.Linear(cfg.z_chans, cfg.embed_dim)
         width = cfg.out_features
-        self.final = nn.Identity()
+        self.final: nn.Module = nn.Identity()
         if cfg.use_final_proj:
             self.final = nn.Sequential(nn.Linear(cfg.embed_dim, width), nn.LayerNorm(width))
         # The shuffle leaves each pixel a few channels; a convolution over them hides the patches' seams.
@@ -592,7 +535,8 @@ class VAE(nn.Module):
 
     def __init__(self, cfg: VAEConfig):
         super().__init__()
-        self.cfg, self.ops = cfg, TORCH_OPS
+        self.cfg = cfg
+        self.ops: Ops = TORCH_OPS
         self.patch = (cfg.patch_length, cfg.patch_size, cfg.patch_size)
         self.encoder = VAEEncoder(cfg)
         self.decoder = VAEDecoder(cfg)
@@ -622,8 +566,8 @@ class VAE(nn.Module):
             return self.encoder(video, self.ops)[0]
 
         def encode_tile(window: Sequence[slice]) -> Tensor:
-            pixels = [slice(w.start * p, w.stop * p) for w, p in zip(window, self.patch, strict=True)]
-            return self.encoder(video[(..., *pixels)], self.ops)[0]
+            t, h, w = (slice(s.start * p, s.stop * p) for s, p in zip(window, self.patch, strict=True))
+            return self.encoder(video[:, :, t, h, w], self.ops)[0]
 
         size = [s // p for s, p in zip(video.shape[2:], self.patch, strict=True)]
         return self._tiled(encode_tile, size, tile, overlap, scale=1, neighbour="blended")
@@ -635,7 +579,8 @@ class VAE(nn.Module):
             return self.decoder(latent, self.ops)
 
         def decode_tile(window: Sequence[slice]) -> Tensor:
-            return self.decoder(latent[(..., *window)], self.ops)
+            t, h, w = window
+            return self.decoder(latent[:, :, t, h, w], self.ops)
 
         return self._tiled(decode_tile, latent.shape[2:], tile, overlap, self.cfg.patch_size, neighbour="raw")
 
@@ -660,9 +605,11 @@ class VAE(nn.Module):
         pieces = []
         for frame in frames:
             tiles = iter(self.map_tiles(fn, [(frame, row, column) for row in rows for column in columns]))
-            above, joined = [], []                       # the row above, as this one blends with it
+            above: list[Tensor] = []                     # the row above, as this one blends with it
+            joined = []
             for _ in rows:
-                seen, row = [], []                       # this row as its neighbours see it, as it is kept
+                seen: list[Tensor] = []                  # this row as its neighbours blend with it
+                row = []                                 # and as it is kept
                 for i in range(len(columns)):
                     raw = out = next(tiles)
                     if above:
@@ -733,8 +680,8 @@ class T5:
             require(file.is_file(), f"no text encoder in {str(self.folder)!r}: {file} does not exist")
         from transformers import T5EncoderModel
 
-        model, info = T5EncoderModel.from_pretrained(self.folder, dtype=self.dtype, local_files_only=True,
-                                                     output_loading_info=True)
+        read: Any = T5EncoderModel.from_pretrained
+        model, info = read(self.folder, dtype=self.dtype, local_files_only=True, output_loading_info=True)
         missing = sorted(set(info["missing_keys"]) - {"encoder.embed_tokens.weight"})  # it is shared.weight
         require(not missing, f"the text encoder in {str(self.folder)!r} lacks {len(missing)} tensor(s), such "
                 f"as {missing[:1]}: convert it again")                       # transformers would draw them
@@ -904,6 +851,8 @@ class FP8Linear(nn.Module):
     input is divided by a smoothing scale per channel, which moves outliers from activations to weights.
     """
 
+    input_scale: Tensor
+
     def __init__(self, in_features: int, out_features: int, kind: str):
         super().__init__()
         assert kind in ("tensor", "channel"), kind
@@ -915,7 +864,7 @@ class FP8Linear(nn.Module):
 
     def forward(self, x: Tensor, ops: Ops = TORCH_OPS) -> Tensor:            # (..., in) -> (..., out), bf16
         divide = self.input_scale if self.smooth_scale is None else self.smooth_scale
-        return ops.fp8_matmul(x, self.weight, divide, self.input_scale[0] * self.weight_scale)
+        return ops.fp8_matmul(x, self.weight, divide, self.input_scale[:1] * self.weight_scale)
 
 
 def _linear(cfg: DiTConfig, index: int, n_in: int, n_out: int, kind: str, otherwise: type[Linear] = Linear
@@ -1052,7 +1001,8 @@ class DiT(nn.Module):
 
     def __init__(self, cfg: DiTConfig):
         super().__init__()
-        self.cfg, self.ops = cfg, TORCH_OPS                  # set ops = get_ops("triton") for fast kernels
+        self.cfg = cfg
+        self.ops: Ops = TORCH_OPS                            # set it to get_ops("triton") for fast kernels
         D, cond, p = cfg.hidden_size, cfg.cond_size, cfg.patch_size
         self.patch_embed = nn.Conv3d(cfg.in_channels, D, (1, p, p), (1, p, p), bias=False)
         self.time_embed = nn.Sequential(nn.Linear(256, cond), nn.SiLU(), nn.Linear(cond, cond))
@@ -1182,7 +1132,7 @@ def timestep_grid(num_steps: int, shortcut_mode: str = "8,16,16") -> Tensor:
     return shift_time(s**2)
 
 
-def kv_range(cfg: SamplerConfig, grid_index: int, chunk: int | None = None) -> float:
+def kv_range(cfg: SamplerConfig, grid_index: int, chunk: int = -1) -> float:
     """How many chunks a noisy chunk sees, itself included, at a step of its own time grid; inf: all.
 
     `chunk` counts generated chunks: it selects an exception of cfg.kv_ranges_at.
@@ -1281,7 +1231,8 @@ def plan(cfg: SamplerConfig, chunks: int | None, prefix_chunks: int = 0,
     0: t 0.30, sees 0..; 1: t 0.10, sees 0..; 2: t 0.02, sees 0..
     0: t 1.00, sees 0..; 1: t 0.30, sees 0..; 2: t 0.10, sees 0..
     """
-    K, P, window = math.inf if chunks is None else chunks, prefix_chunks, cfg.window
+    P, window = prefix_chunks, cfg.window
+    K = sys.maxsize if chunks is None else chunks
     config_of = config_of or (lambda chunk: cfg)
     per_stage = cfg.num_steps // window
     grid = timestep_grid(cfg.num_steps, cfg.shortcut_mode).tolist()
@@ -1316,7 +1267,7 @@ def plan(cfg: SamplerConfig, chunks: int | None, prefix_chunks: int = 0,
         reads += [oldest_seen(cfg, c) for c in to_come if newest < c < K]
         return min(reads)
 
-    for stage in itertools.count() if chunks is None else range(K - P + window - 1 if K > P else 0):
+    for stage in range(K - P + window - 1 if K > P else 0):
         active = range(max(P, P + stage - window + 1), min(P + stage + 1, K))
         oldest, newest = active[0], active[-1]
         just_left = oldest - 1 if stage >= window else None
@@ -1453,8 +1404,10 @@ def sample(dit: DiT, text: Tensor | Iterator[tuple], text_mask: Tensor | None, s
     return _Run(dit, cfg, K, P, text, table, prefix, noise, skip).stream(progress or (lambda _: None))
 
 
-def _one_by_one(text: Tensor, mask: Tensor, expected: tuple[int, int]) -> Iterator[tuple[Tensor, Tensor]]:
+def _one_by_one(text: Tensor, mask: Tensor | None, expected: tuple[int, ...]) -> Iterator[tuple]:
     """Text (L, C) or (chunks, L, C), and its mask, checked -> an iterator over chunks."""
+    require(isinstance(mask, Tensor), "text needs its text_mask, which says which rows are not padding")
+    assert mask is not None
     texts, masks = (text[None], mask[None]) if text.dim() == 2 else (text, mask)
     require(texts.shape[1:] == expected and masks.shape == texts.shape[:2] and len(texts) > 0,
             f"text {tuple(text.shape)} and text_mask {tuple(mask.shape)} must be {expected} and "
@@ -1483,7 +1436,7 @@ class _Run:
         self.branches = DISTILLED_BRANCHES if cfg.distilled else BASE_BRANCHES
         self.cache = KVCache()
         self.asked: dict[int, Asked] = {}                                    # of the chunks in flight
-        self.last: tuple | None = None                                       # what the newest chunk asked for
+        self.last: tuple = ()                                                # what the newest chunk asked for
 
     @torch.no_grad()
     def stream(self, progress: Callable[[Progress], None]) -> Iterator[tuple[int, Tensor]]:
@@ -1511,7 +1464,7 @@ class _Run:
         """Guided velocity of every noisy chunk; the keys of clean ones are stored on the way."""
         noisy = step.noisy
         shares = {c.chunk: branch_shares(self.ask(c.chunk).cfg, c, is_oldest=c == noisy[0]) for c in noisy}
-        v = {}
+        v, zero = {}, torch.zeros((), device=self.prefix.device)
         for name, branch in self.branches.items():
             wanted = [chunk for chunk, share in shares.items() if share[name] != 0 or not self.skip]
             if branch.stores:
@@ -1519,7 +1472,7 @@ class _Run:
             alone = [c._replace(first_seen=c.chunk) for c in noisy if c.chunk in wanted]
             inputs = alone if branch.alone else needed(wanted, step.chunks)
             v[name] = self.forward(inputs, branch, step.d, x)
-        return {chunk: sum(weight * v[name][chunk] for name, weight in share.items() if weight != 0)
+        return {chunk: sum((weight * v[name][chunk] for name, weight in share.items() if weight != 0), zero)
                 for chunk, share in shares.items()}
 
     def forward(self, inputs: Sequence[ChunkInput], branch: Branch, d: float, x: dict[int, Tensor]
@@ -1542,10 +1495,15 @@ class _Run:
         """Text and config of a chunk; the first question takes the next item, and the last item goes on."""
         if chunk not in self.asked:
             self.last = next(self.texts, self.last)
-            require(self.last is not None, "there is no prompt: give at least one, which may be empty")
-            text, mask, *cfg = self.last
+            require(self.last, "there is no prompt: give at least one, which may be empty")
+            text, mask, *own = self.last
+            require(text.shape == self.null.shape and mask.shape == text.shape[:1],
+                    f"text {tuple(text.shape)} and text_mask {tuple(mask.shape)} of chunk {chunk - self.P} "
+                    f"must be {tuple(self.null.shape)} and ({len(self.null)},)")
+            for cfg in own:
+                check_own_config(cfg, self.cfg)
             valid = mask.to(self.null.device).bool().long()
-            self.asked[chunk] = Asked(text.to(self.null), valid, *(cfg or [self.cfg]))
+            self.asked[chunk] = Asked(text.to(self.null), valid, *(own or [self.cfg]))
         return self.asked[chunk]
 
     def caption(self, chunk: int) -> tuple[Tensor, Tensor]:
@@ -1648,6 +1606,20 @@ class Prompt(NamedTuple):
     settings: dict = {}                  # fields of SamplerConfig for guidance: text_scales, prev_scales
 
 
+def check_prompt(item: Any) -> None:
+    fine = isinstance(item, str) or isinstance(item, Prompt) and isinstance(item.text, str)
+    require(fine, f"a prompt is of type {type(item).__name__}: give captions, Prompts, or the (text, mask) "
+            f"of encode_text")
+
+
+def with_settings(cfg: SamplerConfig, settings: dict[str, Any]) -> SamplerConfig:
+    """The config with some fields replaced; ValueError for a field that it does not have."""
+    known = [field.name for field in dataclasses.fields(SamplerConfig)]
+    unknown = ", ".join(settings.keys() - set(known))
+    require(not unknown, f"unknown setting {unknown}: choose from {', '.join(known)}")
+    return dataclasses.replace(cfg, **settings)
+
+
 class MAGI:
     """The one object a user holds: text, image and video to video, streamed chunk by chunk.
 
@@ -1679,10 +1651,7 @@ class MAGI:
         num_steps, height, width. Raises ValueError for bad ones before anything is computed, and later
         FloatingPointError if the model gives what is not finite.
         """
-        known = [field.name for field in dataclasses.fields(SamplerConfig)]
-        unknown = ", ".join(settings.keys() - set(known))
-        require(not unknown, f"unknown setting {unknown}: choose from {', '.join(known)}")
-        cfg = dataclasses.replace(sampler or self.sampler, **settings)
+        cfg = with_settings(sampler or self.sampler, settings)
         num_frames = math.inf if cfg.num_frames is None else cfg.num_frames
         pixels = None
         if image is not None or video is not None:
@@ -1690,7 +1659,7 @@ class MAGI:
 
             image = None if image is None else media.to_image(image)
             video = None if video is None else media.to_video(video)
-            clip = media.prefix_clip(image, video, prefix_frames)
+            clip: Any = media.prefix_clip(image, video, prefix_frames)
             pixels = media.fit_frames(clip, cfg.height, cfg.width, fit)
         if cfg.num_frames is not None:       # whole latent frames; an image's own is among those emitted
             latents = math.ceil(num_frames / FRAMES_PER_LATENT) - (image is not None)
@@ -1706,21 +1675,28 @@ class MAGI:
         run(torch.zeros(channels, latents, *size) if latents else None)      # it checks, and computes nothing
         return self._frames(run, pixels, image is not None, num_frames)
 
-    def _texts(self, prompt: Any, cfg: SamplerConfig) -> tuple[Any, Tensor | None]:
+    def _texts(self, prompt: Any, cfg: SamplerConfig) -> Any:
         """What `sample` takes as text and text_mask."""
-        if isinstance(prompt, str):
+        if isinstance(prompt, str | Prompt):
             prompt = [prompt]
+        require(isinstance(prompt, Iterable), f"the prompt {prompt!r} is neither a caption nor several")
         if isinstance(prompt, Sequence):
             require(len(prompt) > 0,
                     "the prompt is an empty list: give at least one caption, which may be ''")
-            plain = isinstance(prompt[0], Tensor)
-            return prompt if plain else self.encode_text(list(prompt))
+            if len(prompt) == 2 and all(isinstance(u, Tensor) for u in prompt):
+                return prompt
+            if all(isinstance(item, str) for item in prompt):
+                return self.encode_text(list(prompt))
+            for item in prompt:
+                check_prompt(item)
 
         def one_by_one(config: SamplerConfig) -> Iterator[tuple[Tensor, Tensor, SamplerConfig]]:
-            said, encoded = None, None
+            said: str | None = None
+            encoded: Any = None
             for chunk, item in enumerate(prompt):
+                check_prompt(item)
                 item = Prompt(item) if isinstance(item, str) else item
-                config = dataclasses.replace(config, **item.settings)
+                config = with_settings(config, item.settings)
                 here = shot_transition(config, chunk, item.transition) if item.transition else config
                 if item.text != said:                    # text that is encoded already is used again
                     said, encoded = item.text, self.encode_text([item.text])

@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import os
 import signal
+import sys
 
 
 def leave(*_) -> None:
@@ -31,6 +32,8 @@ if __name__ == "__main__":
     # Threads that wait for each other sleep instead of spinning, which on a busy machine keeps the very
     # thread they wait for from running. OpenMP reads this when PyTorch is imported.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    if sys.flags.optimize > 1:                                               # transformers needs docstrings
+        os.execve(sys.executable, [sys.executable, *sys.argv], os.environ | {"PYTHONOPTIMIZE": ""})
 
 import argparse
 import contextlib
@@ -38,7 +41,6 @@ import dataclasses
 import json
 import math
 import re
-import sys
 import time
 import warnings
 from collections.abc import Callable
@@ -540,6 +542,7 @@ def generate(frames, cfg, chunks: float, out: Path, device: str) -> int:
                 made, last = made + len(chunk), time.perf_counter() - start
                 first = first or last
     except KeyboardInterrupt:
+        signal.signal(signal.SIGINT, signal.SIG_IGN)                         # once is enough
         code = 130
     except OSError as error:
         say(f"error: cannot write {str(out)!r}: {error}")
@@ -549,8 +552,8 @@ def generate(frames, cfg, chunks: float, out: Path, device: str) -> int:
         code = 1
     finally:
         bar.close()
-    signal.signal(signal.SIGINT, signal.SIG_IGN)                             # what is made will be finished
-    writer.close()
+    with contextlib.suppress(KeyboardInterrupt), uninterrupted():            # what is made will be finished
+        writer.close()
     how = {0: "", 1: "stopped: ", 130: "interrupted: "}[code]
     pace = last / max(1, made) * cfg.fps
     word = "faster" if pace < 1 else "slower"

@@ -11,6 +11,7 @@ import json
 import math
 import os
 import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -21,6 +22,7 @@ from common import (
     QUICK,
     SMALL,
     bad,
+    counted_tokens,
     golden,
     golden_dit,
     golden_run,
@@ -34,6 +36,7 @@ from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 
 import magi
+import training
 
 os.environ["TRITON_INTERPRET"] = "1"  # kernels run on the CPU, in Triton's interpreter
 
@@ -79,12 +82,13 @@ def test_forward_equals_recorded_intermediates():
         for hook in hooks:
             hook.remove()
     angles = magi.rotary_angles(dit.rope_bands, torch.arange(18), 2, 3)
+    self_attention, cross_attention = seen["attend"].chunk(2, dim=-1)
     ours = seen | {
         "velocity": velocity,
         "rope": torch.cat([angles.sin(), angles.cos()], 1),
         "condition": dit.condition(g["t"][None], torch.ones(1, 3, dtype=torch.bool))[0],
-        "layer.0.self_attn": seen["attend"][0][0],
-        "layer.0.cross_attn": seen["attend"][1][0],
+        "layer.0.self_attn": self_attention[0],
+        "layer.0.cross_attn": cross_attention[0],
     }
     parts = "patches t_embed condition rope layer.0.self_attn layer.0.cross_attn".split()
     for name in [*parts, "layer.0", "layer.1", "layer.2", "velocity"]:
@@ -130,12 +134,25 @@ def test_time_grid_equals_table(key):
 @pytest.mark.parametrize(
     "table", SCHEDULE["windows"], ids=lambda w: f"{w['num_chunks']}-{w['window']}-{w['prefix_chunks']}"
 )
-def test_stages_equal_table(table):
-    stages = list(magi.stages(table["num_chunks"], table["prefix_chunks"], table["window"]))
-    assert [s.chunks[0] for s in stages] == table["chunk_start"]
-    assert [s.chunks[-1] + 1 for s in stages] == table["chunk_end"]
-    assert [s.own_stage[-1] for s in stages] == table["stage_start"]
-    assert [s.own_stage[0] + 1 for s in stages] == table["stage_end"]
+def test_plan_equals_table(table):
+    """The chunks of every stage and how far each has come; a stage has two steps here."""
+    K, P, window = table["num_chunks"], table["prefix_chunks"], table["window"]
+    cfg = magi.SamplerConfig(num_steps=2 * window, window=window, kv_ranges=())
+    grid, steps = magi.timestep_grid(2 * window).tolist(), list(magi.plan(cfg, K, P))
+    if P > 0:  # all given chunks are stored before anything else
+        assert [c.chunk for c in steps[0].chunks if c.clean] == [*range(P)] and not steps[0].noisy
+        steps = steps[1:]
+    assert len(steps) == 2 * len(table["chunk_start"])
+    for half, part in enumerate((steps[::2], steps[1::2])):
+        assert [s.noisy[0].chunk for s in part] == table["chunk_start"]
+        assert [s.noisy[-1].chunk + 1 for s in part] == table["chunk_end"]
+        assert [grid.index(s.noisy[-1].t) for s in part] == [2 * m + half for m in table["stage_start"]]
+        assert [grid.index(s.noisy[0].t) + 2 for s in part] == [2 * m + half for m in table["stage_end"]]
+        for step in part:
+            assert [c.chunk for c in step.noisy] == [*range(step.noisy[0].chunk, step.noisy[-1].chunk + 1)]
+            at = [grid.index(c.t) for c in step.noisy]
+            assert all(a - b == 2 for a, b in itertools.pairwise(at))
+            assert [c.dt for c in step.noisy] == [grid[i + 1] - grid[i] for i in at]
 
 
 @pytest.mark.parametrize("raw, clean", json.loads((GOLDENS / "captions.json").read_text()))
@@ -160,21 +177,32 @@ def test_attention_is_the_formula():
 def test_block_attention_is_masked_attention():
     q, k, v = torch.randn(2, 12, 4, 8), torch.randn(2, 12, 4, 8), torch.randn(2, 12, 4, 8)
     cached = torch.randn(2, 3, 4, 8), torch.randn(2, 3, 4, 8)
-    ranges = torch.tensor([[0, 6], [6, 9], [3, 12], [9, 15]])
-    out = magi.block_attention(q, k, v, ranges[None], cached)
-    torch.testing.assert_close(magi.block_attention(q, k, v, ranges.expand(2, -1, -1), cached), out)
+    spans = torch.tensor([[0, 6], [6, 9], [3, 12], [9, 15]])
+    cache = magi.KVCache()
+    cache.write(0, *cached)
+    cache.chunks += [1]  # three tokens, of the chunk before 2..5
+    ctx = SimpleNamespace(ops=magi.TORCH_OPS, spans=spans[None], cache=cache)
+    ctx.chunks, ctx.first, ctx.store = [2, 3, 4, 5], 1, 0
+    out = magi.CachedAttention(0)(q, k, v, ctx)
+    ctx.spans = spans.expand(2, -1, -1)
+    torch.testing.assert_close(magi.CachedAttention(0)(q, k, v, ctx), out)
     k, v = torch.cat([cached[0], k], 1), torch.cat([cached[1], v], 1)
+    torch.testing.assert_close(magi.block_attention(q, k, v, spans[None]), out)
+    into = torch.zeros(2, 12, 2, 4, 8)  # a place with strides, as both attentions of a layer have one
+    assert magi.block_attention(q, k, v, spans[None], into[:, :, 1]).data_ptr() == into[:, :, 1].data_ptr()
+    torch.testing.assert_close(into[:, :, 1], out)
+    assert not into[:, :, 0].any()
     mask = torch.full((12, 15), -math.inf)
-    for i, (start, end) in enumerate(ranges.tolist()):
+    for i, (start, end) in enumerate(spans.tolist()):
         mask[3 * i : 3 * i + 3, start:end] = 0
     scores = torch.einsum("bnhd, bmhd -> bhnm", q, k) / 8**0.5 + mask
     torch.testing.assert_close(torch.einsum("bhnm, bmhd -> bnhd", scores.softmax(-1), v), out)
-    # ranges of their own for each clip of a batch, and the way tiny/train.py computes it
+    # spans of their own for each clip of a batch, and the way tiny/train.py computes it
     other = torch.tensor([[0, 3], [0, 3], [6, 9], [0, 15]])
-    both = magi.block_attention(q, k, v, torch.stack([ranges, other]))
+    both = magi.block_attention(q, k, v, torch.stack([spans, other]))
     torch.testing.assert_close(both[:1], out[:1])
     torch.testing.assert_close(both[1:], magi.block_attention(q, k, v, other[None])[1:])
-    torch.testing.assert_close(train.block_attention(q, k, v, torch.stack([ranges, other])), both)
+    torch.testing.assert_close(train.block_attention(q, k, v, torch.stack([spans, other])), both)
     short = torch.tensor([[[0, 3], [4, 9], [9, 12], [9, 15]]]).expand(2, -1, -1)  # few keys each: gathered
     expected = magi.block_attention(q, k, v, short)
     torch.testing.assert_close(train.block_attention(q, k, v, short), expected)
@@ -200,7 +228,8 @@ def test_cached_equals_uncached():
     texts, masks = torch.randn(1, 3, 14, 12), mask.expand(1, 3, -1)
     whole = dit(x, t, texts, masks, first_seen=[0, 0, 0])
     store = magi.KVCache()
-    dit(x[:, :, :6], t[:, :1], texts[:, :1], masks[:, :1], chunks=[0], cache=store, write=[0])
+    dit(x[:, :, :6], t[:, :1], texts[:, :1], masks[:, :1], chunks=[0], cache=store, store=1)
+    assert store.chunks == [0] and store.kv.keys() == {0, 1}
     rest = dit(
         x[:, :, 6:], t[:, 1:], texts[:, 1:], masks[:, 1:], chunks=[1, 2], first_seen=[0, 0], cache=store
     )
@@ -232,6 +261,42 @@ def test_missing_history_is_an_error():
         dit(x, t, text[None, None], mask[None, None], chunks=[3], first_seen=[2])
 
 
+@pytest.mark.parametrize("dtype, bar", [(torch.float32, 1e-6), (torch.bfloat16, 4e-3)])
+def test_float32_products_are_float32(dtype, bar):
+    """Wo of a bf16 model. Without gradients a CPU may round the sum to bf16, as after every other layer."""
+    torch.manual_seed(0)
+    layer, x = magi.Float32Linear(64, 24, dtype), torch.randn(5, 64).to(dtype)
+    exact = x.double() @ layer.weight.double().T
+    assert layer(x).dtype == torch.float32 and relative(layer(x), exact) < 1e-6
+    with torch.no_grad():
+        assert layer(x).dtype == torch.float32 and relative(layer(x), exact) < bar
+
+
+def test_a_backend_is_set_on_a_model_and_reaches_every_layer():
+    called = set()
+
+    def counting(name):
+        return lambda *a, **k: called.add(name) or getattr(magi.TORCH_OPS, name)(*a, **k)
+
+    names = [field.name for field in dataclasses.fields(magi.Ops) if field.name != "name"]
+    ops = magi.Ops("counting", **{name: counting(name) for name in names})
+    torch.manual_seed(0)
+    dit = magi.DiT(dataclasses.replace(SMALL, num_layers=3, gated_ffn=True, fp8=True, dtype="bfloat16"))
+    x, t, text = torch.randn(1, 16, 6, 4, 4), torch.full((1, 1), 0.3), torch.randn(1, 1, 14, 12)
+    expected = dit(x, t, text, torch.ones(1, 1, 14))
+    assert dit.ops is magi.TORCH_OPS and not called
+    dit.ops = ops
+    assert torch.equal(dit(x, t, text, torch.ones(1, 1, 14)), expected)
+    vae = magi.VAE(magi.VAEConfig(video_size=16, embed_dim=16, depth=1, num_heads=2, use_final_proj=True))
+    assert called == {*names} - {"attention"} and vae.ops is magi.TORCH_OPS
+    vae.ops = ops
+    vae.encode(torch.randn(1, 3, 4, 16, 16))
+    assert called == {*names}
+    called.clear()
+    vae.decode(torch.randn(1, 16, 1, 2, 2))
+    assert called == {"attention"}
+
+
 def test_latents_one_patch_wide_are_refused():
     dit, text, mask, _ = small()
     with bad("at least 2x2"):
@@ -251,27 +316,42 @@ def test_cache_does_not_grow_with_the_video(ranges, window, kept):
     assert peak[6] == peak[24] == kept * one_chunk
 
 
+def write(cache: magi.KVCache, chunk: int, k: torch.Tensor, v: torch.Tensor) -> None:
+    """Store a chunk in a cache of one layer, as a forward does."""
+    cache.write(0, k, v)
+    cache.chunks.append(chunk)
+
+
 def test_evicted_chunks_are_freed():
     cache = magi.KVCache()
     for i in range(3):
-        cache.write(0, i, torch.randn(1, 5, 2, 8), torch.randn(1, 5, 2, 8))
+        write(cache, i, torch.randn(1, 5, 2, 8), torch.randn(1, 5, 2, 8))
     cache.evict(2)
-    assert sum(u.untyped_storage().nbytes() for u in cache.layers[0][1:]) == cache.bytes
+    assert sum(u.untyped_storage().nbytes() for u in cache.kv[0]) == cache.bytes == 2 * 5 * 2 * 8 * 4
 
 
 def test_the_cache_gives_views():
     torch.manual_seed(5)
     cache, chunks = magi.KVCache(), torch.randn(4, 2, 3, 1, 8)
     for i, u in enumerate(chunks):
-        cache.write(0, i, u, -u)
-    k, v = cache.read(0, before=3)
+        write(cache, i, u, -u)
+    k, v = cache.read(0, 0, before=3)
     assert torch.equal(k, torch.cat([*chunks[:3]], 1)) and torch.equal(v, -k)
-    assert k.data_ptr() == cache.layers[0][1].data_ptr() and cache.chunks(before=3) == [0, 1, 2]
+    assert k.data_ptr() == cache.kv[0][0].data_ptr() and cache.between(-math.inf, 3) == [0, 1, 2]
+    k, v = cache.read(0, 1, before=3)  # from the first chunk that is asked for
+    assert torch.equal(k, torch.cat([*chunks[1:3]], 1)) and torch.equal(v, -k)
+    assert k.untyped_storage().data_ptr() == cache.kv[0][0].untyped_storage().data_ptr()
     cache.evict(2)
-    assert cache.chunks(before=9) == [2, 3] and cache.bytes == 2 * 4 * chunks[2:].numel()
-    assert torch.equal(cache.read(0, before=3)[0], chunks[2]) and cache.read(0, before=2) is None
+    assert cache.chunks == [2, 3] and cache.bytes == 2 * 4 * chunks[2:].numel()
+    assert torch.equal(cache.read(0, 0, before=3)[0], chunks[2]) and cache.read(0, 0, before=2) is None
     cache.evict(9)
-    assert cache.chunks(before=9) == [] and cache.bytes == 0 and cache.read(0, before=9) is None
+    assert cache.chunks == [] and cache.bytes == 0 and cache.read(0, 0, before=9) is None
+
+
+def test_what_is_written_does_not_keep_the_forward_in_memory():
+    cache, whole = magi.KVCache(), torch.randn(1, 60, 2, 8)
+    write(cache, 0, whole[:, :5], whole[:, :5])
+    assert [u.untyped_storage().nbytes() for u in cache.kv[0]] == [5 * 2 * 8 * 4] * 2
 
 
 # ---------------------------------------------------------------------------------------------------- sampler
@@ -297,8 +377,8 @@ def samplers(draw) -> tuple[magi.SamplerConfig, int]:
         distilled=draw(st.booleans()) and (n != 12 or window in (1, 2, 4)),
         prev_scales=draw(TABLES),
         text_scales=draw(TABLES),
-        special_tokens=tuple(draw(st.sets(st.sampled_from(magi.SPECIAL_TOKENS)))),
-        negative_tokens=tuple(draw(st.sets(st.sampled_from(magi.NEGATIVE_TOKENS)))),
+        special_tokens=tuple(draw(st.sets(st.sampled_from([*magi.SPECIAL_TOKENS])))),
+        negative_tokens=tuple(draw(st.sets(st.sampled_from([*magi.NEGATIVE_TOKENS])))),
         num_frames=draw(st.integers(4, 100)),
         height=32,
         width=32,
@@ -312,9 +392,11 @@ def samplers(draw) -> tuple[magi.SamplerConfig, int]:
 def test_any_run_emits_what_it_should_and_skipping_changes_nothing(drawn):
     cfg, frames = drawn
     prefix = torch.randn(16, frames, 4, 4) if frames else None
-    fast, slow = [], []
-    out = run_small(cfg, fast, prefix=prefix)
-    full = run_small(cfg, slow, prefix=prefix, skip=False)
+    steps = []
+    with counted_tokens(small()[0]) as fast:
+        out = run_small(cfg, steps, prefix=prefix)
+    with counted_tokens(small()[0]) as slow:
+        full = run_small(cfg, prefix=prefix, skip=False)
     K = math.ceil((cfg.num_frames // 4 + frames) / 6)
     assert list(out) == list(full) == list(range(K - frames // 6))
     for i in out:
@@ -322,7 +404,7 @@ def test_any_run_emits_what_it_should_and_skipping_changes_nothing(drawn):
         assert out[i].shape == (16, 6 - given_here, 4, 4)
         torch.testing.assert_close(out[i], full[i], rtol=1e-3, atol=1e-3)
     if out:
-        assert fast[-1].tokens <= slow[-1].tokens and fast[-1].step == fast[-1].total == len(fast)
+        assert sum(fast) <= sum(slow) and steps[-1].step == steps[-1].total == len(steps)
 
 
 @settings(max_examples=15)
@@ -338,23 +420,26 @@ def test_the_ring_forgets_only_what_is_never_read_again(drawn):
 
 
 def test_zero_branches_are_skipped_and_counted():
-    fast, slow = [], []
     cfg = dataclasses.replace(QUICK, num_steps=16, num_frames=96)
-    out, full = run_small(cfg, fast), run_small(cfg, slow, skip=False)
-    assert fast[-1].tokens < 0.85 * slow[-1].tokens
+    with counted_tokens(small()[0]) as fast:
+        out = run_small(cfg)
+    with counted_tokens(small()[0]) as slow:
+        full = run_small(cfg, skip=False)
+    assert sum(fast) < 0.85 * sum(slow)
     for i in out:
         torch.testing.assert_close(out[i], full[i], rtol=1e-4, atol=1e-4)
     # Without any guidance only the branch that writes the cache is left.
     alone = dataclasses.replace(cfg, prev_scales=(1.0,) * 5, text_scales=(0.0,) * 5)
-    some = []
-    run_small(alone, some)
+    with counted_tokens(small()[0]) as some:
+        run_small(alone)
     refreshed = 3  # 3 of the 4 chunks are computed once more
-    assert some[-1].tokens == (4 * 16 + refreshed) * 6 * 2 * 2
+    assert sum(some) == (4 * 16 + refreshed) * 6 * 2 * 2
 
 
 def test_needed_follows_the_keys():
     def chunks(wanted, first):
-        return [s.chunk for s in magi.needed(wanted, [magi.Seat(c, 0.5, f) for c, f in first.items()])]
+        inputs = [magi.ChunkInput(c, 0.5, 0.1, first_seen) for c, first_seen in first.items()]
+        return [c.chunk for c in magi.needed(wanted, inputs)]
 
     assert chunks([], {3: 3, 4: 3, 5: 3}) == []
     assert chunks([5], {2: 2, 3: 2, 4: 4, 5: 4}) == [4, 5]
@@ -383,19 +468,100 @@ def test_endless_run_streams_until_stopped():
     assert all(same(got[i], finite[i]) for i in range(6))
 
 
-def test_oldest_read_by_hand():
+@settings(max_examples=60)
+@given(samplers())
+def test_plan_holds_together(drawn):
+    """Pure; every chunk runs once over its grid, in order; what is read is there; nothing is read again once
+    it is forgotten."""
+    cfg, frames = drawn
+    K, P = magi.count_chunks(cfg.num_frames, frames)
+    steps = list(magi.plan(cfg, K, P))
+    assert steps == list(magi.plan(cfg, K, P))
+    grid, d = (f(cfg.num_steps, cfg.shortcut_mode) for f in (magi.timestep_grid, magi.shortcut_d))
+    assert [s.enters for s in steps if s.enters is not None] == [*range(P, K)]
+    assert [s.done for s in steps if s.done is not None] == [*range(P, K)]
+    for chunk in range(P, K):
+        shown = [(s, c) for s in steps for c in s.noisy if c.chunk == chunk]
+        assert [c.t for _, c in shown] == grid[:-1].tolist() and shown[0][0].enters == chunk
+        assert sum(c.dt for _, c in shown) == pytest.approx(1) and shown[-1][0].done == chunk
+        assert [s.d for s, _ in shown] == d  # the same in every stage
+    stored, forgotten = [], -math.inf
+    for step in steps:
+        forgotten = max(forgotten, step.forget)
+        stored = [c for c in stored if c >= forgotten]
+        here = [c.chunk for c in step.chunks]
+        clean = [c.chunk for c in step.chunks if c.clean]
+        assert here == sorted(set(here)) and here[: len(clean)] == clean
+        assert all(c.t == cfg.clean_t and c.dt == 0 for c in step.chunks if c.clean)
+        for c in step.chunks:
+            assert 0 <= c.first_seen <= c.chunk and {*range(c.first_seen, c.chunk)} <= {*stored, *here}
+        stored += clean
+
+
+def test_chunks_look_back_as_their_own_configs_say_asked_when_they_enter():
+    cfg, asked = magi.SamplerConfig(num_steps=4), []
+    cut = magi.shot_transition(cfg, 3)
+
+    def config_of(chunk: int) -> magi.SamplerConfig:
+        asked.append(chunk)
+        return cut if chunk == 3 else cfg
+
+    expected = magi.plan(cut, 6, 0)
+    for step in magi.plan(cfg, 6, 0, config_of):
+        same_step = next(expected)
+        assert step._replace(forget=0) == same_step._replace(forget=0)
+        newest = max(c.chunk for c in step.chunks)
+        assert step.enters is None or max(asked) == newest  # no earlier, so that a late prompt is in time
+    assert next(expected, None) is None and [*magi.plan(cfg, 6, 0)] != [*magi.plan(cut, 6, 0)]
+
+
+def test_an_endless_plan_begins_like_a_finite_one():
+    cfg = magi.SamplerConfig(num_steps=8)
+    endless = itertools.islice(magi.plan(cfg, None, 2), 33)
+    assert [s.chunks for s in endless] == [s.chunks for s in itertools.islice(magi.plan(cfg, 40, 2), 33)]
+
+
+def test_shares_of_the_branches_are_the_formula():
     cfg = magi.SamplerConfig()
-    *_, stage = itertools.islice(magi.stages(None, 0, 4), 8)  # chunks 4..7, 3 is refreshed
-    assert stage.chunks == (4, 5, 6, 7) and magi.oldest_read(cfg, stage) == 3
-    first = next(magi.stages(None, 6, 4))  # after 6 prefix chunks: 6 alone sees 2..6
-    assert magi.oldest_read(cfg, first, 6) == 2
-    assert magi.oldest_read(dataclasses.replace(cfg, kv_ranges=()), stage) == -math.inf
+    at = lambda t, first_seen=3: magi.ChunkInput(4, t, 0.01, first_seen)
+    assert magi.branch_shares(cfg, at(0.05), True) == {"text": 7.5, "previous": 1.5 - 7.5, "nothing": 1 - 1.5}
+    assert magi.branch_shares(cfg, at(0.5), False) == {"text": 0.0, "previous": 1.0, "nothing": 0.0}
+    alone = magi.branch_shares(cfg, at(0.05, first_seen=4), True)  # "previous" and "nothing" are one
+    assert alone == {"text": 7.5, "previous": 1 - 7.5, "nothing": 0.0}
+
+
+@pytest.mark.parametrize("num_steps", [8, 12, 16, 32, 64])
+def test_the_oldest_chunk_is_run_alone_too_in_all_of_its_last_quarter(num_steps):
+    cfg = magi.SamplerConfig(num_steps=num_steps, distilled=True)
+    grid = magi.timestep_grid(num_steps).tolist()
+    for i, t in enumerate(grid[:-1]):
+        c = magi.ChunkInput(4, t, 0.01, first_seen=3)
+        shares = magi.branch_shares(cfg, c, is_oldest=True)
+        assert shares["alone"] == pytest.approx(0.3 if i >= 3 * num_steps // 4 else 0)
+        assert shares["text"] + shares["alone"] == 1
+        assert magi.branch_shares(cfg, c, is_oldest=False) == {"text": 1, "alone": 0}
+        without_past = c._replace(first_seen=4)
+        assert magi.branch_shares(cfg, without_past, is_oldest=True) == {"text": 1, "alone": 0}
+
+
+def test_what_may_be_forgotten_by_hand():
+    def stage_8(cfg: magi.SamplerConfig) -> magi.Step:
+        """Of an endless run, the step in which chunks 4..7 are in flight and 3 is computed once more."""
+        step = next(itertools.islice(magi.plan(cfg, None), 7 * cfg.num_steps // 4, None))
+        assert [c.chunk for c in step.chunks] == [3, 4, 5, 6, 7] and step.chunks[0].clean
+        return step
+
+    cfg = magi.SamplerConfig()
+    assert stage_8(cfg).forget == 3
+    first = next(magi.plan(cfg, None, 6))  # after 6 prefix chunks: 6 alone sees 2..6
+    assert first.forget == 2 and [c.chunk for c in first.chunks] == [2, 3, 4, 5]
+    assert stage_8(dataclasses.replace(cfg, kv_ranges=())).forget == -math.inf
     cuts = dataclasses.replace(
         cfg, kv_ranges=(8, 4, 3, 2), kv_ranges_at=((7, (1, 1, 3, 2)), (8, (1, 1, 3, 2)))
     )
-    assert magi.oldest_read(cuts, stage) == 2  # chunk 9, behind two cuts, will look back to 2
+    assert stage_8(cuts).forget == 2  # chunk 9, behind two cuts, will look back to 2
     far = dataclasses.replace(cfg, kv_ranges_at=((9, (9, 1)),))  # chunk 9 will look back to chunk 1
-    assert magi.oldest_read(far, stage) == 1
+    assert stage_8(far).forget == 1
 
 
 def test_bad_tensors_are_refused_at_the_call():
@@ -403,7 +569,8 @@ def test_bad_tensors_are_refused_at_the_call():
     for more, message in (
         (dict(prefix=torch.zeros(8, 1, 4, 4)), "prefix must be .16, T, H, W."),
         (dict(noise=torch.zeros(16, 6, 4, 4)), "noise must be .16, 18, 4, 4. for a run of 3"),
-        (dict(special_tokens={}), "special token 'hq' needs 'hq_token'"),
+        (dict(special_tokens={}), "needs the special token 'hq_token', .* has only nothing"),
+        (dict(special_tokens={"hq_token": tokens["hq_token"]}), "'duration_token_1', .* has only hq_token:"),
         (dict(special_tokens=tokens | {"duration_token_1": torch.zeros(12)}), "shape .12,., not .1, 12."),
     ):
         with bad(message):
@@ -441,7 +608,8 @@ def test_first_chunk_is_yielded_before_later_ones_are_done():
 
 def test_no_more_latents_are_held_than_are_in_flight(monkeypatch):
     held, velocity = [], magi._Run.velocity
-    monkeypatch.setattr(magi._Run, "velocity", lambda run, *a: held.append(len(run.x)) or velocity(run, *a))
+    keep = lambda run, step, x: held.append(len(x)) or velocity(run, step, x)
+    monkeypatch.setattr(magi._Run, "velocity", keep)
     run_small(dataclasses.replace(QUICK, num_frames=240))
     assert max(held) == QUICK.window + 1
 
@@ -478,32 +646,114 @@ def test_captions_reach_their_own_chunks():
     assert all(same(two[i], last_goes_on[i]) for i in two)
 
 
+def run_of_three(cfg: magi.SamplerConfig, prefix_chunks: int = 0) -> magi._Run:
+    """A run of the small model over three chunks, before its first step."""
+    dit, text, mask, tokens = small()
+    prefix = torch.zeros(16, 6 * prefix_chunks, 4, 4)
+    return magi._Run(dit, cfg, 3, prefix_chunks, iter([(text, mask)]), tokens, prefix, None, skip=True)
+
+
+def test_late_prompts_equal_a_list():
+    """An iterator is asked by each chunk when it enters; its last item goes on."""
+    _, text, mask, _ = small()
+    cfg = dataclasses.replace(QUICK, num_frames=120)
+    texts, masks = torch.stack([text, text + 1, text - 1]), torch.stack([mask, mask, torch.zeros_like(mask)])
+    expected, events = run_small(cfg, text=texts, mask=masks), []
+
+    def late():
+        for i, item in enumerate(zip(texts, masks, strict=True)):
+            events.append(f"asked by {i}")
+            yield item
+
+    dit, *_, tokens = small()
+    for i, latents in magi.sample(dit, late(), None, cfg, special_tokens=tokens):
+        events.append(f"{i} is done")
+        assert same(latents, expected[i])
+    assert events == [*(f"asked by {i}" for i in range(3)), *(f"{i} is done" for i in range(5))]
+    one_by_one = dataclasses.replace(cfg, window=1, kv_ranges=(2,))
+    events.clear()
+    for i, _ in magi.sample(dit, late(), None, one_by_one, special_tokens=tokens):
+        events.append(f"{i} is done")
+    assert events[:4] == ["asked by 0", "0 is done", "asked by 1", "1 is done"]
+
+
+def test_a_late_chunk_may_have_its_own_guidance_and_ranges():
+    dit, text, mask, tokens = small()
+    own = lambda *configs: dict(
+        magi.sample(dit, iter([(text, mask, c) for c in configs]), None, QUICK, special_tokens=tokens)
+    )
+    cut = magi.shot_transition(QUICK, 1)
+    expected, out = run_small(cut), own(QUICK, cut)
+    assert all(same(out[i], expected[i]) for i in expected)
+    plain, out = run_small(QUICK), own(QUICK, QUICK, dataclasses.replace(QUICK, text_scales=(0.0,) * 5))
+    assert same(out[0], plain[0]) and not torch.allclose(out[2], plain[2])
+    for change, message in (
+        (dict(num_steps=8), "num_steps 8 of one chunk is not its run's 4"),
+        (dict(special_tokens=()), "special_tokens"),
+        (dict(kv_ranges=()), "look further back"),
+        (dict(kv_ranges_at=((2, (1, 6, 1, 1)),)), "kv_ranges .1, 6, 1, 1. of one chunk look further back"),
+    ):
+        with bad(message):
+            own(QUICK, dataclasses.replace(QUICK, **change))
+
+
+def test_late_prompts_that_do_not_fit_are_refused():
+    dit, text, mask, tokens = small()
+    for items, message in (
+        ([], "there is no prompt"),
+        (
+            [(text, mask), (text[1:], mask[1:])],
+            "text .13, 12. and .* of chunk 1 must be .14, 12.",
+        ),
+        ([(text, mask[1:])], "text_mask .13,. of chunk 0"),
+    ):
+        with bad(message):
+            dict(magi.sample(dit, iter(items), None, QUICK, special_tokens=tokens))
+
+
+def test_progress_shows_the_chunks_in_flight():
+    dit, text, mask, tokens = small()
+    steps, shown = [], []
+    more = dict(special_tokens=tokens, prefix=torch.randn(16, 6, 4, 4))  # chunk 0 is given
+    progress = lambda p: steps.append(p) or shown.append(dict(p.latents))
+    out = dict(magi.sample(dit, text, mask, QUICK, progress=progress, **more))
+    assert [p.step for p in steps] == [*range(1, len(steps) + 1)]
+    assert [p.now for p in steps] == [step for step in magi.plan(QUICK, 4, 1) if step.noisy]
+    for p, latents in zip(steps, shown, strict=True):
+        assert [*latents] == [c.chunk for c in p.now.noisy] and p.chunk == p.now.noisy[0].chunk - 1
+        if p.now.done is not None:
+            assert torch.equal(latents[p.now.done][0], out[p.now.done - 1])
+
+
 def test_special_tokens_are_fields_and_on_by_default():
     assert magi.SamplerConfig().special_tokens == ("hq", "duration")
     default = run_small(QUICK)
     for names in ((), ("hq",), ("duration",), ("hq", "duration", "3d")):
         assert not torch.allclose(run_small(dataclasses.replace(QUICK, special_tokens=names))[0], default[0])
     # the last chunk carries duration_1, the one before duration_2
-    _, text, mask, tokens = small()
-    conditions = magi.TextConditions(small()[0], text, mask, QUICK, tokens, num_chunks=3, prefix_chunks=0)
-    assert torch.equal(conditions.caption(2)[0][0], tokens["duration_token_1"][0])
-    assert torch.equal(conditions.caption(1)[0][0], tokens["duration_token_2"][0])
-    assert torch.equal(conditions.caption(2)[0][1], tokens["hq_token"][0])
-    assert conditions.caption(2)[1].sum() == mask.sum() + 2
+    text, mask, tokens = small()[1:]
+    run = run_of_three(QUICK)
+    assert torch.equal(run.caption(2)[0][0], tokens["duration_token_1"][0])
+    assert torch.equal(run.caption(1)[0][0], tokens["duration_token_2"][0])
+    assert torch.equal(run.caption(2)[0][1], tokens["hq_token"][0])
+    assert torch.equal(run.caption(2)[0][2:], text[:-2]) and run.caption(2)[1].sum() == mask.sum() + 2
+    assert torch.equal(run_of_three(QUICK, prefix_chunks=1).caption(2)[0][0], tokens["duration_token_1"][0])
 
 
 def test_special_tokens_stand_in_the_official_order():
     names = ["static_first_frames_token", "dynamic_first_frames_token", "borderness_token", "hq_token"]
     names += ["three_d_model_token", "two_d_anime_token", "duration_token_3"]
+    assert magi.token_names({*magi.SPECIAL_TOKENS}, magi.SPECIAL_TOKENS, remaining=3) == names
+    assert magi.token_names(["duration"], magi.SPECIAL_TOKENS, remaining=math.inf) == ["duration_token_8"]
     table = small()[3]
-    vectors = magi.token_vectors({*magi.SPECIAL_TOKENS}, magi.SPECIAL_TOKENS, table, remaining=3)
-    assert all(u is table[name] for u, name in zip(vectors, names, strict=True))
+    rows, _ = run_of_three(dataclasses.replace(QUICK, special_tokens=(*magi.SPECIAL_TOKENS,))).caption(0)
+    assert torch.equal(rows[:7], torch.cat([table[name] for name in reversed(names)]))
 
 
 def test_negative_tokens_stand_in_front_of_the_null_text():
-    dit, text, mask, tokens = small()
+    dit, *_, tokens = small()
     cfg = dataclasses.replace(QUICK, negative_tokens=("logo", "caption"))
-    rows, valid = magi.TextConditions(dit, text, mask, cfg, tokens, 3, 0).null
+    rows, valid = run_of_three(cfg).null_text()
     assert torch.equal(rows, torch.cat([tokens["logo_token"], tokens["caption_token"], dit.null_text[:12]]))
     assert valid.sum() == SMALL.null_length
     assert not torch.allclose(run_small(cfg)[0], run_small(QUICK)[0])
@@ -534,11 +784,11 @@ def test_nearly_clean_blend_is_a_field():
 def test_kv_ranges_by_quarter_and_for_clean_chunks():
     cfg = magi.SamplerConfig()
     assert [magi.kv_range(cfg, i) for i in (0, 15, 16, 31, 32, 47, 48, 63)] == [5, 5, 4, 4, 3, 3, 2, 2]
-    assert magi.clean_range(cfg, False) == magi.clean_range(cfg, True) == 1
+    assert magi.clean_kv_range(cfg) == magi.clean_kv_range(cfg, prefix=True) == 1
     last = dataclasses.replace(cfg, clean_kv_range=-1)
-    assert magi.clean_range(last, False) == magi.clean_range(last, True) == 2
+    assert magi.clean_kv_range(last) == magi.clean_kv_range(last, prefix=True) == 2
     empty = dataclasses.replace(last, kv_ranges=())
-    assert magi.clean_range(empty, False) == math.inf and magi.clean_range(empty, True) == 8
+    assert magi.clean_kv_range(empty) == math.inf and magi.clean_kv_range(empty, prefix=True) == 8
 
 
 def test_guidance_buckets_begin_at_their_edges():
@@ -571,21 +821,127 @@ def test_odd_tiles_cover_everything_and_blend():
     for tile in ((4, 16, 16), (4, 16, 32), (8, 32, 16)):
         z = vae.encode(x, tile)
         assert z.shape == (1, 4, 1, 7, 10) and vae.decode(z, tile).shape == x.shape
-    calls, one = [], (1, 1, 1)
-    number = lambda u: calls.append(u.shape[-2:]) or torch.full_like(u, len(calls))
-    blended = magi._tiled(number, torch.zeros(1, 1, 1, 7, 7), one, one, (1, 4, 4), 0.25, blend_blended=False)
+    calls = []
+
+    def number(window: tuple[slice, ...]) -> torch.Tensor:
+        calls.append(shape_of(window))
+        return torch.full((1, 1, *shape_of(window)), float(len(calls)))
+
+    blended = vae._tiled(number, (1, 7, 7), (4, 16, 16), 0.25, scale=1, neighbour="raw")
     assert blended.shape[-1] == 7
-    assert calls[:3] == [(4, 4), (4, 4), (4, 1)]  # a third tile beyond the second's end
+    assert calls[:3] == [(1, 4, 4), (1, 4, 4), (1, 4, 1)]  # a third tile beyond the second's end
     row = torch.tensor([1.0, 1.0, 1.0, 1.0, 2.0, 2.0, 2.0])  # the overlap starts at weight 0
     torch.testing.assert_close(blended[0, 0, 0, 0], row)
 
 
+def shape_of(window: tuple[slice, ...]) -> tuple[int, ...]:
+    return tuple(part.stop - part.start for part in window)
+
+
 def test_tile_strides_are_rounded_down():
-    starts, one = [], (1, 1, 1)
-    note = lambda u: starts.append(u.flatten()[0].item()) or u
-    row = torch.arange(8.0).expand(1, 1, 1, 1, 8)
-    magi._tiled(note, row, one, one, (1, 5, 5), 0.25, blend_blended=False)
+    starts = []
+    note = lambda window: starts.append(window[2].start) or torch.zeros(1, 1, *shape_of(window))
+    golden_vae()._tiled(note, (1, 1, 8), (4, 20, 20), 0.25, scale=1, neighbour="raw")
     assert starts == [0, 3, 6]  # int(5 * 0.75) = 3
+
+
+def tiled_by_hand(
+    net, x: torch.Tensor, tile: list[int], stride: list[int], unit: list[int], out: int, blended: bool
+) -> torch.Tensor:
+    """Section 3 of the specification, in its own words: row by row, tile and stride in latents.
+
+    unit: entries of x for each latent, per axis; out: rows of the result for each latent.
+    """
+    size = [n // u for n, u in zip(x.shape[2:], unit, strict=True)]
+    cut = lambda axis, start: slice(start * unit[axis], (start + tile[axis]) * unit[axis])
+    times = []
+    for t in range(0, size[0], tile[0]):
+        raw, done, rows = {}, {}, []
+        places = [(i, j) for i in range(0, size[1], stride[1]) for j in range(0, size[2], stride[2])]
+        for i, j in places:
+            raw[i, j] = net(x[:, :, cut(0, t), cut(1, i), cut(2, j)])
+            done[i, j] = raw[i, j].clone()
+        neighbour = done if blended else raw
+        for i, j in places:
+            new = done[i, j]
+            for axis, before in ((-2, (i - stride[1], j)), (-1, (i, j - stride[2]))):
+                if before in raw:
+                    old = neighbour[before].movedim(axis, 0)
+                    now, overlap = new.movedim(axis, 0), (tile[axis] - stride[axis]) * out
+                    width = min(overlap, len(old), len(now))
+                    for k in range(width):  # the new tile has weight k / width
+                        now[k] = (1 - k / width) * old[len(old) - width + k] + k / width * now[k]
+        for i in range(0, size[1], stride[1]):
+            row = [done[i, j] for j in range(0, size[2], stride[2])]
+            rows.append(torch.cat([u[..., : stride[1] * out, : stride[2] * out] for u in row], -1))
+        times.append(torch.cat(rows, -2))
+    return torch.cat(times, 2)
+
+
+def assert_tiled_by_hand(vae: magi.VAE, size: list[int], tile: list[int], overlap: float, *tiling) -> None:
+    """Encoding and decoding (T, H, W) latents equals the tiler above; `tiling` is what the VAE is told."""
+    stride = [tile[0], *(int(n * (1 - overlap) + 1e-9) for n in tile[1:])]
+    video = torch.randn(1, 3, *(n * p for n, p in zip(size, vae.patch, strict=True)))
+    latent = torch.randn(1, vae.cfg.z_chans, *size)
+    with torch.no_grad():
+        mean = lambda x: vae.moments(x)[0]
+        encoded = tiled_by_hand(mean, video, tile, stride, [*vae.patch], 1, blended=True)
+        assert relative(vae.encode(video, *tiling), encoded) < 1e-5, size
+        decoded = tiled_by_hand(vae.decoder, latent, tile, stride, [1, 1, 1], vae.patch[1], blended=False)
+        assert relative(vae.decode(latent, *tiling), decoded) < 1e-5, size
+
+
+def tiny_vae() -> magi.VAE:
+    """A VAE of random weights whose patch is the released one's."""
+    torch.manual_seed(1)
+    cfg = magi.VAEConfig(
+        video_size=32, embed_dim=16, depth=1, num_heads=2, use_final_proj=True, mlp_ratio=1.0
+    )
+    return magi.VAE(cfg).eval().requires_grad_(False)
+
+
+@pytest.mark.parametrize("height", [184, 192, 200, 248, 256, 264])
+def test_sizes_on_both_sides_of_stride_and_tile(height):
+    """Tiles of 256 start at 0, 192, ...: beyond 192 there is a second one, though the first holds it all."""
+    vae = tiny_vae()
+    for width in (184, 200, 256):
+        assert_tiled_by_hand(vae, [1, height // 8, width // 8], [3, 32, 32], 0.25)
+        video, latent = torch.randn(1, 3, 4, height, width), torch.randn(1, 16, 1, height // 8, width // 8)
+        size = max(height, width)
+        off = relative(vae.decode(latent), vae.decode(latent, tile=None))
+        assert off < 1e-6 if size <= 192 else off > 1e-4
+        # At 200 the second tile is one latent long, and that one latent has weight 0.
+        off = relative(vae.encode(video), vae.encode(video, tile=None))
+        assert off < 1e-6 if size <= 200 else off > 1e-4
+
+
+@settings(max_examples=30)
+@given(
+    st.tuples(st.integers(1, 5), st.integers(1, 17), st.integers(1, 17)),
+    st.tuples(st.integers(1, 3), st.sampled_from([1, 2, 4, 5, 8]), st.sampled_from([1, 3, 4, 8])),
+    st.sampled_from([0.0, 0.2, 0.25, 0.5, 0.75]),
+)
+def test_any_tiling_is_the_specifications(size, tile, overlap):
+    vae = golden_vae()
+    if all(int(n * (1 - overlap) + 1e-9) >= 1 for n in tile[1:]):
+        in_pixels = tuple(n * p for n, p in zip(tile, vae.patch, strict=True))
+        assert_tiled_by_hand(vae, [*size], [*tile], overlap, in_pixels, overlap)
+
+
+def test_tiles_can_be_dealt_out():
+    """parallel.py puts another `map` here: it gets all tiles of a time slice at once."""
+    vae, video, calls = golden_vae(), torch.randn(1, 3, 12, 40, 40), []
+    expected = vae.encode(video, (8, 32, 32))
+
+    def backwards(fn, windows):
+        calls.append(len(windows))
+        return [*map(fn, windows[::-1])][::-1]
+
+    vae.map_tiles = backwards
+    try:
+        assert torch.equal(vae.encode(video, (8, 32, 32)), expected) and calls == [4, 4]
+    finally:
+        vae.map_tiles = map
 
 
 def test_vae_refuses_what_it_cannot_encode():
@@ -634,7 +990,7 @@ def close(ours: torch.Tensor, reference: torch.Tensor, exact: torch.Tensor, leas
 
 @st.composite
 def attention_problem(draw):
-    """Ragged chunks, each with some non-empty range of its own, over cached and new keys."""
+    """Chunks with some non-empty span of their own, over cached and new keys, joined."""
     batch, chunks, c = draw(st.integers(1, 2)), draw(st.integers(1, 3)), draw(st.integers(1, 21))
     heads, group = draw(st.integers(1, 2)), draw(st.integers(1, 3))
     hd = draw(st.sampled_from([16, 32, 48, 64, 128]))
@@ -647,23 +1003,23 @@ def attention_problem(draw):
     size = draw(st.sampled_from([1e-3, 1.0, 8.0]))
     generator = torch.Generator().manual_seed(draw(st.integers(0, 1000)))
     make = lambda n, h: (size * torch.randn(batch, n, h, hd, generator=generator)).to(dtype)
-    q, k, v = make(chunks * c, heads * group), make(new, heads), make(new, heads)
-    cached = (make(old, heads), make(old, heads)) if old else None
-    return q, k, v, torch.tensor(spans).reshape(-1, chunks, 2), cached
+    q, k, v = make(chunks * c, heads * group), make(old + new, heads), make(old + new, heads)
+    return q, k, v, torch.tensor(spans).reshape(-1, chunks, 2)
 
 
 @kernel_settings
 @given(attention_problem())
 def test_flash_attention_and_its_gradients_are_those_of_the_formula(kernels, problem):
-    q, k, v, ranges, cached = problem
+    *tensors, spans = problem
+    q, k, v = tensors
     results = []
     for attend, dtype in (
         (kernels.block_attention, q.dtype),
         (magi.block_attention, q.dtype),
         (magi.block_attention, torch.float64),
     ):
-        inputs = [u.detach().to(dtype).requires_grad_() for u in (q, k, v, *(cached or ()))]
-        out = attend(*inputs[:3], ranges, tuple(inputs[3:]) or None)
+        inputs = [u.detach().to(dtype).requires_grad_() for u in tensors]
+        out = attend(*inputs, spans)
         weight = torch.randn(out.shape, generator=torch.Generator().manual_seed(1))
         grads = torch.autograd.grad((out.double() * weight).sum(), inputs)
         results.append([out.detach(), *grads])
@@ -686,8 +1042,8 @@ def test_flash_attention_returns_log_sum_exp(kernels):
 @pytest.mark.parametrize(
     "change, message",
     [
-        (dict(ranges=[[2, 2]]), "empty|at least one key|range"),
-        (dict(ranges=[[0, 99]]), "range|keys"),
+        (dict(spans=[[2, 2]]), "span .2, 2. of chunk 0 is empty .*at least one"),
+        (dict(spans=[[0, 99]]), "span .0, 99. of chunk 0 .*leaves the 6 keys"),
         (dict(hd=24), "multiple of 16"),
         (dict(dtype=torch.float64), "float64"),
     ],
@@ -696,7 +1052,7 @@ def test_flash_attention_refuses(kernels, change, message):
     hd, dtype = change.get("hd", 16), change.get("dtype", torch.float32)
     q, k, v = (torch.zeros(1, n, 1, hd, dtype=dtype) for n in (4, 6, 6))
     with pytest.raises(ValueError, match=message):
-        kernels.block_attention(q, k, v, torch.tensor([change.get("ranges", [[0, 6]])]))
+        kernels.block_attention(q, k, v, torch.tensor([change.get("spans", [[0, 6]])]))
 
 
 @kernel_settings
@@ -735,11 +1091,11 @@ def test_fused_steps_and_their_gradients_are_the_references(kernels, shape, widt
     norm, head_norm = magi.LayerNorm1p(width, 1e-6), magi.LayerNorm1p(hd, 1e-6)
     for p in (*norm.parameters(), *head_norm.parameters()):
         torch.nn.init.normal_(p, std=0.3)
-    x, branch = (size * torch.randn(2, 2, n * c, width)).to(dtype).requires_grad_().unbind()
+    x, update = (size * torch.randn(2, 2, n * c, width)).to(dtype).requires_grad_().unbind()
     gate, angles = torch.randn(2, n, width).tanh().to(dtype), torch.randn(n * c, 3 * hd // 8)
     heads = (size * torch.randn(2, n * c, 3, hd)).to(dtype).requires_grad_()
     for name, inputs, wrt in (
-        ("gated_residual", (x, gate, branch, norm), (x, branch, *norm.parameters())),
+        ("gated_residual", (x, gate, update, norm), (x, update, *norm.parameters())),
         ("norm_rotary", (heads, head_norm, angles), (heads, *head_norm.parameters())),
     ):
         outs = [getattr(ops, name)(*inputs) for ops in (kernels, magi)]
@@ -757,12 +1113,15 @@ def test_a_whole_dit_and_a_run_through_the_kernels_equal_the_torch_path(kernels)
     for name, p in plain.named_parameters():
         if "norm" in name:
             torch.nn.init.normal_(p, std=0.1)
-    fast = magi.DiT(plain.cfg, kernels.TRITON_OPS)
+    fast = magi.DiT(plain.cfg)
     fast.load_state_dict(plain.state_dict())
+    fast.ops = kernels.TRITON_OPS
     latents, text, mask = torch.randn(2, 16, 12, 4, 4), torch.randn(2, 2, 14, 12), torch.ones(2, 2, 14)
     losses, grads = [], []
     for dit in (plain, fast):
-        loss = magi.flow_matching_loss(dit, latents, text, mask, generator=torch.Generator().manual_seed(3))
+        loss = training.flow_matching_loss(
+            dit, latents, text, mask, generator=torch.Generator().manual_seed(3)
+        )
         loss.backward()
         losses.append(loss.item())
         grads.append(torch.cat([p.grad.flatten() for p in dit.parameters() if p.grad is not None]))
@@ -777,17 +1136,17 @@ def test_a_whole_dit_and_a_run_through_the_kernels_equal_the_torch_path(kernels)
 
 
 @pytest.mark.parametrize("tma", [False, True])
-def test_attention_reads_nothing_outside_a_range(kernels, tma):
+def test_attention_reads_nothing_outside_a_span(kernels, tma):
     torch.manual_seed(3)
     q, k, v = torch.randn(3, 1, 40, 1, 16)
-    ranges, tiles = torch.tensor([[[3, 24], [3, 24]]]), kernels.Tiles(32, 16, tma=tma)
-    clean, _ = kernels.flash_attention(q, k, v, ranges, None, tiles)
-    torch.testing.assert_close(clean, magi.block_attention(q, k, v, ranges))
+    spans, tiles = torch.tensor([[[3, 24], [3, 24]]]), lambda kernel, _: kernels.Tiles(32, 16, tma=tma)
+    clean, _ = kernels.flash_attention(q, k, v, spans, tiles=tiles)
+    torch.testing.assert_close(clean, magi.block_attention(q, k, v, spans))
     k, v = k.clone(), v.clone()
     for u in (k, v):
         u[:, :3] = u[:, 24:] = math.nan
     inputs = [u.requires_grad_() for u in (q.clone(), k, v)]
-    poisoned, _ = kernels.flash_attention(*inputs, ranges, None, tiles)
+    poisoned, _ = kernels.flash_attention(*inputs, spans, tiles=tiles)
     assert torch.equal(poisoned, clean)
     dq, dk, dv = torch.autograd.grad(poisoned.sum(), inputs)
     assert dq.isfinite().all() and dk.isfinite().all() and dv.isfinite().all()
@@ -799,9 +1158,9 @@ def test_attention_bears_tiny_and_huge_numbers(kernels, size):
     # at 200 scores are some 10^5 apart: e^s would overflow, and all weights but one are zero
     torch.manual_seed(2)
     q, k, v = size * torch.randn(3, 1, 20, 2, 16)
-    ranges = torch.tensor([[[0, 20], [3, 17]]])
-    out, lse = kernels.flash_attention(q, k, v, ranges)
-    assert relative(out, magi.block_attention(*(u.double() for u in (q, k, v)), ranges)) < 1e-5
+    spans = torch.tensor([[[0, 20], [3, 17]]])
+    out, lse = kernels.flash_attention(q, k, v, spans)
+    assert relative(out, magi.block_attention(*(u.double() for u in (q, k, v)), spans)) < 1e-5
     assert lse.isfinite().all()
 
 
@@ -809,16 +1168,17 @@ def test_attention_bears_tiny_and_huge_numbers(kernels, size):
 @settings(max_examples=100, suppress_health_check=list(HealthCheck))
 @given(attention_problem(), st.sampled_from([16, 32, 64]), st.sampled_from([16, 32, 64]), st.booleans())
 def test_attention_is_right_with_any_tiles(kernels, problem, m, n, tma):
-    q, k, v, ranges, cached = problem
-    tiles = kernels.Tiles(m, n, tma=tma and q.shape[-1] != 48)
+    *tensors, spans = problem
+    q, k, v = tensors
+    tiles = lambda kernel, _: kernels.Tiles(m, n, tma=tma and q.shape[-1] != 48)
     results = []
     for dtype, attend in (
-        (q.dtype, lambda *a: kernels.flash_attention(*a, tiles)[0]),
+        (q.dtype, lambda *a: kernels.flash_attention(*a, tiles=tiles)[0]),
         (q.dtype, magi.block_attention),
         (torch.float64, magi.block_attention),
     ):
-        inputs = [u.detach().to(dtype).requires_grad_() for u in (q, k, v, *(cached or ()))]
-        out = attend(*inputs[:3], ranges, tuple(inputs[3:]) or None)
+        inputs = [u.detach().to(dtype).requires_grad_() for u in tensors]
+        out = attend(*inputs, spans)
         weight = torch.randn(out.shape, generator=torch.Generator().manual_seed(1))
         results.append([out.detach(), *torch.autograd.grad((out.double() * weight).sum(), inputs)])
     summed = 0.1 * (weight.abs().max() * max(u.abs().max() for u in (q, k)) * v.abs().max()).item()
@@ -826,53 +1186,79 @@ def test_attention_is_right_with_any_tiles(kernels, problem, m, n, tma):
         close(ours, reference, exact, summed)
 
 
-def test_keys_are_read_where_they_are(kernels, monkeypatch):
-    # cached ones in a longer buffer, as the cache's views are; new ones interleaved, as those of the text are
+def test_keys_that_are_whole_are_read_where_they_are(kernels, monkeypatch):
+    # in a longer buffer, as what is joined of the cache and of this forward may lie
     torch.manual_seed(4)
-    q, buffer, kv = torch.randn(2, 8, 2, 16), torch.randn(2, 30, 1, 16), torch.randn(2, 9, 1, 32)
-    k, v, old = kv[..., :16], kv[..., 16:], (buffer[:, :11], buffer[:, :11])
-    ranges = torch.tensor([[[0, 20], [7, 15]]])
-    expected, plain = magi.block_attention(q, k, v, ranges, old), torch.Tensor.contiguous
+    q, buffer = torch.randn(1, 8, 2, 16), torch.randn(2, 1, 40, 1, 16)
+    k, v = buffer[:, :, 8:28]
+    spans = torch.tensor([[[0, 20], [7, 15]]])
+    expected, plain = magi.block_attention(q, k, v, spans), torch.Tensor.contiguous
     with monkeypatch.context() as patch:
         patch.setattr(torch, "cat", lambda *_, **__: pytest.fail("keys were joined"))
+        patch.setattr(torch.Tensor, "clone", lambda *_, **__: pytest.fail("keys were copied"))
         keep = lambda u, **_: plain(u) if u.is_contiguous() else pytest.fail("keys were copied")
         patch.setattr(torch.Tensor, "contiguous", keep)
-        out = kernels.block_attention(q, k, v, ranges, old)
+        out = kernels.block_attention(q, k, v, spans)
     torch.testing.assert_close(out, expected, rtol=1e-5, atol=1e-6)
+
+
+def test_the_cache_is_joined_in_front_of_new_keys(kernels):
+    # cached ones are views of a longer buffer; new ones are interleaved, as those of the text are
+    torch.manual_seed(4)
+    q, old, kv = torch.randn(2, 8, 2, 16), torch.randn(2, 33, 1, 16), torch.randn(2, 8, 1, 32)
+    k, v = kv[..., :16], kv[..., 16:]
+    cache = magi.KVCache()
+    cache.write(0, old, -old)
+    cache.chunks += [0, 1, 2]  # of 11 tokens each, of which the first two are read
+    spans = torch.tensor([[[0, 30], [7, 15]]])
+    joined = torch.cat([old[:, :22], k], 1), torch.cat([-old[:, :22], v], 1)
+    expected = magi.block_attention(q, *joined, spans)
+    for ops in (kernels.TRITON_OPS, magi.TORCH_OPS):
+        ctx = SimpleNamespace(ops=ops, spans=spans, chunks=[2], first=0, cache=cache, store=0)
+        ours = magi.CachedAttention(0)(q, k, v, ctx)
+        torch.testing.assert_close(ours, expected, rtol=1e-5, atol=1e-6)
 
 
 def test_keys_may_lie_apart_each_in_its_own_way(kernels):
     torch.manual_seed(4)
-    q, kv, old = torch.randn(1, 8, 4, 16), torch.randn(1, 9, 2, 32), torch.randn(2, 1, 11, 2, 16)
-    (k, v), ranges = kv.chunk(2, dim=-1), torch.tensor([[[0, 20], [7, 15]]])
+    q, kv = torch.randn(1, 8, 4, 16), torch.randn(1, 20, 2, 32)
+    (k, v), spans = kv.chunk(2, dim=-1), torch.tensor([[[0, 20], [7, 15]]])
     for keys in ((k, v), (k, v.contiguous()), (k.contiguous(), v)):
-        expected = magi.block_attention(q, *keys, ranges, tuple(old))
-        ours = kernels.block_attention(q, *keys, ranges, tuple(old))
+        expected = magi.block_attention(q, *keys, spans)
+        ours = kernels.block_attention(q, *keys, spans)
         torch.testing.assert_close(ours, expected, rtol=1e-5, atol=1e-6)
 
 
 def test_batches_not_whole_tokens_apart_are_copied(kernels):
     torch.manual_seed(4)
     k = torch.randn(2 * 9 * 32 + 16).as_strided((2, 9, 1, 16), (9 * 32 + 16, 32, 16, 1))
-    q, ranges = torch.randn(2, 8, 1, 16), torch.tensor([[[0, 9], [2, 5]]])
-    expected = magi.block_attention(q, k, k, ranges)
-    torch.testing.assert_close(kernels.block_attention(q, k, k, ranges), expected, rtol=1e-5, atol=1e-6)
+    q, spans = torch.randn(2, 8, 1, 16), torch.tensor([[[0, 9], [2, 5]]])
+    expected = magi.block_attention(q, k, k, spans)
+    torch.testing.assert_close(kernels.block_attention(q, k, k, spans), expected, rtol=1e-5, atol=1e-6)
 
 
 def test_plans_cover_every_query_and_key_once_longest_first(kernels):
-    ranges = (((0, 50), (17, 30), (30, 90)), ((5, 6), (0, 90), (40, 41)))
-    plan = kernels.query_plan(ranges, 2, 100, 70, 20, 16, (20, 70))
-    assert sorted(row + i for row, count, *_ in plan for i in range(count)) == list(range(200))
-    lengths = [old + new for *_, old, _, new in plan]
+    spans = (((0, 50), (17, 30), (30, 90)), ((5, 6), (0, 90), (40, 41)))
+    plan = kernels.query_plan(spans, 2, 99, 90, 16)
+    assert sorted(row + i for row, count, *_ in plan for i in range(count)) == list(range(198))
+    for row, count, first, number in plan:
+        b, query = divmod(row, 99)
+        start, end = spans[b][query // 33]
+        assert (query + count - 1) // 33 == query // 33 and (first, number) == (b * 90 + start, end - start)
+    lengths = [number for *_, number in plan]
     assert lengths == sorted(lengths, reverse=True) and min(lengths) >= 1
-    tiles, runs = kernels.key_plan(ranges, 2, 100, 70, 20, 16, 20, 70)
-    assert sorted(row + i for row, count, *_ in tiles for i in range(count)) == list(range(140))
+    tiles, runs = kernels.key_plan(spans, 2, 99, 90, 16)
+    assert sorted(row + i for row, count, *_ in tiles for i in range(count)) == list(range(180))
     for row, count, first, number in tiles:
-        b, key = divmod(row, 70)
-        queries = [(b * 100 + start, min(34, 100 - start)) for start in (0, 34, 68)]
+        b, key = divmod(row, 90)
+        queries = [(b * 99 + start, 33) for start in (0, 33, 66)]
         for i in range(count):  # every key of a tile has the same readers
-            readers = [u for u, (s, e) in zip(queries, ranges[b], strict=True) if s <= key + 20 + i < e]
+            readers = [u for u, (s, e) in zip(queries, spans[b], strict=True) if s <= key + i < e]
             assert runs[first : first + number] == readers
+    work = [sum(rows for _, rows in runs[first : first + number]) for _, _, first, number in tiles]
+    assert work == sorted(work, reverse=True)
+    with bad("100 queries: one per chunk, all of a size"):
+        kernels.query_plan(spans, 2, 100, 90, 16)
 
 
 def test_every_e4m3_rounding_is_the_references(kernels):
@@ -912,11 +1298,14 @@ def test_an_fp8_model_and_a_vae_through_the_kernels_equal_the_torch_path(kernels
     torch.manual_seed(0)
     cfg = dataclasses.replace(SMALL, num_layers=3, head_dim=16, dtype="bfloat16", fp8=True)
     plain = magi.DiT(cfg).requires_grad_(False)
-    for name, b in plain.named_buffers():
+    fp8 = [(name, p) for name, p in plain.named_parameters() if p.dtype == torch.float8_e4m3fn]
+    assert len(fp8) == 7  # q, k, v, qx, proj, fc1 and fc2 of the middle layer
+    for name, b in (*plain.named_buffers(), *fp8):
         values = torch.randn(b.shape) if name.endswith("weight") else 0.01 + 0.02 * torch.rand(b.shape)
         b.copy_(values.to(b.dtype))
-    fast = magi.DiT(cfg, kernels.TRITON_OPS).requires_grad_(False)
+    fast = magi.DiT(cfg).requires_grad_(False)
     fast.load_state_dict(plain.state_dict())
+    fast.ops = kernels.TRITON_OPS
     x, t = torch.randn(1, 16, 12, 4, 4), torch.tensor([[0.9, 0.2]])
     text, mask = torch.randn(1, 2, 14, 12), (torch.arange(14) < torch.tensor([[[3], [14]]])).long()
     a, b = (dit(x, t, text, mask) for dit in (fast, plain))
@@ -925,15 +1314,17 @@ def test_an_fp8_model_and_a_vae_through_the_kernels_equal_the_torch_path(kernels
     vae_cfg = magi.VAEConfig(
         video_size=32, video_length=4, embed_dim=32, depth=1, num_heads=2, use_final_proj=True
     )
-    plain, fast = magi.VAE(vae_cfg), magi.VAE(vae_cfg, kernels.TRITON_OPS)
+    plain, fast = magi.VAE(vae_cfg), magi.VAE(vae_cfg)
     fast.load_state_dict(plain.state_dict())
+    fast.ops = kernels.TRITON_OPS
     with torch.no_grad():
         video = torch.rand(1, 3, 4, 16, 32)
         assert relative(fast.encode(video), plain.encode(video)) < 1e-5
 
 
 def test_triton_backend_says_what_is_missing(kernels, monkeypatch):
-    monkeypatch.setattr(kernels, "INTERPRETED", magi.SimpleNamespace(value=False))
+    monkeypatch.setattr(kernels, "arch_of", kernels.arch_of.__wrapped__)  # it remembers what it found
+    monkeypatch.setattr(kernels, "INTERPRETED", False)
     q = torch.randn(1, 4, 1, 16)
     for call in (lambda: kernels.attention(q, q, q), lambda: kernels.arch_of("cpu")):
         with bad("needs an NVIDIA GPU.*use 'torch'"):
@@ -949,6 +1340,10 @@ def test_triton_backend_says_what_is_missing(kernels, monkeypatch):
         else:
             with bad("Tesla T4 has 7.5"):
                 kernels.arch_of("cuda")
-    monkeypatch.setitem(sys.modules, "kernels", None)  # as if Triton could not be imported
+    monkeypatch.setitem(sys.modules, "triton", None)  # as if Triton could not be imported
+    monkeypatch.delitem(sys.modules, "magi_kernels")
     with bad("backend 'triton' is not available here.*use 'torch'"):
         magi.get_ops("triton")
+    assert magi.get_ops("auto") is magi.TORCH_OPS and magi.get_ops("auto", "cpu") is magi.TORCH_OPS
+    with bad("backend 'cuda' is not 'auto', 'torch' or 'triton'"):
+        magi.get_ops("cuda")

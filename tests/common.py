@@ -8,6 +8,7 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Iterator
 from dataclasses import asdict
 from functools import cache
 from pathlib import Path
@@ -18,8 +19,10 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+import checkpoints
 import convert_weights as cw
 import magi
+import training
 
 HERE = Path(__file__).parent.parent
 GOLDENS = HERE / "goldens"
@@ -102,7 +105,7 @@ def golden_run(name: str, **changes) -> tuple[magi.DiT, magi.SamplerConfig, dict
     cfg = dataclasses.replace(
         cfg,
         special_tokens=tuple(TOKEN_FLAGS[f] for f in flags if f in TOKEN_FLAGS),
-        negative_tokens=magi.NEGATIVE_TOKENS if "NEG_PROMPT" in flags else (),
+        negative_tokens=tuple(magi.NEGATIVE_TOKENS) if "NEG_PROMPT" in flags else (),
         **changes,
     )
     more = dict(
@@ -161,16 +164,27 @@ def distillation(n: int = 3, **cfg):
     """A random student and another random DiT as its teacher, and shortcut_loss of a seed for them."""
     student, latents, text, mask = training_batch(n)
     teacher = copy.deepcopy(small()[0])
-    cfg = magi.TrainingConfig(**cfg)
+    cfg = training.TrainingConfig(**cfg)
 
     def loss(num_steps: int, seed: int = 0, **more) -> torch.Tensor:
         generator = torch.Generator().manual_seed(seed)
         more = {"teacher": teacher, "cfg": cfg} | more
-        return magi.shortcut_loss(
+        return training.shortcut_loss(
             student, more.pop("teacher"), latents, text, mask, num_steps, generator=generator, **more
         )
 
     return student, teacher, loss
+
+
+@contextlib.contextmanager
+def counted_tokens(dit: torch.nn.Module) -> Iterator[list[int]]:
+    """Within the block, the list gets the number of tokens of each forward of a DiT."""
+    tokens, area = [], dit.cfg.patch_size**2
+    handle = dit.register_forward_hook(lambda m, a, out: tokens.append(a[0][0, 0].numel() // area))
+    try:
+        yield tokens
+    finally:
+        handle.remove()
 
 
 def calls_of(dit: torch.nn.Module) -> list[dict]:
@@ -231,7 +245,7 @@ def train_tokenizer(lines: list[str], vocab_size: int, **where) -> None:
 
 
 def read_folder(folder: Path) -> dict[str, torch.Tensor]:
-    return {k: v for file in magi.weight_files(folder) for k, v in load_file(file).items()}
+    return {k: v for file in checkpoints.weight_files(folder) for k, v in load_file(file).items()}
 
 
 def shades(values) -> np.ndarray:

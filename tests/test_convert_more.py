@@ -229,7 +229,7 @@ def test_files_get_the_mode_that_the_umask_asks_for(umask, mode, tmp_path, monke
 
 
 @pytest.mark.parametrize(
-    "name", [".tmpUK4ZIZ", "model-00002-of-00009.safetensors", "a.unpacked", "config.json"]
+    "name", [".tmpUK4ZIZ", ".77.part", "model-00002-of-00009.safetensors", "a.unpacked", "config.json"]
 )
 def test_what_a_killed_run_left_makes_it_start_over(name, tmp_path):
     src, out = vae_folder(tmp_path / "src"), tmp_path / "out"
@@ -372,6 +372,14 @@ def test_a_run_that_waited_for_another_to_end_does_not_take_its_folder(tmp_path,
     assert bias(out).mean().round() == 1
 
 
+def test_tensors_larger_than_a_file_may_be_get_a_file_each(tmp_path, monkeypatch):
+    monkeypatch.setattr(cw, "SHARD_BYTES", 1)
+    src, out = vae_folder(tmp_path / "src"), tmp_path / "out"
+    assert run_main(cw.main, "vae", src, out)[0] == 0
+    assert len(list(out.glob("model-*.safetensors"))) == len(official_weights("vae"))
+    assert_same(read_folder(out), cw.convert_vae(dict(official_weights("vae"))))
+
+
 def test_a_disk_without_room_is_found_before_a_weight_is_read(tmp_path, monkeypatch):
     src, out = vae_folder(tmp_path / "src"), tmp_path / "out"
     size = sum(tensor.nbytes for tensor in official_weights("vae").values())
@@ -402,6 +410,15 @@ def test_quantize_is_found_beside_the_program_not_in_the_folder_where_it_runs(tm
     command = [sys.executable, str(HERE / "convert_weights.py"), "quantize", "--help"]
     done = subprocess.run(command, cwd=tmp_path, env=environment(), capture_output=True, text=True)
     assert done.returncode == 0 and "--alpha" in done.stdout, done.stderr
+
+
+def test_quantize_looks_at_out_and_the_device_first(tmp_path, monkeypatch):
+    monkeypatch.setattr(cw, "read_header", lambda file: pytest.fail("a header was read"))
+    link = tmp_path / "link"
+    link.symlink_to(tmp_path / "gone")
+    assert_refused(cw.main, ("quantize", HERE / "tiny" / "base", link), f"{link} is a link to", out=link)
+    command = "quantize", HERE / "tiny" / "base", tmp_path / "out", "--device", "tpu"
+    assert_refused(cw.main, command, "device 'tpu' is unknown", out=tmp_path / "out")
 
 
 def test_the_help_lists_every_command(capsys):

@@ -9,10 +9,11 @@ import torch
 from common import CASES, QUICK, SMALL, bad, calls_of, distillation, golden_run, training_batch
 
 import magi
+import training
 
 
 def test_shortcut_step_sizes_are_cyclic():
-    cycle = [magi.shortcut_steps(step) for step in range(22)]
+    cycle = [training.shortcut_steps(step) for step in range(22)]
     assert cycle[:11] == [64] * 8 + [32, 16, 8] and cycle[11:] == cycle[:11]
     with bad("num_steps 12 is not one of"):
         distillation()[2](12)
@@ -24,8 +25,8 @@ def test_two_half_steps_on_a_linear_field_by_hand():
     grid = magi.timestep_grid(16).double()
     x = torch.randn(2, 16, 12, 4, 4, dtype=torch.float64)
     i = torch.tensor([[6, 2], [14, 10]])  # two clips of two chunks, each at its own place of the grid
-    out = magi.two_half_steps(
-        lambda x, t: a * x + magi._per_frame(b * t + c, x), x, [grid[i + k] for k in range(3)]
+    out = training.two_half_steps(
+        lambda x, t: a * x + training._per_frame(b * t + c, x), x, [grid[i + k] for k in range(3)]
     )
     for clip, chunk in itertools.product(range(2), range(2)):
         t0, t1, t2 = grid[i[clip, chunk] : i[clip, chunk] + 3].tolist()
@@ -55,7 +56,7 @@ def test_shortcut_target_is_two_steps_of_the_half_size(num_steps):
         assert torch.equal(second["t"], torch.where(noisy, middle, one["t"]))
         end = fine[(index + 2).clamp(max=2 * num_steps)]
         times = [first["t"], second["t"], torch.where(noisy, end, one["t"])]
-        dt1, dt2 = (magi._per_frame(b - a, one["x"]) for a, b in itertools.pairwise(times))
+        dt1, dt2 = (training._per_frame(b - a, one["x"]) for a, b in itertools.pairwise(times))
         moved = first["x"] + dt1 * first["v"]
         given_frame = (second["x"] != moved).any(1).any(-1).any(-1) & noisy.repeat_interleave(6, 1)  # pasted
         target = (dt1 * first["v"] + dt2 * second["v"]) / (dt1 + dt2)
@@ -115,7 +116,7 @@ def test_no_null_text_for_noisy_chunks_of_the_student():
 def test_an_empty_caption_is_distilled_as_null_text():
     student = distillation()[0]
     calls, (latents, text, mask) = calls_of(student), training_batch()[1:]
-    magi.shortcut_loss(student, student, latents, text, torch.zeros_like(mask), 8)
+    training.shortcut_loss(student, student, latents, text, torch.zeros_like(mask), 8)
     assert all((c["text"] == student.null_text).all() and (c["mask"].sum(-1) == 5).all() for c in calls)
 
 
@@ -123,17 +124,22 @@ def in_the_sampler(dit, cfg: magi.SamplerConfig, text, mask, x, t, d) -> dict[in
     """The velocity of each noisy chunk of one clip (1, 16, T, H, W) as the sampler itself computes it; chunks
     that are clean by their t are taken for a prefix."""
     n, P = t.shape[1], int((t > 0.9998).sum())
-    texts = magi.TextConditions(dit, text, mask, cfg, {}, n, P)
-    run = magi._Run(dit, cfg, texts, x[0, :, : 6 * P], None, skip=False)
+    texts, prefix = zip(text, mask, strict=True), x[0, :, : 6 * P]
+    run = magi._Run(dit, cfg, n, P, texts, {}, prefix, None, skip=False)
     grid = magi.timestep_grid(cfg.num_steps)
-    seats = []
+    noisy, at = [], {c: x[:, :, 6 * c : 6 * c + 6] for c in range(n)}
+    for c in range(P, n):
+        i = int((grid == t[0, c]).nonzero())
+        first_seen = int(max(0, c + 1 - magi.kv_range(cfg, i)))
+        noisy.append(magi.ChunkInput(c, grid[i].item(), grid[i + 1].item() - grid[i].item(), first_seen))
+    # this very moment is in the plan of a run whose prefix are the clean chunks
+    assert noisy in [step.noisy for step in magi.plan(cfg, n, P)]
+    clean = [magi.ChunkInput(c, cfg.clean_t, 0.0, c, clean=True) for c in range(P)]
+    step = magi.Step(tuple(clean), d, enters=None, forget=0, done=None)
     with torch.no_grad():
-        run.prefill(P, 0, d)
-        for c in range(P, n):
-            i = int((grid == t[0, c]).nonzero())
-            seats.append(magi.Seat(c, t[0, c].item(), int(max(0, c + 1 - magi.kv_range(cfg, i)))))
-            run.x[c] = x[:, :, 6 * c : 6 * c + 6]
-        return run.velocity(seats, d)
+        run.velocity(step, at)  # all given chunks are stored
+        assert run.cache.chunks == [*range(P)]
+        return run.velocity(step._replace(chunks=tuple(noisy)), at)
 
 
 def test_teacher_and_student_see_what_the_sampler_shows_them():
@@ -146,7 +152,7 @@ def test_teacher_and_student_see_what_the_sampler_shows_them():
         loss(64, seed, sampler=plain)
         shown, taught = calls[-1], teaching[-1]
         t, P = shown["t"], (shown["t"] > 0.9998).sum(1).tolist()
-        guided = magi.guided_velocity(
+        guided = training.guided_velocity(
             teacher, shown["x"], t, text, mask, t > 0.9998, shown["first_seen"], plain
         )
         assert torch.equal(taught["x"][:2], shown["x"])

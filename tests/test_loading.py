@@ -10,6 +10,7 @@ import torch
 from common import QUICK, bad, run_python, same
 
 import magi
+import media
 
 
 def test_importing_loads_nothing_that_is_not_used():
@@ -50,8 +51,8 @@ def test_pixels_are_rounded(pipe, monkeypatch):
 
 def test_a_video_goes_on_after_its_last_frames(pipe):
     video = np.random.default_rng(0).integers(0, 255, (50, 32, 48, 3), np.uint8)
-    assert np.array_equal(magi.prefix_clip(None, video, 32), video[-32:])
-    assert len(magi.prefix_clip(None, video[:11], 32)) == 8  # in fours
+    assert np.array_equal(media.prefix_clip(None, video, 32), video[-32:])
+    assert len(media.prefix_clip(None, video[:11], 32)) == 8  # in fours
     seen = np.concatenate(list(pipe("a red ball", video=video, num_frames=8)))
     same_end = np.concatenate(list(pipe("a red ball", video=video[-32:], num_frames=8)))
     other_end = np.concatenate(list(pipe("a red ball", video=video[:-8], num_frames=8)))
@@ -61,7 +62,7 @@ def test_a_video_goes_on_after_its_last_frames(pipe):
 def test_four_frames_of_video_are_no_image(pipe):
     """One latent frame is given in both cases, but what goes on after a video does not repeat it."""
     video = np.random.default_rng(0).integers(0, 255, (4, 32, 48, 3), np.uint8)
-    x = pipe.vae.encode(magi.fit_frames(video, 32, 48))[0] * magi.SCALE_FACTOR
+    x = pipe.vae.encode(media.fit_frames(video, 32, 48))[0] * magi.SCALE_FACTOR
     text, mask = pipe.encode_text(["a red ball"])
     cfg = dataclasses.replace(pipe.sampler, num_frames=20)
     latents = dict(magi.sample(pipe.dit, text, mask, cfg, special_tokens=pipe.special_tokens, prefix=x))[0]
@@ -75,7 +76,7 @@ def test_the_image_is_the_first_frame(pipe):
     """The first latent frame stays the image's own, so decoding it gives what the VAE makes of the image."""
     image = np.full((32, 48, 3), 200, np.uint8)
     first = next(iter(pipe("a red ball", image=image, num_frames=24)))
-    x = magi.fit_frames(image[None], 32, 48)
+    x = media.fit_frames(image[None], 32, 48)
     latents = dict(
         magi.sample(
             pipe.dit,
@@ -93,6 +94,63 @@ def test_text_can_be_encoded_once_and_reused(pipe):
     text = pipe.encode_text(["a red ball"])
     again = np.concatenate(list(pipe(text, num_frames=24)))
     assert same(again, np.concatenate(list(pipe("a red ball", num_frames=24))))
+
+
+def test_late_prompts_equal_a_list_and_bring_cuts_and_settings(pipe):
+    captions = ["a red ball", "a blue square", "a blue square"]
+    film = lambda prompt, **more: np.concatenate(list(pipe(prompt, num_frames=72, **more)))
+    expected = film(captions)
+    assert same(film(iter(captions[:2])), expected)  # the last one goes on
+    assert same(film([magi.Prompt("a red ball"), "a blue square"]), expected)
+    cut = film(captions, sampler=magi.shot_transition(pipe.sampler, 1))
+    late = film(iter(["a red ball", magi.Prompt("a blue square", "cut")]))
+    assert same(late, cut) and not same(late, expected)
+    free = dict(text_scales=(0.0,) * 5)
+    changed = film(iter(["a red ball", magi.Prompt("a blue square", settings=free)]))
+    assert same(changed[:24], expected[:24]) and not same(changed[48:], expected[48:])
+
+
+def test_late_prompts_are_asked_for_and_encoded_only_when_a_chunk_enters(pipe, monkeypatch):
+    events, encode = [], pipe.encode_text
+    monkeypatch.setattr(pipe, "encode_text", lambda captions: events.extend(captions) or encode(captions))
+
+    def told():
+        for caption in ("a red ball", "a blue square", "a blue square", "a red ball"):
+            events.append("asked")
+            yield caption
+
+    frames = pipe(told(), num_frames=96, window=1)
+    assert not events
+    for second in frames:
+        events.append(len(second))
+    said = ["asked", "a red ball", 24, "asked", "a blue square", 24, "asked", 24, "asked", "a red ball", 24]
+    assert events == said
+
+
+def test_prompts_of_other_types_are_refused(pipe):
+    for prompt, message in (
+        (5, "the prompt 5 is neither a caption nor several"),
+        (None, "the prompt None is neither"),
+        (["a red ball", 5], "a prompt is of type int: give captions, Prompts, or"),
+        (("a red ball", torch.zeros(3)), "a prompt is of type Tensor"),
+        ([magi.Prompt(None)], "a prompt is of type Prompt"),
+    ):
+        with bad(message):
+            pipe(prompt)
+    late = lambda *items: list(pipe(iter(items), num_frames=48))
+    for item, message in (
+        (5, "a prompt is of type int"),
+        (magi.Prompt("a", "fade"), "transition 'fade' is not"),
+        (magi.Prompt("a", None, {"steps": 8}), "unknown setting steps: choose from num_steps"),
+        (magi.Prompt("a", None, {"num_steps": 8}), "num_steps 8 of one chunk is not its run's 4"),
+        (magi.Prompt("a", None, {"text_scales": (1.0,)}), "one length"),
+    ):
+        with bad(message):
+            late("a red ball", item)
+    with bad("transition at chunk 0"):
+        late(magi.Prompt("a", "cut"))
+    with bad("there is no prompt"):
+        late()
 
 
 def test_bad_calls_are_refused_before_anything_is_computed(pipe):
@@ -124,19 +182,19 @@ def test_broken_folders_are_refused(model_folder, tmp_path):
     weights = work / "base" / "model.safetensors"
     whole = weights.read_bytes()
     weights.write_bytes(whole[: len(whole) // 2])
-    with bad("truncated or corrupt"):
+    with bad("cannot read weights .*model.safetensors., damaged or of another kind"):
         magi.load(work / "base")
     weights.write_bytes(whole)
     config = json.loads((work / "base" / "config.json").read_text())
     tokens = work / "base" / "special_tokens.safetensors"
     whole = tokens.read_bytes()
     tokens.write_bytes(whole[:-9])
-    with bad("special_tokens.safetensors is truncated or corrupt"):
+    with bad("cannot read special tokens .*special_tokens.safetensors., damaged or of another kind"):
         magi.load(work / "base")
     tokens.write_bytes(whole)
     config["dit"]["num_layers"] = 4
     (work / "base" / "config.json").write_text(json.dumps(config))
-    with bad("does not fit its config: it lacks 26"):
+    with bad("does not fit its config .*convert it again.: it lacks 26 tensor.s., such as 'layers.3.attn"):
         magi.load(work / "base")
     config["dit"]["depth"] = 3
     (work / "base" / "config.json").write_text(json.dumps(config))

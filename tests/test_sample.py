@@ -13,6 +13,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -37,7 +38,9 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 import magi
+import media
 import sample
+import training
 
 
 def run_sample(model: Path, *flags) -> int:
@@ -132,8 +135,8 @@ def test_sample_is_reproducible(model_folder, tmp_path):
 
 def test_sample_says_how_fast_it_was(tmp_path, monkeypatch, capsys):
     clock = iter([100.0, 102.0, 112.0])
-    monkeypatch.setattr(sample, "time", magi.SimpleNamespace(perf_counter=lambda: next(clock)))
-    chunks, cfg = [shades([0] * 24), shades([1] * 24)], magi.SimpleNamespace(num_steps=4, window=4, fps=12)
+    monkeypatch.setattr(sample, "time", SimpleNamespace(perf_counter=lambda: next(clock)))
+    chunks, cfg = [shades([0] * 24), shades([1] * 24)], SimpleNamespace(num_steps=4, window=4, fps=12)
     assert sample.generate(lambda progress: iter(chunks), cfg, 2, tmp_path / "a.mp4", "cpu") == 0
     said = capsys.readouterr().out
     assert said.startswith("first chunk after 2.00 s, 3.00 s of computing per second of video (slower than")
@@ -153,12 +156,13 @@ def test_sample_takes_one_prompt_per_chunk(model_folder, tmp_path):
 
 def test_sample_fits_images(model_folder, tmp_path, planned):
     image = model_folder.parent / "image.png"
-    pixels = np.asarray(Image.open(image))
+    pixels, made = Image.open(image), []
     for fit in ("crop", "stretch", "pad"):
         assert run_sample(model_folder, "--image", image, "--fit", fit, "--out", tmp_path / "a.png") == 0
         keywords = planned["frames"].keywords
-        assert keywords["fit"] == fit and (keywords["image"] == pixels).all()
-    crop, stretch, pad = (next(iter(planned["frames"](fit=fit))) for fit in ("crop", "stretch", "pad"))
+        assert (keywords["image"] == media.fitted(pixels, (32, 48), fit)).all()  # is read at the video's size
+        made.append(next(iter(planned["frames"]())))
+    crop, stretch, pad = made
     assert (crop != stretch).any() and (stretch != pad).any() and (pad != crop).any()
 
 
@@ -180,10 +184,10 @@ def test_sample_takes_the_official_flags(model_folder, tmp_path, planned, capsys
     assert planned["out"] == tmp_path / "o.mp4" and planned["chunks"] == 2
     assert sum(len(f) for f in planned["frames"]()) == 26
     assert run_sample(*common, "--mode", "i2v", "--prompt", "a", "--image_path", data / "image.png") == 0
-    assert planned["frames"].keywords["image"].shape == (60, 50, 3)
+    assert planned["frames"].keywords["image"].shape == (48, 32, 3)
     video = ["--mode", "v2v", "--prompt", "a", "--prefix_video_path", data / "clip.mp4"]
     assert run_sample(*common, *video, "--height", 64) == 0
-    assert planned["frames"].keywords["video"].shape == (32, 32, 48, 3)
+    assert planned["frames"].keywords["video"].shape == (32, 64, 32, 3)
     assert (planned["cfg"].height, planned["cfg"].width) == (64, 32)  # a flag beats the file
     assert capsys.readouterr().err == ""
     official["engine_config"]["distill"] = True
@@ -233,7 +237,7 @@ def test_sample_saves_and_reuses_text(model_folder, tmp_path, monkeypatch, capsy
     prompts = ["--prompt", "a red ball", "--prompt", "a blue ball"]
     assert run_sample(*flags, tmp_path / "a.gif", *prompts, "--save_text", text) == 0
     assert load_file(text)["text"].shape == (2, 16, 32)
-    monkeypatch.setattr(magi, "T5", None)  # not even touched
+    monkeypatch.setattr(magi.T5, "read", None)  # not even touched
     assert run_sample(*flags, tmp_path / "b.gif", "--text", text) == 0
     assert (read_frames(tmp_path / "a.gif") == read_frames(tmp_path / "b.gif")).all()
     save_file({"text": torch.zeros(1, 9, 32), "mask": torch.ones(1, 9)}, text)
@@ -249,7 +253,7 @@ def test_sample_notes_and_warnings_are_one_clean_line(model_folder, tmp_path, ca
     assert line.startswith("warning: the prompt has") and "only the first 16" in line
     assert run_sample(*flags, *["--prompt", "a"] * 3, "--num_frames", 24) == 0
     (line,) = capsys.readouterr().err.splitlines()
-    assert line.startswith("warning: 3 prompts for 1 chunks")
+    assert line.startswith("warning: 3 prompts for 1 chunk:")
     assert run_sample(*flags, "--image", model_folder.parent / "image.png") == 0
     (line,) = capsys.readouterr().err.splitlines()
     assert line.startswith("note: no --prompt")
@@ -328,7 +332,7 @@ def test_sample_survives_kill_9(model_folder, tmp_path):
 def test_sample_ends_well_on_ctrl_c(ending, model_folder, tmp_path):
     out = tmp_path / f"interrupted{ending}"
     if ending == ".gif":  # too fast to be hit from outside
-        writer = sample.WRITERS[ending](out, 24)
+        writer = media.WRITERS[ending](out, 24)
         with pytest.raises(KeyboardInterrupt), sample.uninterrupted():
             signal.raise_signal(signal.SIGINT)  # comes before the chunk is written
             writer.write(shades(range(24)))
@@ -356,7 +360,7 @@ def test_sample_ctrl_c_before_the_first_chunk_keeps_the_old_file(model_folder, t
 
 
 def test_sample_ctrl_c_while_loading(monkeypatch, capsys):
-    def interrupted(argv):
+    def interrupted(argv, locks):
         raise KeyboardInterrupt
 
     monkeypatch.setattr(sample, "prepare", interrupted)
@@ -367,7 +371,7 @@ def test_sample_reports_what_it_cannot_write(model_folder, tmp_path, monkeypatch
     def full(self, frames):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(sample.Mp4Writer, "write", full)
+    monkeypatch.setattr(media.Mp4Writer, "write", full)
     assert run_sample(model_folder, "--prompt", "a", "--out", tmp_path / "a.mp4") == 1
     out, err = capsys.readouterr()
     assert "No space left on device" in err and "no chunk could be written" in out
@@ -400,7 +404,7 @@ def test_sample_says_what_to_do_when_memory_runs_out(error, monkeypatch, capsys)
     def full(**run):
         raise error
 
-    monkeypatch.setattr(sample, "prepare", lambda argv: {})
+    monkeypatch.setattr(sample, "prepare", lambda argv, locks: {})
     monkeypatch.setattr(sample, "generate", full)
     assert sample.main([]) == 1
     (line,) = capsys.readouterr().err.splitlines()
@@ -475,8 +479,8 @@ BAD_FLAGS = {
     "no text": (["--text", "nowhere.safetensors"], "nowhere.safetensors"),
     "bad text": (["--text", "broken.mp4"], "broken.mp4"),
     "text and prompt": (["--text", "a.safetensors", "--prompt", "a"], "--prompt"),
-    "device": (["--prompt", "a", "--device", "tpu"], "tpu", "--device cpu"),
-    "device number": (["--prompt", "a", "--device", "cuda:99"], "cuda:99", "--device cpu"),
+    "device": (["--prompt", "a", "--device", "tpu"], "tpu", "try cpu"),
+    "device number": (["--prompt", "a", "--device", "cuda:99"], "cuda:99", "try cpu"),
     "backend on a cpu": (["--prompt", "a", "--backend", "triton", "--device", "cpu"], "triton", "torch"),
 }
 
@@ -492,16 +496,17 @@ def test_sample_refuses(case, model_folder, tmp_path, monkeypatch, no_weights):
     (tmp_path / "link.safetensors").symlink_to(model_folder / "special_tokens.safetensors")
     monkeypatch.chdir(tmp_path)
     flags, *words = BAD_FLAGS[case]
-    assert_refused(sample.main, ["--model", model_folder, *flags], *words)
+    model = [] if "--model" in flags else ["--model", model_folder]
+    assert_refused(sample.main, [*model, *flags], *words)
     assert not (tmp_path / "out.mp4").exists()
 
 
 def test_sample_takes_a_lora(model_folder, tmp_path, capsys):
     torch.manual_seed(0)
-    dit = magi.add_lora(magi.load_dit(model_folder), rank=2)
-    for lora in magi.loras(dit):
+    dit = training.add_lora(magi.load_dit(model_folder), rank=2)
+    for lora in training.loras(dit):
         lora.up.data.normal_()
-    magi.save_lora(dit, tmp_path / "a.safetensors")
+    training.save_lora(dit, tmp_path / "a.safetensors")
     frames = {}
     for name, flags in (
         ("plain", []),
@@ -516,12 +521,12 @@ def test_sample_takes_a_lora(model_folder, tmp_path, capsys):
 
 def test_sample_refuses_loras_that_do_not_fit(model_folder, tmp_path, no_weights):
     flags = ["--model", model_folder, "--prompt", "a", "--out", tmp_path / "a.mp4", "--lora"]
-    magi.save_lora(magi.add_lora(copy.deepcopy(small()[0]), 2), tmp_path / "other.safetensors")
+    training.save_lora(training.add_lora(copy.deepcopy(small()[0]), 2), tmp_path / "other.safetensors")
     (tmp_path / "broken.safetensors").write_bytes(b"no weights")
     assert_refused(
         sample.main, [*flags, tmp_path / "other.safetensors"], "other.safetensors", "for another model"
     )
-    assert_refused(sample.main, [*flags, tmp_path / "broken.safetensors"], "broken.safetensors", "corrupt")
+    assert_refused(sample.main, [*flags, tmp_path / "broken.safetensors"], "broken.safetensors", "damaged")
     assert_refused(
         sample.main, [*flags, tmp_path / "nowhere.safetensors"], "nowhere.safetensors", "is no file"
     )
@@ -573,7 +578,7 @@ def test_sample_refuses_bad_models(model_folder, tmp_path, no_weights):
         assert_refused(sample.main, [*flags, root / "base"], "config.json")
     root = copy("no token")
     save_file({"hq_token": torch.zeros(1, 32)}, root / "base" / "special_tokens.safetensors")
-    assert_refused(sample.main, [*flags, root / "base", "--special_tokens", "2d"], "2d", "two_d_anime_token")
+    assert_refused(sample.main, [*flags, root / "base", "--special_tokens", "2d"], "two_d_anime_token")
     tokens = {f"duration_token_{i}": torch.zeros(1, 32) for i in range(2, 9)}
     save_file(tokens, root / "base" / "special_tokens.safetensors")
     assert_refused(sample.main, [*flags, root / "base", "--special_tokens", "duration"], "duration_token_1")

@@ -3,6 +3,7 @@
 import contextlib
 import math
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -10,25 +11,26 @@ import train
 from common import QUICK, bad, calls_of, small, training_batch
 
 import magi
+import training
 
 
 def test_timestep_law():
-    t = magi.timestep_law(20000, generator=torch.Generator().manual_seed(0))
+    t = training.timestep_law(20000, generator=torch.Generator().manual_seed(0))
     assert 0 < t.min() and t.max() < 1
     assert abs((t < 0.3).float().mean() - 0.69) < 0.02
 
 
 def test_times_never_rise_along_a_clip_and_keep_the_law():
     generator = torch.Generator().manual_seed(0)
-    law_only = magi.TrainingConfig(pipeline_share=0.0)
-    t, clean = magi.draw_times(4000, 4, torch.zeros(4000, dtype=torch.long), law_only, QUICK, generator)
+    law_only = training.TrainingConfig(pipeline_share=0.0)
+    t, clean = training.draw_times(4000, 4, torch.zeros(4000, dtype=torch.long), law_only, QUICK, generator)
     assert (t.diff(dim=1) <= 0).all() and not clean.any() and abs((t < 0.3).float().mean() - 0.69) < 0.02
     given_chunks = torch.randint(0, 4, (4000,), generator=generator)
-    t, clean = magi.draw_times(4000, 4, given_chunks, law_only, QUICK, generator)
+    t, clean = training.draw_times(4000, 4, given_chunks, law_only, QUICK, generator)
     for given_here in range(4):  # the law holds however many are given
         noisy = t[given_chunks == given_here][:, given_here:]
         assert abs((noisy < 0.3).float().mean() - 0.69) < 0.04
-    t, clean = magi.draw_times(4000, 4, given_chunks, magi.TrainingConfig(), QUICK, generator)
+    t, clean = training.draw_times(4000, 4, given_chunks, training.TrainingConfig(), QUICK, generator)
     assert (t.diff(dim=1) <= 0).all() and (clean.int().diff(dim=1) <= 0).all()
     assert (
         (clean.sum(1) >= given_chunks).all() and (t[clean] == QUICK.clean_t).all() and not clean[:, -1].any()
@@ -37,8 +39,8 @@ def test_times_never_rise_along_a_clip_and_keep_the_law():
 
 def test_pipeline_times_are_a_stage_apart_and_the_last_chunk_is_in_flight():
     generator, given_chunks = torch.Generator().manual_seed(0), torch.arange(4).repeat(500)
-    cfg = magi.TrainingConfig(pipeline_share=1.0)
-    t, clean = magi.draw_times(2000, 4, given_chunks, cfg, QUICK, generator)
+    cfg = training.TrainingConfig(pipeline_share=1.0)
+    t, clean = training.draw_times(2000, 4, given_chunks, cfg, QUICK, generator)
     assert not clean[:, -1].any()  # a clip without a noisy chunk teaches nothing
     stage = QUICK.window * (3 * t / (1 + 2 * t)).sqrt()  # shift_time and the square undone
     both = ~clean[:, :-1] & (stage[:, :-1] > 1)  # the next one has started
@@ -50,8 +52,10 @@ def test_loss_counts_noisy_chunks_only_but_gradients_reach_the_clean_ones():
     seen = {}
     hook = dit.register_forward_hook(lambda m, a, out: seen.update(x=a[0], v=out) or out.retain_grad())
     latents.requires_grad_()
-    cfg = magi.TrainingConfig(image_share=0, video_share=1, pipeline_share=0, ranges_share=1)
-    loss = magi.flow_matching_loss(dit, latents, text, mask, cfg, generator=torch.Generator().manual_seed(1))
+    cfg = training.TrainingConfig(image_share=0, video_share=1, pipeline_share=0, ranges_share=1)
+    loss = training.flow_matching_loss(
+        dit, latents, text, mask, cfg, generator=torch.Generator().manual_seed(1)
+    )
     loss.backward()
     hook.remove()
     used = seen["v"].grad.abs().sum((1, 3, 4)) > 0  # (B, T) frames with a loss
@@ -64,7 +68,7 @@ def test_loss_counts_noisy_chunks_only_but_gradients_reach_the_clean_ones():
 
 def test_loss_can_weigh_places():
     dit, latents, text, mask = training_batch()
-    loss = lambda weight: magi.flow_matching_loss(
+    loss = lambda weight: training.flow_matching_loss(
         dit, latents, text, mask, weight=weight, generator=torch.Generator().manual_seed(2)
     )
     left = torch.zeros(2, 1, 18, 4, 4)
@@ -104,30 +108,30 @@ def test_muon_has_momentum_and_decay():
 def test_image_task_gives_one_clean_frame_that_of_a_still_if_there_is_one(share):
     dit, latents, text, mask = training_batch()
     calls = calls_of(dit)
-    cfg = magi.TrainingConfig(image_share=share, video_share=1 - share, pipeline_share=0)
+    cfg = training.TrainingConfig(image_share=share, video_share=1 - share, pipeline_share=0)
     stills = torch.randn(2, 16, 1, 4, 4)
     for images, first in ((None, latents[:, :, 0]), (stills, stills[:, :, 0])):
-        magi.flow_matching_loss(dit, latents, text, mask, cfg, images=images)
+        training.flow_matching_loss(dit, latents, text, mask, cfg, images=images)
         x = calls.pop()["x"]
         assert torch.equal(x[:, :, 0], first) == (share == 1)  # an image; in a video, clean chunks are noisy
         assert not torch.equal(x[:, :, 1], latents[:, :, 1])
         one = latents[:, :, :6], text[:, :1], mask[:, :1]  # of more chunks the first may have left, noised
-        magi.shortcut_loss(dit, dit, *one, 8, cfg, images=images)
+        training.shortcut_loss(dit, dit, *one, 8, cfg, images=images)
         x = calls[0]["x"]  # a video before a single chunk: two to five of its frames, and no still
         assert torch.equal(x[:, :, 0], first if share == 1 else latents[:, :, 0])
         assert torch.equal(x[:, :, 1], latents[:, :, 1]) == (share == 0)
         assert not torch.equal(x[:, :, 5], latents[:, :, 5])
         calls.clear()
     with bad("are not one latent frame for each of latents"):
-        magi.flow_matching_loss(dit, latents, text, mask, cfg, images=latents[:, :, :2])
+        training.flow_matching_loss(dit, latents, text, mask, cfg, images=latents[:, :, :2])
 
 
 def test_shares_of_tasks():
     generator = torch.Generator().manual_seed(0)
     rand = lambda *shape: torch.rand(*shape, generator=generator)
-    cfg, batch = magi.TrainingConfig(image_share=0.3, video_share=0.2), 2000
+    cfg, batch = training.TrainingConfig(image_share=0.3, video_share=0.2), 2000
     clips = torch.zeros(batch, 1, 18, 1, 1), torch.zeros(batch, 3, 14, 12), torch.zeros(batch, 3, 14)
-    *_, frames = magi._clips(small()[0], *clips, None, cfg, rand)
+    *_, frames = training._clips(small()[0], *clips, None, cfg, rand)
     assert abs((frames == 1).float().mean() - 0.3) < 0.04 and abs((frames > 1).float().mean() - 0.2) < 0.04
     assert frames.max() == 12 and (frames == 2).any()
 
@@ -138,8 +142,8 @@ def test_an_empty_caption_is_null_text_under_the_flag_of_a_caption():
     calls, mask = calls_of(dit), mask.clone()
     mask[0] = 0
     for null_share in 0.0, 1.0:
-        cfg = magi.TrainingConfig(image_share=0, video_share=0, pipeline_share=0, null_share=null_share)
-        magi.flow_matching_loss(dit, latents, text, mask, cfg)
+        cfg = training.TrainingConfig(image_share=0, video_share=0, pipeline_share=0, null_share=null_share)
+        training.flow_matching_loss(dit, latents, text, mask, cfg)
         call = calls.pop()
         assert torch.equal(call["text"][0, 0], dit.null_text)
         assert torch.equal(call["text"][1], text[1]) == (null_share == 0) == call["conditional"].all()
@@ -148,10 +152,10 @@ def test_an_empty_caption_is_null_text_under_the_flag_of_a_caption():
 def shown_in_training(**shares) -> tuple[magi.DiT, torch.Tensor, list[dict]]:
     """The model, the captions and the forwards of flow_matching_loss on clips of six chunks."""
     dit, latents, text, mask = training_batch(6)
-    calls, cfg = calls_of(dit), magi.TrainingConfig(image_share=0, video_share=0.5, **shares)
+    calls, cfg = calls_of(dit), training.TrainingConfig(image_share=0, video_share=0.5, **shares)
     for seed in range(12):
         generator = torch.Generator().manual_seed(seed)
-        magi.flow_matching_loss(dit, latents, text, mask, cfg, generator=generator)
+        training.flow_matching_loss(dit, latents, text, mask, cfg, generator=generator)
     return dit, text, calls
 
 
@@ -185,8 +189,8 @@ def test_loss_is_zero_for_the_true_velocity_of_a_known_batch():
             level = t.repeat_interleave(6, 1)[:, None, :, None, None]
             return (latents - x) / (1 - level).clamp(min=1e-6)  # x = (1-t) noise + t data
 
-    cfg = magi.TrainingConfig(pipeline_share=0.5)
-    loss = magi.flow_matching_loss(
+    cfg = training.TrainingConfig(pipeline_share=0.5)
+    loss = training.flow_matching_loss(
         Oracle(), latents, text, mask, cfg, generator=torch.Generator().manual_seed(5)
     )
     assert loss < 1e-4
@@ -198,7 +202,7 @@ def test_one_batch_overfits():
     losses = []
     for _ in range(150):
         generator = torch.Generator().manual_seed(0)  # always the same noise and times
-        loss = magi.flow_matching_loss(dit, latents, text, mask, generator=generator)
+        loss = training.flow_matching_loss(dit, latents, text, mask, generator=generator)
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
@@ -272,17 +276,17 @@ def test_vae_loss_learns_and_weighs():
     torch.manual_seed(0)
     vae = magi.VAE(magi.VAEConfig(video_size=16, embed_dim=32, depth=1, num_heads=2, use_final_proj=True))
     video = torch.rand(2, 3, 4, 16, 16) * 2 - 1
-    first, _ = magi.vae_loss(vae, video)
+    first, _ = training.vae_loss(vae, video)
     assert torch.allclose(
-        magi.vae_loss(vae, video, torch.zeros(2, 1, 4, 16, 16), kl_weight=0)[0], torch.tensor(0.0)
+        training.vae_loss(vae, video, torch.zeros(2, 1, 4, 16, 16), kl_weight=0)[0], torch.tensor(0.0)
     )
-    seeded = lambda size: magi.vae_loss(
+    seeded = lambda size: training.vae_loss(
         vae, video, latent_noise=size * torch.ones(2), generator=torch.Generator().manual_seed(0)
     )
     assert not torch.allclose(seeded(0.0)[1], seeded(0.5)[1])
     optimizer = torch.optim.AdamW(vae.parameters(), lr=3e-3)
     for _ in range(40):
-        loss, recon = magi.vae_loss(vae, video)
+        loss, recon = training.vae_loss(vae, video)
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
@@ -293,12 +297,12 @@ def test_vae_loss_is_its_formula():
     torch.manual_seed(0)
     mean, logvar = torch.zeros(2, 4, 10, 20, 20), torch.full((2, 4, 10, 20, 20), math.log(0.09))
     mean[:, :, 5:] = 2  # the deviation of a channel is 1
-    vae = magi.SimpleNamespace(moments=lambda video: (mean, logvar), decoder=lambda z: z)
+    vae = SimpleNamespace(moments=lambda video: (mean, logvar), decoder=lambda z: z)
     video = torch.zeros_like(mean)
-    assert abs((magi.vae_loss(vae, video)[1] - mean).std() - 0.3) < 0.01
-    noisy = magi.vae_loss(vae, video, latent_noise=torch.tensor([0.4, 0.4]))[1]
+    assert abs((training.vae_loss(vae, video)[1] - mean).std() - 0.3) < 0.01
+    noisy = training.vae_loss(vae, video, latent_noise=torch.tensor([0.4, 0.4]))[1]
     assert abs((noisy - mean).std() - 0.5) < 0.01  # sqrt(0.3^2 + 0.4^2)
-    loss, _ = magi.vae_loss(vae, video, weight=torch.zeros(()), kl_weight=1)
+    loss, _ = training.vae_loss(vae, video, weight=torch.zeros(()), kl_weight=1)
     normal = torch.distributions.Normal
     kl = torch.distributions.kl_divergence(normal(mean, (logvar / 2).exp()), normal(0, 1)).mean()
     assert torch.allclose(loss, kl)

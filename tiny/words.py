@@ -31,7 +31,8 @@ def strange_words(args) -> list[str]:
     said = {prompt: re.findall(r"\w+", prompt.lower()) for prompt in args.prompt or ()}
     strange = dict.fromkeys(word for prompt in said.values() for word in prompt if word not in words)
     if strange:
-        lists = "; ".join(f"{kind}: {', '.join(phrases)}" for kind, phrases in known.items() if kind != "other")
+        kinds = {kind: ", ".join(phrases) for kind, phrases in known.items() if kind != "other"}
+        lists = "; ".join(f"{kind}: {phrases}" for kind, phrases in kinds.items())
         return [f"note: this small model has never seen {', '.join(map(repr, strange))}. "
                 f"It knows {lists}. Say for example: a red ball bounces"]
     shapeless = [prompt for prompt, heard in said.items() if not {*heard} & {*known["shapes"]}]
