@@ -179,7 +179,7 @@ class Batches:
         for piece in chosen:
             latent, image = self.cache.latents(piece)
             captions = [self.cache.text(caption, self.length) for caption in piece.captions[:n]]
-            text, mask = chunk_texts(captions, int(rng.integers(n, 12)), self.sampler, self.table)
+            text, mask = chunk_texts(captions, int(rng.integers(n, max(12, n + 1))), self.sampler, self.table)
             latents.append(latent[:, : n * CHUNK])
             images.append(image)
             texts.append(text)
@@ -359,7 +359,8 @@ class Training:
         """The result as it is now."""
         if self.args.rank:
             captions = dict.fromkeys(text for piece in self.batches.pieces for text in piece.captions)
-            about = {"base_model": self.args.model, "command": self.args.command, "steps": self.steps_done,
+            about = {"base_model": self.args.model.resolve().name, "command": self.args.command,
+                     "merged_first": " ".join(file.name for file in self.args.lora), "steps": self.steps_done,
                      "prompts": json.dumps(list(captions)[:20], ensure_ascii=False)}
             save_lora(self.dit, self.args.out, {name: str(value) for name, value in about.items()})
         else:

@@ -534,7 +534,8 @@ def save_lora(dit: DiT, file: str | Path, metadata: dict[str, str] | None = None
 
 
 # Files of other programs are read where their names mean layers of this model. A name is a prefix, a layer
-# (layers.I.attn.q, .k, .v, .qx, .kvx, .proj, layers.I.ffn.fc1, .fc2, or the official name) and a part:
+# (layers.I.attn.q, .k, .v, .qx, .kvx, .proj, layers.I.ffn.fc1, .fc2, layers.I.gates, or the official name)
+# and a part:
 #
 #                     prefix                               layer                part
 #     ours            none                                 layers.0.attn.q      .lora.down   .lora.up

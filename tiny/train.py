@@ -489,37 +489,40 @@ def distill(args) -> None:
 
 def write_clips(args) -> None:
     """A folder for `training.py lora`: mp4 files, each with a caption a second, half of them in a colour that
-    no training clip had, half in the old ones. Without these the model would forget what it is not shown."""
+    no training clip had, half in the old ones. Without these the model would forget what it is not shown.
+    Clips that are there already are left alone."""
     (colour,) = world.NEW_COLOURS
-    args.out.mkdir(parents=True, exist_ok=True)
     names = [(s, m) for s in world.SHAPES for m in world.MOTIONS if not world.held_out(colour, s, m)]
-    places = [*world.PLACES]
-    new = [world.scene(colour, *name, place, chunks=2, seed=i)
-           for i, name in enumerate(names) for place in (places[i % 4], places[(i + 1) % 4])]  # fmt: skip
-    old = [world.make_clip(seed, chunks=2) for seed in range(len(new))]
-    for kind, clips in ((colour, new), ("old", old)):
-        for i, clip in enumerate(clips):
-            file = args.out / f"{kind}{i:03}.mp4"
-            file.unlink(missing_ok=True)
-            writer = media.Mp4Writer(file, world.FPS)
-            writer.write(clip.frames)
-            writer.close()
-            file.with_suffix(".txt").write_text("\n".join(clip.captions) + "\n")
-    print(f"wrote {len(new) + len(old)} clips of 2 s to {args.out}")
+    shown = [(*name, [*world.PLACES][(i + k) % 4]) for i, name in enumerate(names) for k in range(2)][
+        : args.clips
+    ]
+    args.out.mkdir(parents=True, exist_ok=True)
+    for i, (shape, motion, place) in enumerate(tqdm(shown, desc="write clips", unit_scale=2)):
+        new = world.scene(colour, shape, motion, place, chunks=2, seed=i // 2)
+        for kind, clip in ((colour, new), ("old", world.make_clip(i, chunks=2))):
+            video, captions = (args.out / f"{kind}{i:03}.{suffix}" for suffix in ("mp4", "txt"))
+            if not captions.exists():
+                video.unlink(missing_ok=True)
+                writer = media.Mp4Writer(video, world.FPS)
+                writer.write(clip.frames)
+                writer.close()
+                captions.write_text("\n".join(clip.captions) + "\n")
 
 
 def train_lora(args) -> None:
     """A LoRA teaches the base model a colour that none of its clips had, in minutes on a CPU: from a folder
     of clips, by the program that trains on anybody's clips."""
     (colour,) = world.NEW_COLOURS
-    folder, file = args.work / "clips", args.out / "lora" / f"{colour}.safetensors"
-    write_clips(SimpleNamespace(out=folder))
+    work, file = args.work / "lora", args.out / "lora" / f"{colour}.safetensors"
+    write_clips(SimpleNamespace(out=args.work / "clips", clips=args.clips))
     file.parent.mkdir(exist_ok=True)
-    settings = {"rank": args.rank, "steps": args.lora_steps, "lr": 2e-3, "seconds": 2, "sample-every": 0,
-                "tokens": 96 * args.batch, "work": args.work / "lora"}  # fmt: skip
-    flags = [str(word) for name, value in settings.items() for word in (f"--{name}", value)]
-    command = ["lora", "--model", args.out / "base", "--data", folder, "--out", file]
-    finetune.run(finetune.parser().parse_args([*map(str, command), *flags]))
+    if not (work / "settings.json").exists():  # a new run replaces the shipped file
+        file.unlink(missing_ok=True)
+    flags = {"model": args.out / "base", "data": args.work / "clips", "out": file, "work": work,
+             "rank": args.rank, "steps": args.lora_steps, "lr": 2e-3, "seconds": 2, "tokens": 96 * args.batch,
+             "sample-every": 0}  # fmt: skip
+    words = [word for name, value in flags.items() for word in (f"--{name}", str(value))]
+    finetune.run(finetune.parser().parse_args(["lora", "--keep-activations", *words]))
     judge_lora(args, file)
 
 
@@ -529,7 +532,7 @@ def judge_lora(args, file: Path) -> None:
     (colour,) = world.NEW_COLOURS
     names = [(s, m) for s in world.SHAPES for m in world.MOTIONS if world.held_out(colour, s, m)]
     prompts = [(world.caption([(colour, *n)]), (colour, *n)) for n in names]
-    others = world.sample_prompts(max(args.prompts, len(prompts)), seed=1)
+    others = world.sample_prompts(len(prompts), seed=1)
     for folder in ("base", "distill"):
         if not (args.out / folder).is_dir():
             continue
@@ -576,7 +579,7 @@ def main() -> None:
         return int(text)
 
     parser.add_argument("--vae-steps", type=count, default=5000)
-    parser.add_argument("--clips", type=count, default=10000, help="clips for the DiT, in files of 500")
+    parser.add_argument("--clips", type=count, default=10000, help="for the DiT, in files of 500; of a LoRA")
     parser.add_argument("--dit-steps", type=count, default=10000)
     parser.add_argument("--distill-steps", type=count, default=3000)
     parser.add_argument("--distill-lr", type=float, default=1e-3)
