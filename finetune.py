@@ -19,6 +19,7 @@ import argparse
 import copy
 import dataclasses
 import functools
+import importlib.util
 import json
 import math
 import os
@@ -108,8 +109,9 @@ def memory_plan(dit: DiT, command: str, rank: int, tokens: int, text_tokens: int
     q, kv = cfg.num_heads * cfg.head_dim, cfg.num_kv_heads * cfg.head_dim
     in_blocks = 3 * D + 6 * q + 4 * kv + (5 if cfg.gated_ffn else 3) * FFN   # numbers a token, as the weights
     in_float32 = 6 * D + 2 * q
-    if rank:
-        in_float32 += 6 * D + 2 * q + FFN                                    # copies of what its layers take
+    if rank and width < 4:               # what a linear takes is kept in float32, for the LoRA, and only so
+        in_blocks -= 2 * D + 2 * q + FFN
+        in_float32 += 5 * D + FFN
     one_layer = tokens * (width * in_blocks + 4 * in_float32)
     one_layer += text_tokens * (4 * cfg.text_dim + 8 * D + 4 * width * kv)
     branches = 3 if command == "distill" else 1                              # of a teacher, without gradients
@@ -231,7 +233,7 @@ def finetune(args: argparse.Namespace) -> None:
         captions = [caption for piece in batches.pieces for caption in piece.captions]
         prompt = captions[0] if args.sample_prompt is None else args.sample_prompt
         cache.encode_captions([*captions, prompt], base.cfg.text_length)
-        run = Training(args, work, base, batches, prompt, *make_models(args))
+        run = Training(args, work, batches, prompt, *make_models(args))
         run.train()
 
 
@@ -243,6 +245,8 @@ def check_model(args: argparse.Namespace) -> DiT:
             f"use the bf16 model; its LoRA can be used with the fp8 one")
     require(not sampler.distilled, f"{args.model} is a distilled model: train on the base model, then "
             f"distill that, or use its LoRA with the distilled one")
+    require(args.optimizer == "adamw" or importlib.util.find_spec("torchao"),
+            "--optimizer adamw8bit needs torchao: pip install torchao, or use adamw")
     base = build(lambda: DiT(cfg), args.model)
     for file in args.lora:
         check_lora(base, file)
@@ -288,7 +292,6 @@ class Training:
 
     args: argparse.Namespace
     work: Path
-    base: DiT                            # on the meta device
     batches: Batches
     prompt: str                          # of the samples
     dit: DiT
@@ -362,7 +365,7 @@ class Training:
             about = {"base_model": self.args.model.resolve().name, "command": self.args.command,
                      "merged_first": " ".join(file.name for file in self.args.lora), "steps": self.steps_done,
                      "prompts": json.dumps(list(captions)[:20], ensure_ascii=False)}
-            save_lora(self.dit, self.args.out, {name: str(value) for name, value in about.items()})
+            save_lora(self.dit, self.args.out, {name: str(value) for name, value in about.items() if value})
         else:
             config = {"dit": asdict(self.dit.cfg), "sampler": asdict(self.sampler)}
             write_model(self.args.out, self.args.model, self.dit, config)
@@ -382,6 +385,10 @@ def describe(args: argparse.Namespace, base: DiT, batches: Batches) -> None:
     plan = memory_plan(base, args.command, args.rank, batches.most_tokens, text_tokens, args.optimizer,
                        args.keep_activations)
     say(show_plan(plan, memory_of(args.device)))
+    for name, folder in (("VAE", args.vae), ("T5", args.t5)):
+        weights = [file for file in folder.glob("*") if file.suffix in (".safetensors", ".bin")]
+        size = sum(file.stat().st_size for file in weights)
+        say(f"before it, for what is not cached: {name}, {size / 1e9:.2f} GB")
 
 
 def most_common(pieces: Sequence[clips.Piece]) -> clips.Piece:
@@ -401,10 +408,8 @@ def make_optimizer(name: str, params: list[nn.Parameter], lr: float, weight_deca
     """AdamW with float32 averages, or torchao's with 8 bits: a quarter of the memory."""
     if name == "adamw":
         return AdamW(params, lr, weight_decay=weight_decay)
-    try:
-        from torchao.optim import AdamW8bit
-    except ImportError:
-        raise ValueError("--optimizer adamw8bit needs torchao: pip install torchao, or use adamw") from None
+    from torchao.optim import AdamW8bit
+
     return AdamW8bit(params, lr, betas=(0.9, 0.95), weight_decay=weight_decay, bf16_stochastic_round=True)
 
 

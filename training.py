@@ -831,6 +831,7 @@ def fit(name: str, model: nn.Module, loss_of_step: Callable[[int], tuple[Tensor,
         writer = csv.writer(table)
         for step in bar:
             start = time.perf_counter()
+            torch.manual_seed(step)                      # for what draws without a generator of its own
             for optimizer, group_rates in zip(optimizers, rates, strict=True):
                 for group, rate in zip(optimizer.param_groups, group_rates, strict=True):
                     group["lr"] = rate * min((step + 1) / warmup, 1, 3 * (1 - step / steps))

@@ -1,5 +1,6 @@
 """Fine-tuning on a folder of clips (clips.py, finetune.py), the loop, LoRA files of other programs."""
 
+import dataclasses
 import json
 import math
 import os
@@ -215,12 +216,15 @@ def test_bad_clips_are_skipped_if_asked(cached, model_folder, tmp_path, no_weigh
     assert code == 0 and "skipped: cannot read video" in err and "a.mp4" in err and "1 clips, 1 s" in err
 
 
-def test_models_and_outputs_that_cannot_be(cached, model_folder, tmp_path, no_weights):
+def test_models_and_outputs_that_cannot_be(cached, model_folder, tmp_path, no_weights, monkeypatch):
     out = tmp_path / "a.safetensors"
     refused(train(model_folder, cached, tmp_path / "a"), "a LoRA is a file")
     refused(train(model_folder, cached, out, command="full"), "all weights is a folder")
     refused(train(tmp_path / "none", cached, out), "no model in")
     refused(train(model_folder, cached, out, "--rank", 0), "use the command full")
+    with monkeypatch.context() as patch:
+        patch.setattr(finetune.importlib.util, "find_spec", lambda name: None)
+        refused(train(model_folder, cached, out, "--optimizer", "adamw8bit"), "pip install torchao")
     refused(train(model_folder, cached, out, "--t5", tmp_path), "spiece.model", "--t5")
     out.write_bytes(b"mine")
     refused(train(model_folder, cached, out), "exists and was not made by this run")
@@ -404,6 +408,31 @@ def test_plans_of_real_models():
     assert plan("distill", 0, 1536)["teacher"] == exact and "teacher" not in plan("distill", 16, 1536)
     said = finetune.show_plan({"weights": 20e9, "activations": 3e9}, 30e9)
     assert "24 GB: no, 48 GB: yes" in said and "30.0 GB: yes" in said
+
+
+@pytest.mark.parametrize("rank", [0, 8])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_planned_activations_are_what_autograd_keeps(rank, dtype):
+    cfg = dataclasses.replace(
+        FOLDER_DIT, hidden_size=128, num_heads=8, num_kv_heads=4, ffn_size=512, dtype=dtype
+    )
+    dit = magi.DiT(cfg)
+    training.add_lora(dit, rank) if rank else dit.requires_grad_()
+    weights = {p.untyped_storage().data_ptr() for p in dit.parameters()}
+    kept, sizes = [], {}  # all are held, so that no two share an address
+
+    def keep(u):
+        kept.append(u)
+        if (storage := u.untyped_storage()).data_ptr() not in weights:
+            sizes[storage.data_ptr()] = storage.nbytes()
+        return u
+
+    clip = torch.randn(2, 16, 12, 16, 16), torch.randn(2, 2, 16, 32), torch.ones(2, 2, 16).long()
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda u: u):
+        training.flow_matching_loss(dit, *clip)
+    command, tokens, text = "lora" if rank else "full", 2 * 2 * 6 * 64, 2 * 2 * 16
+    plan = finetune.memory_plan(magi.DiT(cfg), command, rank, tokens, text, keep_activations=True)
+    assert 0.9 < plan["activations"] / sum(sizes.values()) < 1.3
 
 
 def test_adamw_is_pytorchs_in_float32():
