@@ -190,18 +190,18 @@ class Batches:
         return {name: torch.stack(tensors).to(device) for name, tensors in stacked.items()}
 
 
-def check_captions(pieces: Sequence[clips.Piece], t5: Path, length: int) -> None:
-    """ValueError for a caption that is longer than the model takes; only T5's tokenizer is read."""
+def check_captions(captions: dict[str, str], t5: Path, length: int) -> None:
+    """ValueError for a caption (-> what it belongs to) that is longer than the model takes. Only the
+    tokenizer is read."""
     from sentencepiece import SentencePieceProcessor
 
     file = t5 / "spiece.model"
     require(file.is_file(), f"no text encoder in {str(t5)!r}: {file} does not exist; give one with --t5")
     tokenizer = SentencePieceProcessor(model_file=str(file))
-    for piece in pieces:
-        for caption in piece.captions:
-            count = len(tokenizer.encode(clean_caption(caption))) + 1        # </s>
-            require(count <= length, f"the caption of clip {piece.path.name!r} has {count} tokens, the model "
-                    f"takes {length}: shorten it, or write one line a second ({caption[:40]!r}...)")
+    for caption, owner in captions.items():
+        count = len(tokenizer.encode(clean_caption(caption))) + 1            # </s>
+        require(count <= length, f"{owner} has {count} tokens, the model takes {length}: shorten it, or "
+                f"write one line a second ({caption[:40]!r}...)")
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -266,7 +266,10 @@ def look_at_data(args: argparse.Namespace, base: DiT) -> Batches:
     most_tokens = args.tokens or args.seconds * CHUNK * (height // 16) * (width // 16)
     videos = clips.find_videos(args.data, folder, args.skip_bad, say)
     pieces = clips.cut(videos, height * width, args.seconds, most_tokens)
-    check_captions(pieces, args.t5, base.cfg.text_length - len(sampler.special_tokens))
+    captions = {text: f"the caption of clip {p.path.name!r}" for p in pieces for text in p.captions}
+    if args.sample_prompt:
+        captions[args.sample_prompt] = "--sample-prompt"
+    check_captions(captions, args.t5, base.cfg.text_length - len(sampler.special_tokens))
     return Batches(cache, pieces, sampler, table, base.cfg.text_length, most_tokens, args.seed)
 
 

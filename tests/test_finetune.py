@@ -203,6 +203,9 @@ def test_bad_clips_are_named_before_anything_is_loaded(model_folder, tmp_path, n
     write_clip(data / "short.mp4", 30)
     (data / "short.txt").write_text("a red ball bounces and bounces and bounces")
     refused(train(model_folder, data, out), "caption of clip 'short.mp4' has", "the model takes 15")
+    long = (data / "short.txt").read_text()
+    (data / "short.txt").write_text("a red")
+    refused(train(model_folder, data, out, "--sample-prompt", long), "--sample-prompt has", "takes 15")
 
 
 def test_bad_clips_are_skipped_if_asked(cached, model_folder, tmp_path, no_weights):
