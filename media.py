@@ -22,7 +22,7 @@ import shutil
 import warnings
 from bisect import bisect_right
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from fractions import Fraction
 from functools import partial
 from pathlib import Path
@@ -61,14 +61,10 @@ def to_image(x: Any, size: tuple[int, int] | None = None, fit: str = "crop") -> 
         return np.asarray(as_rgb(x))
     given, is_tensor = as_array(x, "image")
     array = given[0] if given.ndim == 4 and len(given) == 1 else given       # a batch of one
-    shape = f"the image has shape {given.shape}: take (h, w), (h, w, channels) or (channels, h, w)"
-    require(array.size and array.ndim in (2, 3), shape)
-    if array.ndim == 2:
-        array = array[..., None]
-    last, first = array.shape[-1] in CHANNELS, array.shape[0] in CHANNELS
-    require(last or first, shape)
-    require(not (last and first and is_tensor and given.ndim > 2), f"{shape}; here it may be either")
-    return flatten(array if last else np.moveaxis(array, 0, -1), "image")
+    complaint = f"the image has shape {given.shape}: take (h, w), (h, w, channels) or (channels, h, w)"
+    require(array.size and array.ndim in (2, 3), complaint)
+    array = array[..., None] if array.ndim == 2 else channels_last(array, (-1, 0), is_tensor, complaint)
+    return flatten(array, "image")
 
 
 def to_video(x: Any, fps: int = 24, count: int | None = None, size: tuple[int, int] | None = None,
@@ -87,19 +83,26 @@ def to_video(x: Any, fps: int = 24, count: int | None = None, size: tuple[int, i
         return np.stack(frames)
     given, is_tensor = as_array(x, "video")
     array = given[0] if given.ndim == 5 and len(given) == 1 else given       # a batch of one
-    shape = (f"the video has shape {given.shape}: take (frames, h, w), (frames, h, w, channels), "
-             f"(frames, channels, h, w) or (channels, frames, h, w)")
-    require(array.size and array.ndim in (3, 4), shape)
+    complaint = (f"the video has shape {given.shape}: take (frames, h, w), (frames, h, w, channels), "
+                 f"(frames, channels, h, w) or (channels, frames, h, w)")
+    require(array.size and array.ndim in (3, 4), complaint)
     if array.ndim == 3:
         require(array.shape[-1] not in CHANNELS and array.shape[0] not in CHANNELS,
-                f"{shape}; this looks like one image")
-        array = array[..., None]
-    last, second, first = (array.shape[axis] in CHANNELS for axis in (-1, 1, 0))
-    first = array.shape[0] in (1, 3) and not (second and array.shape[1] == 3)
-    if not (last and not is_tensor):
-        require(last + second + first == 1, f"{shape}; here it is none or several of these")
-    array = array if last else np.moveaxis(array, 1 if second else 0, -1)
-    return flatten(array, "video")
+                f"{complaint}; this looks like one image")
+        return flatten(array[..., None], "video")
+    return flatten(channels_last(array, (-1, 1, 0), is_tensor, complaint), "video")
+
+
+def channels_last(x: np.ndarray, axes: tuple[int, ...], is_tensor: bool, complaint: str) -> np.ndarray:
+    """Find the channels at one of the axes, and move them to the end."""
+    found = [axis for axis in axes if x.shape[axis] in CHANNELS]
+    if found[:1] == [-1] and not is_tensor:
+        found = [-1]
+    if found == [1, 0] and x.shape[1] == 3:                                  # a few frames of RGB
+        found = [1]
+    require(found, complaint)
+    require(len(found) == 1, f"{complaint}; here it may be several of these")
+    return np.moveaxis(x, found[0], -1)
 
 
 def as_array(x: Any, what: str) -> tuple[np.ndarray, bool]:
@@ -196,6 +199,19 @@ def blocks(shape: tuple[float, float], size: tuple[int, int], fit: str) -> tuple
 # 3  Pictures
 # ------------------------------------------------------------------------------------------------------------
 
+
+@contextlib.contextmanager
+def opening(what: str, path: str | os.PathLike) -> Iterator[None]:
+    """`reading`, where a file that we refuse on purpose is not called damaged."""
+    try:
+        with reading(what, path):
+            yield
+    except ValueError as error:
+        if type(error.__cause__) is not ValueError:
+            raise
+        raise ValueError(f"cannot read {what} {str(path)!r}: {error.__cause__}") from None
+
+
 MOST_PIXELS = 2**27                                                          # 400 MB once it is decoded
 UPRIGHT = {value: Image.Transpose[name] for value, name in {                 # of EXIF's orientations
     2: "FLIP_LEFT_RIGHT", 3: "ROTATE_180", 4: "FLIP_TOP_BOTTOM", 5: "TRANSPOSE", 6: "ROTATE_270",
@@ -206,7 +222,7 @@ HEIC = (b"heic", b"heix", b"heim", b"heis", b"hevc", b"hevx", b"mif1", b"msf1")
 def read_image(path: str | os.PathLike, size: tuple[int, int] | None = None, fit: str = "crop"
                ) -> np.ndarray:
     """uint8 (h, w, 3), upright as the camera noted, in sRGB, on white; size None: its own."""
-    with reading("image", path), open_image(path) as image:
+    with opening("image", path), open_image(path) as image:
         if image.format not in ("JPEG", "MPO"):                              # these are decoded as needed
             check_pixels(image)
         orientation = image.getexif().get(0x0112, 1)
@@ -321,7 +337,7 @@ def read_video(path: str | os.PathLike, fps: int = 24, start: int | None = None,
     frame on show at its time, so 12 frames per second read at 24 come twice each. `size` and `fit` are those
     of `fitted`; memory is what the chosen frames need at that size, so give one for large videos.
     """
-    with reading("video", path), av.open(os.path.abspath(path)) as file:     # "12:30.mov" is no URL
+    with opening("video", path), av.open(os.path.abspath(path)) as file:     # "12:30.mov" is no URL
         stream = best_stream(file)
         begin = None if start is None else (stream.start_time or 0) * stream.time_base + Fraction(start, fps)
         length = math.inf if count is None else Fraction(count, fps)
@@ -455,11 +471,14 @@ class Player:
     def __init__(self, stream: av.VideoStream, size: tuple[int, int] | None, fit: str):
         self.aspect = float(stream.sample_aspect_ratio or 1)                 # a pixel's width over its height
         self.size, self.fit = size, fit
+        self.orientation: tuple[bool, list[int]] | None = None
         self.reformatter = av.video.reformatter.VideoReformatter()
 
     def picture(self, frame: av.VideoFrame) -> np.ndarray:
         """uint8 (h, w, 3): made small first, then turned upright."""
-        turned, flips = orientation(frame)
+        # Asked once: looking at side data makes a cycle of references, which keeps the frame in memory.
+        self.orientation = self.orientation or orientation(frame)
+        turned, flips = self.orientation
         shown = frame.height / min(1, self.aspect), frame.width * max(1, self.aspect)
         size, fit = (self.size, self.fit) if self.size else (tuple(map(round, shown)), "stretch")
         size = size[::-1] if turned and self.size else size
@@ -525,6 +544,17 @@ def to_srgb(rgb: np.ndarray, transfer: int, to_709: np.ndarray | None) -> np.nda
 # file and the file is whole: a crash loses nothing. close() only makes an mp4 more convenient.
 
 LONGEST_NAME = 255 - len("..lock")                                           # in bytes: see `locked`
+
+
+@contextlib.contextmanager
+def claimed(path: Path, inputs: Iterable[str | Path] = ()) -> Iterator[Path]:
+    """An output for us alone: where to write, links resolved. ValueError if nothing can be written there, if
+    it is one of the inputs, or if another run writes it."""
+    require(not path.exists() or not any(os.path.exists(file) and path.samefile(file) for file in inputs),
+            f"{str(path)!r} is an input: give the output another name")
+    path = check_output(path)
+    with locked(path):
+        yield path
 
 
 def check_output(path: Path) -> Path:

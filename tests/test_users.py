@@ -470,7 +470,10 @@ def test_videos_that_change_size(tmp_path):
 
 def test_advice_for_videos_of_one_frame_works(tmp_path):
     video = write_video(tmp_path / "a.mp4", [corners()])
-    with pytest.raises(ValueError, match="only one frame: save that as a picture .*--image frame.png"):
+    with pytest.raises(
+        ValueError,
+        match="cannot read video '.*a.mp4': it has only one frame: save that .*--image frame.png",
+    ):
         media.read_video(video)
     Image.fromarray(corners()).save(tmp_path / "a.png")
     with pytest.raises(ValueError, match="single picture: use --mode i2v --image '.*a.png'"):
@@ -530,20 +533,17 @@ def test_the_rhythm_of_other_frame_rates(fps, suffix, tmp_path):
     assert (media.read_video(path, count=7) == media.read_video(path)[-7:]).all()
 
 
-def test_a_piece_of_a_video_for_training(tmp_path):
-    path = write_video(
-        tmp_path / "a.mp4", greys(np.arange(480) // 2 + 5), fps=24, options={"g": "48", "crf": "1"}
-    )
-    shade = lambda video: video.mean((1, 2, 3)) - 5
-    assert np.abs(shade(media.read_video(path, start=0, count=24)) - np.arange(24) // 2).max() < 1.5
-    assert np.abs(shade(media.read_video(path, start=400, count=24)) - np.arange(400, 424) // 2).max() < 1.5
-    assert (
-        len(media.read_video(path, start=470, count=24)) == 10
-        and len(media.read_video(path, start=500, count=24)) == 0
-    )
-    assert len(media.read_video(path, start=240)) == 240 and len(media.read_video(path)) == 480
-    assert media.read_video(path, fps=12, start=10, count=4).shape == (4, 32, 48, 3)
-    assert np.abs(shade(media.read_video(path, fps=12, start=10, count=4)) - [10, 11, 12, 13]).max() < 1.5
+@pytest.mark.parametrize("suffix", [".mp4", ".mkv", ".ts"])
+def test_a_piece_of_a_video_for_training(suffix, tmp_path):
+    """Found by the index, also where the times of a file do not begin with zero (.ts)."""
+    path = write_video(tmp_path / f"a{suffix}", numbered(250), options={"g": "48"})
+    assert numbers(media.read_video(path, start=0, count=24)) == [*range(24)]
+    assert numbers(media.read_video(path, start=200, count=24)) == [*range(200, 224)]
+    assert numbers(media.read_video(path, start=240, count=24)) == [*range(240, 250)]
+    assert len(media.read_video(path, start=270, count=24)) == 0
+    assert numbers(media.read_video(path, start=225)) == [*range(225, 250)]
+    assert numbers(media.read_video(path, fps=12, start=10, count=4)) == [20, 22, 24, 26]
+    assert numbers(media.read_video(path)) == [*range(250)]
 
 
 def test_memory_of_videos_is_a_few_frames(tmp_path):
@@ -553,9 +553,9 @@ def test_memory_of_videos_is_a_few_frames(tmp_path):
     path = write_video(tmp_path / "a.mp4", [frame] * 48, fps=60, options={"preset": "ultrafast"})
     code = (
         "video = media.read_video(sys.argv[1], count=32, size=(64, 64))\n"
-        "assert video.shape == (20, 64, 64, 3) and abs(video[0, 32, 48] - 200.0).max() < 3, video"
+        "assert video.shape == (19, 64, 64, 3) and abs(video[0, 32, 48] - 200.0).max() < 3, video"
     )
-    assert peak(code, path) < 350e6
+    assert peak(code, path) < 150e6
 
 
 # ------------------------------------------------------------------------------------------------------- LoRA
@@ -1072,20 +1072,15 @@ def test_prompts_that_the_text_encoder_cannot_read(model_folder, tmp_path, monke
 
 
 def test_python_without_docstrings(model_folder, tmp_path):
-    words = [
-        sys.executable,
-        "-OO",
-        *command(model_folder, "--num_frames", 24, "--out", tmp_path / "a.mp4")[1:],
-    ]
+    """Ours are there for --help alone, but transformers needs its own."""
+    flags = ["--num_frames", 4, "--prompt", "a", "--out", tmp_path / "a.mp4"]
+    words = [sys.executable, "-OO", *command(model_folder, *flags)[1:]]
     done = subprocess.run(words, capture_output=True, text=True, env=environment())
-    assert done.returncode == 0 and len(media.read_video(tmp_path / "a.mp4")) == 24, done.stderr
-    prompt = [
-        sys.executable,
-        "-OO",
-        *command(model_folder, "--num_frames", 4, "--prompt", "a", "--out", tmp_path / "b.mp4")[1:],
-    ]
-    assert subprocess.run(prompt, capture_output=True, env=environment()).returncode == 0
-    assert subprocess.run([*words[:3], "--help"], capture_output=True, env=environment()).returncode == 0
+    assert done.returncode == 0 and len(media.read_video(tmp_path / "a.mp4")) == 4, done.stderr
+    code = "import sample; sample.main(['--help'])"
+    words = [sys.executable, "-OO", "-c", code]
+    done = subprocess.run(words, capture_output=True, env=environment(), cwd=HERE)
+    assert done.returncode == 0 and b"--prompt" in done.stdout
 
 
 @pytest.mark.parametrize("after", [0.1, 0.4, 1.0])
@@ -1238,7 +1233,7 @@ def test_videos_that_people_hold(tmp_path):
         (np.zeros((8, 8, 5), np.uint8), r"shape \(8, 8, 5\): take \(h, w\), \(h, w, channels\)"),
         (np.zeros((0, 8, 3), np.uint8), r"shape \(0, 8, 3\)"),
         (np.zeros((2, 8, 8, 3), np.uint8), r"shape \(2, 8, 8, 3\)"),
-        (torch.zeros(3, 8, 3), "either"),
+        (torch.zeros(3, 8, 3), "several of these"),
         (np.zeros(8), r"shape \(8,\)"),
         (None, "of type NoneType: take a path, PIL image, array or tensor"),
         ([[1, 2], [3, 4]], "of type list"),
@@ -1256,8 +1251,8 @@ def test_images_that_are_not_clear(x, words):
         (np.zeros((8, 8, 3), np.uint8), "looks like one image"),
         (np.zeros((3, 8, 8), np.uint8), "looks like one image"),
         (np.zeros((5, 8, 8, 5), np.uint8), r"shape \(5, 8, 8, 5\): take \(frames, h, w\)"),
-        (torch.zeros(3, 1, 8, 8), "none or several of these"),
-        (torch.zeros(8, 3, 8, 3), "none or several of these"),
+        (torch.zeros(3, 1, 8, 8), "several of these"),
+        (torch.zeros(8, 3, 8, 3), "several of these"),
         ([], "empty list"),
         ([np.zeros((8, 8, 3), np.uint8), np.zeros((8, 9, 3), np.uint8)], r"sizes \[\(8, 8\), \(8, 9\)\]"),
         ([np.zeros((8, 8, 3)) - 1], "values from -1"),
