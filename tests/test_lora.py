@@ -115,7 +115,7 @@ def test_loras_that_do_not_fit_are_refused(tmp_path):
     with bad("is for another model: it lacks 18"):
         training.check_lora(deeper, file)
     with bad("has a LoRA already"):
-        training.load_lora(with_lora(), file)
+        training.add_lora(with_lora(), 2)
     with bad("rank 0 must"):
         training.add_lora(deeper, 0)
     save_file(small()[0].state_dict(), file)
