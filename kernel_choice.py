@@ -225,10 +225,12 @@ def sampled(results: list[Tensor]) -> list[Tensor]:
 def require_equal(results: list[Tensor], expected: list[Tensor]) -> None:
     """Raises ArithmeticError if a result is further from the readable path's than rounding explains."""
     for i, (ours, exact) in enumerate(zip(results, expected, strict=True)):
-        bar = BARS.get(results[0].dtype, 0.0) * (2 if i else 1)
+        what, bar = f"gradient {i}" if i else "result", BARS.get(results[0].dtype, 0.0) * (2 if i else 1)
+        if ours.shape != exact.shape:
+            raise ArithmeticError(f"{what} is {tuple(ours.shape)}, not {tuple(exact.shape)}")
         error = ((ours.float() - exact.float()).norm() / exact.float().norm().clamp_min(1e-30)).item()
-        if ours.shape != exact.shape or not error <= bar:                    # nan is no error below a bar
-            raise ArithmeticError(f"{f'gradient {i}' if i else 'result'} is off by {error:.1e}")
+        if not error <= bar:                         # nan is not
+            raise ArithmeticError(f"{what} is off by {error:.1e}")
 
 
 # ----------------------------------------------------------------------------------------------------------

@@ -519,6 +519,8 @@ def flash_attention(q: Tensor, k: Tensor, v: Tensor, spans: Tensor, out: Tensor 
     and v. Raises ValueError for an empty span, one beyond the keys, tensors that do not fit together, another
     type or head width, or a device that cannot.
     """
+    magi.require(q.ndim == k.ndim == 4, f"queries {tuple(q.shape)} and keys {tuple(k.shape)} must be (batch, "
+                 f"tokens, heads, width)")
     B, N, Hq, hd = q.shape
     magi.require(q.dtype in (torch.float32, torch.bfloat16, torch.float16), f"attention in {q.dtype}: use "
                  f"float32, bfloat16 or float16")
@@ -526,7 +528,7 @@ def flash_attention(q: Tensor, k: Tensor, v: Tensor, spans: Tensor, out: Tensor 
                  f"head width {hd} must be a multiple of 16, at most 128: use the backend 'torch'")
     magi.require(k.shape == v.shape, f"keys {tuple(k.shape)} and values {tuple(v.shape)} must be alike")
     for u in (k, v):
-        magi.require(u.shape[0] == B and u.shape[3] == hd and Hq % u.shape[2] == 0
+        magi.require(u.shape[0] == B and u.shape[3] == hd and u.shape[2] > 0 and Hq % u.shape[2] == 0
                      and u.dtype == q.dtype and u.device == q.device,
                      f"keys and values {tuple(u.shape)} {u.dtype} do not go with queries {tuple(q.shape)} "
                      f"{q.dtype}")
@@ -904,7 +906,6 @@ def tiles_for(kernel: str, arch: int, hd: int = 0, dtype: torch.dtype = torch.bf
     return Tiles(m, n, 0, warps, stages, tma, 16 if kernel == "dkv" else max(16, n // 2))
 
 
-
 def _forward_only(change: Callable[[Tiles], Tiles]) -> Callable[[str, Tiles], Tiles]:
     return lambda kernel, tiles: change(tiles) if kernel == "forward" and tiles.stages > 1 else tiles
 
@@ -915,7 +916,6 @@ VARIANTS = {
     "fewer stages": _forward_only(lambda tiles: tiles._replace(stages=tiles.stages - 1)),
     "narrow": _forward_only(lambda tiles: tiles._replace(n=tiles.n // 2, rest=max(16, tiles.n // 4))),
 }
-
 
 
 def get_ops(backend: str, device: torch.device | str) -> magi.Ops:

@@ -52,6 +52,7 @@ purpose: CPU offload of the cache (a few chunks need none) and CUDA graphs.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import itertools
 import math
 import sys
@@ -1215,13 +1216,14 @@ def needed(wanted: Sequence[int], inputs: Sequence[ChunkInput]) -> list[ChunkInp
 
 
 def plan(cfg: SamplerConfig, chunks: int | None, prefix_chunks: int = 0,
-         config_of: Callable[[int], SamplerConfig] | None = None) -> Iterator[Step]:
+         config_of: Callable[[int], SamplerConfig | None] | None = None) -> Iterator[Step]:
     """The steps of a run of `chunks` chunks, of which the first `prefix_chunks` are given; None: for ever.
 
     A chunk enters at every stage, until all have. When one has done its steps, the next forward carries it
     once more, in front and at t = 0.9999, so that its clean keys and values reach the cache; prefix chunks
     are stored by a step of their own before all others. config_of(chunk): the config of a chunk, which is
-    asked for when it enters (its ranges may differ from the others'; default: cfg for all).
+    asked for when it enters (its ranges may differ from the others'; default: cfg for all); None: there is no
+    such chunk, and the video ends with those in flight.
 
     >>> for step in itertools.islice(plan(SamplerConfig(num_steps=4), 3), 5):
     ...     print(*(f"{c.chunk}: t {c.t:.2f}, sees {c.first_seen}.." for c in step.chunks), sep="; ")
@@ -1267,8 +1269,12 @@ def plan(cfg: SamplerConfig, chunks: int | None, prefix_chunks: int = 0,
         reads += [oldest_seen(cfg, c) for c in to_come if newest < c < K]
         return min(reads)
 
-    for stage in range(K - P + window - 1 if K > P else 0):
+    for stage in itertools.count():
+        if P + stage < K and config_of(P + stage) is None:
+            K = P + stage
         active = range(max(P, P + stage - window + 1), min(P + stage + 1, K))
+        if not active:
+            return
         oldest, newest = active[0], active[-1]
         just_left = oldest - 1 if stage >= window else None
         first_needed = forget(stage, active, just_left)
@@ -1351,6 +1357,12 @@ class Progress:
     now: Step                            # what was just computed
     cache_bytes: int
     latents: dict[int, Tensor]           # chunks in flight by absolute index, (1, 16, 6, H, W); do not change
+    velocity: dict[int, Tensor]          # what moved them
+
+    def guess(self, chunk: int) -> Tensor:
+        """The clean latents of a chunk in flight, if its velocity were right to the end: x + (1 - t) v."""
+        t = next(c.t + c.dt for c in self.now.noisy if c.chunk == chunk)
+        return self.latents[chunk] + (1 - t) * self.velocity[chunk]
 
 
 def chunk_noise(seed: int, chunk: int, shape: Sequence[int]) -> Tensor:
@@ -1371,9 +1383,10 @@ def sample(dit: DiT, text: Tensor | Iterator[tuple], text_mask: Tensor | None, s
 
     text            (L, C) with text_mask (L,), or (chunks, L, C) with (chunks, L): the last caption goes on.
                     Or, with text_mask None, an iterator that each chunk asks when it enters, for (text, mask)
-                    or (text, mask, SamplerConfig): that chunk's own ranges and guidance. A chunk enters
-                    window - 1 stages before the end of the oldest one in flight, so about that many chunks
-                    before it is seen
+                    or (text, mask, SamplerConfig): that chunk's own ranges and guidance. When the iterator
+                    ends, its last item goes on; the item None ends the video with the chunks in flight.
+                    Chunk c asks when chunk c - window has been yielded and the next is asked for: an item
+                    that comes now shows after the window - 1 chunks in flight, that is num_steps steps later
     special_tokens  name -> (1, C)
     prefix          (16, T, H, W), clean latents that come first
     noise           (16, 6 K, H, W), in place of the seeded noise; prefix chunks count. H and W of the video
@@ -1436,7 +1449,7 @@ class _Run:
         self.branches = DISTILLED_BRANCHES if cfg.distilled else BASE_BRANCHES
         self.cache = KVCache()
         self.asked: dict[int, Asked] = {}                                    # of the chunks in flight
-        self.last: tuple = ()                                                # what the newest chunk asked for
+        self.last: tuple = ()                                                # what the newest chunk was given
 
     @torch.no_grad()
     def stream(self, progress: Callable[[Progress], None]) -> Iterator[tuple[int, Tensor]]:
@@ -1445,7 +1458,7 @@ class _Run:
         total = None if self.K is None else (self.K - self.P + self.cfg.window - 1) * per_stage
         steps = itertools.count(1)
         x = {c: self.given(c) for c in range(self.P)}                        # chunk -> (1, 16, 6, H, W)
-        for step in plan(self.cfg, self.K, self.P, lambda chunk: self.ask(chunk).cfg):
+        for step in plan(self.cfg, self.K, self.P, self.config):
             self.cache.evict(step.forget)
             if step.enters is not None:
                 x[step.enters] = self.paste(step.enters, self.fresh(step.enters))
@@ -1455,7 +1468,7 @@ class _Run:
             x = {c.chunk: x[c.chunk] for c in step.noisy}                    # clean ones are in the cache now
             if step.noisy:
                 chunk = step.noisy[0].chunk - self.P
-                progress(Progress(next(steps), total, chunk, step, self.cache.bytes, x))
+                progress(Progress(next(steps), total, chunk, step, self.cache.bytes, x, v))
             if step.done is not None:
                 del self.asked[step.done]
                 yield step.done - self.P, self.emit(step.done, x[step.done])
@@ -1463,7 +1476,7 @@ class _Run:
     def velocity(self, step: Step, x: dict[int, Tensor]) -> dict[int, Tensor]:
         """Guided velocity of every noisy chunk; the keys of clean ones are stored on the way."""
         noisy = step.noisy
-        shares = {c.chunk: branch_shares(self.ask(c.chunk).cfg, c, is_oldest=c == noisy[0]) for c in noisy}
+        shares = {c.chunk: branch_shares(self.asked[c.chunk].cfg, c, is_oldest=c == noisy[0]) for c in noisy}
         v, zero = {}, torch.zeros((), device=self.prefix.device)
         for name, branch in self.branches.items():
             wanted = [chunk for chunk, share in shares.items() if share[name] != 0 or not self.skip]
@@ -1491,24 +1504,28 @@ class _Run:
                      cache=self.cache, store=sum(c.clean for c in inputs) if branch.stores else 0)
         return dict(zip(chunks, v.chunk(len(chunks), dim=2), strict=True))
 
-    def ask(self, chunk: int) -> Asked:
-        """Text and config of a chunk; the first question takes the next item, and the last item goes on."""
+    def config(self, chunk: int) -> SamplerConfig | None:
+        """Of a chunk, None if the video ends before it. A chunk that enters takes the next item of the
+        prompts, with its text; the last item goes on."""
         if chunk not in self.asked:
-            self.last = next(self.texts, self.last)
-            require(self.last, "there is no prompt: give at least one, which may be empty")
-            text, mask, *own = self.last
+            item = next(self.texts, self.last)
+            if item is None:
+                return None
+            require(item, "there is no prompt: give at least one, which may be empty")
+            text, mask, *own = item
             require(text.shape == self.null.shape and mask.shape == text.shape[:1],
                     f"text {tuple(text.shape)} and text_mask {tuple(mask.shape)} of chunk {chunk - self.P} "
                     f"must be {tuple(self.null.shape)} and ({len(self.null)},)")
             for cfg in own:
                 check_own_config(cfg, self.cfg)
+            self.last = item
             valid = mask.to(self.null.device).bool().long()
             self.asked[chunk] = Asked(text.to(self.null), valid, *(own or [self.cfg]))
-        return self.asked[chunk]
+        return self.asked[chunk].cfg
 
     def caption(self, chunk: int) -> tuple[Tensor, Tensor]:
         """Special tokens and caption of a noisy chunk, (L, C), (L,); null text where the caption is empty."""
-        text, mask, _ = self.ask(chunk)
+        text, mask, _ = self.asked[chunk]
         if not mask.any():
             return self.null_text()
         remaining = math.inf if self.K is None else self.K - chunk
@@ -1598,18 +1615,25 @@ def load(folder: str | Path, *, vae: str | Path | None = None, t5: str | Path | 
                 T5(t5, cfg.text_length, device, keep=keep_t5))
 
 
+GUIDANCE = ("cfg_t", "prev_scales", "text_scales", "nearly_clean_t", "nearly_clean_blend")
+
+
 class Prompt(NamedTuple):
     """What an iterator of prompts may give in place of a plain caption; settings hold from this chunk on."""
 
     text: str
     transition: str | None = None        # "cut" or "restyle", at this chunk
-    settings: dict = {}                  # fields of SamplerConfig for guidance: text_scales, prev_scales
+    settings: dict = {}                  # of GUIDANCE, the fields of SamplerConfig that may change in a run
 
 
-def check_prompt(item: Any) -> None:
-    fine = isinstance(item, str) or isinstance(item, Prompt) and isinstance(item.text, str)
-    require(fine, f"a prompt is of type {type(item).__name__}: give captions, Prompts, or the (text, mask) "
-            f"of encode_text")
+def as_prompt(item: Any) -> Prompt:
+    """A caption or a Prompt -> Prompt; ValueError for what a chunk cannot be given."""
+    prompt = item if isinstance(item, Prompt) else Prompt(item)
+    require(isinstance(prompt.text, str), f"a prompt is of type {type(item).__name__}: give captions, "
+            f"Prompts, or the (text, mask) of encode_text")
+    wrong = ", ".join(map(repr, prompt.settings.keys() - set(GUIDANCE)))
+    require(not wrong, f"{wrong} cannot change while a video is made, only {', '.join(GUIDANCE)}")
+    return prompt
 
 
 def with_settings(cfg: SamplerConfig, settings: dict[str, Any]) -> SamplerConfig:
@@ -1644,7 +1668,8 @@ class MAGI:
         """Yield uint8 frames (<= 24, height, width, 3), exactly num_frames in all, one chunk at a time.
 
         prompt: one caption; a list with one per chunk (the last goes on); any other iterator, which is asked
-        for a caption or a Prompt when a chunk enters; or the (text, mask) that encode_text gave. image: the
+        for a caption or a Prompt when a chunk enters, window - 1 chunks before it is seen (None: the video
+        ends with the chunks in flight); or the (text, mask) that encode_text gave. image: the
         video starts with it. video: the result goes on after its last frames, of which `prefix_frames` are
         shown to the model. Both may be arrays, tensors, PIL images or paths (media.to_image, media.to_video).
         sampler replaces the model's config; settings replace fields of it, such as num_frames, seed,
@@ -1685,22 +1710,21 @@ class MAGI:
                     "the prompt is an empty list: give at least one caption, which may be ''")
             if len(prompt) == 2 and all(isinstance(u, Tensor) for u in prompt):
                 return prompt
-            if all(isinstance(item, str) for item in prompt):
+            if all(isinstance(caption, str) for caption in prompt):
                 return self.encode_text(list(prompt))
-            for item in prompt:
-                check_prompt(item)
+            prompt = [item if item is None else as_prompt(item) for item in prompt]
 
-        def one_by_one(config: SamplerConfig) -> Iterator[tuple[Tensor, Tensor, SamplerConfig]]:
-            said: str | None = None
-            encoded: Any = None
+        def one_by_one(config: SamplerConfig) -> Iterator[tuple[Tensor, Tensor, SamplerConfig] | None]:
+            encode = functools.lru_cache(8)(lambda caption: self.encode_text([caption]))
             for chunk, item in enumerate(prompt):
-                check_prompt(item)
-                item = Prompt(item) if isinstance(item, str) else item
-                config = with_settings(config, item.settings)
+                if item is None:
+                    yield None
+                    return
+                item = as_prompt(item)
+                config = dataclasses.replace(config, **item.settings)
                 here = shot_transition(config, chunk, item.transition) if item.transition else config
-                if item.text != said:                    # text that is encoded already is used again
-                    said, encoded = item.text, self.encode_text([item.text])
-                yield encoded[0][0], encoded[1][0], here
+                text, mask = encode(item.text)
+                yield text[0], mask[0], here
 
         return one_by_one(cfg), None
 

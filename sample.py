@@ -4,6 +4,7 @@
     python sample.py --mode i2v --image ball.png --prompt "it bounces"    a picture comes to life
     python sample.py --mode v2v --video clip.mp4 --num_frames inf         goes on after a video until Ctrl-C
     python sample.py --prompt "a red ball" --prompt "a blue ball"         one prompt per second of video
+    python sample.py --prompt - --num_frames inf --out - | ffplay -       speak to it while it plays
 
 magi.py makes the frames, media.py reads and writes files; here are flags, checks and a progress bar. Each
 second of video is written as soon as it is clean: the output plays while it grows and outlives kill -9.
@@ -38,6 +39,7 @@ if __name__ == "__main__":
 import argparse
 import contextlib
 import dataclasses
+import io
 import json
 import math
 import re
@@ -47,6 +49,7 @@ from collections.abc import Callable
 from difflib import get_close_matches
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 from tqdm import tqdm
 
@@ -140,17 +143,22 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     """The flags, under the names of SamplerConfig's fields where there is one."""
     parser = Parser(prog="sample.py", allow_abbrev=False, usage="python sample.py --prompt TEXT [more flags]",
                     formatter_class=argparse.RawDescriptionHelpFormatter,
-                    description="\n".join((__doc__ or "").splitlines()[:7]),  # none with python -OO
+                    description="\n".join((__doc__ or "").splitlines()[:8]),  # none with python -OO
                     epilog="The official --image_path, --prefix_video_path and --output_path work too.")
     many = dict(nargs="+", metavar="X")
     # fmt: off
     flag = parser.add_argument_group("what to make").add_argument
     flag("--mode", choices=["t2v", "i2v", "v2v"], help="text, image, video to video; default: by the input")
-    flag("--prompt", action="append", metavar="TEXT", help="again for the next second; the last one goes on")
+    flag("--prompt", action="append", metavar="TEXT",
+         help="again for the next second; the last one goes on; or -: lines of standard input, each from the "
+              "next chunk on, whose end ends an endless video")
+    flag("--prompt_file", type=Path, metavar="FILE",
+         help="a video a line, its seconds divided by |; --out is their folder, the seed counts up")
     flag("--image", metavar="FILE", help="i2v: the first frame")
     flag("--video", metavar="FILE", help="v2v: the result goes on where this ends")
     flag("--out", type=Path, default=Path("out.mp4"), metavar="FILE",
-         help=".mp4, .gif, or .png for a contact sheet; default: out.mp4; an old one is replaced")
+         help=".mp4, .gif, or .png for a contact sheet; default: out.mp4; an old one is replaced; or - for "
+              "an mp4 on standard output")
     flag("--fit", choices=["crop", "stretch", "pad"], help="of the input; default: crop")
     flag("--prefix_frames", type=int, metavar="N",
          help="v2v: how many of its last frames the model sees; default: 32")
@@ -222,18 +230,23 @@ def check_flags(args: argparse.Namespace) -> None:
             "--prefix_frames is for --video: leave it out, or add one")
     require(args.fit is None or args.mode != "t2v",
             "--fit is for --image and --video: leave it out, or add one of them")
-    require(args.prompt or args.text or args.mode != "t2v",
+    args.told = args.prompt == ["-"]                                         # line by line while it runs
+    require(args.told or "-" not in (args.prompt or ()), "--prompt - stands alone: it reads all prompts")
+    require(not args.told or not args.save_text, "--save_text needs its prompts at once, not by --prompt -")
+    require(not args.prompt_file or not (args.prompt or args.text or args.save_text),
+            "--prompt_file has the prompts: leave --prompt, --text and --save_text out")
+    args.lines = read_lines(args.prompt_file) if args.prompt_file else [args.prompt]
+    args.prompt = [] if args.told else sum(args.lines, []) if args.prompt_file else args.prompt
+    require(args.prompt or args.text or args.told or args.mode != "t2v",
             'no --prompt: say what to show, for example --prompt "a red ball bounces"')
     for prompt in args.prompt or ():
         require(prompt.encode(errors="ignore").decode() == prompt,
                 f"the prompt {ascii(prompt)} is not UTF-8: check the encoding of the terminal or script")
     require(not args.text or not (args.prompt or args.save_text),
             f"--text {args.text!r} is an encoded prompt already: leave --prompt and --save_text out")
-    require(args.out.suffix.lower() in (".mp4", ".gif", ".png"),
-            f"--out {str(args.out)!r} must end in .mp4, .gif or .png")
-    require(args.save_text is None or args.save_text.suffix == ".safetensors",
-            f"--save_text {str(args.save_text)!r} must end in .safetensors")
-    require(args.num_frames != math.inf or args.out.suffix.lower() == ".mp4",
+    require(args.num_frames != math.inf or not args.prompt_file,
+            "--prompt_file makes many videos, so none is endless: leave --num_frames inf out")
+    require(args.num_frames != math.inf or args.out.suffix.lower() == ".mp4" or str(args.out) == "-",
             f"--num_frames inf needs an .mp4 file, not {str(args.out)!r}, which is rewritten every second")
     require(args.lora or not args.lora_scale, "--lora_scale needs a LoRA: add --lora FILE")
     require(len(args.lora_scale) in (0, 1, len(args.lora)), f"{len(args.lora_scale)} --lora_scale for "
@@ -242,6 +255,63 @@ def check_flags(args: argparse.Namespace) -> None:
     args.prefix_frames = 32 if args.prefix_frames is None else args.prefix_frames
     args.fit = args.fit or "crop"
     args.vae, args.t5 = args.vae or args.model.parent / "vae", args.t5 or args.model.parent / "t5"
+
+
+def read_lines(path: Path) -> list[list[str]]:
+    """The prompts of each line that has any."""
+    from checkpoints import reading, require
+
+    with reading("prompt file", path):
+        lines = path.read_text("utf-8-sig").splitlines()
+    found = [[prompt.strip() for prompt in line.split("|")] for line in lines if line.strip()]
+    require(found, f"the prompt file {str(path)!r} is empty: write a prompt a line")
+    return found
+
+
+def output_files(args: argparse.Namespace) -> list[Path]:
+    """Where to write: --out, or a file in that folder for each line of --prompt_file."""
+    from checkpoints import require
+
+    if not args.prompt_file:
+        return [args.out]
+    folder = Path("out") if args.out == Path("out.mp4") else args.out
+    require(folder.is_dir() or not folder.exists() and not folder.suffix,
+            f"--out {str(args.out)!r} must be a folder, for the videos of --prompt_file")
+    folder.mkdir(exist_ok=True)
+    names = [re.sub(r"[^a-z0-9]+", "-", prompts[0].lower())[:40].strip("-") for prompts in args.lines]
+    return [folder / f"{i:03d}{'-' * bool(name)}{name}.mp4" for i, name in enumerate(names)]
+
+
+def claim_outputs(args: argparse.Namespace, locks: contextlib.ExitStack) -> None:
+    """See that the output can be written, before there is something to write, and by nobody else."""
+    import media
+    from checkpoints import require
+
+    args.outs = output_files(args)
+    if str(args.out) == "-":
+        require(not sys.stdout.isatty(), "--out - writes an mp4: send it to a player, such as | ffplay -")
+        args.outs = [take_stdout(locks)]
+    require(args.prompt_file or str(args.out) == "-" or args.out.suffix.lower() in media.WRITERS,
+            f"--out {str(args.out)!r} must end in .mp4, .gif or .png")
+    require(args.save_text is None or args.save_text.suffix == ".safetensors",
+            f"--save_text {str(args.save_text)!r} must end in .safetensors")
+    inputs = [f for f in (args.image, args.video, args.text, args.config_file, *args.lora) if f]
+    inputs += [file for folder in (args.model, args.vae, args.t5) for file in folder.glob("*")]
+
+    def claimed(path: Path) -> Path:
+        return locks.enter_context(media.claimed(path, inputs))
+
+    args.outs = [claimed(out) if isinstance(out, Path) else out for out in args.outs]
+    args.save_text = args.save_text and claimed(args.save_text)
+
+
+def take_stdout(locks: contextlib.ExitStack):
+    """Standard output, for the video alone: whatever else is printed goes to standard error."""
+    sys.stdout.flush()
+    stdout = locks.enter_context(os.fdopen(os.dup(1), "wb"))
+    os.dup2(2, 1)
+    locks.callback(os.dup2, stdout.fileno(), 1)
+    return stdout
 
 
 def settings(args: argparse.Namespace, dit, cfg, notes: list[str]):
@@ -336,10 +406,11 @@ def notes_on_prompts(args: argparse.Namespace, cfg, native, chunks: float) -> li
     from checkpoints import load_module, reading
 
     notes, prompts = [], args.prompt or []
-    if len(prompts) > chunks:
-        notes.append(f"warning: {len(prompts)} prompts for {chunks} chunk{'s' * (chunks > 1)}: the last "
-                     f"{'ones are' if len(prompts) - chunks > 1 else 'one is'} not used")
-    if not prompts and not args.text:
+    most = max(len(line or ()) for line in args.lines)
+    if most > chunks:
+        notes.append(f"warning: {most} prompts for {chunks} chunk{'s' * (chunks > 1)}: the last "
+                     f"{'ones are' if most - chunks > 1 else 'one is'} not used")
+    if not prompts and not args.text and not args.told:
         notes.append(f"note: no --prompt, the {'image' if args.image else 'video'} alone says what happens")
     if args.text:
         return notes
@@ -387,21 +458,17 @@ def say(message: object) -> None:
     tqdm.write(" ".join(str(message).split()), file=sys.stderr)
 
 
-def prepare(argv: list[str] | None, locks: contextlib.ExitStack) -> dict:
-    """From the command line to the arguments of `generate`: checks, then text encoder, then model."""
+def prepare(argv: list[str] | None, locks: contextlib.ExitStack) -> list[dict]:
+    """From the command line to the arguments of `generate`, for each video: checks, text encoder, model."""
     args, notes = parse_arguments(argv), []
     check_flags(args)
     import magi
     import media
-    from checkpoints import read_config, require
+    from checkpoints import read_config, reading, require
 
     if signal.getsignal(signal.SIGINT) is leave:                             # from here on there may be files
         signal.signal(signal.SIGINT, signal.default_int_handler)
-    inputs = [f for f in (args.image, args.video, args.text, args.config_file, *args.lora) if f]
-    inputs += [file for folder in (args.model, args.vae, args.t5) for file in folder.glob("*")]
-    args.out = locks.enter_context(media.claimed(args.out, inputs))
-    if args.save_text:
-        args.save_text = locks.enter_context(media.claimed(args.save_text, inputs))
+    claim_outputs(args, locks)
     dit = read_config(args.model, "dit", magi.DiTConfig)
     dit = dataclasses.replace(dit, dtype=args.dtype or dit.dtype)
     native = read_config(args.model, "sampler", magi.SamplerConfig)
@@ -424,16 +491,32 @@ def prepare(argv: list[str] | None, locks: contextlib.ExitStack) -> dict:
     for note in notes:
         say(note)
 
-    text = text or encode_text(args, dit, device)
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()
+    text = text or (None if args.told else encode_text(args, dit, device))
     pipe = magi.load(args.model, vae=args.vae, t5=args.t5, device=device, dtype=args.dtype,
-                     backend=args.backend)
+                     backend=args.backend, keep_t5=args.told)
     for file, scale in zip(args.lora, args.lora_scale, strict=True):
         import training
 
         training.load_lora(pipe.dit, file, scale)
-    frames = partial(pipe, text, sampler=cfg, image=image, video=video, prefix_frames=args.prefix_frames,
-                     fit=args.fit)
-    return dict(frames=frames, cfg=cfg, chunks=chunks, out=args.out, device=device)
+    runs = []
+    for i, (prompts, out) in enumerate(zip(args.lines, args.outs, strict=True)):
+        if args.told:
+            import live
+
+            with reading("text encoder", args.t5):                           # it is kept
+                pipe.encode_text([""])
+            given: Any = live.told_by(io.FileIO(0, closefd=False), cfg.num_frames is None, say)
+        else:
+            n = len(prompts) if args.prompt_file else len(text[0])
+            given, text = [part[:n] for part in text], [part[n:] for part in text]
+        config = dataclasses.replace(cfg, seed=cfg.seed + i)
+        frames = partial(pipe, given, sampler=config, image=image, video=video, fit=args.fit,
+                         prefix_frames=args.prefix_frames)
+        runs.append(dict(frames=frames, cfg=config, chunks=chunks, out=out, device=device))
+    return runs
 
 
 def count_chunks(num_frames: int | None, prefix_frames: int) -> float:
@@ -452,9 +535,6 @@ def encode_text(args: argparse.Namespace, dit, device: str) -> tuple:
     from checkpoints import reading, save
 
     with reading("text encoder", args.t5):
-        from transformers.utils import logging
-
-        logging.disable_progress_bar()
         text, mask = magi.T5(args.t5, dit.text_length, device)(args.prompt or [""])
     if args.save_text:
         from safetensors import SafetensorError
@@ -516,13 +596,14 @@ def progress_bar(chunks: float, total: int | None) -> tuple[tqdm, Callable]:
     return bar, progress
 
 
-def generate(frames, cfg, chunks: float, out: Path, device: str) -> int:
+def generate(frames, cfg, chunks: float, out: Any, device: str) -> int:
     """Make the video and write it chunk by chunk, then say how it went. Returns the exit code."""
     import media
 
     total = None if chunks == math.inf else (chunks + cfg.window - 1) * (cfg.num_steps // cfg.window)
     bar, progress = progress_bar(chunks, total)
-    writer, code, made, first, last = media.WRITERS[out.suffix.lower()](out, cfg.fps), 0, 0, 0.0, 0.0
+    name, suffix = (out, out.suffix.lower()) if isinstance(out, Path) else ("-", ".mp4")
+    writer, code, made, first, last = media.WRITERS[suffix](out, cfg.fps), 0, 0, 0.0, 0.0
     start = time.perf_counter()
     try:
         for chunk in frames(progress=progress):
@@ -533,10 +614,12 @@ def generate(frames, cfg, chunks: float, out: Path, device: str) -> int:
     except KeyboardInterrupt:
         signal.signal(signal.SIGINT, signal.SIG_IGN)                         # once is enough
         code = 130
+    except BrokenPipeError:                                                  # the player was closed
+        os.dup2(os.open(os.devnull, os.O_WRONLY), out.fileno())
     except OSError as error:
-        say(f"error: cannot write {str(out)!r}: {error}")
+        say(f"error: cannot write {str(name)!r}: {error}")
         code = 1
-    except FloatingPointError as error:
+    except (ValueError, FloatingPointError) as error:
         say(f"error: {error}")
         code = 1
     finally:
@@ -547,8 +630,8 @@ def generate(frames, cfg, chunks: float, out: Path, device: str) -> int:
     pace = last / max(1, made) * cfg.fps
     word = "faster" if pace < 1 else "slower"
     speed = f"{pace:.2f} s of computing per second of video ({word} than it plays)"
-    print(f"{how}first chunk after {first:.2f} s, {speed}, {peak_memory(device)}, {made} frames -> {out}"
-          if made else f"{how}no chunk could be written, {out} is as it was")
+    print(f"{how}first chunk after {first:.2f} s, {speed}, {peak_memory(device)}, {made} frames -> {name}"
+          if made else f"{how}no chunk could be written, {name} is as it was")
     return code
 
 
@@ -573,11 +656,16 @@ def main(argv: list[str] | None = None) -> int:
         warnings.showwarning = lambda message, *_, **__: say(f"warning: {message}")
         try:
             try:
-                run = prepare(argv, locks)
+                runs = prepare(argv, locks)
             except (ValueError, OSError, ImportError) as error:
                 say(f"error: {error}")
                 return 2
-            return generate(**run)
+            code = 0
+            for run in runs:
+                code = max(code, generate(**run))
+                if code == 130:
+                    break
+            return code
         except KeyboardInterrupt:
             print("interrupted before anything was written")
             return 130

@@ -11,6 +11,7 @@ import json
 import math
 import os
 import sys
+import weakref
 from types import SimpleNamespace
 
 import pytest
@@ -695,6 +696,24 @@ def test_a_late_chunk_may_have_its_own_guidance_and_ranges():
     ):
         with bad(message):
             own(QUICK, dataclasses.replace(QUICK, **change))
+
+
+def test_texts_of_finished_chunks_are_let_go():
+    dit, text, mask, tokens = small()
+    alive = []
+
+    def late():
+        while True:
+            fresh = text.clone()
+            alive.append(weakref.ref(fresh))
+            yield fresh, mask
+
+    endless = dataclasses.replace(QUICK, num_frames=None)
+    for i, _ in magi.sample(dit, late(), None, endless, special_tokens=tokens):
+        assert sum(ref() is not None for ref in alive) <= QUICK.window + 1
+        if i == 9:
+            break
+    assert len(alive) > 10
 
 
 def test_late_prompts_that_do_not_fit_are_refused():

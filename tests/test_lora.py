@@ -45,6 +45,16 @@ def test_an_untrained_lora_changes_nothing_and_a_merged_one_gives_the_same_video
     assert 0.01 < relative(between, plain) < relative(adapted, plain)
 
 
+def test_loras_add_up(tmp_path):
+    file = tmp_path / "a.safetensors"
+    training.save_lora(with_lora(), file)
+    whole, halves = copy.deepcopy(small()[0]), copy.deepcopy(small()[0])
+    training.load_lora(whole, file)
+    for scale in (0.75, 0.25):
+        training.load_lora(halves, file, scale)
+    assert relative(video_of(halves), video_of(whole)) < 1e-4
+
+
 def test_a_new_lora_keeps_the_size_of_its_input():
     torch.manual_seed(0)
     lora = training.LoRA(torch.nn.Linear(400, 8), rank=50)

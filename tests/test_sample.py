@@ -404,7 +404,7 @@ def test_sample_says_what_to_do_when_memory_runs_out(error, monkeypatch, capsys)
     def full(**run):
         raise error
 
-    monkeypatch.setattr(sample, "prepare", lambda argv, locks: {})
+    monkeypatch.setattr(sample, "prepare", lambda argv, locks: [{}])
     monkeypatch.setattr(sample, "generate", full)
     assert sample.main([]) == 1
     (line,) = capsys.readouterr().err.splitlines()
