@@ -533,7 +533,7 @@ def needs(dit: magi.DiTConfig, run: magi.SamplerConfig, vae: magi.VAEConfig = ma
         wide = 2 + 4 * cpu
         slices += [S * (b * D + wide * D + 4 * H) + wide * D * H, S * (b * D + 2 * D + 8 * H) + 2 * D * H,
                    S * (b * F + wide * F + 4 * D) + wide * D * F]
-            small = passing and max(pairs) - max(pairs[1:-1])                    # fp8 layers: less is passing
+        small = passing and max(pairs) - max(pairs[1:-1])                    # fp8 layers: less passes
     moments = [                                                              # bytes beside x
         N * b * (D + 3 * A + 2 * G + max(2 * A, talk)) + S * 8 * A,          # attention to chunks or to text
         N * (b * 2 * A + 4 * D) + cpu * (b < 4) * (S * 8 * A + 8 * A * D),   # Wo
