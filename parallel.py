@@ -595,8 +595,8 @@ def plan(dit: magi.DiTConfig, run: magi.SamplerConfig, cards: Sequence[float] = 
         memory = needs(dit, run, R=R, stream=stream)
         values = [getattr(memory, part) / GIB for part in parts] + [memory.total / GIB]
         lines.append(" ".join([f"{R:9}  {'cpu' if stream else '-':>6}", *(f"{v:11.2f}" for v in values)]))
-    lines.append("\nA card of    one                  eight (torchrun --nproc_per_node 8 sample.py ...)")
+    lines.append(f"\nA card of    {'one':40}eight (torchrun --nproc_per_node 8 sample.py ...)")
     for card in cards:
         ways = [smallest_change(dit, run, card, R)[0] for R in (1, 8) if R in counts]
-        lines.append(f"{card:6} GB    " + "    ".join(f"{way:17}" for way in ways))
+        lines.append(f"{card:6} GB    " + "".join(f"{way:40}" for way in ways).rstrip())
     return "\n".join(lines)
