@@ -513,7 +513,8 @@ def prepare(argv: list[str] | None, locks: contextlib.ExitStack) -> list[dict]:
         config = dataclasses.replace(cfg, seed=cfg.seed + i)
         frames = partial(pipe, given, sampler=config, image=image, video=video, fit=args.fit,
                          prefix_frames=args.prefix_frames)
-        runs.append(dict(frames=frames, cfg=config, chunks=chunks, out=out, device=device))
+        runs.append(dict(frames=frames, cfg=config, chunks=chunks, out=out, device=device,
+                         report=getattr(pipe.dit.ops, "report", None)))
     return runs
 
 
@@ -641,8 +642,11 @@ def progress_bar(chunks: float, total: int | None) -> tuple[tqdm, Callable]:
     return bar, progress
 
 
-def generate(frames, cfg, chunks: float, out: Any, device: str) -> int:
-    """Make the video and write it chunk by chunk, then say how it went. Returns the exit code."""
+def generate(frames, cfg, chunks: float, out: Any, device: str, report: Callable[[], str] | None = None
+             ) -> int:
+    """Make the video and write it chunk by chunk, then say how it went. Returns the exit code.
+
+    report: says which kernels were used (kernel_choice.py)."""
     import media
     import parallel
 
@@ -684,6 +688,8 @@ def generate(frames, cfg, chunks: float, out: Any, device: str) -> int:
     speed = f"{pace:.2f} s of computing per second of video ({word} than it plays)"
     print(f"{how}first chunk after {first:.2f} s, {speed}, {peak_memory(device)}, {made} frames -> {name}"
           if made else f"{how}no chunk could be written, {name} is as it was")
+    if report and made:
+        print(report())
     return code
 
 
