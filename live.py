@@ -203,7 +203,8 @@ class Live:
         self.prompts, self.number, self.prompt = Prompts(), 0, ""
         self.take, self.start, self.error = 0, None, ""
         self.running = self.paused = self.closed = False
-        self.position, self.pace, self.busy, self.mark = 0.0, 0.0, 0.0, 0.0  # pace: computing per second
+        self.position, self.pace = 0.0, 0.0                                  # pace: computing per second
+        self.busy, self.mark, self.counted = 0.0, 0.0, 0.0                   # see `busy_for`
         self.thread = threading.Thread(target=self.work, daemon=True)
         self.thread.start()
 
@@ -267,7 +268,7 @@ class Live:
 
     def shoot(self, take: int, first: int, start: dict) -> None:
         """Make chunk after chunk of the film, from `first` on, for ever."""
-        self.mark, self.busy = time.perf_counter(), 0.0
+        self.mark, self.counted = time.perf_counter(), self.busy
         made = self.pipe(self.asked(first), num_frames=None, **start,
                          progress=lambda p: self.step(take, first, p))
         for chunk, frames in enumerate(made, first):
@@ -282,7 +283,7 @@ class Live:
             kind = None if told is before or chunk == first else prompt.transition
             before = told
             self.cards[chunk] = dict(n=chunk, text=prompt.text, kind=kind, number=number, t=0.0, picture="",
-                                     done=False, start=None)
+                                     done=False, start=None, least=self.busy_for())
             yield prompt._replace(transition=kind)
 
     def step(self, take: int, first: int, p: Any) -> None:
@@ -298,11 +299,15 @@ class Live:
     def wait(self, take: int, ready: Callable[[], bool]) -> None:
         """Wait without computing; NewTake if this one is not wanted any more."""
         with self.changed:
-            self.busy += time.perf_counter() - self.mark
+            self.busy = self.busy_for()
             self.changed.wait_for(lambda: take != self.take or ready())
             self.mark = time.perf_counter()
             if take != self.take:
                 raise NewTake
+
+    def busy_for(self) -> float:
+        """How long this thread has computed in all, without waiting."""
+        return self.busy + time.perf_counter() - self.mark
 
     def add(self, chunk: int, frames: np.ndarray, stages: int) -> None:
         seconds, fragment = len(frames) / self.cfg.fps, self.fragments.add(frames)
@@ -310,25 +315,26 @@ class Live:
             self.file.seek(self.size)
             self.size += self.file.write(fragment if self.size else self.fragments.init + fragment)
             self.recent.append((chunk, fragment))
-            self.cards[chunk] |= dict(done=True, start=self.made, picture=data_uri(frames[len(frames) // 2]))
+            # A prompt shows after the chunks in flight have been shown, and after all steps of its own chunk.
+            busy, card = self.busy_for(), self.cards[chunk]
+            least = max((self.cfg.window - 1) * 24 / self.cfg.fps, busy - card["least"])
+            card |= dict(done=True, start=self.made, picture=data_uri(frames[len(frames) // 2]), least=least)
             self.cards.pop(chunk - KEPT, None)
             self.made += seconds
-            pace = (self.busy + time.perf_counter() - self.mark) / stages / seconds
-            self.pace = 0.7 * (self.pace or pace) + 0.3 * pace
-            self.busy, self.mark = 0.0, time.perf_counter()
+            pace = (busy - self.counted) / stages / seconds
+            self.pace, self.counted = 0.7 * (self.pace or pace) + 0.3 * pace, busy
         self.update()
 
     # ------------------------------------------------------------------------------- what visitors are told
 
     def state(self) -> dict:
         with self.changed:
-            newest, flying, second = max(self.recent, default=(0,))[0], self.cfg.window - 1, 24 / self.cfg.fps
+            newest = self.recent[-1][0] if self.recent else 0
             return dict(codec=self.fragments.codec if self.recent else "", made=self.made, pace=self.pace,
                         cards=[card for n, card in self.cards.items() if n > newest - 4],
                         waiting=[prompt.text for prompt, _ in self.prompts.waiting], prompt=self.prompt,
-                        running=self.running, paused=self.paused, error=self.error, flying=flying,
-                        least=second * max(flying, self.cfg.window * self.pace),
-                        width=self.cfg.width, height=self.cfg.height)
+                        running=self.running, paused=self.paused, error=self.error,
+                        flying=self.cfg.window - 1, width=self.cfg.width, height=self.cfg.height)
 
     def after(self, chunk: int | None) -> tuple[int | None, list[bytes]]:
         """The fragments after this chunk that are still kept; for who has none the header, and those from
@@ -517,7 +523,7 @@ PAGE = r"""<!doctype html>
   video { flex: 1 1 20rem; min-width: 0; max-height: 26rem; background: #000; border-radius: .6rem }
   .small { image-rendering: pixelated }
   form, fieldset { display: flex; flex: 1 1 20rem; flex-direction: column; gap: .75rem }
-  fieldset { border: 0; padding: 0; margin: 0 } fieldset:disabled { opacity: .5 }
+  fieldset { flex: none; border: 0; padding: 0; margin: 0 } fieldset:disabled { opacity: .5 }
   textarea, button, a, li { background: var(--card); border: 1px solid var(--line); border-radius: .5rem }
   textarea { padding: .6rem .75rem; resize: vertical; min-height: 4.5rem }
   button, a { padding: .35rem .8rem; text-decoration: none; cursor: pointer }
@@ -525,7 +531,7 @@ PAGE = r"""<!doctype html>
   #say { background: var(--accent); border-color: var(--accent); color: var(--page); font-weight: 600 }
   ol { list-style: none; flex-wrap: nowrap; align-items: stretch; margin: 0; padding: .2rem; overflow-x: auto;
     min-height: 12rem }
-  li { flex: 0 0 6.2rem; padding: .4rem } li p { font-size: .8rem; line-height: 1.3; overflow-wrap: anywhere }
+  li { flex: 0 0 6rem; padding: .4rem } li p { font-size: .8rem; line-height: 1.3; overflow-wrap: anywhere }
   .flying { border-style: dashed } .shown { outline: 2px solid var(--accent) } .waits { opacity: .6 }
   li img { display: block; width: 100%; aspect-ratio: var(--shape); border-radius: .3rem;
     background: var(--line); image-rendering: pixelated }
@@ -614,11 +620,11 @@ function follow() {                         // ten times a second
   if (state.paused) video.pause(); else if (video.paused && n) video.play().catch(() => {});
   send({at: video.currentTime});
   if (asked) {
-    const obeys = told && state.cards.some(c => c.number >= told && c.done && video.currentTime >= c.start);
+    const obeys = told && state.cards.find(c => c.number >= told && c.done && video.currentTime >= c.start);
     const seconds = (performance.now() - asked) / 1000;
     $("latency").textContent = !obeys ? "Your prompt is on its way" : "From your prompt to its first frame: "
-      + `${seconds.toFixed(1)} s. The schedule needs ${state.least.toFixed(1)} s at least: `
-      + (state.flying ? `chunks in flight come first, ${state.flying} of them.` : "all steps of one chunk.");
+      + `${seconds.toFixed(1)} s. The schedule needs ${obeys.least.toFixed(1)} s at least: `
+      + (obeys.least > state.flying + .05 ? "all steps of a chunk." : `${state.flying} chunks come first.`);
     if (obeys) asked = told = null;
   }
   const pace = state.pace ? ` · ${state.pace.toFixed(2)} s of computing per second of film` : "";
@@ -727,6 +733,7 @@ def main(argv: list[str] | None = None) -> int:
         pipe = magi.load(args.model, vae=args.vae, t5=args.t5, device=args.device, backend=args.backend,
                          keep_t5=True)
         pipe.sampler = cfg
+        pipe.encode_text([""])                                               # T5 is read now, and kept
         if args.fit_preview:
             print(f"{file}: off by {fit_preview(pipe, args.fit_preview, file):.1f} of 255")
         else:

@@ -731,9 +731,9 @@ browser_test = pytest.mark.skipif(
 class Running:
     """`python live.py` with the small model, as a visitor starts it."""
 
-    def __init__(self, port: int = 0):
+    def __init__(self, port: int = 0, *flags: str):
         self.process = subprocess.Popen(
-            [sys.executable, ROOT / "live.py", "--port", str(port)],
+            [sys.executable, ROOT / "live.py", "--port", str(port), *flags],
             text=True,
             stdout=subprocess.PIPE,
             stderr=subprocess.DEVNULL,
@@ -899,6 +899,21 @@ def test_browser_old_buffer_is_dropped(page, server):
         assert page.js("video.currentTime - video.buffered.start(0)") < 4.5
     page.plays()
     page.no_errors()
+
+
+@browser_test
+def test_browser_a_slow_model_plays_in_pieces(browser):
+    """It says so, with its pace, and the player is well."""
+    slow = Running(0, "--steps", "96", "--window", "1")
+    try:
+        page = Page(browser, slow)
+        page.say(RED)
+        until(lambda: re.match(r"buffering · [1-9]\d*\.\d\d s of computing", page.text("status")), 90)
+        before = page.js("video.currentTime")
+        until(lambda: page.js("video.currentTime") > before + 0.5, 60)
+        page.no_errors()
+    finally:
+        slow.kill()
 
 
 @browser_test
