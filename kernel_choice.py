@@ -94,7 +94,7 @@ def card_of(device: torch.device) -> Card:
     versions = [torch.__version__, triton.__version__, hashlib.sha256(files).hexdigest()[:12]]
     if device.type != "cuda":
         return Card("Triton's interpreter", " ".join(versions), lambda *_: 0.0, tokens=40)
-    driver = torch.version.hip or torch._C._cuda_getDriverVersion()
+    driver = torch.version.hip or torch._C._cuda_getDriverVersion()  # type: ignore[attr-defined]
     return Card(torch.cuda.get_device_name(device), f"driver {driver} " + " ".join(versions),
                 synchronize=partial(torch.cuda.synchronize, device))
 
@@ -212,8 +212,8 @@ def outcome(function: Callable, args: tuple, backward: bool = False, **options: 
         result = function(*args)
         slope = torch.linspace(-1, 1, result.shape[-1], device=result.device).to(result.dtype)
         grads = torch.autograd.grad(result, leaves, slope.expand_as(result), allow_unused=True)
-    grads = [torch.zeros_like(u) if g is None else g for u, g in zip(leaves, grads, strict=True)]
-    return [result.detach(), *grads]
+    given = [torch.zeros_like(u) if g is None else g for u, g in zip(leaves, grads, strict=True)]
+    return [result.detach(), *given]
 
 
 def sampled(results: list[Tensor]) -> list[Tensor]:
@@ -392,7 +392,8 @@ class Chooser:
 
     def report(self) -> str:
         """One line: which candidates this process has used, how much faster than PyTorch, and what failed."""
-        parts, failed = [], {}
+        parts: list[str] = []
+        failed: dict[str, str] = {}
         for operation in OPERATIONS:
             used = [self.choices[line] for line in self.ready if line.split()[0] == operation]
             names = " or ".join(dict.fromkeys(choice["use"] for choice in used))

@@ -59,10 +59,10 @@ def _hand_over() -> bool:
     Python started in this folder finds this file. (magi.py loads it by its path, as `magi_kernels`.)"""
     here = Path(__file__).resolve().parent
     try:
-        places = [importlib.metadata.distribution("kernels").locate_file(""), *sys.path]
+        places = [str(importlib.metadata.distribution("kernels").locate_file("")), *sys.path]
     except importlib.metadata.PackageNotFoundError:
         return False
-    spec = PathFinder.find_spec("kernels", [str(p) for p in places if Path(p or ".").resolve() != here])
+    spec = PathFinder.find_spec("kernels", [p for p in places if Path(p or ".").resolve() != here])
     if spec is None or spec.loader is None:
         return False
     sys.modules["kernels"] = importlib.util.module_from_spec(spec)          # the import statement takes this
@@ -111,7 +111,7 @@ class Tiles(NamedTuple):
 class Launch(NamedTuple):
     """All there is to say about one kernel call: operations run it, --compile compiles it for other GPUs."""
 
-    kernel: Callable
+    kernel: Any
     grid: tuple[int, ...]
     tiles: Tiles
     args: dict[str, Any]
@@ -241,7 +241,9 @@ def key_plan(spans: tuple, B: int, N: int, M: int, n: int) -> tuple[list, list]:
     The key axis is cut wherever a span starts or ends. So a tile lies wholly inside or outside any span,
     and its queries are a few runs, runs[start : start + number]; a tile that nobody reads has none.
     """
-    chunks, tiles, runs = _chunks(spans, B, N, M), [], []
+    chunks = _chunks(spans, B, N, M)
+    tiles: list[tuple[int, int, int, int]] = []
+    runs: list[tuple[int, int]] = []
     for b in range(B):
         mine = [chunk[1:] for chunk in chunks if chunk[0] == b]
         cuts = sorted({0, M, *(edge for *_, start, end in mine for edge in (start, end))})
@@ -545,11 +547,12 @@ def flash_attention(q: Tensor, k: Tensor, v: Tensor, spans: Tensor, out: Tensor 
         result, lse = _Attention.apply(q, k, v, rows, pick)
         return result if out is None else out.copy_(result), lse
     # a token's heads must be neighbours, and all tokens equally far apart
-    direct = out is not None and out.stride()[2:] == (hd, 1) and out.stride(1) >= Hq * hd and \
-        (B == 1 or out.stride(0) == N * out.stride(1))
-    result = out if direct else torch.empty_like(q)
+    if out is not None and out.stride()[2:] == (hd, 1) and out.stride(1) >= Hq * hd and \
+            (B == 1 or out.stride(0) == N * out.stride(1)):
+        return out, _forward(q, k, v, rows, pick, out)
+    result = torch.empty_like(q)
     lse = _forward(q, k, v, rows, pick, result)
-    return result if out is None or direct else out.copy_(result), lse
+    return result if out is None else out.copy_(result), lse
 
 
 def block_attention(q: Tensor, k: Tensor, v: Tensor, spans: Tensor, out: Tensor | None = None,
@@ -913,7 +916,7 @@ def _forward_only(change: Callable[[Tiles], Tiles]) -> Callable[[str, Tiles], Ti
 # Other tiles of the forward for the user's card to choose from (kernel_choice.py). Narrow: for few keys, as
 # of a caption, where a span is a tile or two.
 VARIANTS = {
-    "fewer stages": _forward_only(lambda tiles: tiles._replace(stages=tiles.stages - 1)),
+    "other stages": _forward_only(lambda tiles: tiles._replace(stages=tiles.stages - 1)),
     "narrow": _forward_only(lambda tiles: tiles._replace(n=tiles.n // 2, rest=max(16, tiles.n // 4))),
 }
 

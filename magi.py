@@ -1596,11 +1596,13 @@ def load_vae(folder: str | Path, device: Device = "cpu", dtype: torch.dtype | No
 
 def load(folder: str | Path, *, vae: str | Path | None = None, t5: str | Path | None = None,
          device: Device = "cpu", dtype: str | None = None, vae_dtype: torch.dtype | None = None,
-         backend: str = "torch", keep_t5: bool = False) -> MAGI:
+         backend: str = "torch", keep_t5: bool = False,
+         parts: Sequence[Callable] = (load_dit, load_vae, T5)) -> MAGI:
     """Load a model folder; vae and t5 default to its neighbours. dtype overrides that of the DiT's blocks.
 
     Files are checked against their configs before any weight is read. T5 is read when a prompt comes and
-    then freed unless keep_t5 is set, so a model without T5 can be used with encoded text. ValueError for what
+    then freed unless keep_t5 is set, so a model without T5 can be used with encoded text. parts: what loads
+    the three of them; parallel.parts() shares them among GPUs or streams their weights. ValueError for what
     does not fit.
     """
     folder = Path(folder)
@@ -1610,9 +1612,10 @@ def load(folder: str | Path, *, vae: str | Path | None = None, t5: str | Path | 
     build(lambda: VAE(vae_cfg), vae)                     # only to check it before the large DiT is read
     tokens = folder / "special_tokens.safetensors"
     table = read_tensors(tokens, "special tokens") if tokens.is_file() else {}
-    dit = load_dit(folder, device, dtype, backend)
-    return MAGI(dit, load_vae(vae, device, vae_dtype, backend), sampler, table,
-                T5(t5, cfg.text_length, device, keep=keep_t5))
+    read_dit, read_vae, encoder = parts
+    dit = read_dit(folder, device, dtype, backend)
+    return MAGI(dit, read_vae(vae, device, vae_dtype, backend), sampler, table,
+                encoder(t5, cfg.text_length, device, keep=keep_t5))
 
 
 GUIDANCE = ("cfg_t", "prev_scales", "text_scales", "nearly_clean_t", "nearly_clean_blend")
@@ -1712,7 +1715,7 @@ class MAGI:
                 return prompt
             if all(isinstance(caption, str) for caption in prompt):
                 return self.encode_text(list(prompt))
-            prompt = [as_prompt(item) for item in prompt]
+            prompt = [item if item is None else as_prompt(item) for item in prompt]
 
         def one_by_one(config: SamplerConfig) -> Iterator[tuple[Tensor, Tensor, SamplerConfig] | None]:
             encode = functools.lru_cache(8)(lambda caption: self.encode_text([caption]))

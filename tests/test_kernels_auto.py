@@ -3,6 +3,7 @@
 No GPU is needed: kernels run in Triton's interpreter, and a stand-in takes the card's place.
 """
 
+import copy
 import dataclasses
 import importlib
 import json
@@ -491,6 +492,10 @@ def test_size_classes_are_chosen_for_apart(choosing):
         ops.swiglu(u)
         tried.append(made["torch"].calls > before)
     assert tried == [True, False, True, True, True, False, False]
+    assert copy.deepcopy(ops).report() == ops.report()  # a copy of a model, as for an average of its weights,
+    before = made["torch"].calls
+    copy.deepcopy(ops).swiglu(few)  # does not choose again
+    assert made["torch"].calls == before
     q, k, norm = torch.zeros(1, 64, 2, 16), torch.zeros(1, 64, 1, 16), magi.LayerNorm1p(16)
     line = lambda *spans: kernel_choice.size_class("block_attention", (q, k, k, torch.tensor([spans])), False)
     assert line([0, 60], [0, 64]) == line([1, 60], [9, 64]) != line([0, 4], [60, 64])

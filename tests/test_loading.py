@@ -123,7 +123,7 @@ def test_late_prompts_are_asked_for_and_encoded_only_when_a_chunk_enters(pipe, m
     assert not events
     for second in frames:
         events.append(len(second))
-    said = ["asked", "a red ball", 24, "asked", "a blue square", 24, "asked", 24, "asked", "a red ball", 24]
+    said = ["asked", "a red ball", 24, "asked", "a blue square", 24, "asked", 24, "asked", 24]
     assert events == said
 
 
@@ -141,8 +141,8 @@ def test_prompts_of_other_types_are_refused(pipe):
     for item, message in (
         (5, "a prompt is of type int"),
         (magi.Prompt("a", "fade"), "transition 'fade' is not"),
-        (magi.Prompt("a", None, {"steps": 8}), "unknown setting steps: choose from num_steps"),
-        (magi.Prompt("a", None, {"num_steps": 8}), "num_steps 8 of one chunk is not its run's 4"),
+        (magi.Prompt("a", None, {"steps": 8}), "'steps' cannot change while a video is made, only cfg_t"),
+        (magi.Prompt("a", None, {"num_steps": 8}), "'num_steps' cannot change while a video is made"),
         (magi.Prompt("a", None, {"text_scales": (1.0,)}), "one length"),
     ):
         with bad(message):
@@ -168,7 +168,7 @@ def test_bad_calls_are_refused_before_anything_is_computed(pipe):
 
 
 def test_unknown_settings_and_no_prompt_are_refused(pipe):
-    with bad("unknown setting steps: choose from num_steps"):
+    with bad("'steps' cannot change while a video is made, only cfg_t"):
         pipe("a red ball", steps=8)
     with bad("empty list"):
         pipe([])

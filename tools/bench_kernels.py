@@ -21,7 +21,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import redirect_stdout
 from functools import partial
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -33,7 +33,7 @@ import kernel_choice  # noqa: E402
 import magi  # noqa: E402
 
 kernels = magi.load_kernels()
-Launch, tiles_for = kernels.Launch, kernels.tiles_for
+tiles_for = kernels.tiles_for
 
 # ----------------------------------------------------------------------------------------------------------
 # 1  Compiling ahead
@@ -50,7 +50,7 @@ TENSOR_CORE = {89: ("HMMA", "QMMA"), 90: ("HGMMA", "QGMMA"), 100: ("UTCHMMA", "U
                120: ("HMMA", "QMMA"), 942: ("MFMA", "MFMA"), 950: ("MFMA", "MFMA")}
 
 
-def machine_code(launch: Launch, arch: int) -> tuple[int, int, int, set[str]]:
+def machine_code(launch: Any, arch: int) -> tuple[int, int, int, set[str]]:
     """Compile a launch for an architecture, without a GPU: registers of a thread, bytes that spill, bytes of
     shared memory, instructions of the tensor core. Its tensors are best on the meta device."""
     from triton.backends.compiler import GPUTarget
@@ -74,10 +74,10 @@ def machine_code(launch: Launch, arch: int) -> tuple[int, int, int, set[str]]:
     shared = compiled.metadata.shared
     if target.backend == "hip":
         code = compiled.asm["amdgcn"]
-        count = lambda name: int(re.search(rf"\.{name}:\s+(\d+)", code)[1])
+        count = lambda name: int(re.findall(rf"\.{name}:\s+(\d+)", code)[0])
         return count("vgpr_count"), 4 * count("vgpr_spill_count"), shared, {"MFMA"} & set(
             name.upper() for name in re.findall(r"v_(mfma)_", code))
-    registers = int(re.search(r"Used (\d+) registers", log.getvalue())[1])
+    registers = int(re.findall(r"Used (\d+) registers", log.getvalue())[0])
     spills = sum(map(int, re.findall(r"(\d+) bytes spill", log.getvalue())))
     with tempfile.TemporaryDirectory() as folder:
         (file := Path(folder) / "kernel.cubin").write_bytes(compiled.asm["cubin"])
@@ -86,7 +86,7 @@ def machine_code(launch: Launch, arch: int) -> tuple[int, int, int, set[str]]:
     return registers, spills, shared, set(re.findall(r"\b[A-Z]+MMA\b", code))
 
 
-def shipped(arch: int) -> dict[str, Launch]:
+def shipped(arch: int) -> dict[str, Any]:
     """Every kernel x type x head width with its shipped tiles, at the sizes of the 4.5B."""
     tokens, keys, Hq, Hkv, D, ffn = 2 * 12150, 3 * 12150, 24, 8, 3072, 12288
     spans = (((0, keys - tokens // 2), (0, keys)),)
@@ -155,7 +155,7 @@ def compile_all(quick: bool = False) -> bool:
     from multiprocessing import get_context
 
     def wanted(arch: int, name: str) -> bool:
-        used = "fp8" in name or re.search(r"bfloat16( 128)?$", name)
+        used = "fp8" in name or bool(re.search(r"bfloat16( 128)?$", name))
         return not quick or arch < 900 and "," not in name and used
 
     print(f"GPU     {'kernel':32} {'tile':12} warps stages registers spills shared/KiB  uses")
@@ -188,7 +188,7 @@ MODELS = {                                      # tokens in a chunk, Hq, D, FFN 
 
 def comparisons(device: str) -> Iterator[tuple[str, Tensor, Tensor, float]]:
     """(what, ours, the reference's, relative error allowed) of every operation on this device."""
-    make = partial(torch.randn, device=device)
+    make = lambda *shape: torch.randn(*shape, device=device)
     spans = torch.tensor([[[0, 500], [130, 731], [7, 1031]], [[0, 3], [400, 1031], [399, 401]]])
     for dtype, bar in ((torch.float32, 1e-4), (torch.float16, 2e-3), (torch.bfloat16, 1.5e-2)):
         for hd in (16, 48, 64, 128):
@@ -197,21 +197,21 @@ def comparisons(device: str) -> Iterator[tuple[str, Tensor, Tensor, float]]:
             grad = make(2, 999, 6, hd).to(dtype)
             results = []
             for op, kind in ((kernels.block_attention, dtype), (magi.block_attention, torch.float64)):
-                ins = [u.to(kind, copy=True).requires_grad_() for u in inputs]
+                q, k, v = (u.to(kind, copy=True).requires_grad_() for u in inputs)
                 with torch.enable_grad():
-                    out = op(*ins, spans)
-                results.append([out, *torch.autograd.grad(out, ins, grad.to(kind))])
+                    out = op(q, k, v, spans)
+                results.append([out, *torch.autograd.grad(out, (q, k, v), grad.to(kind))])
             for name, ours, exact in zip(("out", "dq", "dk", "dv"), *results, strict=True):
                 yield f"attention {dtype} hd {hd} {name}", ours, exact, bar if name == "out" else 2 * bar
     for dtype, bar in ((torch.float32, 1e-5), (torch.bfloat16, 5e-3)):
         x, angles = make(2, 300, 24, 128).to(dtype), 20 * make(300, 48)
         for name, norm, turns in (("norm_rotary", magi.LayerNorm1p(128), angles),
                                   ("norm_rotary without angles", magi.LayerNorm1p(128, dtype=dtype), None)):
-            args = x, norm.to(device), turns
-            yield f"{name} {dtype}", kernels.norm_rotary(*args), magi.norm_rotary(*args), bar
+            ours, exact = (op(x, norm.to(device), turns) for op in (kernels.norm_rotary, magi.norm_rotary))
+            yield f"{name} {dtype}", ours, exact, bar
         x, gate, update = make(2, 300, 3072).to(dtype), make(2, 3, 3072).to(dtype), make(2, 300, 3072)
-        args = x, gate, update, magi.LayerNorm1p(3072).to(device)
-        yield f"gated_residual {dtype}", kernels.gated_residual(*args), magi.gated_residual(*args), bar
+        gated = x, gate, update, magi.LayerNorm1p(3072).to(device)
+        yield f"gated_residual {dtype}", kernels.gated_residual(*gated), magi.gated_residual(*gated), bar
         yield f"swiglu {dtype}", kernels.swiglu(x), magi.swiglu(x), bar
     weight = make(1000, 3072).to(torch.float8_e4m3fn)
     args = make(999, 3072).bfloat16(), weight, torch.rand(1, 3072, device=device) + 0.5, make(1).abs()
