@@ -28,7 +28,7 @@ Measured on CPUs, with random weights of the released sizes, one chunk of 64x64 
 
     4.5B base, 2 processes     4.21 of 8.35 GiB of weights each, peak 6.5 GiB; in a step (2 forwards) each
                                takes 39 s of a core and sends 27 MB of tokens and heads, 8.9 GB of weights
-    24B fp8, from disk         peak 3.5 GiB with the VAE; in a step it reads 24.7 GiB of weights, more than that
+    24B fp8, from disk         peak 3.5 GiB with the VAE; a step reads the 24.7 GiB of weights, more than that
                                machine's memory, and takes 265 s of a core: a CPU widens fp8 numbers
 
 Contents: 1 Ranks, 2 Tokens and heads, 3 Weights, 4 Slices, 5 Loading, 6 Planning. Left out on purpose:
