@@ -485,17 +485,19 @@ class Server:
         live, is_file = self.live, message.type == self.web.WSMsgType.BINARY
         asked = {} if is_file else json.loads(message.data)
         if "at" in asked:
-            return live.played(float(asked["at"]))
+            live.played(float(asked["at"]))
+            return None
         require(next(iter(self.visitors)) == name, "someone else speaks to this film: you are watching")
         if "say" in asked:
             return {"told": live.say(asked["say"], asked.get("kind"))}
         if "pause" in asked:
-            return live.update(paused=bool(asked["pause"]))
+            live.update(paused=bool(asked["pause"]))
+            return None
         require(is_file or "seed" in asked, "this page does not fit the server: reload it")
         require(live.prompt, "say what to show, for example: a red ball bounces")
-        if is_file:
-            return live.begin(**await asyncio.to_thread(read_upload, message.data, live.cfg))
-        return live.begin(seed=secrets.randbelow(2**31))
+        new = await asyncio.to_thread(read_upload, message.data, live.cfg) if is_file else {}
+        live.begin(**(new or {"seed": secrets.randbelow(2**31)}))
+        return None
 
 
 # ------------------------------------------------------------------------------------------------------------
