@@ -23,7 +23,7 @@ from checkpoints import save
 SMALL = magi.DiTConfig(num_layers=4, hidden_size=32, num_heads=8, num_kv_heads=4, head_dim=8, ffn_size=48,
                        text_dim=12, text_length=14, null_length=5, dtype="float32")
 WIDE = dict(gated_ffn=True, in_channels=32, out_channels=32, x_scale=0.1)
-MIDDLE = magi.DiTConfig(num_layers=5, hidden_size=384, num_heads=6, num_kv_heads=2, head_dim=64,
+MIDDLE = magi.DiTConfig(num_layers=4, hidden_size=384, num_heads=6, num_kv_heads=2, head_dim=64,
                         ffn_size=1536, text_dim=64, text_length=40, null_length=8, dtype="float32")
 MODELS = {
     "base": SMALL,
@@ -51,7 +51,7 @@ CASES = {                                     # name: model, frames of prefix in
     "fp8, LoRA": ("fp8", 0, {}),
 }  # fmt: skip
 OF_FOUR = [name for name, (_, _, settings) in CASES.items() if "height" in settings]   # enough for 4 ranks
-BIG = magi.SamplerConfig(num_steps=2, window=2, kv_ranges=(3,), num_frames=96, height=128, width=160,
+BIG = magi.SamplerConfig(num_steps=2, window=2, kv_ranges=(3,), num_frames=96, height=96, width=128,
                          special_tokens=(), distilled=True)
 
 
@@ -143,7 +143,7 @@ class Allocations(TorchDispatchMode):
 
 def measure(folder: Path, model: str, stream: str | None = None) -> dict:
     """What a long run takes, and what was foretold."""
-    parallel.SLICE = 512
+    parallel.SLICE = 256
     dit = parallel.load_dit(folder / model, stream=stream)
     cache, seen = [], Allocations()
     held = [u.detach() for u in (*dit.parameters(), *dit.buffers())]

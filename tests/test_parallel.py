@@ -7,20 +7,14 @@ import dataclasses
 import os
 import subprocess
 import sys
-from pathlib import Path
 
 import parallel_worker as worker
 import pytest
 import torch
+from common import HERE, bad, relative
 
 import magi
 import parallel
-
-HERE = Path(__file__).parent.parent
-
-
-def relative(a: torch.Tensor, b: torch.Tensor) -> float:
-    return ((a.double() - b.double()).norm() / b.double().norm()).item()
 
 
 def start(job: str, size: int, folder, **more) -> list[subprocess.Popen]:
@@ -112,7 +106,7 @@ def test_streamed_t5_is_t5():
 
 
 def test_unknown_ways_of_streaming_are_refused(models):
-    with pytest.raises(ValueError, match="stream 'tape' is not 'cpu' or 'disk'"):
+    with bad("stream 'tape' is not 'cpu' or 'disk'"):
         parallel.load_dit(models / "base", stream="tape")
 
 
