@@ -580,9 +580,10 @@ def lora_layers(dit: DiT, file: str | Path) -> dict[str, dict[str, str]]:
         ours |= {name.replace(".", "_"): our for our, name in official_layers(targets).items()}
     layers: dict[str, dict[str, str]] = {}
     for name, m in matches.items():
-        layer = ours.get(m["layer"].replace(".", "_"), "")
+        assert m is not None and m.lastgroup is not None
+        layer = ours.get(m["layer"].replace(".", "_"))
         require(layer, f"the LoRA {str(file)!r} is for another model: this one has no layer {m['layer']!r}")
-        layers.setdefault(layer, {})[str(m.lastgroup)] = name
+        layers.setdefault(str(layer), {})[m.lastgroup] = name
     own = all(name.endswith((".lora.down", ".lora.up")) for name in found)   # it must have all layers
     expected: dict[str, tuple] = {}
     for layer in targets if own else layers:
@@ -736,7 +737,7 @@ class AdamW(torch.optim.Optimizer):
         super().__init__(params, dict(lr=lr, betas=betas, eps=eps, weight_decay=weight_decay))
 
     @torch.no_grad()
-    def step(self, closure: Any = None) -> None:
+    def step(self, closure: None = None) -> None:        # type: ignore[override]
         for group in self.param_groups:
             (beta1, beta2), lr = group["betas"], group["lr"]
             for p in (p for p in group["params"] if p.grad is not None):
@@ -854,7 +855,7 @@ def fit(name: str, model: nn.Module, loss_of_step: Callable[[int], tuple[Tensor,
                     decay = min(ema_decay, (step + 1) / (step + 10))         # the start is soon forgotten
                     ema[k].lerp_(trained[k].to(ema[k]), 1 - decay)
             seconds = time.perf_counter() - start
-            rows.append([step, mean_loss, *numbers.values(), round(seconds, 3)])
+            rows.append([str(value) for value in (step, mean_loss, *numbers.values(), round(seconds, 3))])
             writer.writerow(rows[-1])
             table.flush()
             recent = [sum(map(float, column)) / len(column) for column in zip(*rows[-100:], strict=True)]
