@@ -1428,12 +1428,12 @@ def _one_by_one(text: Tensor, mask: Tensor | None, expected: tuple[int, ...]) ->
     return iter(list(zip(texts, masks, strict=True)))
 
 
-class Asked(NamedTuple):
-    """What a chunk was asked for when it entered."""
+class Entry(NamedTuple):
+    """What a chunk brings with it when it enters."""
 
-    text: Tensor                         # (L, C)
+    text: Tensor                         # (L, C) special tokens and caption, or null text
     mask: Tensor                         # (L,)
-    cfg: SamplerConfig
+    cfg: SamplerConfig                   # its own ranges and guidance
 
 
 class _Run:
@@ -1443,13 +1443,14 @@ class _Run:
                  table: dict[str, Tensor], prefix: Tensor, noise: Tensor | None, skip: bool):
         self.dit, self.cfg, self.K, self.P, self.texts, self.skip = dit, cfg, K, P, texts, skip
         self.noise = noise
-        self.null = dit.null_text.detach().float()                           # (L, C)
-        self.table = {name: v.to(self.null) for name, v in table.items()}
-        self.prefix = prefix[None].to(self.null.device, torch.float32)       # (1, 16, T, H, W)
+        null = dit.null_text.detach().float()                                # (L, C)
+        self.table = {name: v.to(null) for name, v in table.items()}
+        self.null_text = self.make_null_text(null)
+        self.prefix = prefix[None].to(null.device, torch.float32)            # (1, 16, T, H, W)
         self.branches = DISTILLED_BRANCHES if cfg.distilled else BASE_BRANCHES
         self.cache = KVCache()
-        self.asked: dict[int, Asked] = {}                                    # of the chunks in flight
-        self.last: tuple = ()                                                # what the newest chunk was given
+        self.entries: dict[int, Entry] = {}                                  # of the chunks in flight
+        self.last: tuple = ()                                                # the newest item of the texts
 
     @torch.no_grad()
     def stream(self, progress: Callable[[Progress], None]) -> Iterator[tuple[int, Tensor]]:
@@ -1468,15 +1469,15 @@ class _Run:
             x = {c.chunk: x[c.chunk] for c in step.noisy}                    # clean ones are in the cache now
             if step.noisy:
                 chunk = step.noisy[0].chunk - self.P
-                progress(Progress(next(steps), total, chunk, step, self.cache.bytes, x, v))
+                progress(Progress(next(steps), total, chunk, step, self.cache.bytes, dict(x), v))
             if step.done is not None:
-                del self.asked[step.done]
+                del self.entries[step.done]
                 yield step.done - self.P, self.emit(step.done, x[step.done])
 
     def velocity(self, step: Step, x: dict[int, Tensor]) -> dict[int, Tensor]:
         """Guided velocity of every noisy chunk; the keys of clean ones are stored on the way."""
         noisy = step.noisy
-        shares = {c.chunk: branch_shares(self.asked[c.chunk].cfg, c, is_oldest=c == noisy[0]) for c in noisy}
+        shares = {c.chunk: branch_shares(self.entry(c.chunk).cfg, c, is_oldest=c == noisy[0]) for c in noisy}
         v, zero = {}, torch.zeros((), device=self.prefix.device)
         for name, branch in self.branches.items():
             wanted = [chunk for chunk, share in shares.items() if share[name] != 0 or not self.skip]
@@ -1494,7 +1495,7 @@ class _Run:
         if not inputs:
             return {}
         chunks = [c.chunk for c in inputs]
-        texts = [self.caption(c.chunk) if branch.captioned and not c.clean else self.null_text()
+        texts = [self.entries[c.chunk][:2] if branch.captioned and not c.clean else self.null_text
                  for c in inputs]
         text, mask = (torch.stack(u)[None] for u in zip(*texts, strict=True))
         latents = torch.cat([x[chunk] for chunk in chunks], dim=2)           # (1, 16, 6 n, H, W)
@@ -1505,39 +1506,45 @@ class _Run:
         return dict(zip(chunks, v.chunk(len(chunks), dim=2), strict=True))
 
     def config(self, chunk: int) -> SamplerConfig | None:
-        """Of a chunk, None if the video ends before it. A chunk that enters takes the next item of the
-        prompts, with its text; the last item goes on."""
-        if chunk not in self.asked:
+        """Of a generated chunk; None if the video ends before it."""
+        entry = self.entry(chunk)
+        return None if entry is None else entry.cfg
+
+    def entry(self, chunk: int) -> Entry | None:
+        """What a generated chunk brings; None if the video ends before it. Called for the first time, it
+        takes the next item of the texts; after the last one, that item again."""
+        if chunk not in self.entries:
             item = next(self.texts, self.last)
             if item is None:
                 return None
             require(item, "there is no prompt: give at least one, which may be empty")
             text, mask, *own = item
-            require(text.shape == self.null.shape and mask.shape == text.shape[:1],
+            null = self.null_text[0]
+            require(text.shape == null.shape and mask.shape == text.shape[:1],
                     f"text {tuple(text.shape)} and text_mask {tuple(mask.shape)} of chunk {chunk - self.P} "
-                    f"must be {tuple(self.null.shape)} and ({len(self.null)},)")
+                    f"must be {tuple(null.shape)} and ({len(null)},)")
             for cfg in own:
                 check_own_config(cfg, self.cfg)
             self.last = item
-            valid = mask.to(self.null.device).bool().long()
-            self.asked[chunk] = Asked(text.to(self.null), valid, *(own or [self.cfg]))
-        return self.asked[chunk].cfg
+            text, mask = self.with_tokens(chunk, text.to(null), mask.to(null.device).bool().long())
+            self.entries[chunk] = Entry(text, mask, *(own or [self.cfg]))
+        return self.entries[chunk]
 
-    def caption(self, chunk: int) -> tuple[Tensor, Tensor]:
-        """Special tokens and caption of a noisy chunk, (L, C), (L,); null text where the caption is empty."""
-        text, mask, _ = self.asked[chunk]
+    def with_tokens(self, chunk: int, text: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
+        """Special tokens and caption, (L, C) and (L,); for an empty caption null text."""
         if not mask.any():
-            return self.null_text()
+            return self.null_text
         remaining = math.inf if self.K is None else self.K - chunk
         names = token_names(self.cfg.special_tokens, SPECIAL_TOKENS, remaining)
         return prepend_tokens(text, mask, [self.table[name] for name in names])
 
-    def null_text(self) -> tuple[Tensor, Tensor]:
-        """The learned text of nothing, (L, C) and (L,): clean chunks carry it, as they do in training."""
-        valid = (torch.arange(len(self.null), device=self.null.device) < self.dit.cfg.null_length).long()
+    def make_null_text(self, null: Tensor) -> tuple[Tensor, Tensor]:
+        """The learned text that stands for no caption, (L, C) and (L,). Negative tokens are among its
+        unmasked rows."""
+        mask = (torch.arange(len(null), device=null.device) < self.dit.cfg.null_length).long()
         names = token_names(self.cfg.negative_tokens, NEGATIVE_TOKENS)
-        rows, _ = prepend_tokens(self.null, valid, [self.table[name] for name in names])
-        return rows, valid                                 # negative tokens are among the unmasked rows
+        text, _ = prepend_tokens(null, mask, [self.table[name] for name in names])
+        return text, mask
 
     def given(self, chunk: int) -> Tensor:
         """The prefix frames that fall into a chunk: (1, 16, 0 to 6, H, W)."""
