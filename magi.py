@@ -36,7 +36,7 @@ Contents
     1  Configs and presets      the model zoo as one literal table
     2  Shared parts             norms, timestep features, rotary positions, attention: the readable reference
     3  VAE                      ViT encoder and decoder, tiling
-    4  Text                     T5, special tokens, null text
+    4  Text                     special tokens in front of a caption
     5  KV cache                 keys and values of clean chunks, and which of them a chunk reads
     6  DiT                      fp8 linear, parallel self- and cross-attention, layer, model
     7  Plan                     time grid, attention ranges, and what each forward holds: pure functions
@@ -44,9 +44,10 @@ Contents
     9  Sampler                  the loop over the plan
     10 Loading and the pipeline folders on disk; the one object a user holds
 
-What lies beside it: captions.py (caption rules), training.py (objectives, LoRA), parallel.py (several GPUs,
-streamed weights), kernels.py (Triton versions of section 2), media.py (pictures and video files). Left out on
-purpose: CPU offload of the cache (a few chunks need none) and CUDA graphs.
+What lies beside it: captions.py (caption rules, T5), checkpoints.py (configs and files on disk), training.py
+(objectives, LoRA), parallel.py (several GPUs, streamed weights), kernels.py (Triton versions of section 2),
+media.py (pictures and video files). CPU offload of the cache is left out, because it holds only a few chunks,
+and so are CUDA graphs.
 """
 
 from __future__ import annotations
@@ -56,7 +57,6 @@ import functools
 import itertools
 import math
 import sys
-import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -68,8 +68,9 @@ import torch.nn.functional as F
 from einops import rearrange, repeat
 from torch import Tensor, nn
 
-from captions import clean_caption
+from captions import T5, clean_caption, tokenize
 from checkpoints import (
+    GUIDANCE,
     build,
     check_dit_config,
     check_own_config,
@@ -80,10 +81,12 @@ from checkpoints import (
     read_config,
     read_tensors,
     require,
+    with_settings,
 )
 
 __all__ = ["DiT", "DiTConfig", "KVCache", "MAGI", "PRESETS", "Prompt", "SamplerConfig", "T5", "VAE",
-           "VAEConfig", "clean_caption", "load", "load_dit", "load_vae", "plan", "sample", "shot_transition"]
+           "VAEConfig", "clean_caption", "load", "load_dit", "load_vae", "plan", "sample", "shot_transition",
+           "tokenize"]
 
 Device = str | torch.device
 
@@ -640,69 +643,8 @@ def _blend(old: Tensor, new: Tensor, width: int, dim: int) -> Tensor:
 # ----------------------------------------------------------------------------------------------------------
 # 4  Text
 # ----------------------------------------------------------------------------------------------------------
-# Each caption is cleaned (captions.py), read once by T5, and kept as its last hidden state (L, C).
-
-
-def tokenize(tokenizer: Any, captions: Sequence[str], length: int) -> tuple[Tensor, Tensor]:
-    """Captions -> T5 token ids (n, L) and 0/1 mask (n, L), truncated to L with a warning.
-
-    tokenizer: a SentencePieceProcessor. An empty caption has no token at all: its mask is zero.
-    """
-    ids = torch.zeros(len(captions), length, dtype=torch.long)               # T5 pads with 0
-    mask = torch.zeros_like(ids)
-    for row, caption in enumerate(captions):
-        pieces = tokenizer.encode(caption) + [1] if caption else []          # T5 ends with </s> = 1
-        if len(pieces) > length:
-            warnings.warn(f"the prompt has {len(pieces)} tokens; only the first {length} are used: "
-                          f"{caption[:40]!r}...", stacklevel=2)
-            pieces = pieces[: length - 1] + [1]
-        ids[row, : len(pieces)] = torch.tensor(pieces, dtype=torch.long)
-        mask[row, : len(pieces)] = 1
-    return ids, mask
-
-
-class T5:
-    """A T5 encoder folder (config.json, weights, spiece.model), read offline, when captions come.
-
-    The XXL encoder has 4.7 B parameters: 9.5 GB in bfloat16, the default (19 in float32). The DiT needs that
-    memory and a run needs each prompt once, so the model is freed after every call unless `keep` is set.
-    """
-
-    def __init__(self, folder: str | Path, length: int = 800, device: Device = "cpu",
-                 dtype: torch.dtype = torch.bfloat16, keep: bool = False):
-        self.folder, self.length = Path(folder), length
-        self.device, self.dtype, self.keep = device, dtype, keep
-        self.model: Any = None
-
-    def read(self) -> Any:
-        """The model, a transformers.T5EncoderModel."""
-        for name in ("config.json", "spiece.model"):
-            file = self.folder / name
-            require(file.is_file(), f"no text encoder in {str(self.folder)!r}: {file} does not exist")
-        from transformers import T5EncoderModel
-
-        read: Any = T5EncoderModel.from_pretrained
-        model, info = read(self.folder, dtype=self.dtype, local_files_only=True, output_loading_info=True)
-        missing = sorted(set(info["missing_keys"]) - {"encoder.embed_tokens.weight"})  # it is shared.weight
-        require(not missing, f"the text encoder in {str(self.folder)!r} lacks {len(missing)} tensor(s), such "
-                f"as {missing[:1]}: convert it again")                       # transformers would draw them
-        return model.to(self.device).eval()
-
-    @torch.no_grad()
-    def __call__(self, captions: Sequence[str], clean: bool = True) -> tuple[Tensor, Tensor]:
-        """Captions -> last hidden state (n, L, text_dim) float32 and mask (n, L), on the CPU."""
-        from sentencepiece import SentencePieceProcessor
-
-        model = self.model or self.read()
-        self.model = model if self.keep else None
-        tokenizer = SentencePieceProcessor(model_file=str(self.folder / "spiece.model"))
-        captions = [clean_caption(c) if clean else c for c in captions]
-        ids, mask = tokenize(tokenizer, captions, self.length)
-        used = max(1, int(mask.sum(1).max()))            # the columns that are not padding everywhere
-        ids, short = ids[:, :used].to(self.device), mask[:, :used].to(self.device)
-        hidden = model(ids, attention_mask=short).last_hidden_state.float().cpu()
-        # Padding is zeroed, so that a result does not depend on what else is in the batch.
-        return F.pad(hidden * mask[:, :used, None], (0, 0, 0, self.length - used)), mask
+# Each caption is cleaned and read once by T5 (captions.py), whose last hidden state is the text (L, C). Here
+# learned vectors, the special tokens, are put in front of it.
 
 
 def prepend_tokens(text: Tensor, mask: Tensor, tokens: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
@@ -1622,9 +1564,6 @@ def load(folder: str | Path, *, vae: str | Path | None = None, t5: str | Path | 
                 T5(t5, cfg.text_length, device, keep=keep_t5))
 
 
-GUIDANCE = ("cfg_t", "prev_scales", "text_scales", "nearly_clean_t", "nearly_clean_blend")
-
-
 class Prompt(NamedTuple):
     """What an iterator of prompts may give in place of a plain caption; settings hold from this chunk on."""
 
@@ -1641,14 +1580,6 @@ def as_prompt(item: Any) -> Prompt:
     wrong = ", ".join(map(repr, prompt.settings.keys() - set(GUIDANCE)))
     require(not wrong, f"{wrong} cannot change while a video is made, only {', '.join(GUIDANCE)}")
     return prompt
-
-
-def with_settings(cfg: SamplerConfig, settings: dict[str, Any]) -> SamplerConfig:
-    """The config with some fields replaced; ValueError for a field that it does not have."""
-    known = [field.name for field in dataclasses.fields(SamplerConfig)]
-    unknown = ", ".join(settings.keys() - set(known))
-    require(not unknown, f"unknown setting {unknown}: choose from {', '.join(known)}")
-    return dataclasses.replace(cfg, **settings)
 
 
 class MAGI:
@@ -1689,10 +1620,7 @@ class MAGI:
         if image is not None or video is not None:
             import media
 
-            image = None if image is None else media.to_image(image)
-            video = None if video is None else media.to_video(video)
-            clip: Any = media.prefix_clip(image, video, prefix_frames)
-            pixels = media.fit_frames(clip, cfg.height, cfg.width, fit)
+            pixels = media.prefix_pixels(image, video, prefix_frames, (cfg.height, cfg.width), fit)
         if cfg.num_frames is not None:       # whole latent frames; an image's own is among those emitted
             latents = math.ceil(num_frames / FRAMES_PER_LATENT) - (image is not None)
             cfg = dataclasses.replace(cfg, num_frames=max(1, latents * FRAMES_PER_LATENT))
