@@ -1,7 +1,7 @@
 """MAGI-1 in one file: autoregressive video generation, chunk by chunk.
 
 This is the whole system of "MAGI-1: Autoregressive Video Generation at Scale" (Sand AI, arXiv 2505.13211):
-a transformer VAE, a T5 text hook, a diffusion transformer (DiT) with block-causal attention, and the sampler
+a transformer VAE, the text of T5, a diffusion transformer (DiT) with block-causal attention, and the sampler
 that keeps up to four one-second chunks in flight at different noise levels. It loads the official checkpoints
 (through convert_weights.py) and equals the official code on every recorded run.
 
@@ -27,7 +27,7 @@ What is notable in this model:
 Symbols, the same everywhere:
     B batch   T latent frames   H W latent height, width   N tokens   D model width   L text length, C width
     Hq Hkv query, key/value heads   hd head width   n chunks in a forward
-    K chunks in the video   P whole prefix chunks   d how fine the steps of a distilled model are
+    K chunks in the video   P whole prefix chunks   d what tells a distilled model how fine its steps are
     kv_range: how many chunks a chunk sees, itself included.   first_seen: the oldest of them.
     spans: the same in key tokens, [start, end).
     Video is (B, 3, frames, height, width) in [-1, 1], latents (B, 16, T, H, W); tokens are ordered t, h, w.
@@ -56,7 +56,6 @@ import dataclasses
 import functools
 import itertools
 import math
-import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -93,8 +92,9 @@ Device = str | torch.device
 # ----------------------------------------------------------------------------------------------------------
 # 1  Configs and presets
 # ----------------------------------------------------------------------------------------------------------
-# Three frozen dataclasses say everything about a model and a run. They check themselves when they are made
-# (checkpoints.py), so a bad number is refused in milliseconds, not after an hour of sampling.
+# Three frozen dataclasses describe a model and a run. They check themselves when they are made
+# (checkpoints.py), so a bad number is refused at once, not after an hour of sampling. `cfg` is a config; only
+# in `cfg_t` it stands for classifier-free guidance.
 
 SCALE_FACTOR = 0.18215     # brings latents to unit variance, as in latent diffusion
 CHUNK = 6                  # latent frames in a chunk: 24 video frames, one second
@@ -160,8 +160,8 @@ class DiTConfig:
     head_dim: int = 128           # hd
     ffn_size: int = 12288
     gated_ffn: bool = False       # SwiGLU instead of GELU
-    in_channels: int = 16         # the 24B was built with 32: its latent is fed in twice, and of what comes
-    out_channels: int = 16        # out only the first latent_channels are kept (the report does not say why)
+    in_channels: int = 16         # 32 in the 24B: it is given its latent twice (the report does not say why)
+    out_channels: int = 16        # 32 in the 24B: only the first latent_channels are used
     latent_channels: int = 16
     x_scale: float = 1.0          # input times this, output divided by it: 0.1 in the 24B
     patch_size: int = 2           # latent pixels per token side
@@ -198,11 +198,11 @@ class SamplerConfig:
     kv_ranges_at: tuple[tuple[int, tuple[int, ...]], ...] = ()  # shot transitions: (generated chunk, ranges)
     clean_t: float = 0.9999       # the t of clean chunks: in training they carry a little noise
     distilled: bool = False       # one branch, guidance distilled in
-    # Guidance by t. The first four numbers are where the quarters of the steps begin: `timestep_grid`
-    # at 0, 1/4, 1/2 and 3/4 of its steps. The last one is where the last step of all ends.
+    # Guidance by t: each number of cfg_t begins a bucket. The first four are where the quarters of the steps
+    # begin (`timestep_grid`); the last bucket is the official one, in which no step begins.
     cfg_t: tuple[float, ...] = (0.0, 0.0217, 0.1, 0.3, 0.999)
-    prev_scales: tuple[float, ...] = (1.5, 1.5, 1.5, 1.0, 1.0)  # w_prev of each: towards the history
-    text_scales: tuple[float, ...] = (7.5, 7.5, 7.5, 0.0, 0.0)  # w_text of each: towards the caption
+    prev_scales: tuple[float, ...] = (1.5, 1.5, 1.5, 1.0, 1.0)  # w_prev of each bucket: towards the history
+    text_scales: tuple[float, ...] = (7.5, 7.5, 7.5, 0.0, 0.0)  # w_text of each bucket: towards the caption
     # Distilled models: beyond this t, the velocity of the oldest chunk is 0.7 * with history + 0.3 * without.
     nearly_clean_t: float = 0.3
     nearly_clean_blend: float = 0.7
@@ -273,8 +273,8 @@ class LayerNorm1p(nn.LayerNorm):
 
 
 def small_normal(*shape: int) -> nn.Parameter:
-    """A learned table with a deviation of 0.02. (On the meta device torch.randn imports torch._dynamo, which
-    takes a second; this initialiser does not.)"""
+    """A learned table with a deviation of 0.02. (Not by torch.randn, which on the meta device imports
+    torch._dynamo; that takes a second.)"""
     return nn.Parameter(nn.init.trunc_normal_(torch.empty(shape), std=0.02))
 
 
@@ -364,9 +364,9 @@ def swiglu(u: Tensor) -> Tensor:
 def matmul_float32(x: Tensor, weight: Tensor) -> Tensor:
     """x weight^T in float32: (..., in), (out, in) -> (..., out).
 
-    The product of two bf16 (or e4m3) numbers is exact in float32, so a processor that has bf16 instructions
-    takes the operands as they are and sums in float32: the same result at several times the speed. A CPU
-    then rounds the sum to bf16, as after every other linear layer, because PyTorch cannot ask it not to.
+    The product of two bf16 (or e4m3) numbers is exact in float32, so bf16 instructions that sum in float32
+    give the same result at several times the speed. On the CPU PyTorch offers them only with the sum rounded
+    to bf16, as after every other linear layer.
     """
     if x.dtype == weight.dtype == torch.bfloat16 and not torch.is_grad_enabled():
         if x.is_cuda:
@@ -407,8 +407,8 @@ TORCH_OPS = Ops("torch", attention, block_attention, norm_rotary, gated_residual
 
 
 def get_ops(backend: str = "torch", device: Device = "cuda") -> Ops:
-    """The operations of a backend: "torch" runs anywhere; "triton" is kernels.py, on a GPU, an error where a
-    kernel fails; "auto" takes on a GPU the fastest way that is right for each operation, elsewhere torch."""
+    """The operations of a backend: "torch" runs anywhere; "triton" is kernels.py on a GPU, and a kernel that
+    fails is an error; "auto" chooses for each operation the fastest correct one on a GPU, elsewhere torch."""
     require(backend in ("torch", "triton", "auto"), f"backend {backend!r} is not 'auto', 'torch' or 'triton'")
     if backend == "torch" or backend == "auto" and torch.device(device).type != "cuda":
         return TORCH_OPS
@@ -457,7 +457,7 @@ class VAEBlock(nn.Module):
 
     @staticmethod
     def normalise(u: Tensor) -> Tensor:
-        """To mean 0 and deviation 1 per head; 1e-5 is added to the deviation, unlike in F.layer_norm."""
+        """To mean 0 and deviation 1 per head. F.layer_norm adds its 1e-5 to the variance, not to this."""
         centred = u - u.mean(-1, keepdim=True)
         deviation = centred.square().mean(-1, keepdim=True).sqrt()
         return centred / (deviation + 1e-5)
@@ -590,12 +590,12 @@ class VAE(nn.Module):
 
     def _tiled(self, fn: Callable, size: Sequence[int], tile: Sequence[int], overlap: float, scale: int,
                neighbour: str) -> Tensor:
-        """Apply fn tile by tile and blend the seams. Windows and size count latents; scale: pixels of the
-        result for each latent in height and width.
+        """Apply fn tile by tile and blend the seams. fn gets a tile's place in latents, (t, h, w) slices;
+        size counts latents, too. scale: pixels of the result for each latent in height and width.
 
-        Faithful to the official code in two ways one would not guess: tiles start at every stride, even where
-        the one before already reaches the edge, and a tile is blended against its neighbour as that was
-        before (decoding: "raw") or after (encoding: "blended") its own blending.
+        Two rules of the official code are unexpected: a tile starts at every stride, even where the one
+        before already reaches the edge, and a tile is blended with its neighbour as that was before
+        (decoding: "raw") or after (encoding: "blended") its own blending.
         """
         fits = all(t > 0 and t % p == 0 for t, p in zip(tile, self.patch, strict=True))
         require(fits and 0 <= overlap < 1, f"tile {tuple(tile)} must be positive multiples of {self.patch} "
@@ -609,21 +609,21 @@ class VAE(nn.Module):
         pieces = []
         for frame in frames:
             tiles = iter(self.map_tiles(fn, [(frame, row, column) for row in rows for column in columns]))
-            above: list[Tensor] = []                     # the row above, as this one blends with it
+            above: list[Tensor] = []                     # the row above, for this one to blend with
             joined = []
             for _ in rows:
-                seen: list[Tensor] = []                  # this row as its neighbours blend with it
-                row = []                                 # and as it is kept
+                current: list[Tensor] = []               # this row, for its neighbours to blend with
+                kept = []                                # what it contributes to the result
                 for i in range(len(columns)):
                     raw = out = next(tiles)
                     if above:
                         out = _blend(above[i], out, overlap_h, dim=-2)
-                    if seen:
-                        out = _blend(seen[-1], out, overlap_w, dim=-1)
-                    seen.append(out if neighbour == "blended" else raw)
-                    row.append(out[..., :keep_h, :keep_w])
-                joined.append(torch.cat(row, dim=-1))
-                above = seen
+                    if current:
+                        out = _blend(current[-1], out, overlap_w, dim=-1)
+                    current.append(out if neighbour == "blended" else raw)
+                    kept.append(out[..., :keep_h, :keep_w])
+                joined.append(torch.cat(kept, dim=-1))
+                above = current
             pieces.append(torch.cat(joined, dim=-2))
         return torch.cat(pieces, dim=2)
 
@@ -656,8 +656,8 @@ def prepend_tokens(text: Tensor, mask: Tensor, tokens: Sequence[Tensor]) -> tupl
 def token_names(names: Iterable[str], order: dict[str, str], remaining: float = 1) -> list[str]:
     """The tensors of the named tokens, in the order of prepending (SPECIAL_TOKENS or NEGATIVE_TOKENS).
 
-    remaining: how many chunks are left, this one included. It picks the duration token, clamped to 8:
-    duration_token_1 says "this is the last second".
+    remaining: how many chunks are left, this one included; at most 8 are counted. It selects the duration
+    token: duration_token_1 marks the last chunk.
     """
     return [tensor.format(int(min(remaining, 8))) for name, tensor in order.items() if name in set(names)]
 
@@ -706,8 +706,8 @@ class KVCache:
         return k[:, start : start + count * size], v[:, start : start + count * size]
 
     def write(self, layer: int, k: Tensor, v: Tensor) -> None:
-        """Append keys and values. They are copied: a view would keep the whole forward's in memory. Once all
-        layers have written, DiT.forward adds the chunks to the list."""
+        """Append keys and values. They are copied: a view would keep those of the whole forward in memory.
+        DiT.forward adds to `chunks` when all layers have written."""
         old = self.kv.get(layer, (k[:, :0], v[:, :0]))
         self.kv[layer] = torch.cat([old[0], k], dim=1), torch.cat([old[1], v], dim=1)
 
@@ -771,7 +771,7 @@ class Context:
 
 
 class Linear(nn.Linear):
-    """A linear layer of the blocks: no bias, and the same call as its fp8 twin."""
+    """A linear layer of the blocks: no bias, called like FP8Linear."""
 
     def __init__(self, in_features: int, out_features: int, dtype: torch.dtype):
         super().__init__(in_features, out_features, bias=False, dtype=dtype)
@@ -781,7 +781,7 @@ class Linear(nn.Linear):
 
 
 class Float32Linear(Linear):
-    """Sums and answers in float32, whatever the type of its input and weight."""
+    """Sums and returns float32, whatever the type of its input and weight."""
 
     def forward(self, x: Tensor, ops: Ops = TORCH_OPS) -> Tensor:
         return ops.matmul_float32(x, self.weight)
@@ -812,8 +812,8 @@ class FP8Linear(nn.Module):
 
 def _linear(cfg: DiTConfig, index: int, n_in: int, n_out: int, kind: str, otherwise: type[Linear] = Linear
             ) -> nn.Module:
-    """A linear of layer `index`: in fp8 if the model is, but for the first and last layer, which are too
-    sensitive for it."""
+    """A linear of layer `index`: FP8Linear in an fp8 model, except in the first and last layer, which lose
+    too much by it; there, and in other models, `otherwise`."""
     if cfg.fp8 and 0 < index < cfg.num_layers - 1:
         return FP8Linear(n_in, n_out, kind)
     return otherwise(n_in, n_out, cfg.torch_dtype)
@@ -821,7 +821,7 @@ def _linear(cfg: DiTConfig, index: int, n_in: int, n_out: int, kind: str, otherw
 
 class CachedAttention(nn.Module):
     """Self-attention over the chunks of this forward and the cached ones before them. It has no weights; it
-    is a module of its own so that parallel.py can stand in for it."""
+    is a module so that parallel.py can replace it."""
 
     def __init__(self, index: int):
         super().__init__()
@@ -842,7 +842,8 @@ class CachedAttention(nn.Module):
 
 
 class ParallelAttention(nn.Module):
-    """Self-attention over the chunk's history and cross-attention to the chunk's own text, side by side."""
+    """Self-attention over the chunk's history and cross-attention to the chunk's own text, side by side.
+    q, k, v are those of self-attention, qx, kx, vx those of cross-attention."""
 
     def __init__(self, cfg: DiTConfig, index: int):
         super().__init__()
@@ -876,7 +877,7 @@ class ParallelAttention(nn.Module):
         both = q.new_empty(*q.shape[:2], 2, *q.shape[2:])                    # (B, N, 2, Hq, hd)
         self.core(q, k, v, ctx, out=both[:, :, 0])
 
-        # Cross-attention is block attention too: over all texts end to end, each chunk reading its own.
+        # Cross-attention is block attention too: each chunk reads its own part of all texts end to end.
         qx = ops.norm_rotary(heads(self.qx), self.qx_norm, None)
         kvx = self.kvx(ctx.text, ops)
         kx, vx = rearrange(kvx, "l (heads two hd) -> two 1 l heads hd", two=2, hd=self.head_dim)
@@ -914,7 +915,7 @@ class DiTLayer(nn.Module):
         self.ffn_post_norm = LayerNorm1p(cfg.hidden_size, cfg.norm_eps)
 
     def forward(self, x: Tensor, ctx: Context) -> Tensor:                    # (B, N, D)
-        gates = self.gates(F.silu(ctx.cond)).tanh()          # tanh caps every gate at 1, whatever the time
+        gates = self.gates(F.silu(ctx.cond)).tanh()          # each in (-1, 1)
         gate1, gate2 = gates.chunk(2, dim=-1)                                # each (B, n, D)
         x = ctx.ops.gated_residual(x, gate1, self.attn(x, ctx), self.attn_post_norm)
         return ctx.ops.gated_residual(x, gate2, self.ffn(x, ctx), self.ffn_post_norm)
@@ -959,8 +960,8 @@ class DiT(nn.Module):
         self.final_linear = nn.Linear(D, p * p * cfg.out_channels, bias=False)
 
     def condition(self, t: Tensor, conditional: Tensor, d: float | None = None) -> Tensor:
-        """What the gates see of each chunk: its time, and one bit that says whether it has a caption. (The
-        official model keeps the vectors for that bit in two masked, otherwise unused, rows of the null text.)
+        """The input of the gates for each chunk: its time, and a flag, whether it has a caption. (The vectors
+        of the flag are two rows of the null text; the released models mask them in cross-attention.)
 
         t (B, n), conditional (B, n) bool, d of a distilled model (see `shortcut_d`) -> (B, n, D/4) float32.
         """
@@ -984,7 +985,7 @@ class DiT(nn.Module):
     def unpatchify(self, tokens: Tensor, T: int, H: int) -> Tensor:
         """Tokens (B, N, D) -> velocity (B, 16, T, H, W), float32."""
         cfg, p = self.cfg, self.cfg.patch_size
-        out = self.final_linear(self.final_norm(tokens))                     # (B, N, 1*2*2*C)
+        out = self.final_linear(self.final_norm(tokens))                     # (B, N, 2*2*out_channels)
         out = rearrange(out, "b (t h w) (ph pw c) -> b c t (h ph) (w pw)", t=T, h=H // p, ph=p, pw=p)
         return out[:, : cfg.latent_channels].float() / cfg.x_scale
 
@@ -1049,12 +1050,12 @@ class DiT(nn.Module):
 
 
 def shift_time(u: Tensor, shift: float = 1 / 3) -> Tensor:
-    """Push times in [0, 1] towards the noise, where the layout of a video is decided: u w / (1 - (1-w) u)."""
+    """Move times in [0, 1] towards the noise, where the layout of a video is decided."""
     return u * shift / (1 - (1 - shift) * u)
 
 
 def shortcut_d(num_steps: int, shortcut_mode: str = "8,16,16") -> list[float]:
-    """d of each step, which tells a distilled model how fine its steps are: n/2, so 32 for 64, 4 for 8 steps.
+    """d of each step, which tells a distilled model how fine its steps are: half their number.
 
     The 12-step grid takes one double step (d 4) and two single ones (d 8) of a 16-step grid in each quarter.
     """
@@ -1064,9 +1065,10 @@ def shortcut_d(num_steps: int, shortcut_mode: str = "8,16,16") -> list[float]:
 
 
 def timestep_grid(num_steps: int, shortcut_mode: str = "8,16,16") -> Tensor:
-    """The n + 1 times of a chunk from 0 (noise) to 1 (clean), float32: half of them lie below t = 0.1.
+    """The num_steps + 1 times of a chunk from 0 (noise) to 1 (clean), float32; half of them are below 0.1.
 
-    s = i/n, u = s^2, t = u w / (1 - (1-w) u) with w = 1/3. n = 12 thins a 16-step grid (see `shortcut_d`).
+    With s evenly spaced, t = shift_time(s^2). 12 steps are those of a 16-step grid, some of them joined (see
+    `shortcut_d`).
     """
     s = torch.linspace(0, 1, num_steps + 1)
     if num_steps == 12:                  # a step with d covers 1/(2d) of the way
@@ -1091,17 +1093,17 @@ def clean_kv_range(cfg: SamplerConfig, prefix: bool = False) -> float:
     kv_ranges, which no released config has.
     """
     if not cfg.kv_ranges and not prefix:
-        return math.inf                      # "everything" holds for generated chunks whatever is set
+        return math.inf                      # (): generated chunks see all, whatever clean_kv_range is
     if cfg.clean_kv_range == -1:
         return cfg.kv_ranges[-1] if cfg.kv_ranges else 8
     return cfg.clean_kv_range
 
 
 def shot_transition(cfg: SamplerConfig, chunk: int, kind: str = "cut") -> SamplerConfig:
-    """Let generated chunk `chunk` look away from its past for part of its life (report section 3.3).
+    """Generated chunk `chunk` sees no history in half of its steps (report section 3.3).
 
-    "cut": no history while it is noisy, so the scene is laid out anew, but identities come back later.
-    "restyle": history while noisy but none when clean, so the layout stays and details change.
+    "cut": not in the first, noisy half, so the layout is new, but identities are kept.
+    "restyle": not in the second half, so the layout is kept and details change.
     """
     require(kind in ("cut", "restyle"), f"transition {kind!r} is not 'cut' or 'restyle'")
     require(chunk >= 1, f"transition at chunk {chunk}: the first chunk has no history, choose 1 or later")
@@ -1114,8 +1116,8 @@ def shot_transition(cfg: SamplerConfig, chunk: int, kind: str = "cut") -> Sample
 
 
 def count_chunks(num_frames: int | None, prefix_latents: int) -> tuple[int | None, int]:
-    """K chunks in all (None: endless) and P whole prefix chunks of a run that goes on for num_frames (fours
-    count) after so many latent frames of prefix."""
+    """K chunks in all (None: endless) and P whole prefix chunks of a run that generates num_frames (rounded
+    down to a multiple of 4) after so many latent frames of prefix."""
     P = prefix_latents // CHUNK
     if num_frames is None:
         return None, P
@@ -1126,10 +1128,10 @@ class ChunkInput(NamedTuple):
     """One chunk of a forward."""
 
     chunk: int                           # absolute index in the video
-    t: float                             # the time it is shown with
-    dt: float                            # how far this step moves it
+    t: float                             # its time
+    dt: float                            # the length of its Euler step
     first_seen: int                      # the oldest chunk it attends to
-    clean: bool = False                  # shown with null text, to store its keys; its velocity is not used
+    clean: bool = False                  # it has null text and its keys are stored; its velocity is not used
 
 
 class Step(NamedTuple):
@@ -1148,8 +1150,8 @@ class Step(NamedTuple):
 
 
 def needed(wanted: Sequence[int], inputs: Sequence[ChunkInput]) -> list[ChunkInput]:
-    """What must be computed for the `wanted` chunks to be right: also every chunk whose keys they read,
-    directly or through another (layer after layer, a chunk depends on all it can reach)."""
+    """The inputs on which the `wanted` chunks depend: themselves, the chunks whose keys they read, the chunks
+    whose keys those read in the layer before, and so on."""
     low, high = min(wanted, default=0), max(wanted, default=-1)
     for c in reversed(inputs):
         if low <= c.chunk <= high:
@@ -1161,11 +1163,11 @@ def plan(cfg: SamplerConfig, chunks: int | None, prefix_chunks: int = 0,
          config_of: Callable[[int], SamplerConfig | None] | None = None) -> Iterator[Step]:
     """The steps of a run of `chunks` chunks, of which the first `prefix_chunks` are given; None: for ever.
 
-    A chunk enters at every stage, until all have. When one has done its steps, the next forward carries it
-    once more, in front and at t = 0.9999, so that its clean keys and values reach the cache; prefix chunks
-    are stored by a step of their own before all others. config_of(chunk): the config of a chunk, which is
-    asked for when it enters (its ranges may differ from the others'; default: cfg for all); None: there is no
-    such chunk, and the video ends with those in flight.
+    A chunk enters at every stage, until all have. When one has done its steps, it is in one more forward, in
+    front and at t = 0.9999, to store its clean keys and values; prefix chunks are stored by a step of their
+    own before all others. config_of(chunk): the config of a generated chunk, whose ranges may be its own; it
+    is called first when the chunk enters. Default: cfg for all. If it returns None there is no such chunk,
+    and the video ends with those in flight.
 
     >>> for step in itertools.islice(plan(SamplerConfig(num_steps=4), 3), 5):
     ...     print(*(f"{c.chunk}: t {c.t:.2f}, sees {c.first_seen}.." for c in step.chunks), sep="; ")
@@ -1176,35 +1178,40 @@ def plan(cfg: SamplerConfig, chunks: int | None, prefix_chunks: int = 0,
     0: t 1.00, sees 0..; 1: t 0.30, sees 0..; 2: t 0.10, sees 0..
     """
     P, window = prefix_chunks, cfg.window
-    K = sys.maxsize if chunks is None else chunks
+    K: float = math.inf if chunks is None else chunks
     config_of = config_of or (lambda chunk: cfg)
     per_stage = cfg.num_steps // window
     grid = timestep_grid(cfg.num_steps, cfg.shortcut_mode).tolist()
     d = shortcut_d(cfg.num_steps, cfg.shortcut_mode)
 
-    def look_back(chunk: int, count: float) -> int:
+    def grid_index(chunk: int, stage: int) -> int:
+        """Where on its own time grid a chunk begins a stage."""
+        return (stage - (chunk - P)) * per_stage
+
+    def first_seen(chunk: int, count: float) -> int:
         return int(max(0, chunk + 1 - count))
 
     def noisy(chunk: int, i: int) -> ChunkInput:
-        seen = look_back(chunk, kv_range(config_of(chunk), i, chunk - P))
+        seen = first_seen(chunk, kv_range(config_of(chunk), i, chunk - P))
         return ChunkInput(chunk, grid[i], grid[i + 1] - grid[i], seen)
 
     def clean(chunk: int) -> ChunkInput:
-        seen = look_back(chunk, clean_kv_range(cfg, prefix=chunk < P))
+        seen = first_seen(chunk, clean_kv_range(cfg, prefix=chunk < P))
         return ChunkInput(chunk, cfg.clean_t, 0.0, seen, clean=True)
 
     def oldest_seen(config: SamplerConfig, chunk: int, i: int = 0) -> float:
-        """The oldest chunk that a chunk sees from its step i to the end of its life."""
+        """The oldest chunk that a chunk sees from its step i until it is stored."""
         ahead = [kv_range(config, k, chunk - P) for k in range(i, cfg.num_steps)]
         return chunk + 1 - max(*ahead, clean_kv_range(cfg))
 
-    def forget(stage: int, active: Sequence[int], just_left: int | None) -> float:
-        """What this stage or a later one may still read begins here. With ranges 5, 4, 3, 2 in a window of 4
-        all chunks look back to the same one, so one clean chunk is kept; in a window of 1 it is four."""
-        reads = [oldest_seen(config_of(c), c, (stage - (c - P)) * per_stage) for c in active]
+    def oldest_needed(stage: int, active: Sequence[int], just_left: int | None) -> float:
+        """The oldest chunk that this stage or a later one reads. With ranges 5, 4, 3, 2 and a window of 4 all
+        chunks see back to the same one, so one clean chunk is kept; with a window of 1 it is four."""
+        reads = [oldest_seen(config_of(c), c, grid_index(c, stage)) for c in active]
         if just_left is not None:
             reads.append(just_left + 1 - clean_kv_range(cfg))
-        # Of those to come, the next few hold one without exceptions, which stands for all others without.
+        # Chunks to come: those with ranges of their own, and the next one without, which sees furthest back
+        # of all without. It is among the next len(kv_ranges_at) + 1.
         newest = active[-1]
         to_come = [*range(newest + 1, newest + 2 + len(cfg.kv_ranges_at))]
         to_come += [P + chunk for chunk, _ in cfg.kv_ranges_at]
@@ -1214,23 +1221,23 @@ def plan(cfg: SamplerConfig, chunks: int | None, prefix_chunks: int = 0,
     for stage in itertools.count():
         if P + stage < K and config_of(P + stage) is None:
             K = P + stage
-        active = range(max(P, P + stage - window + 1), min(P + stage + 1, K))
+        active = range(max(P, P + stage - window + 1), int(min(P + stage + 1, K)))
         if not active:
             return
         oldest, newest = active[0], active[-1]
         just_left = oldest - 1 if stage >= window else None
-        first_needed = forget(stage, active, just_left)
+        forget = oldest_needed(stage, active, just_left)
         if stage == 0 and P > 0:
-            prefix = needed([c for c in range(P) if c >= first_needed], [clean(c) for c in range(P)])
+            prefix = needed([c for c in range(P) if c >= forget], [clean(c) for c in range(P)])
             if prefix:
-                yield Step(tuple(prefix), d[0], None, first_needed, None)
+                yield Step(tuple(prefix), d[0], None, forget, None)
         for j in range(per_stage):
-            inputs = [noisy(c, (stage - (c - P)) * per_stage + j) for c in active]
+            inputs = [noisy(c, grid_index(c, stage) + j) for c in active]
             if j == 0 and just_left is not None:
                 inputs.insert(0, clean(just_left))
             enters = newest if j == 0 and newest == P + stage else None
             done = oldest if j == per_stage - 1 and oldest == P + stage - window + 1 else None
-            yield Step(tuple(inputs), d[j], enters, first_needed, done)
+            yield Step(tuple(inputs), d[j], enters, forget, done)
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -1241,18 +1248,19 @@ def plan(cfg: SamplerConfig, chunks: int | None, prefix_chunks: int = 0,
 #     v = (1 - w_prev) v(x | nothing) + (w_prev - w_text) v(x | previous) + w_text v(x | previous, text)
 #
 # w_prev pulls towards the history, w_text towards the caption; both depend on the chunk's own t. A distilled
-# model needs one branch; only its oldest chunk, when nearly clean, gets a second one without history, because
-# errors that come from the history would accumulate. A branch whose share is zero is skipped where no other
-# chunk reads it: a tenth of the work, more in short videos.
+# model needs one branch; only for its oldest chunk, when nearly clean, a second one without history is mixed
+# in, because errors that come from the history would accumulate. A chunk is left out of a branch that has no
+# share in its velocity, unless another chunk reads its keys: this saves a tenth of the work, more in short
+# videos.
 
 
 class Branch(NamedTuple):
-    captioned: bool                      # noisy chunks are shown their captions, else null text
+    captioned: bool                      # noisy chunks have their captions, else null text
     alone: bool = False                  # each chunk sees only itself
     stores: bool = False                 # this branch's keys of clean chunks go to the cache
 
 
-# In this order: in the one forward that stores a chunk's keys, the branches before use their own fresh ones.
+# In the one forward that stores a chunk's keys, the other branches use their own fresh ones for it.
 BASE_BRANCHES = {
     "text": Branch(captioned=True),
     "previous": Branch(captioned=False, stores=True),
@@ -1265,7 +1273,7 @@ DISTILLED_BRANCHES = {
 
 
 def guidance_scales(cfg: SamplerConfig, t: float) -> tuple[float, float]:
-    """(w_prev, w_text) at time t: the last bucket that starts at or before t, edges within 1e-7."""
+    """(w_prev, w_text) at time t: those of the last bucket that begins at t or before, within 1e-7."""
     bucket = max((i for i, edge in enumerate(cfg.cfg_t) if t >= edge - 1e-7), default=0)
     return cfg.prev_scales[bucket], cfg.text_scales[bucket]
 
@@ -1323,17 +1331,17 @@ def sample(dit: DiT, text: Tensor | Iterator[tuple], text_mask: Tensor | None, s
            progress: Callable[[Progress], None] | None = None) -> Iterator[tuple[int, Tensor]]:
     """Generate a video chunk by chunk; yields (generated chunk's index, its latents) as each becomes clean.
 
-    text            (L, C) with text_mask (L,), or (chunks, L, C) with (chunks, L): the last caption goes on.
-                    Or, with text_mask None, an iterator that each chunk asks when it enters, for (text, mask)
-                    or (text, mask, SamplerConfig): that chunk's own ranges and guidance. When the iterator
-                    ends, its last item goes on; the item None ends the video with the chunks in flight.
-                    Chunk c asks when chunk c - window has been yielded and the next is asked for: an item
-                    that comes now shows after the window - 1 chunks in flight, that is num_steps steps later
+    text            (L, C) with text_mask (L,), or one for each chunk, (chunks, L, C) with (chunks, L); the
+                    last is used for all further chunks. Or, with text_mask None, an iterator of (text, mask)
+                    or (text, mask, SamplerConfig), the config for a chunk's own ranges and guidance.
+                    Chunk c takes one item when it enters: num_steps steps before it is clean, when chunk
+                    c - window has been yielded and the next is asked for. After the iterator's end the last
+                    item is used again. The item None ends the video with the chunks in flight
     special_tokens  name -> (1, C)
     prefix          (16, T, H, W), clean latents that come first
     noise           (16, 6 K, H, W), in place of the seeded noise; prefix chunks count. H and W of the video
                     are those of prefix or noise, the sampler's height and width only without both
-    skip            False: compute what is multiplied by zero, too
+    skip            False: compute also what is multiplied by zero
 
     Yields float32 latents (16, 6, H, W), less the frames that were given; only an image run (a prefix of one
     frame) keeps that frame. Raises ValueError for inputs that do not fit, before anything is computed.
@@ -1379,7 +1387,7 @@ class Entry(NamedTuple):
 
 
 class _Run:
-    """One sampling run: what it is given, and what lasts from step to step."""
+    """One run of the sampler: its inputs, and the state that it keeps from step to step."""
 
     def __init__(self, dit: DiT, cfg: SamplerConfig, K: int | None, P: int, texts: Iterator[tuple],
                  table: dict[str, Tensor], prefix: Tensor, noise: Tensor | None, skip: bool):
@@ -1396,7 +1404,7 @@ class _Run:
 
     @torch.no_grad()
     def stream(self, progress: Callable[[Progress], None]) -> Iterator[tuple[int, Tensor]]:
-        """The pipeline: enter from noise, move by the guided velocity, leave when clean."""
+        """The pipeline: a chunk enters as noise, moves by the guided velocity, leaves when it is clean."""
         per_stage = self.cfg.num_steps // self.cfg.window
         total = None if self.K is None else (self.K - self.P + self.cfg.window - 1) * per_stage
         steps = itertools.count(1)
@@ -1420,7 +1428,7 @@ class _Run:
         """Guided velocity of every noisy chunk; the keys of clean ones are stored on the way."""
         noisy = step.noisy
         shares = {c.chunk: branch_shares(self.entry(c.chunk).cfg, c, is_oldest=c == noisy[0]) for c in noisy}
-        v, zero = {}, torch.zeros((), device=self.prefix.device)
+        v = {}
         for name, branch in self.branches.items():
             wanted = [chunk for chunk, share in shares.items() if share[name] != 0 or not self.skip]
             if branch.stores:
@@ -1428,8 +1436,10 @@ class _Run:
             alone = [c._replace(first_seen=c.chunk) for c in noisy if c.chunk in wanted]
             inputs = alone if branch.alone else needed(wanted, step.chunks)
             v[name] = self.forward(inputs, branch, step.d, x)
-        return {chunk: sum((weight * v[name][chunk] for name, weight in share.items() if weight != 0), zero)
-                for chunk, share in shares.items()}
+        guided: dict[int, Any] = {}
+        for chunk, share in shares.items():              # shares sum to 1, so one of them is not zero
+            guided[chunk] = sum(weight * v[name][chunk] for name, weight in share.items() if weight != 0)
+        return guided
 
     def forward(self, inputs: Sequence[ChunkInput], branch: Branch, d: float, x: dict[int, Tensor]
                 ) -> dict[int, Tensor]:
@@ -1502,12 +1512,12 @@ class _Run:
         return noise[None].to(self.prefix)
 
     def paste(self, chunk: int, latents: Tensor) -> Tensor:
-        """Prefix frames that fill only part of a chunk stand over its latents at all times."""
+        """A chunk's latents, those of its frames that the prefix gives replaced by the prefix."""
         given = self.given(chunk)
         return torch.cat([given, latents[:, :, given.shape[2] :]], dim=2)
 
     def emit(self, chunk: int, latents: Tensor) -> Tensor:
-        """What is handed over: without prefix frames, but for an image, which is the video's first frame."""
+        """What is yielded: without prefix frames, except an image, which is the video's first frame."""
         is_image = self.prefix.shape[2] == 1
         start = 0 if is_image else self.given(chunk).shape[2]
         return latents[0, :, start:].clone()               # a copy: the caller may change it in place
@@ -1621,7 +1631,7 @@ class MAGI:
             import media
 
             pixels = media.prefix_pixels(image, video, prefix_frames, (cfg.height, cfg.width), fit)
-        if cfg.num_frames is not None:       # whole latent frames; an image's own is among those emitted
+        if cfg.num_frames is not None:       # in whole latent frames, of which an image is one
             latents = math.ceil(num_frames / FRAMES_PER_LATENT) - (image is not None)
             cfg = dataclasses.replace(cfg, num_frames=max(1, latents * FRAMES_PER_LATENT))
         text, mask = self._texts(prompt, cfg)
@@ -1632,7 +1642,8 @@ class MAGI:
 
         latents = 0 if pixels is None else math.ceil(pixels.shape[2] / FRAMES_PER_LATENT)
         channels, size = self.dit.cfg.latent_channels, (cfg.height // 8, cfg.width // 8)
-        run(torch.zeros(channels, latents, *size) if latents else None)      # it checks, and computes nothing
+        # A call of `sample` checks its inputs; nothing is computed before the first item is asked for.
+        run(torch.zeros(channels, latents, *size) if latents else None)
         return self._frames(run, pixels, image is not None, num_frames)
 
     def _texts(self, prompt: Any, cfg: SamplerConfig) -> Any:
@@ -1646,10 +1657,10 @@ class MAGI:
             if len(prompt) == 2 and all(isinstance(u, Tensor) for u in prompt):
                 return prompt
             if all(isinstance(caption, str) for caption in prompt):
-                return self.encode_text(list(prompt))
+                return self.encode_text(list(prompt))        # all at once: T5 is read once
             prompt = [item if item is None else as_prompt(item) for item in prompt]
 
-        def one_by_one(config: SamplerConfig) -> Iterator[tuple[Tensor, Tensor, SamplerConfig] | None]:
+        def encoded(config: SamplerConfig) -> Iterator[tuple[Tensor, Tensor, SamplerConfig] | None]:
             encode = functools.lru_cache(8)(lambda caption: self.encode_text([caption]))
             for chunk, item in enumerate(prompt):
                 if item is None:
@@ -1657,11 +1668,11 @@ class MAGI:
                     return
                 item = as_prompt(item)
                 config = dataclasses.replace(config, **item.settings)
-                here = shot_transition(config, chunk, item.transition) if item.transition else config
+                own = shot_transition(config, chunk, item.transition) if item.transition else config
                 text, mask = encode(item.text)
-                yield text[0], mask[0], here
+                yield text[0], mask[0], own
 
-        return one_by_one(cfg), None
+        return encoded(cfg), None
 
     @torch.inference_mode()
     def _frames(self, run: Callable, pixels: Tensor | None, is_image: bool, left: float
@@ -1672,7 +1683,7 @@ class MAGI:
             prefix = self.vae.encode(pixels)[0].float() * SCALE_FACTOR
         for i, latent in run(prefix):
             if i == 0 and prefix is not None and prefix.shape[1] == 1 and not is_image:
-                latent = latent[:, 1:]       # `sample` takes four frames of video for an image and keeps them
+                latent = latent[:, 1:]       # a prefix of 4 video frames, which `sample` takes for an image
             frames = self.decode(latent)
             frames = frames[: int(min(left, len(frames)))]
             left -= len(frames)
