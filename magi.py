@@ -42,7 +42,7 @@ Contents
     7  Plan                     time grid, attention ranges, and what each forward holds: pure functions
     8  Guidance                 the branches and their shares; what need not be computed
     9  Sampler                  the loop over the plan
-    10 Loading and the pipeline folders on disk; the one object a user holds
+    10 Loading and the pipeline folders on disk; the one object that a user needs
 
 What lies beside it: captions.py (caption rules, T5), checkpoints.py (configs and files on disk), training.py
 (objectives, LoRA), parallel.py (several GPUs, streamed weights), kernels.py (Triton versions of section 2),
@@ -100,8 +100,8 @@ SCALE_FACTOR = 0.18215     # brings latents to unit variance, as in latent diffu
 CHUNK = 6                  # latent frames in a chunk: 24 video frames, one second
 FRAMES_PER_LATENT = 4      # the VAE's temporal compression
 
-# Learned vectors in the width of the text steer what captions cannot: quality, how long the video goes on, a
-# still or lively start. The name in a config -> the name of the tensor, in the order of prepending.
+# Learned vectors in the width of the text control what captions cannot: quality, a still or lively start, how
+# much of the video is left. The name in a config -> the name of the tensor, in the order of prepending.
 SPECIAL_TOKENS = {
     "static": "static_first_frames_token",
     "dynamic": "dynamic_first_frames_token",
@@ -428,8 +428,8 @@ def load_kernels() -> Any:
 # 3  VAE
 # ----------------------------------------------------------------------------------------------------------
 # A plain ViT on both sides (report section 2.1): 4 frames x 8 x 8 pixels become one token, `depth` blocks of
-# full attention, 16 latent channels. There are no convolutions to stream through, so it is fast, and anything
-# larger than its native size is cut into overlapping tiles.
+# full attention, 16 latent channels. Attention over all tokens is for the native size; a larger video is cut
+# into overlapping tiles.
 
 
 class VAEBlock(nn.Module):
@@ -1040,13 +1040,14 @@ class DiT(nn.Module):
 # ----------------------------------------------------------------------------------------------------------
 # 7  Plan
 # ----------------------------------------------------------------------------------------------------------
-# Report section 2.4. `plan` says what every forward of a run holds, before any tensor exists: print it, plot
-# it, test it alone. Each quarter of its steps is a stage of a chunk's life (with a window of 4):
+# Report section 2.4. `plan` lists the chunks of every forward of a run. It needs no tensors, so it can be
+# printed, plotted and tested alone. A stage is num_steps / window steps; in a window of 4 it takes a chunk
+# through a quarter of its time grid. Here are 3 chunks; the numbers are t at the start of a stage:
 #
-#     3 chunks                stage   0     1     2     3     4     5
-#     (a row is a chunk,      chunk 0 .00   .02   .10   .30   clean
-#     a number the t it       chunk 1       .00   .02   .10   .30   clean
-#     starts the stage with)  chunk 2             .00   .02   .10   .30
+#     stage       0     1     2     3     4     5
+#     chunk 0    .00   .02   .10   .30   clean
+#     chunk 1          .00   .02   .10   .30   clean
+#     chunk 2                .00   .02   .10   .30
 
 
 def shift_time(u: Tensor, shift: float = 1 / 3) -> Tensor:
@@ -1306,7 +1307,7 @@ class Progress:
     chunk: int                           # generated chunk that will be finished next
     now: Step                            # what was just computed
     cache_bytes: int
-    latents: dict[int, Tensor]           # chunks in flight by absolute index, (1, 16, 6, H, W); do not change
+    latents: dict[int, Tensor]           # chunks in flight by absolute index, (1, 16, 6, H, W); read only
     velocity: dict[int, Tensor]          # what moved them
 
     def guess(self, chunk: int) -> Tensor:
@@ -1433,8 +1434,10 @@ class _Run:
             wanted = [chunk for chunk, share in shares.items() if share[name] != 0 or not self.skip]
             if branch.stores:
                 wanted += [c.chunk for c in step.chunks if c.clean]
-            alone = [c._replace(first_seen=c.chunk) for c in noisy if c.chunk in wanted]
-            inputs = alone if branch.alone else needed(wanted, step.chunks)
+            if branch.alone:
+                inputs = [c._replace(first_seen=c.chunk) for c in noisy if c.chunk in wanted]
+            else:
+                inputs = needed(wanted, step.chunks)
             v[name] = self.forward(inputs, branch, step.d, x)
         guided: dict[int, Any] = {}
         for chunk, share in shares.items():              # shares sum to 1, so one of them is not zero
@@ -1451,8 +1454,8 @@ class _Run:
                  for c in inputs]
         text, mask = (torch.stack(u)[None] for u in zip(*texts, strict=True))
         latents = torch.cat([x[chunk] for chunk in chunks], dim=2)           # (1, 16, 6 n, H, W)
-        v = self.dit(latents, torch.tensor([[c.t for c in inputs]], device=latents.device), text, mask,
-                     chunks=chunks, first_seen=[c.first_seen for c in inputs],
+        t = torch.tensor([[c.t for c in inputs]], device=latents.device)     # (1, n)
+        v = self.dit(latents, t, text, mask, chunks=chunks, first_seen=[c.first_seen for c in inputs],
                      conditional=branch.captioned or self.cfg.distilled, d=d if self.cfg.distilled else None,
                      cache=self.cache, store=sum(c.clean for c in inputs) if branch.stores else 0)
         return dict(zip(chunks, v.chunk(len(chunks), dim=2), strict=True))
@@ -1575,11 +1578,11 @@ def load(folder: str | Path, *, vae: str | Path | None = None, t5: str | Path | 
 
 
 class Prompt(NamedTuple):
-    """What an iterator of prompts may give in place of a plain caption; settings hold from this chunk on."""
+    """What may stand in place of a plain caption; settings are those of this chunk and all later ones."""
 
     text: str
     transition: str | None = None        # "cut" or "restyle", at this chunk
-    settings: dict = {}                  # of GUIDANCE, the fields of SamplerConfig that may change in a run
+    settings: dict = {}                  # only of GUIDANCE, the fields that may change within a run
 
 
 def as_prompt(item: Any) -> Prompt:
@@ -1593,7 +1596,7 @@ def as_prompt(item: Any) -> Prompt:
 
 
 class MAGI:
-    """The one object a user holds: text, image and video to video, streamed chunk by chunk.
+    """Text, image and video to video, chunk by chunk: the one object that a user needs.
 
     >>> pipe = load("tiny/base")                                             # doctest: +SKIP
     >>> for frames in pipe("a red ball bounces", num_frames=96):             # doctest: +SKIP
@@ -1615,14 +1618,14 @@ class MAGI:
                  **settings: Any) -> Iterator[np.ndarray]:
         """Yield uint8 frames (<= 24, height, width, 3), exactly num_frames in all, one chunk at a time.
 
-        prompt: one caption; a list with one per chunk (the last goes on); any other iterator, which is asked
-        for a caption or a Prompt when a chunk enters, window - 1 chunks before it is seen (None: the video
-        ends with the chunks in flight); or the (text, mask) that encode_text gave. image: the
-        video starts with it. video: the result goes on after its last frames, of which `prefix_frames` are
-        shown to the model. Both may be arrays, tensors, PIL images or paths (media.to_image, media.to_video).
+        prompt: one caption; a list with one for each chunk (the last is used for all further ones); an
+        iterator, from which a chunk takes a caption or a Prompt when it enters, window - 1 chunks before it
+        is yielded (None ends the video with the chunks in flight); or the (text, mask) of encode_text.
+        image: the video starts with it. video: the result continues it, and its last `prefix_frames` are the
+        prefix. Both may be arrays, tensors, PIL images or paths (media.to_image, media.to_video).
         sampler replaces the model's config; settings replace fields of it, such as num_frames, seed,
         num_steps, height, width. Raises ValueError for bad ones before anything is computed, and later
-        FloatingPointError if the model gives what is not finite.
+        FloatingPointError if frames are not finite.
         """
         cfg = with_settings(sampler or self.sampler, settings)
         num_frames = math.inf if cfg.num_frames is None else cfg.num_frames
@@ -1640,10 +1643,13 @@ class MAGI:
             return sample(self.dit, text, mask, cfg, special_tokens=self.special_tokens, prefix=prefix,
                           progress=progress)
 
-        latents = 0 if pixels is None else math.ceil(pixels.shape[2] / FRAMES_PER_LATENT)
-        channels, size = self.dit.cfg.latent_channels, (cfg.height // 8, cfg.width // 8)
-        # A call of `sample` checks its inputs; nothing is computed before the first item is asked for.
-        run(torch.zeros(channels, latents, *size) if latents else None)
+        # A call of `sample` checks its inputs, but computes nothing before its first item is asked for: this
+        # one, with a prefix of the right shape, is only for the checks.
+        like = None
+        if pixels is not None:
+            T = math.ceil(pixels.shape[2] / FRAMES_PER_LATENT)
+            like = torch.zeros(self.dit.cfg.latent_channels, T, cfg.height // 8, cfg.width // 8)
+        run(like)
         return self._frames(run, pixels, image is not None, num_frames)
 
     def _texts(self, prompt: Any, cfg: SamplerConfig) -> Any:
