@@ -44,7 +44,7 @@ Contents
     9  Sampler                  the loop over the plan
     10 Loading and the pipeline folders on disk; the one object that a user needs
 
-What lies beside it: captions.py (caption rules, T5), checkpoints.py (configs and files on disk), training.py
+What lies beside it: captions.py (caption rules), checkpoints.py (configs and files on disk), training.py
 (objectives, LoRA), parallel.py (several GPUs, streamed weights), kernels.py (Triton versions of section 2),
 media.py (pictures and video files). CPU offload of the cache is left out, because it holds only a few chunks,
 and so are CUDA graphs.
@@ -67,7 +67,7 @@ import torch.nn.functional as F
 from einops import rearrange, repeat
 from torch import Tensor, nn
 
-from captions import T5, clean_caption, tokenize
+from captions import clean_caption, tokenize
 from checkpoints import (
     GUIDANCE,
     build,
@@ -137,7 +137,8 @@ class VAEConfig:
     ln_in_attn: bool = True       # normalise q, k and v per head instead of the block's input
     use_final_proj: bool = False  # extra Linear + LayerNorm before the pixel shuffle: narrow models need it
 
-    __post_init__ = check_vae_config
+    def __post_init__(self):
+        check_vae_config(self)
 
     @property
     def patch_volume(self) -> int:
@@ -172,7 +173,8 @@ class DiTConfig:
     dtype: str = "bfloat16"       # of the blocks; embedders, head and half of the norms stay float32
     fp8: bool = False             # e4m3 weights in every layer but the first and last
 
-    __post_init__ = check_dit_config
+    def __post_init__(self):
+        check_dit_config(self)
 
     @property
     def cond_size(self) -> int:
@@ -643,8 +645,52 @@ def _blend(old: Tensor, new: Tensor, width: int, dim: int) -> Tensor:
 # ----------------------------------------------------------------------------------------------------------
 # 4  Text
 # ----------------------------------------------------------------------------------------------------------
-# Each caption is cleaned and read once by T5 (captions.py), whose last hidden state is the text (L, C). Here
-# learned vectors, the special tokens, are put in front of it.
+# Each caption is cleaned (captions.py) and read once by T5, whose last hidden state is the text (L, C).
+# Learned vectors, the special tokens, are put in front of it.
+
+
+class T5:
+    """A T5 encoder folder (config.json, weights, spiece.model), read offline, when captions come.
+
+    The XXL encoder has 4.7 B parameters: 9.5 GB in bfloat16, the default (19 in float32). The DiT needs that
+    memory and a run needs each prompt once, so the model is freed after every call unless `keep` is set.
+    """
+
+    def __init__(self, folder: str | Path, length: int = 800, device: Device = "cpu",
+                 dtype: torch.dtype = torch.bfloat16, keep: bool = False):
+        self.folder, self.length = Path(folder), length
+        self.device, self.dtype, self.keep = device, dtype, keep
+        self.model: Any = None
+
+    def read(self) -> Any:
+        """The model, a transformers.T5EncoderModel."""
+        for name in ("config.json", "spiece.model"):
+            file = self.folder / name
+            require(file.is_file(), f"no text encoder in {str(self.folder)!r}: {file} does not exist")
+        from transformers import T5EncoderModel
+
+        read: Any = T5EncoderModel.from_pretrained
+        model, info = read(self.folder, dtype=self.dtype, local_files_only=True, output_loading_info=True)
+        missing = sorted(set(info["missing_keys"]) - {"encoder.embed_tokens.weight"})  # it is shared.weight
+        require(not missing, f"the text encoder in {str(self.folder)!r} lacks {len(missing)} tensor(s), such "
+                f"as {missing[:1]}: convert it again")                       # transformers would draw them
+        return model.to(self.device).eval()
+
+    @torch.no_grad()
+    def __call__(self, captions: Sequence[str], clean: bool = True) -> tuple[Tensor, Tensor]:
+        """Captions -> last hidden state (n, L, text_dim) float32 and mask (n, L), on the CPU."""
+        from sentencepiece import SentencePieceProcessor
+
+        model = self.model or self.read()
+        self.model = model if self.keep else None
+        tokenizer = SentencePieceProcessor(model_file=str(self.folder / "spiece.model"))
+        captions = [clean_caption(c) if clean else c for c in captions]
+        ids, mask = tokenize(tokenizer, captions, self.length)
+        used = max(1, int(mask.sum(1).max()))            # the columns that are not padding everywhere
+        ids, short = ids[:, :used].to(self.device), mask[:, :used].to(self.device)
+        hidden = model(ids, attention_mask=short).last_hidden_state.float().cpu()
+        # Padding is zeroed, so that a result does not depend on what else is in the batch.
+        return F.pad(hidden * mask[:, :used, None], (0, 0, 0, self.length - used)), mask
 
 
 def prepend_tokens(text: Tensor, mask: Tensor, tokens: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
@@ -1180,7 +1226,7 @@ def plan(cfg: SamplerConfig, chunks: int | None, prefix_chunks: int = 0,
     """
     P, window = prefix_chunks, cfg.window
     K: float = math.inf if chunks is None else chunks
-    config_of = config_of or (lambda chunk: cfg)
+    configs: dict[int, SamplerConfig] = {}               # of the chunks in flight
     per_stage = cfg.num_steps // window
     grid = timestep_grid(cfg.num_steps, cfg.shortcut_mode).tolist()
     d = shortcut_d(cfg.num_steps, cfg.shortcut_mode)
@@ -1193,7 +1239,7 @@ def plan(cfg: SamplerConfig, chunks: int | None, prefix_chunks: int = 0,
         return int(max(0, chunk + 1 - count))
 
     def noisy(chunk: int, i: int) -> ChunkInput:
-        seen = first_seen(chunk, kv_range(config_of(chunk), i, chunk - P))
+        seen = first_seen(chunk, kv_range(configs[chunk], i, chunk - P))
         return ChunkInput(chunk, grid[i], grid[i + 1] - grid[i], seen)
 
     def clean(chunk: int) -> ChunkInput:
@@ -1208,7 +1254,7 @@ def plan(cfg: SamplerConfig, chunks: int | None, prefix_chunks: int = 0,
     def oldest_needed(stage: int, active: Sequence[int], just_left: int | None) -> float:
         """The oldest chunk that this stage or a later one reads. With ranges 5, 4, 3, 2 and a window of 4 all
         chunks see back to the same one, so one clean chunk is kept; with a window of 1 it is four."""
-        reads = [oldest_seen(config_of(c), c, grid_index(c, stage)) for c in active]
+        reads = [oldest_seen(configs[c], c, grid_index(c, stage)) for c in active]
         if just_left is not None:
             reads.append(just_left + 1 - clean_kv_range(cfg))
         # Chunks to come: those with ranges of their own, and the next one without, which sees furthest back
@@ -1220,11 +1266,17 @@ def plan(cfg: SamplerConfig, chunks: int | None, prefix_chunks: int = 0,
         return min(reads)
 
     for stage in itertools.count():
-        if P + stage < K and config_of(P + stage) is None:
-            K = P + stage
+        entering = P + stage
+        if entering < K:
+            config = config_of(entering) if config_of else cfg
+            if config is None:
+                K = entering
+            else:
+                configs[entering] = config
         active = range(max(P, P + stage - window + 1), int(min(P + stage + 1, K)))
         if not active:
             return
+        configs = {c: configs[c] for c in active}
         oldest, newest = active[0], active[-1]
         just_left = oldest - 1 if stage >= window else None
         forget = oldest_needed(stage, active, just_left)
