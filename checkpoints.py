@@ -23,10 +23,10 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
-__all__ = ["build", "check_device", "check_dit_config", "check_own_config", "check_sampler_config",
-           "check_vae_config", "compare_headers", "fill", "headers_of", "load_module", "make_config",
-           "read_config", "read_headers", "read_json", "read_tensors", "reading", "require", "save",
-           "weight_files"]
+__all__ = ["GUIDANCE", "build", "check_device", "check_dit_config", "check_own_config",
+           "check_sampler_config", "check_vae_config", "compare_headers", "fill", "headers_of", "load_module",
+           "make_config", "read_config", "read_headers", "read_json", "read_tensors", "reading", "require",
+           "save", "weight_files", "with_settings"]
 
 Module = TypeVar("Module", bound=nn.Module)
 
@@ -184,8 +184,8 @@ def _check_guidance(cfg: Any) -> None:
             f"prev_scales {cfg.prev_scales}, text_scales {cfg.text_scales}")
 
 
-OWN = ("cfg_t", "prev_scales", "text_scales", "nearly_clean_t", "nearly_clean_blend", "kv_ranges",
-       "kv_ranges_at")
+GUIDANCE = ("cfg_t", "prev_scales", "text_scales", "nearly_clean_t", "nearly_clean_blend")
+OWN = (*GUIDANCE, "kv_ranges", "kv_ranges_at")           # what a chunk's config may differ in from its run's
 
 
 def check_own_config(own: Any, run: Any) -> None:
@@ -200,6 +200,14 @@ def check_own_config(own: Any, run: Any) -> None:
         require(not run.kv_ranges or ranges and max(ranges) <= max(run.kv_ranges),
                 f"kv_ranges {ranges} of one chunk look further back than its run's {run.kv_ranges}, but the "
                 f"cache has forgotten what came before")
+
+
+def with_settings(cfg: Any, settings: dict[str, Any]) -> Any:
+    """The config with some fields replaced; ValueError for a field that it does not have."""
+    known = [field.name for field in dataclasses.fields(cfg)]
+    unknown = ", ".join(settings.keys() - set(known))
+    require(not unknown, f"unknown setting {unknown}: choose from {', '.join(known)}")
+    return dataclasses.replace(cfg, **settings)
 
 
 def weight_files(folder: str | Path, name: str = "model.safetensors") -> list[Path]:

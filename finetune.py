@@ -503,40 +503,51 @@ def size_of(text: str) -> tuple[int, int]:
     return int(match[1]), int(match[2])
 
 
+class Help(argparse.HelpFormatter):
+    """Says what a flag's default is, where that is a number or a word."""
+
+    def _get_help_string(self, action: argparse.Action) -> str:
+        said = action.help or ""
+        has_one = isinstance(action.default, str | int | float) and not isinstance(action.default, bool)
+        return f"{said} (default: %(default)s)" if has_one and action.default != "==SUPPRESS==" else said
+
+
 def parser() -> argparse.ArgumentParser:
-    top = argparse.ArgumentParser(prog="training.py", description=__doc__.split("\n\n")[0],
-                                  formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    about = __doc__.split("\n\n")[0]
+    top = argparse.ArgumentParser(prog="training.py", allow_abbrev=False, description=about)
+    folder, number = {"type": Path, "metavar": "DIR"}, {"type": whole, "metavar": "N"}
     commands = top.add_subparsers(dest="command", required=True)
-    about = {"lora": "a low-rank addition to a base model", "full": "all weights of a base model",
-             "distill": "fewer steps and one branch, from a base model"}
-    for name, text in about.items():
-        sub = commands.add_parser(name, help=text, description=text, formatter_class=top.formatter_class)
+    kinds = {"lora": "train a low-rank addition to a base model", "full": "train all weights of a base model",
+             "distill": "make a base model one of few steps and one branch"}
+    for name, text in kinds.items():
+        sub = commands.add_parser(name, help=text, description=text, formatter_class=Help, allow_abbrev=False)
         flag = sub.add_argument
-        flag("--model", type=Path, required=True, help="folder of the base model")
-        flag("--data", type=Path, required=True, help="folder of clips with captions (see clips.py)")
+        flag("--model", **folder, required=True, help="folder of the base model")
+        flag("--data", **folder, required=True, help="clips with captions (see clips.py)")
         flag("--out", type=Path, required=True, help="LoRA file (.safetensors), or folder for all weights")
-        flag("--vae", type=Path, help="default: vae beside the model")
-        flag("--t5", type=Path, help="default: t5 beside the model")
-        flag("--lora", type=Path, action="append", default=[], help="merged into the model first")
-        flag("--rank", type=natural, default={"lora": 16}.get(name, 0), help="of the LoRA; 0: all weights")
-        flag("--steps", type=whole, default=1000)
-        flag("--lr", type=positive, help=f"peak rate; default: {LEARNING_RATES[name]:g}")
-        flag("--warmup", type=whole, default=50, help="steps; at most a fifth of all")
-        flag("--accumulate", type=whole, default=1, help="forwards in a step")
-        flag("--size", type=size_of, metavar="HxW", help="its area, not its aspect; default: the model's")
-        flag("--seconds", type=whole, default=4, help="of the longest piece")
-        flag("--tokens", type=whole, help="most in a forward; default: those of the longest piece")
+        flag("--vae", **folder, help="default: vae beside the model")
+        flag("--t5", **folder, help="default: t5 beside the model")
+        flag("--lora", type=Path, metavar="FILE", action="append", default=[], help="merged into it first")
+        flag("--rank", type=natural, metavar="N", default={"lora": 16}.get(name, 0),
+             help="of the LoRA; 0: all weights")
+        flag("--steps", **number, default=1000, help="the rates fall in the last third")
+        flag("--lr", type=positive, metavar="X", help=f"peak rate (default: {LEARNING_RATES[name]:g})")
+        flag("--warmup", **number, default=50, help="steps; at most a fifth of all")
+        flag("--accumulate", **number, default=1, help="forwards in a step")
+        flag("--size", type=size_of, metavar="HxW", help="only its area counts; default: the model's")
+        flag("--seconds", **number, default=4, help="of the longest piece")
+        flag("--tokens", **number, help="most in a forward; default: those of the longest piece")
         flag("--optimizer", choices=["adamw", "adamw8bit"], default="adamw", help="adamw8bit needs torchao")
         flag("--keep-activations", action="store_true", help="of all layers: more memory, a third less time")
-        flag("--seed", type=natural, default=0)
-        flag("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-        flag("--backend", choices=["torch", "triton", "auto"], default="torch")
-        flag("--every", type=whole, default=100, help="steps from checkpoint to checkpoint")
-        flag("--sample-every", type=natural, default=250, help="steps from sample to sample; 0: none")
-        flag("--sample-prompt", help="default: the first caption")
-        flag("--sample-seconds", type=whole, default=2)
-        flag("--cache", type=Path, help="what is encoded; default: DATA.cache")
-        flag("--work", type=Path, help="checkpoint, log, samples; default: OUT.work")
+        flag("--seed", type=natural, metavar="N", default=0, help="of data, noise and samples")
+        flag("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cpu, cuda:1, mps")
+        flag("--backend", choices=["torch", "triton", "auto"], default="torch", help="of the DiT")
+        flag("--every", **number, default=100, help="steps from checkpoint to checkpoint")
+        flag("--sample-every", type=natural, metavar="N", default=250, help="steps; 0: no samples")
+        flag("--sample-prompt", metavar="TEXT", help="default: the first caption")
+        flag("--sample-seconds", **number, default=2, help="length of a sample")
+        flag("--cache", **folder, help="what is encoded; default: DATA.cache")
+        flag("--work", **folder, help="checkpoint, log, samples; default: OUT.work")
         flag("--skip-bad", action="store_true", help="leave out clips that cannot be used")
         flag("--plan", action="store_true", help="only say what is there and what it needs")
     sub = commands.add_parser("merge", help="a model with a LoRA in its weights")

@@ -1,7 +1,7 @@
 """MAGI-1 in one file: autoregressive video generation, chunk by chunk.
 
 This is the whole system of "MAGI-1: Autoregressive Video Generation at Scale" (Sand AI, arXiv 2505.13211):
-a transformer VAE, a T5 text hook, a diffusion transformer (DiT) with block-causal attention, and the sampler
+a transformer VAE, the text of T5, a diffusion transformer (DiT) with block-causal attention, and the sampler
 that keeps up to four one-second chunks in flight at different noise levels. It loads the official checkpoints
 (through convert_weights.py) and equals the official code on every recorded run.
 
@@ -27,7 +27,7 @@ What is notable in this model:
 Symbols, the same everywhere:
     B batch   T latent frames   H W latent height, width   N tokens   D model width   L text length, C width
     Hq Hkv query, key/value heads   hd head width   n chunks in a forward
-    K chunks in the video   P whole prefix chunks   d how fine the steps of a distilled model are
+    K chunks in the video   P whole prefix chunks   d what tells a distilled model how fine its steps are
     kv_range: how many chunks a chunk sees, itself included.   first_seen: the oldest of them.
     spans: the same in key tokens, [start, end).
     Video is (B, 3, frames, height, width) in [-1, 1], latents (B, 16, T, H, W); tokens are ordered t, h, w.
@@ -36,17 +36,18 @@ Contents
     1  Configs and presets      the model zoo as one literal table
     2  Shared parts             norms, timestep features, rotary positions, attention: the readable reference
     3  VAE                      ViT encoder and decoder, tiling
-    4  Text                     T5, special tokens, null text
+    4  Text                     special tokens in front of a caption
     5  KV cache                 keys and values of clean chunks, and which of them a chunk reads
     6  DiT                      fp8 linear, parallel self- and cross-attention, layer, model
     7  Plan                     time grid, attention ranges, and what each forward holds: pure functions
     8  Guidance                 the branches and their shares; what need not be computed
     9  Sampler                  the loop over the plan
-    10 Loading and the pipeline folders on disk; the one object a user holds
+    10 Loading and the pipeline folders on disk; the one object that a user needs
 
-What lies beside it: captions.py (caption rules), training.py (objectives, LoRA), parallel.py (several GPUs,
-streamed weights), kernels.py (Triton versions of section 2), media.py (pictures and video files). Left out on
-purpose: CPU offload of the cache (a few chunks need none) and CUDA graphs.
+What lies beside it: captions.py (caption rules, T5), checkpoints.py (configs and files on disk), training.py
+(objectives, LoRA), parallel.py (several GPUs, streamed weights), kernels.py (Triton versions of section 2),
+media.py (pictures and video files). CPU offload of the cache is left out, because it holds only a few chunks,
+and so are CUDA graphs.
 """
 
 from __future__ import annotations
@@ -55,8 +56,6 @@ import dataclasses
 import functools
 import itertools
 import math
-import sys
-import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -68,8 +67,9 @@ import torch.nn.functional as F
 from einops import rearrange, repeat
 from torch import Tensor, nn
 
-from captions import clean_caption
+from captions import T5, clean_caption, tokenize
 from checkpoints import (
+    GUIDANCE,
     build,
     check_dit_config,
     check_own_config,
@@ -80,25 +80,28 @@ from checkpoints import (
     read_config,
     read_tensors,
     require,
+    with_settings,
 )
 
 __all__ = ["DiT", "DiTConfig", "KVCache", "MAGI", "PRESETS", "Prompt", "SamplerConfig", "T5", "VAE",
-           "VAEConfig", "clean_caption", "load", "load_dit", "load_vae", "plan", "sample", "shot_transition"]
+           "VAEConfig", "clean_caption", "load", "load_dit", "load_vae", "plan", "sample", "shot_transition",
+           "tokenize"]
 
 Device = str | torch.device
 
 # ----------------------------------------------------------------------------------------------------------
 # 1  Configs and presets
 # ----------------------------------------------------------------------------------------------------------
-# Three frozen dataclasses say everything about a model and a run. They check themselves when they are made
-# (checkpoints.py), so a bad number is refused in milliseconds, not after an hour of sampling.
+# Three frozen dataclasses describe a model and a run. They check themselves when they are made
+# (checkpoints.py), so a bad number is refused at once, not after an hour of sampling. `cfg` is a config; only
+# in `cfg_t` it stands for classifier-free guidance.
 
 SCALE_FACTOR = 0.18215     # brings latents to unit variance, as in latent diffusion
 CHUNK = 6                  # latent frames in a chunk: 24 video frames, one second
 FRAMES_PER_LATENT = 4      # the VAE's temporal compression
 
-# Learned vectors in the width of the text steer what captions cannot: quality, how long the video goes on, a
-# still or lively start. The name in a config -> the name of the tensor, in the order of prepending.
+# Learned vectors in the width of the text control what captions cannot: quality, a still or lively start, how
+# much of the video is left. The name in a config -> the name of the tensor, in the order of prepending.
 SPECIAL_TOKENS = {
     "static": "static_first_frames_token",
     "dynamic": "dynamic_first_frames_token",
@@ -157,8 +160,8 @@ class DiTConfig:
     head_dim: int = 128           # hd
     ffn_size: int = 12288
     gated_ffn: bool = False       # SwiGLU instead of GELU
-    in_channels: int = 16         # the 24B was built with 32: its latent is fed in twice, and of what comes
-    out_channels: int = 16        # out only the first latent_channels are kept (the report does not say why)
+    in_channels: int = 16         # 32 in the 24B: it is given its latent twice (the report does not say why)
+    out_channels: int = 16        # 32 in the 24B: only the first latent_channels are used
     latent_channels: int = 16
     x_scale: float = 1.0          # input times this, output divided by it: 0.1 in the 24B
     patch_size: int = 2           # latent pixels per token side
@@ -195,11 +198,11 @@ class SamplerConfig:
     kv_ranges_at: tuple[tuple[int, tuple[int, ...]], ...] = ()  # shot transitions: (generated chunk, ranges)
     clean_t: float = 0.9999       # the t of clean chunks: in training they carry a little noise
     distilled: bool = False       # one branch, guidance distilled in
-    # Guidance by t. The first four numbers are where the quarters of the steps begin: `timestep_grid`
-    # at 0, 1/4, 1/2 and 3/4 of its steps. The last one is where the last step of all ends.
+    # Guidance by t: each number of cfg_t begins a bucket. The first four are where the quarters of the steps
+    # begin (`timestep_grid`); the last bucket is the official one, in which no step begins.
     cfg_t: tuple[float, ...] = (0.0, 0.0217, 0.1, 0.3, 0.999)
-    prev_scales: tuple[float, ...] = (1.5, 1.5, 1.5, 1.0, 1.0)  # w_prev of each: towards the history
-    text_scales: tuple[float, ...] = (7.5, 7.5, 7.5, 0.0, 0.0)  # w_text of each: towards the caption
+    prev_scales: tuple[float, ...] = (1.5, 1.5, 1.5, 1.0, 1.0)  # w_prev of each bucket: towards the history
+    text_scales: tuple[float, ...] = (7.5, 7.5, 7.5, 0.0, 0.0)  # w_text of each bucket: towards the caption
     # Distilled models: beyond this t, the velocity of the oldest chunk is 0.7 * with history + 0.3 * without.
     nearly_clean_t: float = 0.3
     nearly_clean_blend: float = 0.7
@@ -270,8 +273,8 @@ class LayerNorm1p(nn.LayerNorm):
 
 
 def small_normal(*shape: int) -> nn.Parameter:
-    """A learned table with a deviation of 0.02. (On the meta device torch.randn imports torch._dynamo, which
-    takes a second; this initialiser does not.)"""
+    """A learned table with a deviation of 0.02. (Not by torch.randn, which on the meta device imports
+    torch._dynamo; that takes a second.)"""
     return nn.Parameter(nn.init.trunc_normal_(torch.empty(shape), std=0.02))
 
 
@@ -361,9 +364,9 @@ def swiglu(u: Tensor) -> Tensor:
 def matmul_float32(x: Tensor, weight: Tensor) -> Tensor:
     """x weight^T in float32: (..., in), (out, in) -> (..., out).
 
-    The product of two bf16 (or e4m3) numbers is exact in float32, so a processor that has bf16 instructions
-    takes the operands as they are and sums in float32: the same result at several times the speed. A CPU
-    then rounds the sum to bf16, as after every other linear layer, because PyTorch cannot ask it not to.
+    The product of two bf16 (or e4m3) numbers is exact in float32, so bf16 instructions that sum in float32
+    give the same result at several times the speed. On the CPU PyTorch offers them only with the sum rounded
+    to bf16, as after every other linear layer.
     """
     if x.dtype == weight.dtype == torch.bfloat16 and not torch.is_grad_enabled():
         if x.is_cuda:
@@ -404,8 +407,8 @@ TORCH_OPS = Ops("torch", attention, block_attention, norm_rotary, gated_residual
 
 
 def get_ops(backend: str = "torch", device: Device = "cuda") -> Ops:
-    """The operations of a backend: "torch" runs anywhere; "triton" is kernels.py, on a GPU, an error where a
-    kernel fails; "auto" takes on a GPU the fastest way that is right for each operation, elsewhere torch."""
+    """The operations of a backend: "torch" runs anywhere; "triton" is kernels.py on a GPU, and a kernel that
+    fails is an error; "auto" chooses for each operation the fastest correct one on a GPU, elsewhere torch."""
     require(backend in ("torch", "triton", "auto"), f"backend {backend!r} is not 'auto', 'torch' or 'triton'")
     if backend == "torch" or backend == "auto" and torch.device(device).type != "cuda":
         return TORCH_OPS
@@ -425,8 +428,8 @@ def load_kernels() -> Any:
 # 3  VAE
 # ----------------------------------------------------------------------------------------------------------
 # A plain ViT on both sides (report section 2.1): 4 frames x 8 x 8 pixels become one token, `depth` blocks of
-# full attention, 16 latent channels. There are no convolutions to stream through, so it is fast, and anything
-# larger than its native size is cut into overlapping tiles.
+# full attention, 16 latent channels. Attention over all tokens is for the native size; a larger video is cut
+# into overlapping tiles.
 
 
 class VAEBlock(nn.Module):
@@ -454,7 +457,7 @@ class VAEBlock(nn.Module):
 
     @staticmethod
     def normalise(u: Tensor) -> Tensor:
-        """To mean 0 and deviation 1 per head; 1e-5 is added to the deviation, unlike in F.layer_norm."""
+        """To mean 0 and deviation 1 per head. F.layer_norm adds its 1e-5 to the variance, not to this."""
         centred = u - u.mean(-1, keepdim=True)
         deviation = centred.square().mean(-1, keepdim=True).sqrt()
         return centred / (deviation + 1e-5)
@@ -587,12 +590,12 @@ class VAE(nn.Module):
 
     def _tiled(self, fn: Callable, size: Sequence[int], tile: Sequence[int], overlap: float, scale: int,
                neighbour: str) -> Tensor:
-        """Apply fn tile by tile and blend the seams. Windows and size count latents; scale: pixels of the
-        result for each latent in height and width.
+        """Apply fn tile by tile and blend the seams. fn gets a tile's place in latents, (t, h, w) slices;
+        size counts latents, too. scale: pixels of the result for each latent in height and width.
 
-        Faithful to the official code in two ways one would not guess: tiles start at every stride, even where
-        the one before already reaches the edge, and a tile is blended against its neighbour as that was
-        before (decoding: "raw") or after (encoding: "blended") its own blending.
+        Two rules of the official code are unexpected: a tile starts at every stride, even where the one
+        before already reaches the edge, and a tile is blended with its neighbour as that was before
+        (decoding: "raw") or after (encoding: "blended") its own blending.
         """
         fits = all(t > 0 and t % p == 0 for t, p in zip(tile, self.patch, strict=True))
         require(fits and 0 <= overlap < 1, f"tile {tuple(tile)} must be positive multiples of {self.patch} "
@@ -606,21 +609,21 @@ class VAE(nn.Module):
         pieces = []
         for frame in frames:
             tiles = iter(self.map_tiles(fn, [(frame, row, column) for row in rows for column in columns]))
-            above: list[Tensor] = []                     # the row above, as this one blends with it
+            above: list[Tensor] = []                     # the row above, for this one to blend with
             joined = []
             for _ in rows:
-                seen: list[Tensor] = []                  # this row as its neighbours blend with it
-                row = []                                 # and as it is kept
+                current: list[Tensor] = []               # this row, for its neighbours to blend with
+                kept = []                                # what it contributes to the result
                 for i in range(len(columns)):
                     raw = out = next(tiles)
                     if above:
                         out = _blend(above[i], out, overlap_h, dim=-2)
-                    if seen:
-                        out = _blend(seen[-1], out, overlap_w, dim=-1)
-                    seen.append(out if neighbour == "blended" else raw)
-                    row.append(out[..., :keep_h, :keep_w])
-                joined.append(torch.cat(row, dim=-1))
-                above = seen
+                    if current:
+                        out = _blend(current[-1], out, overlap_w, dim=-1)
+                    current.append(out if neighbour == "blended" else raw)
+                    kept.append(out[..., :keep_h, :keep_w])
+                joined.append(torch.cat(kept, dim=-1))
+                above = current
             pieces.append(torch.cat(joined, dim=-2))
         return torch.cat(pieces, dim=2)
 
@@ -640,69 +643,8 @@ def _blend(old: Tensor, new: Tensor, width: int, dim: int) -> Tensor:
 # ----------------------------------------------------------------------------------------------------------
 # 4  Text
 # ----------------------------------------------------------------------------------------------------------
-# Each caption is cleaned (captions.py), read once by T5, and kept as its last hidden state (L, C).
-
-
-def tokenize(tokenizer: Any, captions: Sequence[str], length: int) -> tuple[Tensor, Tensor]:
-    """Captions -> T5 token ids (n, L) and 0/1 mask (n, L), truncated to L with a warning.
-
-    tokenizer: a SentencePieceProcessor. An empty caption has no token at all: its mask is zero.
-    """
-    ids = torch.zeros(len(captions), length, dtype=torch.long)               # T5 pads with 0
-    mask = torch.zeros_like(ids)
-    for row, caption in enumerate(captions):
-        pieces = tokenizer.encode(caption) + [1] if caption else []          # T5 ends with </s> = 1
-        if len(pieces) > length:
-            warnings.warn(f"the prompt has {len(pieces)} tokens; only the first {length} are used: "
-                          f"{caption[:40]!r}...", stacklevel=2)
-            pieces = pieces[: length - 1] + [1]
-        ids[row, : len(pieces)] = torch.tensor(pieces, dtype=torch.long)
-        mask[row, : len(pieces)] = 1
-    return ids, mask
-
-
-class T5:
-    """A T5 encoder folder (config.json, weights, spiece.model), read offline, when captions come.
-
-    The XXL encoder has 4.7 B parameters: 9.5 GB in bfloat16, the default (19 in float32). The DiT needs that
-    memory and a run needs each prompt once, so the model is freed after every call unless `keep` is set.
-    """
-
-    def __init__(self, folder: str | Path, length: int = 800, device: Device = "cpu",
-                 dtype: torch.dtype = torch.bfloat16, keep: bool = False):
-        self.folder, self.length = Path(folder), length
-        self.device, self.dtype, self.keep = device, dtype, keep
-        self.model: Any = None
-
-    def read(self) -> Any:
-        """The model, a transformers.T5EncoderModel."""
-        for name in ("config.json", "spiece.model"):
-            file = self.folder / name
-            require(file.is_file(), f"no text encoder in {str(self.folder)!r}: {file} does not exist")
-        from transformers import T5EncoderModel
-
-        read: Any = T5EncoderModel.from_pretrained
-        model, info = read(self.folder, dtype=self.dtype, local_files_only=True, output_loading_info=True)
-        missing = sorted(set(info["missing_keys"]) - {"encoder.embed_tokens.weight"})  # it is shared.weight
-        require(not missing, f"the text encoder in {str(self.folder)!r} lacks {len(missing)} tensor(s), such "
-                f"as {missing[:1]}: convert it again")                       # transformers would draw them
-        return model.to(self.device).eval()
-
-    @torch.no_grad()
-    def __call__(self, captions: Sequence[str], clean: bool = True) -> tuple[Tensor, Tensor]:
-        """Captions -> last hidden state (n, L, text_dim) float32 and mask (n, L), on the CPU."""
-        from sentencepiece import SentencePieceProcessor
-
-        model = self.model or self.read()
-        self.model = model if self.keep else None
-        tokenizer = SentencePieceProcessor(model_file=str(self.folder / "spiece.model"))
-        captions = [clean_caption(c) if clean else c for c in captions]
-        ids, mask = tokenize(tokenizer, captions, self.length)
-        used = max(1, int(mask.sum(1).max()))            # the columns that are not padding everywhere
-        ids, short = ids[:, :used].to(self.device), mask[:, :used].to(self.device)
-        hidden = model(ids, attention_mask=short).last_hidden_state.float().cpu()
-        # Padding is zeroed, so that a result does not depend on what else is in the batch.
-        return F.pad(hidden * mask[:, :used, None], (0, 0, 0, self.length - used)), mask
+# Each caption is cleaned and read once by T5 (captions.py), whose last hidden state is the text (L, C). Here
+# learned vectors, the special tokens, are put in front of it.
 
 
 def prepend_tokens(text: Tensor, mask: Tensor, tokens: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
@@ -714,8 +656,8 @@ def prepend_tokens(text: Tensor, mask: Tensor, tokens: Sequence[Tensor]) -> tupl
 def token_names(names: Iterable[str], order: dict[str, str], remaining: float = 1) -> list[str]:
     """The tensors of the named tokens, in the order of prepending (SPECIAL_TOKENS or NEGATIVE_TOKENS).
 
-    remaining: how many chunks are left, this one included. It picks the duration token, clamped to 8:
-    duration_token_1 says "this is the last second".
+    remaining: how many chunks are left, this one included; at most 8 are counted. It selects the duration
+    token: duration_token_1 marks the last chunk.
     """
     return [tensor.format(int(min(remaining, 8))) for name, tensor in order.items() if name in set(names)]
 
@@ -764,8 +706,8 @@ class KVCache:
         return k[:, start : start + count * size], v[:, start : start + count * size]
 
     def write(self, layer: int, k: Tensor, v: Tensor) -> None:
-        """Append keys and values. They are copied: a view would keep the whole forward's in memory. Once all
-        layers have written, DiT.forward adds the chunks to the list."""
+        """Append keys and values. They are copied: a view would keep those of the whole forward in memory.
+        DiT.forward adds to `chunks` when all layers have written."""
         old = self.kv.get(layer, (k[:, :0], v[:, :0]))
         self.kv[layer] = torch.cat([old[0], k], dim=1), torch.cat([old[1], v], dim=1)
 
@@ -829,7 +771,7 @@ class Context:
 
 
 class Linear(nn.Linear):
-    """A linear layer of the blocks: no bias, and the same call as its fp8 twin."""
+    """A linear layer of the blocks: no bias, called like FP8Linear."""
 
     def __init__(self, in_features: int, out_features: int, dtype: torch.dtype):
         super().__init__(in_features, out_features, bias=False, dtype=dtype)
@@ -839,7 +781,7 @@ class Linear(nn.Linear):
 
 
 class Float32Linear(Linear):
-    """Sums and answers in float32, whatever the type of its input and weight."""
+    """Sums and returns float32, whatever the type of its input and weight."""
 
     def forward(self, x: Tensor, ops: Ops = TORCH_OPS) -> Tensor:
         return ops.matmul_float32(x, self.weight)
@@ -870,8 +812,8 @@ class FP8Linear(nn.Module):
 
 def _linear(cfg: DiTConfig, index: int, n_in: int, n_out: int, kind: str, otherwise: type[Linear] = Linear
             ) -> nn.Module:
-    """A linear of layer `index`: in fp8 if the model is, but for the first and last layer, which are too
-    sensitive for it."""
+    """A linear of layer `index`: FP8Linear in an fp8 model, except in the first and last layer, which lose
+    too much by it; there, and in other models, `otherwise`."""
     if cfg.fp8 and 0 < index < cfg.num_layers - 1:
         return FP8Linear(n_in, n_out, kind)
     return otherwise(n_in, n_out, cfg.torch_dtype)
@@ -879,7 +821,7 @@ def _linear(cfg: DiTConfig, index: int, n_in: int, n_out: int, kind: str, otherw
 
 class CachedAttention(nn.Module):
     """Self-attention over the chunks of this forward and the cached ones before them. It has no weights; it
-    is a module of its own so that parallel.py can stand in for it."""
+    is a module so that parallel.py can replace it."""
 
     def __init__(self, index: int):
         super().__init__()
@@ -900,7 +842,8 @@ class CachedAttention(nn.Module):
 
 
 class ParallelAttention(nn.Module):
-    """Self-attention over the chunk's history and cross-attention to the chunk's own text, side by side."""
+    """Self-attention over the chunk's history and cross-attention to the chunk's own text, side by side.
+    q, k, v are those of self-attention, qx, kx, vx those of cross-attention."""
 
     def __init__(self, cfg: DiTConfig, index: int):
         super().__init__()
@@ -934,7 +877,7 @@ class ParallelAttention(nn.Module):
         both = q.new_empty(*q.shape[:2], 2, *q.shape[2:])                    # (B, N, 2, Hq, hd)
         self.core(q, k, v, ctx, out=both[:, :, 0])
 
-        # Cross-attention is block attention too: over all texts end to end, each chunk reading its own.
+        # Cross-attention is block attention too: each chunk reads its own part of all texts end to end.
         qx = ops.norm_rotary(heads(self.qx), self.qx_norm, None)
         kvx = self.kvx(ctx.text, ops)
         kx, vx = rearrange(kvx, "l (heads two hd) -> two 1 l heads hd", two=2, hd=self.head_dim)
@@ -972,7 +915,7 @@ class DiTLayer(nn.Module):
         self.ffn_post_norm = LayerNorm1p(cfg.hidden_size, cfg.norm_eps)
 
     def forward(self, x: Tensor, ctx: Context) -> Tensor:                    # (B, N, D)
-        gates = self.gates(F.silu(ctx.cond)).tanh()          # tanh caps every gate at 1, whatever the time
+        gates = self.gates(F.silu(ctx.cond)).tanh()          # each in (-1, 1)
         gate1, gate2 = gates.chunk(2, dim=-1)                                # each (B, n, D)
         x = ctx.ops.gated_residual(x, gate1, self.attn(x, ctx), self.attn_post_norm)
         return ctx.ops.gated_residual(x, gate2, self.ffn(x, ctx), self.ffn_post_norm)
@@ -1017,8 +960,8 @@ class DiT(nn.Module):
         self.final_linear = nn.Linear(D, p * p * cfg.out_channels, bias=False)
 
     def condition(self, t: Tensor, conditional: Tensor, d: float | None = None) -> Tensor:
-        """What the gates see of each chunk: its time, and one bit that says whether it has a caption. (The
-        official model keeps the vectors for that bit in two masked, otherwise unused, rows of the null text.)
+        """The input of the gates for each chunk: its time, and a flag, whether it has a caption. (The vectors
+        of the flag are two rows of the null text; the released models mask them in cross-attention.)
 
         t (B, n), conditional (B, n) bool, d of a distilled model (see `shortcut_d`) -> (B, n, D/4) float32.
         """
@@ -1042,7 +985,7 @@ class DiT(nn.Module):
     def unpatchify(self, tokens: Tensor, T: int, H: int) -> Tensor:
         """Tokens (B, N, D) -> velocity (B, 16, T, H, W), float32."""
         cfg, p = self.cfg, self.cfg.patch_size
-        out = self.final_linear(self.final_norm(tokens))                     # (B, N, 1*2*2*C)
+        out = self.final_linear(self.final_norm(tokens))                     # (B, N, 2*2*out_channels)
         out = rearrange(out, "b (t h w) (ph pw c) -> b c t (h ph) (w pw)", t=T, h=H // p, ph=p, pw=p)
         return out[:, : cfg.latent_channels].float() / cfg.x_scale
 
@@ -1097,22 +1040,23 @@ class DiT(nn.Module):
 # ----------------------------------------------------------------------------------------------------------
 # 7  Plan
 # ----------------------------------------------------------------------------------------------------------
-# Report section 2.4. `plan` says what every forward of a run holds, before any tensor exists: print it, plot
-# it, test it alone. Each quarter of its steps is a stage of a chunk's life (with a window of 4):
+# Report section 2.4. `plan` lists the chunks of every forward of a run. It needs no tensors, so it can be
+# printed, plotted and tested alone. A stage is num_steps / window steps; in a window of 4 it takes a chunk
+# through a quarter of its time grid. Here are 3 chunks; the numbers are t at the start of a stage:
 #
-#     3 chunks                stage   0     1     2     3     4     5
-#     (a row is a chunk,      chunk 0 .00   .02   .10   .30   clean
-#     a number the t it       chunk 1       .00   .02   .10   .30   clean
-#     starts the stage with)  chunk 2             .00   .02   .10   .30
+#     stage       0     1     2     3     4     5
+#     chunk 0    .00   .02   .10   .30   clean
+#     chunk 1          .00   .02   .10   .30   clean
+#     chunk 2                .00   .02   .10   .30
 
 
 def shift_time(u: Tensor, shift: float = 1 / 3) -> Tensor:
-    """Push times in [0, 1] towards the noise, where the layout of a video is decided: u w / (1 - (1-w) u)."""
+    """Move times in [0, 1] towards the noise, where the layout of a video is decided."""
     return u * shift / (1 - (1 - shift) * u)
 
 
 def shortcut_d(num_steps: int, shortcut_mode: str = "8,16,16") -> list[float]:
-    """d of each step, which tells a distilled model how fine its steps are: n/2, so 32 for 64, 4 for 8 steps.
+    """d of each step, which tells a distilled model how fine its steps are: half their number.
 
     The 12-step grid takes one double step (d 4) and two single ones (d 8) of a 16-step grid in each quarter.
     """
@@ -1122,9 +1066,10 @@ def shortcut_d(num_steps: int, shortcut_mode: str = "8,16,16") -> list[float]:
 
 
 def timestep_grid(num_steps: int, shortcut_mode: str = "8,16,16") -> Tensor:
-    """The n + 1 times of a chunk from 0 (noise) to 1 (clean), float32: half of them lie below t = 0.1.
+    """The num_steps + 1 times of a chunk from 0 (noise) to 1 (clean), float32; half of them are below 0.1.
 
-    s = i/n, u = s^2, t = u w / (1 - (1-w) u) with w = 1/3. n = 12 thins a 16-step grid (see `shortcut_d`).
+    With s evenly spaced, t = shift_time(s^2). 12 steps are those of a 16-step grid, some of them joined (see
+    `shortcut_d`).
     """
     s = torch.linspace(0, 1, num_steps + 1)
     if num_steps == 12:                  # a step with d covers 1/(2d) of the way
@@ -1149,17 +1094,17 @@ def clean_kv_range(cfg: SamplerConfig, prefix: bool = False) -> float:
     kv_ranges, which no released config has.
     """
     if not cfg.kv_ranges and not prefix:
-        return math.inf                      # "everything" holds for generated chunks whatever is set
+        return math.inf                      # (): generated chunks see all, whatever clean_kv_range is
     if cfg.clean_kv_range == -1:
         return cfg.kv_ranges[-1] if cfg.kv_ranges else 8
     return cfg.clean_kv_range
 
 
 def shot_transition(cfg: SamplerConfig, chunk: int, kind: str = "cut") -> SamplerConfig:
-    """Let generated chunk `chunk` look away from its past for part of its life (report section 3.3).
+    """Generated chunk `chunk` sees no history in half of its steps (report section 3.3).
 
-    "cut": no history while it is noisy, so the scene is laid out anew, but identities come back later.
-    "restyle": history while noisy but none when clean, so the layout stays and details change.
+    "cut": not in the first, noisy half, so the layout is new, but identities are kept.
+    "restyle": not in the second half, so the layout is kept and details change.
     """
     require(kind in ("cut", "restyle"), f"transition {kind!r} is not 'cut' or 'restyle'")
     require(chunk >= 1, f"transition at chunk {chunk}: the first chunk has no history, choose 1 or later")
@@ -1172,8 +1117,8 @@ def shot_transition(cfg: SamplerConfig, chunk: int, kind: str = "cut") -> Sample
 
 
 def count_chunks(num_frames: int | None, prefix_latents: int) -> tuple[int | None, int]:
-    """K chunks in all (None: endless) and P whole prefix chunks of a run that goes on for num_frames (fours
-    count) after so many latent frames of prefix."""
+    """K chunks in all (None: endless) and P whole prefix chunks of a run that generates num_frames (rounded
+    down to a multiple of 4) after so many latent frames of prefix."""
     P = prefix_latents // CHUNK
     if num_frames is None:
         return None, P
@@ -1184,10 +1129,10 @@ class ChunkInput(NamedTuple):
     """One chunk of a forward."""
 
     chunk: int                           # absolute index in the video
-    t: float                             # the time it is shown with
-    dt: float                            # how far this step moves it
+    t: float                             # its time
+    dt: float                            # the length of its Euler step
     first_seen: int                      # the oldest chunk it attends to
-    clean: bool = False                  # shown with null text, to store its keys; its velocity is not used
+    clean: bool = False                  # it has null text and its keys are stored; its velocity is not used
 
 
 class Step(NamedTuple):
@@ -1206,8 +1151,8 @@ class Step(NamedTuple):
 
 
 def needed(wanted: Sequence[int], inputs: Sequence[ChunkInput]) -> list[ChunkInput]:
-    """What must be computed for the `wanted` chunks to be right: also every chunk whose keys they read,
-    directly or through another (layer after layer, a chunk depends on all it can reach)."""
+    """The inputs on which the `wanted` chunks depend: themselves, the chunks whose keys they read, the chunks
+    whose keys those read in the layer before, and so on."""
     low, high = min(wanted, default=0), max(wanted, default=-1)
     for c in reversed(inputs):
         if low <= c.chunk <= high:
@@ -1219,11 +1164,11 @@ def plan(cfg: SamplerConfig, chunks: int | None, prefix_chunks: int = 0,
          config_of: Callable[[int], SamplerConfig | None] | None = None) -> Iterator[Step]:
     """The steps of a run of `chunks` chunks, of which the first `prefix_chunks` are given; None: for ever.
 
-    A chunk enters at every stage, until all have. When one has done its steps, the next forward carries it
-    once more, in front and at t = 0.9999, so that its clean keys and values reach the cache; prefix chunks
-    are stored by a step of their own before all others. config_of(chunk): the config of a chunk, which is
-    asked for when it enters (its ranges may differ from the others'; default: cfg for all); None: there is no
-    such chunk, and the video ends with those in flight.
+    A chunk enters at every stage, until all have. When one has done its steps, it is in one more forward, in
+    front and at t = 0.9999, to store its clean keys and values; prefix chunks are stored by a step of their
+    own before all others. config_of(chunk): the config of a generated chunk, whose ranges may be its own; it
+    is called first when the chunk enters. Default: cfg for all. If it returns None there is no such chunk,
+    and the video ends with those in flight.
 
     >>> for step in itertools.islice(plan(SamplerConfig(num_steps=4), 3), 5):
     ...     print(*(f"{c.chunk}: t {c.t:.2f}, sees {c.first_seen}.." for c in step.chunks), sep="; ")
@@ -1234,35 +1179,40 @@ def plan(cfg: SamplerConfig, chunks: int | None, prefix_chunks: int = 0,
     0: t 1.00, sees 0..; 1: t 0.30, sees 0..; 2: t 0.10, sees 0..
     """
     P, window = prefix_chunks, cfg.window
-    K = sys.maxsize if chunks is None else chunks
+    K: float = math.inf if chunks is None else chunks
     config_of = config_of or (lambda chunk: cfg)
     per_stage = cfg.num_steps // window
     grid = timestep_grid(cfg.num_steps, cfg.shortcut_mode).tolist()
     d = shortcut_d(cfg.num_steps, cfg.shortcut_mode)
 
-    def look_back(chunk: int, count: float) -> int:
+    def grid_index(chunk: int, stage: int) -> int:
+        """Where on its own time grid a chunk begins a stage."""
+        return (stage - (chunk - P)) * per_stage
+
+    def first_seen(chunk: int, count: float) -> int:
         return int(max(0, chunk + 1 - count))
 
     def noisy(chunk: int, i: int) -> ChunkInput:
-        seen = look_back(chunk, kv_range(config_of(chunk), i, chunk - P))
+        seen = first_seen(chunk, kv_range(config_of(chunk), i, chunk - P))
         return ChunkInput(chunk, grid[i], grid[i + 1] - grid[i], seen)
 
     def clean(chunk: int) -> ChunkInput:
-        seen = look_back(chunk, clean_kv_range(cfg, prefix=chunk < P))
+        seen = first_seen(chunk, clean_kv_range(cfg, prefix=chunk < P))
         return ChunkInput(chunk, cfg.clean_t, 0.0, seen, clean=True)
 
     def oldest_seen(config: SamplerConfig, chunk: int, i: int = 0) -> float:
-        """The oldest chunk that a chunk sees from its step i to the end of its life."""
+        """The oldest chunk that a chunk sees from its step i until it is stored."""
         ahead = [kv_range(config, k, chunk - P) for k in range(i, cfg.num_steps)]
         return chunk + 1 - max(*ahead, clean_kv_range(cfg))
 
-    def forget(stage: int, active: Sequence[int], just_left: int | None) -> float:
-        """What this stage or a later one may still read begins here. With ranges 5, 4, 3, 2 in a window of 4
-        all chunks look back to the same one, so one clean chunk is kept; in a window of 1 it is four."""
-        reads = [oldest_seen(config_of(c), c, (stage - (c - P)) * per_stage) for c in active]
+    def oldest_needed(stage: int, active: Sequence[int], just_left: int | None) -> float:
+        """The oldest chunk that this stage or a later one reads. With ranges 5, 4, 3, 2 and a window of 4 all
+        chunks see back to the same one, so one clean chunk is kept; with a window of 1 it is four."""
+        reads = [oldest_seen(config_of(c), c, grid_index(c, stage)) for c in active]
         if just_left is not None:
             reads.append(just_left + 1 - clean_kv_range(cfg))
-        # Of those to come, the next few hold one without exceptions, which stands for all others without.
+        # Chunks to come: those with ranges of their own, and the next one without, which sees furthest back
+        # of all without. It is among the next len(kv_ranges_at) + 1.
         newest = active[-1]
         to_come = [*range(newest + 1, newest + 2 + len(cfg.kv_ranges_at))]
         to_come += [P + chunk for chunk, _ in cfg.kv_ranges_at]
@@ -1272,23 +1222,23 @@ def plan(cfg: SamplerConfig, chunks: int | None, prefix_chunks: int = 0,
     for stage in itertools.count():
         if P + stage < K and config_of(P + stage) is None:
             K = P + stage
-        active = range(max(P, P + stage - window + 1), min(P + stage + 1, K))
+        active = range(max(P, P + stage - window + 1), int(min(P + stage + 1, K)))
         if not active:
             return
         oldest, newest = active[0], active[-1]
         just_left = oldest - 1 if stage >= window else None
-        first_needed = forget(stage, active, just_left)
+        forget = oldest_needed(stage, active, just_left)
         if stage == 0 and P > 0:
-            prefix = needed([c for c in range(P) if c >= first_needed], [clean(c) for c in range(P)])
+            prefix = needed([c for c in range(P) if c >= forget], [clean(c) for c in range(P)])
             if prefix:
-                yield Step(tuple(prefix), d[0], None, first_needed, None)
+                yield Step(tuple(prefix), d[0], None, forget, None)
         for j in range(per_stage):
-            inputs = [noisy(c, (stage - (c - P)) * per_stage + j) for c in active]
+            inputs = [noisy(c, grid_index(c, stage) + j) for c in active]
             if j == 0 and just_left is not None:
                 inputs.insert(0, clean(just_left))
             enters = newest if j == 0 and newest == P + stage else None
             done = oldest if j == per_stage - 1 and oldest == P + stage - window + 1 else None
-            yield Step(tuple(inputs), d[j], enters, first_needed, done)
+            yield Step(tuple(inputs), d[j], enters, forget, done)
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -1299,18 +1249,19 @@ def plan(cfg: SamplerConfig, chunks: int | None, prefix_chunks: int = 0,
 #     v = (1 - w_prev) v(x | nothing) + (w_prev - w_text) v(x | previous) + w_text v(x | previous, text)
 #
 # w_prev pulls towards the history, w_text towards the caption; both depend on the chunk's own t. A distilled
-# model needs one branch; only its oldest chunk, when nearly clean, gets a second one without history, because
-# errors that come from the history would accumulate. A branch whose share is zero is skipped where no other
-# chunk reads it: a tenth of the work, more in short videos.
+# model needs one branch; only for its oldest chunk, when nearly clean, a second one without history is mixed
+# in, because errors that come from the history would accumulate. A chunk is left out of a branch that has no
+# share in its velocity, unless another chunk reads its keys: this saves a tenth of the work, more in short
+# videos.
 
 
 class Branch(NamedTuple):
-    captioned: bool                      # noisy chunks are shown their captions, else null text
+    captioned: bool                      # noisy chunks have their captions, else null text
     alone: bool = False                  # each chunk sees only itself
     stores: bool = False                 # this branch's keys of clean chunks go to the cache
 
 
-# In this order: in the one forward that stores a chunk's keys, the branches before use their own fresh ones.
+# In the one forward that stores a chunk's keys, the other branches use their own fresh ones for it.
 BASE_BRANCHES = {
     "text": Branch(captioned=True),
     "previous": Branch(captioned=False, stores=True),
@@ -1323,7 +1274,7 @@ DISTILLED_BRANCHES = {
 
 
 def guidance_scales(cfg: SamplerConfig, t: float) -> tuple[float, float]:
-    """(w_prev, w_text) at time t: the last bucket that starts at or before t, edges within 1e-7."""
+    """(w_prev, w_text) at time t: those of the last bucket that begins at t or before, within 1e-7."""
     bucket = max((i for i, edge in enumerate(cfg.cfg_t) if t >= edge - 1e-7), default=0)
     return cfg.prev_scales[bucket], cfg.text_scales[bucket]
 
@@ -1356,7 +1307,7 @@ class Progress:
     chunk: int                           # generated chunk that will be finished next
     now: Step                            # what was just computed
     cache_bytes: int
-    latents: dict[int, Tensor]           # chunks in flight by absolute index, (1, 16, 6, H, W); do not change
+    latents: dict[int, Tensor]           # chunks in flight by absolute index, (1, 16, 6, H, W); read only
     velocity: dict[int, Tensor]          # what moved them
 
     def guess(self, chunk: int) -> Tensor:
@@ -1381,17 +1332,17 @@ def sample(dit: DiT, text: Tensor | Iterator[tuple], text_mask: Tensor | None, s
            progress: Callable[[Progress], None] | None = None) -> Iterator[tuple[int, Tensor]]:
     """Generate a video chunk by chunk; yields (generated chunk's index, its latents) as each becomes clean.
 
-    text            (L, C) with text_mask (L,), or (chunks, L, C) with (chunks, L): the last caption goes on.
-                    Or, with text_mask None, an iterator that each chunk asks when it enters, for (text, mask)
-                    or (text, mask, SamplerConfig): that chunk's own ranges and guidance. When the iterator
-                    ends, its last item goes on; the item None ends the video with the chunks in flight.
-                    Chunk c asks when chunk c - window has been yielded and the next is asked for: an item
-                    that comes now shows after the window - 1 chunks in flight, that is num_steps steps later
+    text            (L, C) with text_mask (L,), or one for each chunk, (chunks, L, C) with (chunks, L); the
+                    last is used for all further chunks. Or, with text_mask None, an iterator of (text, mask)
+                    or (text, mask, SamplerConfig), the config for a chunk's own ranges and guidance.
+                    Chunk c takes one item when it enters: num_steps steps before it is clean, when chunk
+                    c - window has been yielded and the next is asked for. After the iterator's end the last
+                    item is used again. The item None ends the video with the chunks in flight
     special_tokens  name -> (1, C)
     prefix          (16, T, H, W), clean latents that come first
     noise           (16, 6 K, H, W), in place of the seeded noise; prefix chunks count. H and W of the video
                     are those of prefix or noise, the sampler's height and width only without both
-    skip            False: compute what is multiplied by zero, too
+    skip            False: compute also what is multiplied by zero
 
     Yields float32 latents (16, 6, H, W), less the frames that were given; only an image run (a prefix of one
     frame) keeps that frame. Raises ValueError for inputs that do not fit, before anything is computed.
@@ -1428,32 +1379,33 @@ def _one_by_one(text: Tensor, mask: Tensor | None, expected: tuple[int, ...]) ->
     return iter(list(zip(texts, masks, strict=True)))
 
 
-class Asked(NamedTuple):
-    """What a chunk was asked for when it entered."""
+class Entry(NamedTuple):
+    """What a chunk brings with it when it enters."""
 
-    text: Tensor                         # (L, C)
+    text: Tensor                         # (L, C) special tokens and caption, or null text
     mask: Tensor                         # (L,)
-    cfg: SamplerConfig
+    cfg: SamplerConfig                   # its own ranges and guidance
 
 
 class _Run:
-    """One sampling run: what it is given, and what lasts from step to step."""
+    """One run of the sampler: its inputs, and the state that it keeps from step to step."""
 
     def __init__(self, dit: DiT, cfg: SamplerConfig, K: int | None, P: int, texts: Iterator[tuple],
                  table: dict[str, Tensor], prefix: Tensor, noise: Tensor | None, skip: bool):
         self.dit, self.cfg, self.K, self.P, self.texts, self.skip = dit, cfg, K, P, texts, skip
         self.noise = noise
-        self.null = dit.null_text.detach().float()                           # (L, C)
-        self.table = {name: v.to(self.null) for name, v in table.items()}
-        self.prefix = prefix[None].to(self.null.device, torch.float32)       # (1, 16, T, H, W)
+        null = dit.null_text.detach().float()                                # (L, C)
+        self.table = {name: v.to(null) for name, v in table.items()}
+        self.null_text = self.make_null_text(null)
+        self.prefix = prefix[None].to(null.device, torch.float32)            # (1, 16, T, H, W)
         self.branches = DISTILLED_BRANCHES if cfg.distilled else BASE_BRANCHES
         self.cache = KVCache()
-        self.asked: dict[int, Asked] = {}                                    # of the chunks in flight
-        self.last: tuple = ()                                                # what the newest chunk was given
+        self.entries: dict[int, Entry] = {}                                  # of the chunks in flight
+        self.last: tuple = ()                                                # the newest item of the texts
 
     @torch.no_grad()
     def stream(self, progress: Callable[[Progress], None]) -> Iterator[tuple[int, Tensor]]:
-        """The pipeline: enter from noise, move by the guided velocity, leave when clean."""
+        """The pipeline: a chunk enters as noise, moves by the guided velocity, leaves when it is clean."""
         per_stage = self.cfg.num_steps // self.cfg.window
         total = None if self.K is None else (self.K - self.P + self.cfg.window - 1) * per_stage
         steps = itertools.count(1)
@@ -1468,25 +1420,29 @@ class _Run:
             x = {c.chunk: x[c.chunk] for c in step.noisy}                    # clean ones are in the cache now
             if step.noisy:
                 chunk = step.noisy[0].chunk - self.P
-                progress(Progress(next(steps), total, chunk, step, self.cache.bytes, x, v))
+                progress(Progress(next(steps), total, chunk, step, self.cache.bytes, dict(x), v))
             if step.done is not None:
-                del self.asked[step.done]
+                del self.entries[step.done]
                 yield step.done - self.P, self.emit(step.done, x[step.done])
 
     def velocity(self, step: Step, x: dict[int, Tensor]) -> dict[int, Tensor]:
         """Guided velocity of every noisy chunk; the keys of clean ones are stored on the way."""
         noisy = step.noisy
-        shares = {c.chunk: branch_shares(self.asked[c.chunk].cfg, c, is_oldest=c == noisy[0]) for c in noisy}
-        v, zero = {}, torch.zeros((), device=self.prefix.device)
+        shares = {c.chunk: branch_shares(self.entry(c.chunk).cfg, c, is_oldest=c == noisy[0]) for c in noisy}
+        v = {}
         for name, branch in self.branches.items():
             wanted = [chunk for chunk, share in shares.items() if share[name] != 0 or not self.skip]
             if branch.stores:
                 wanted += [c.chunk for c in step.chunks if c.clean]
-            alone = [c._replace(first_seen=c.chunk) for c in noisy if c.chunk in wanted]
-            inputs = alone if branch.alone else needed(wanted, step.chunks)
+            if branch.alone:
+                inputs = [c._replace(first_seen=c.chunk) for c in noisy if c.chunk in wanted]
+            else:
+                inputs = needed(wanted, step.chunks)
             v[name] = self.forward(inputs, branch, step.d, x)
-        return {chunk: sum((weight * v[name][chunk] for name, weight in share.items() if weight != 0), zero)
-                for chunk, share in shares.items()}
+        guided: dict[int, Any] = {}
+        for chunk, share in shares.items():              # shares sum to 1, so one of them is not zero
+            guided[chunk] = sum(weight * v[name][chunk] for name, weight in share.items() if weight != 0)
+        return guided
 
     def forward(self, inputs: Sequence[ChunkInput], branch: Branch, d: float, x: dict[int, Tensor]
                 ) -> dict[int, Tensor]:
@@ -1494,50 +1450,56 @@ class _Run:
         if not inputs:
             return {}
         chunks = [c.chunk for c in inputs]
-        texts = [self.caption(c.chunk) if branch.captioned and not c.clean else self.null_text()
+        texts = [self.entries[c.chunk][:2] if branch.captioned and not c.clean else self.null_text
                  for c in inputs]
         text, mask = (torch.stack(u)[None] for u in zip(*texts, strict=True))
         latents = torch.cat([x[chunk] for chunk in chunks], dim=2)           # (1, 16, 6 n, H, W)
-        v = self.dit(latents, torch.tensor([[c.t for c in inputs]], device=latents.device), text, mask,
-                     chunks=chunks, first_seen=[c.first_seen for c in inputs],
+        t = torch.tensor([[c.t for c in inputs]], device=latents.device)     # (1, n)
+        v = self.dit(latents, t, text, mask, chunks=chunks, first_seen=[c.first_seen for c in inputs],
                      conditional=branch.captioned or self.cfg.distilled, d=d if self.cfg.distilled else None,
                      cache=self.cache, store=sum(c.clean for c in inputs) if branch.stores else 0)
         return dict(zip(chunks, v.chunk(len(chunks), dim=2), strict=True))
 
     def config(self, chunk: int) -> SamplerConfig | None:
-        """Of a chunk, None if the video ends before it. A chunk that enters takes the next item of the
-        prompts, with its text; the last item goes on."""
-        if chunk not in self.asked:
+        """Of a generated chunk; None if the video ends before it."""
+        entry = self.entry(chunk)
+        return None if entry is None else entry.cfg
+
+    def entry(self, chunk: int) -> Entry | None:
+        """What a generated chunk brings; None if the video ends before it. Called for the first time, it
+        takes the next item of the texts; after the last one, that item again."""
+        if chunk not in self.entries:
             item = next(self.texts, self.last)
             if item is None:
                 return None
             require(item, "there is no prompt: give at least one, which may be empty")
             text, mask, *own = item
-            require(text.shape == self.null.shape and mask.shape == text.shape[:1],
+            null = self.null_text[0]
+            require(text.shape == null.shape and mask.shape == text.shape[:1],
                     f"text {tuple(text.shape)} and text_mask {tuple(mask.shape)} of chunk {chunk - self.P} "
-                    f"must be {tuple(self.null.shape)} and ({len(self.null)},)")
+                    f"must be {tuple(null.shape)} and ({len(null)},)")
             for cfg in own:
                 check_own_config(cfg, self.cfg)
             self.last = item
-            valid = mask.to(self.null.device).bool().long()
-            self.asked[chunk] = Asked(text.to(self.null), valid, *(own or [self.cfg]))
-        return self.asked[chunk].cfg
+            text, mask = self.with_tokens(chunk, text.to(null), mask.to(null.device).bool().long())
+            self.entries[chunk] = Entry(text, mask, *(own or [self.cfg]))
+        return self.entries[chunk]
 
-    def caption(self, chunk: int) -> tuple[Tensor, Tensor]:
-        """Special tokens and caption of a noisy chunk, (L, C), (L,); null text where the caption is empty."""
-        text, mask, _ = self.asked[chunk]
+    def with_tokens(self, chunk: int, text: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
+        """Special tokens and caption, (L, C) and (L,); for an empty caption null text."""
         if not mask.any():
-            return self.null_text()
+            return self.null_text
         remaining = math.inf if self.K is None else self.K - chunk
         names = token_names(self.cfg.special_tokens, SPECIAL_TOKENS, remaining)
         return prepend_tokens(text, mask, [self.table[name] for name in names])
 
-    def null_text(self) -> tuple[Tensor, Tensor]:
-        """The learned text of nothing, (L, C) and (L,): clean chunks carry it, as they do in training."""
-        valid = (torch.arange(len(self.null), device=self.null.device) < self.dit.cfg.null_length).long()
+    def make_null_text(self, null: Tensor) -> tuple[Tensor, Tensor]:
+        """The learned text that stands for no caption, (L, C) and (L,). Negative tokens are among its
+        unmasked rows."""
+        mask = (torch.arange(len(null), device=null.device) < self.dit.cfg.null_length).long()
         names = token_names(self.cfg.negative_tokens, NEGATIVE_TOKENS)
-        rows, _ = prepend_tokens(self.null, valid, [self.table[name] for name in names])
-        return rows, valid                                 # negative tokens are among the unmasked rows
+        text, _ = prepend_tokens(null, mask, [self.table[name] for name in names])
+        return text, mask
 
     def given(self, chunk: int) -> Tensor:
         """The prefix frames that fall into a chunk: (1, 16, 0 to 6, H, W)."""
@@ -1553,12 +1515,12 @@ class _Run:
         return noise[None].to(self.prefix)
 
     def paste(self, chunk: int, latents: Tensor) -> Tensor:
-        """Prefix frames that fill only part of a chunk stand over its latents at all times."""
+        """A chunk's latents, those of its frames that the prefix gives replaced by the prefix."""
         given = self.given(chunk)
         return torch.cat([given, latents[:, :, given.shape[2] :]], dim=2)
 
     def emit(self, chunk: int, latents: Tensor) -> Tensor:
-        """What is handed over: without prefix frames, but for an image, which is the video's first frame."""
+        """What is yielded: without prefix frames, except an image, which is the video's first frame."""
         is_image = self.prefix.shape[2] == 1
         start = 0 if is_image else self.given(chunk).shape[2]
         return latents[0, :, start:].clone()               # a copy: the caller may change it in place
@@ -1618,15 +1580,12 @@ def load(folder: str | Path, *, vae: str | Path | None = None, t5: str | Path | 
                 encoder(t5, cfg.text_length, device, keep=keep_t5))
 
 
-GUIDANCE = ("cfg_t", "prev_scales", "text_scales", "nearly_clean_t", "nearly_clean_blend")
-
-
 class Prompt(NamedTuple):
-    """What an iterator of prompts may give in place of a plain caption; settings hold from this chunk on."""
+    """What may stand in place of a plain caption; settings are those of this chunk and all later ones."""
 
     text: str
     transition: str | None = None        # "cut" or "restyle", at this chunk
-    settings: dict = {}                  # of GUIDANCE, the fields of SamplerConfig that may change in a run
+    settings: dict = {}                  # only of GUIDANCE, the fields that may change within a run
 
 
 def as_prompt(item: Any) -> Prompt:
@@ -1639,16 +1598,8 @@ def as_prompt(item: Any) -> Prompt:
     return prompt
 
 
-def with_settings(cfg: SamplerConfig, settings: dict[str, Any]) -> SamplerConfig:
-    """The config with some fields replaced; ValueError for a field that it does not have."""
-    known = [field.name for field in dataclasses.fields(SamplerConfig)]
-    unknown = ", ".join(settings.keys() - set(known))
-    require(not unknown, f"unknown setting {unknown}: choose from {', '.join(known)}")
-    return dataclasses.replace(cfg, **settings)
-
-
 class MAGI:
-    """The one object a user holds: text, image and video to video, streamed chunk by chunk.
+    """Text, image and video to video, chunk by chunk: the one object that a user needs.
 
     >>> pipe = load("tiny/base")                                             # doctest: +SKIP
     >>> for frames in pipe("a red ball bounces", num_frames=96):             # doctest: +SKIP
@@ -1670,14 +1621,14 @@ class MAGI:
                  **settings: Any) -> Iterator[np.ndarray]:
         """Yield uint8 frames (<= 24, height, width, 3), exactly num_frames in all, one chunk at a time.
 
-        prompt: one caption; a list with one per chunk (the last goes on); any other iterator, which is asked
-        for a caption or a Prompt when a chunk enters, window - 1 chunks before it is seen (None: the video
-        ends with the chunks in flight); or the (text, mask) that encode_text gave. image: the
-        video starts with it. video: the result goes on after its last frames, of which `prefix_frames` are
-        shown to the model. Both may be arrays, tensors, PIL images or paths (media.to_image, media.to_video).
+        prompt: one caption; a list with one for each chunk (the last is used for all further ones); an
+        iterator, from which a chunk takes a caption or a Prompt when it enters, window - 1 chunks before it
+        is yielded (None ends the video with the chunks in flight); or the (text, mask) of encode_text.
+        image: the video starts with it. video: the result continues it, and its last `prefix_frames` are the
+        prefix. Both may be arrays, tensors, PIL images or paths (media.to_image, media.to_video).
         sampler replaces the model's config; settings replace fields of it, such as num_frames, seed,
         num_steps, height, width. Raises ValueError for bad ones before anything is computed, and later
-        FloatingPointError if the model gives what is not finite.
+        FloatingPointError if frames are not finite.
         """
         cfg = with_settings(sampler or self.sampler, settings)
         num_frames = math.inf if cfg.num_frames is None else cfg.num_frames
@@ -1685,11 +1636,8 @@ class MAGI:
         if image is not None or video is not None:
             import media
 
-            image = None if image is None else media.to_image(image)
-            video = None if video is None else media.to_video(video)
-            clip: Any = media.prefix_clip(image, video, prefix_frames)
-            pixels = media.fit_frames(clip, cfg.height, cfg.width, fit)
-        if cfg.num_frames is not None:       # whole latent frames; an image's own is among those emitted
+            pixels = media.prefix_pixels(image, video, prefix_frames, (cfg.height, cfg.width), fit)
+        if cfg.num_frames is not None:       # in whole latent frames, of which an image is one
             latents = math.ceil(num_frames / FRAMES_PER_LATENT) - (image is not None)
             cfg = dataclasses.replace(cfg, num_frames=max(1, latents * FRAMES_PER_LATENT))
         text, mask = self._texts(prompt, cfg)
@@ -1698,9 +1646,13 @@ class MAGI:
             return sample(self.dit, text, mask, cfg, special_tokens=self.special_tokens, prefix=prefix,
                           progress=progress)
 
-        latents = 0 if pixels is None else math.ceil(pixels.shape[2] / FRAMES_PER_LATENT)
-        channels, size = self.dit.cfg.latent_channels, (cfg.height // 8, cfg.width // 8)
-        run(torch.zeros(channels, latents, *size) if latents else None)      # it checks, and computes nothing
+        # A call of `sample` checks its inputs, but computes nothing before its first item is asked for: this
+        # one, with a prefix of the right shape, is only for the checks.
+        like = None
+        if pixels is not None:
+            T = math.ceil(pixels.shape[2] / FRAMES_PER_LATENT)
+            like = torch.zeros(self.dit.cfg.latent_channels, T, cfg.height // 8, cfg.width // 8)
+        run(like)
         return self._frames(run, pixels, image is not None, num_frames)
 
     def _texts(self, prompt: Any, cfg: SamplerConfig) -> Any:
@@ -1714,10 +1666,10 @@ class MAGI:
             if len(prompt) == 2 and all(isinstance(u, Tensor) for u in prompt):
                 return prompt
             if all(isinstance(caption, str) for caption in prompt):
-                return self.encode_text(list(prompt))
+                return self.encode_text(list(prompt))        # all at once: T5 is read once
             prompt = [item if item is None else as_prompt(item) for item in prompt]
 
-        def one_by_one(config: SamplerConfig) -> Iterator[tuple[Tensor, Tensor, SamplerConfig] | None]:
+        def encoded(config: SamplerConfig) -> Iterator[tuple[Tensor, Tensor, SamplerConfig] | None]:
             encode = functools.lru_cache(8)(lambda caption: self.encode_text([caption]))
             for chunk, item in enumerate(prompt):
                 if item is None:
@@ -1725,11 +1677,11 @@ class MAGI:
                     return
                 item = as_prompt(item)
                 config = dataclasses.replace(config, **item.settings)
-                here = shot_transition(config, chunk, item.transition) if item.transition else config
+                own = shot_transition(config, chunk, item.transition) if item.transition else config
                 text, mask = encode(item.text)
-                yield text[0], mask[0], here
+                yield text[0], mask[0], own
 
-        return one_by_one(cfg), None
+        return encoded(cfg), None
 
     @torch.inference_mode()
     def _frames(self, run: Callable, pixels: Tensor | None, is_image: bool, left: float
@@ -1740,7 +1692,7 @@ class MAGI:
             prefix = self.vae.encode(pixels)[0].float() * SCALE_FACTOR
         for i, latent in run(prefix):
             if i == 0 and prefix is not None and prefix.shape[1] == 1 and not is_image:
-                latent = latent[:, 1:]       # `sample` takes four frames of video for an image and keeps them
+                latent = latent[:, 1:]       # a prefix of 4 video frames, which `sample` takes for an image
             frames = self.decode(latent)
             frames = frames[: int(min(left, len(frames)))]
             left -= len(frames)

@@ -181,6 +181,15 @@ def prefix_clip(image: np.ndarray | None, video: np.ndarray | None, prefix_frame
     return video[-min(prefix_frames, len(video) // FRAMES_PER_LATENT * FRAMES_PER_LATENT):]
 
 
+def prefix_pixels(image: Any, video: Any, prefix_frames: int, size: tuple[int, int], fit: str
+                  ) -> torch.Tensor:
+    """The frames the model is shown, of an image or a video in any form: (1, 3, frames, *size) in [-1, 1]."""
+    image = None if image is None else to_image(image)
+    video = None if video is None else to_video(video)
+    clip: Any = prefix_clip(image, video, prefix_frames)
+    return fit_frames(clip, *size, fit)
+
+
 def scales(shape: tuple[float, float], size: tuple[int, int], fit: str) -> tuple[float, float]:
     """By how much height and width grow."""
     down, across = size[0] / shape[0], size[1] / shape[1]

@@ -199,7 +199,10 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     flag("--text", metavar="FILE", help="... and use it instead of --prompt; needs no T5")
     flag("--device", help="cuda, cuda:1, cpu, mps; default: cuda if there is one")
     flag("--dtype", choices=["float32", "bfloat16", "float16"], help="of the transformer's blocks")
-    flag("--backend", choices=["torch", "triton", "auto"], default="torch", help="default: torch")
+    flag("--stream", choices=["cpu", "disk"], help="weights come layer by layer: for a GPU that is too small")
+    flag("--plan", action="store_true", help="say what this run needs on which GPUs, and compute nothing")
+    flag("--backend", choices=["auto", "torch", "triton"], default="auto",
+         help="default: auto, on a GPU the fastest that is right for each operation")
     # fmt: on
 
     def canonical(match: re.Match) -> str:
@@ -317,6 +320,7 @@ def take_stdout(locks: contextlib.ExitStack):
 def settings(args: argparse.Namespace, dit, cfg, notes: list[str]):
     """The SamplerConfig of the run: the model's, or that of --config_file, with the given flags on top."""
     import magi
+    import parallel
     from checkpoints import read_json, reading, require
 
     if args.config_file:
@@ -330,6 +334,11 @@ def settings(args: argparse.Namespace, dit, cfg, notes: list[str]):
             notes.append(f"note: --config_file describes {kinds[official.distilled]}, but "
                          f"{str(args.model)!r} is {kinds[cfg.distilled]} and is run as such")
         cfg = dataclasses.replace(official, distilled=cfg.distilled)
+        engine = found.get("engine_config", {})
+        processes = engine.get("cp_size", 1) * engine.get("pp_size", 1)
+        if processes > 1 and parallel.ranks() == 1:
+            notes.append(f"note: --config_file is for {processes} GPUs: to use as many, start this with "
+                         f"torchrun --nproc_per_node {processes} sample.py")
         if (theirs.num_layers, theirs.hidden_size) != (dit.num_layers, dit.hidden_size):
             notes.append(f"note: only the sampler settings of --config_file are used, it describes another "
                          f"model ({theirs.num_layers} layers, this one has {dit.num_layers})")
@@ -453,22 +462,86 @@ class Quiet:
             os.dup2(os.open(os.devnull, os.O_WRONLY), self.stream.fileno())
 
 
-def say(message: object) -> None:
+def say(message: object, file: Any = None) -> None:
     """One line on stderr whatever the message looked like, above the progress bar if there is one."""
-    tqdm.write(" ".join(str(message).split()), file=sys.stderr)
+    tqdm.write(" ".join(str(message).split()), file=file or sys.stderr)
 
 
 def prepare(argv: list[str] | None, locks: contextlib.ExitStack) -> list[dict]:
     """From the command line to the arguments of `generate`, for each video: checks, text encoder, model."""
-    args, notes = parse_arguments(argv), []
+    args = parse_arguments(argv)
+    if args.plan:
+        print(plan(args))
+        raise SystemExit(0)
     check_flags(args)
     import magi
-    import media
-    from checkpoints import read_config, reading, require
+    import parallel
+    from checkpoints import reading
 
     if signal.getsignal(signal.SIGINT) is leave:                             # from here on there may be files
         signal.signal(signal.SIGINT, signal.default_int_handler)
-    claim_outputs(args, locks)
+    args.device = parallel.start(args.device)
+    if parallel.rank() > 0:                                                  # the first one speaks for all
+        nowhere = locks.enter_context(open(os.devnull, "w"))
+        locks.enter_context(contextlib.redirect_stdout(nowhere))
+        locks.enter_context(contextlib.redirect_stderr(nowhere))
+    dit, cfg, chunks, device, image, video, text, notes = parallel.agreed(check)(args, locks)
+    for note in notes:
+        say(note)
+
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()
+    text = text or (None if args.told else encode_text(args, dit, device))
+    pipe = magi.load(args.model, vae=args.vae, t5=args.t5, device=device, dtype=args.dtype,
+                     backend=args.backend, keep_t5=args.told, parts=parallel.parts(args.stream))
+    for file, scale in zip(args.lora, args.lora_scale, strict=True):
+        import training
+
+        training.load_lora(pipe.dit, file, scale)
+    runs = []
+    for i, (prompts, out) in enumerate(zip(args.lines, args.outs, strict=True)):
+        if args.told:
+            import live
+
+            with reading("text encoder", args.t5):                           # it is kept
+                pipe.encode_text([""])
+            given: Any = live.told_by(io.FileIO(0, closefd=False), cfg.num_frames is None, say)
+        else:
+            n = len(prompts) if args.prompt_file else len(text[0])
+            given, text = [part[:n] for part in text], [part[n:] for part in text]
+        config = dataclasses.replace(cfg, seed=cfg.seed + i)
+        frames = partial(pipe, given, sampler=config, image=image, video=video, fit=args.fit,
+                         prefix_frames=args.prefix_frames)
+        runs.append(dict(frames=frames, cfg=config, chunks=chunks, out=out, device=device,
+                         report=getattr(pipe.dit.ops, "report", None)))
+    return runs
+
+
+def plan(args: argparse.Namespace) -> str:
+    """What this run needs where; --model may also name a released model that is not here yet."""
+    import magi
+    import parallel
+    from checkpoints import read_config
+
+    known = magi.PRESETS.get(str(args.model))
+    dit = known.dit if known else read_config(args.model, "dit", magi.DiTConfig)
+    native = known.sampler if known else read_config(args.model, "sampler", magi.SamplerConfig)
+    return parallel.plan(dit, settings(args, dit, native, []))
+
+
+def check(args: argparse.Namespace, locks: contextlib.ExitStack) -> tuple:
+    """All that is checked before a weight is read."""
+    import magi
+    import media
+    import parallel
+    from checkpoints import read_config, require
+
+    notes: list[str] = []
+    require(not args.told or parallel.ranks() == 1, "--prompt - is read by one process: leave torchrun out")
+    args.outs = args.lines                                                   # for those that do not write
+    if parallel.rank() == 0:
+        claim_outputs(args, locks)
     dit = read_config(args.model, "dit", magi.DiTConfig)
     dit = dataclasses.replace(dit, dtype=args.dtype or dit.dtype)
     native = read_config(args.model, "sampler", magi.SamplerConfig)
@@ -488,35 +561,7 @@ def prepare(argv: list[str] | None, locks: contextlib.ExitStack) -> list[dict]:
         require(chunk < chunks, f"transition at chunk {chunk}: the video has {chunks} chunks, counted from 0")
     notes += notes_on_prompts(args, cfg, native, chunks)
     text = load_text(args.text, dit) if args.text else None
-    for note in notes:
-        say(note)
-
-    from transformers.utils import logging
-
-    logging.disable_progress_bar()
-    text = text or (None if args.told else encode_text(args, dit, device))
-    pipe = magi.load(args.model, vae=args.vae, t5=args.t5, device=device, dtype=args.dtype,
-                     backend=args.backend, keep_t5=args.told)
-    for file, scale in zip(args.lora, args.lora_scale, strict=True):
-        import training
-
-        training.load_lora(pipe.dit, file, scale)
-    runs = []
-    for i, (prompts, out) in enumerate(zip(args.lines, args.outs, strict=True)):
-        if args.told:
-            import live
-
-            with reading("text encoder", args.t5):                           # it is kept
-                pipe.encode_text([""])
-            given: Any = live.told_by(io.FileIO(0, closefd=False), cfg.num_frames is None, say)
-        else:
-            n = len(prompts) if args.prompt_file else len(text[0])
-            given, text = [part[:n] for part in text], [part[n:] for part in text]
-        config = dataclasses.replace(cfg, seed=cfg.seed + i)
-        frames = partial(pipe, given, sampler=config, image=image, video=video, fit=args.fit,
-                         prefix_frames=args.prefix_frames)
-        runs.append(dict(frames=frames, cfg=config, chunks=chunks, out=out, device=device))
-    return runs
+    return dit, cfg, chunks, device, image, video, text, notes
 
 
 def count_chunks(num_frames: int | None, prefix_frames: int) -> float:
@@ -530,13 +575,14 @@ def count_chunks(num_frames: int | None, prefix_frames: int) -> float:
 
 def encode_text(args: argparse.Namespace, dit, device: str) -> tuple:
     """The prompts as the model reads them. T5 is gone when this returns, before the model itself is read."""
-    import magi
     import media
+    import parallel
     from checkpoints import reading, save
 
     with reading("text encoder", args.t5):
-        text, mask = magi.T5(args.t5, dit.text_length, device)(args.prompt or [""])
-    if args.save_text:
+        t5 = parallel.T5(args.t5, dit.text_length, device, stream=args.stream)
+        text, mask = t5(args.prompt or [""])
+    if args.save_text and parallel.rank() == 0:
         from safetensors import SafetensorError
 
         made, about = {"text": text, "mask": mask}, {"prompts": json.dumps(args.prompt)}
@@ -596,10 +642,20 @@ def progress_bar(chunks: float, total: int | None) -> tuple[tqdm, Callable]:
     return bar, progress
 
 
-def generate(frames, cfg, chunks: float, out: Any, device: str) -> int:
-    """Make the video and write it chunk by chunk, then say how it went. Returns the exit code."""
-    import media
+def generate(frames, cfg, chunks: float, out: Any, device: str, report: Callable[[], str] | None = None
+             ) -> int:
+    """Make the video and write it chunk by chunk, then say how it went. Returns the exit code.
 
+    report: says which kernels were used (kernel_choice.py)."""
+    import media
+    import parallel
+
+    if parallel.rank() > 0:                                                  # the first process writes
+        with contextlib.suppress(KeyboardInterrupt):
+            for _ in frames():
+                pass
+            return 0
+        return 130
     total = None if chunks == math.inf else (chunks + cfg.window - 1) * (cfg.num_steps // cfg.window)
     bar, progress = progress_bar(chunks, total)
     name, suffix = (out, out.suffix.lower()) if isinstance(out, Path) else ("-", ".mp4")
@@ -632,6 +688,8 @@ def generate(frames, cfg, chunks: float, out: Any, device: str) -> int:
     speed = f"{pace:.2f} s of computing per second of video ({word} than it plays)"
     print(f"{how}first chunk after {first:.2f} s, {speed}, {peak_memory(device)}, {made} frames -> {name}"
           if made else f"{how}no chunk could be written, {name} is as it was")
+    if report and made:
+        print(report())
     return code
 
 
@@ -652,7 +710,7 @@ def main(argv: list[str] | None = None) -> int:
     """Run the command line and return the exit code: see the top of the file."""
     on_ctrl_c = signal.getsignal(signal.SIGINT)
     with warnings.catch_warnings(), contextlib.redirect_stdout(Quiet(sys.stdout)), \
-            contextlib.redirect_stderr(Quiet(sys.stderr)), contextlib.ExitStack() as locks:
+            contextlib.redirect_stderr(Quiet(sys.stderr)) as stderr, contextlib.ExitStack() as locks:
         warnings.showwarning = lambda message, *_, **__: say(f"warning: {message}")
         try:
             try:
@@ -670,12 +728,16 @@ def main(argv: list[str] | None = None) -> int:
             print("interrupted before anything was written")
             return 130
         except (MemoryError, RuntimeError) as error:
+            import parallel
             from checkpoints import out_of_memory
 
+            if parallel.lost_another(error):
+                say("error: another process has stopped, and this one with it; what was written stays")
+                return 1
             if not out_of_memory(error):
                 raise                                                       # a fault in the code: show it all
-            say(f"error: out of memory, try a smaller --height and --width, "
-                f"or --window 1 --kv_range 2 ({error})")
+            say(f"error: out of memory, see --plan, or try --stream cpu, a smaller --height and --width, "
+                f"or --window 1 --kv_range 2 ({error})", stderr)
             return 1
         finally:
             signal.signal(signal.SIGINT, on_ctrl_c)

@@ -732,16 +732,15 @@ def test_late_prompts_that_do_not_fit_are_refused():
 
 def test_progress_shows_the_chunks_in_flight():
     dit, text, mask, tokens = small()
-    steps, shown = [], []
+    steps = []
     more = dict(special_tokens=tokens, prefix=torch.randn(16, 6, 4, 4))  # chunk 0 is given
-    progress = lambda p: steps.append(p) or shown.append(dict(p.latents))
-    out = dict(magi.sample(dit, text, mask, QUICK, progress=progress, **more))
+    out = dict(magi.sample(dit, text, mask, QUICK, progress=steps.append, **more))
     assert [p.step for p in steps] == [*range(1, len(steps) + 1)]
     assert [p.now for p in steps] == [step for step in magi.plan(QUICK, 4, 1) if step.noisy]
-    for p, latents in zip(steps, shown, strict=True):
-        assert [*latents] == [c.chunk for c in p.now.noisy] and p.chunk == p.now.noisy[0].chunk - 1
+    for p in steps:
+        assert [*p.latents] == [c.chunk for c in p.now.noisy] and p.chunk == p.now.noisy[0].chunk - 1
         if p.now.done is not None:
-            assert torch.equal(latents[p.now.done][0], out[p.now.done - 1])
+            assert torch.equal(p.latents[p.now.done][0], out[p.now.done - 1])
 
 
 def test_special_tokens_are_fields_and_on_by_default():
@@ -752,11 +751,12 @@ def test_special_tokens_are_fields_and_on_by_default():
     # the last chunk carries duration_1, the one before duration_2
     text, mask, tokens = small()[1:]
     run = run_of_three(QUICK)
-    assert torch.equal(run.caption(2)[0][0], tokens["duration_token_1"][0])
-    assert torch.equal(run.caption(1)[0][0], tokens["duration_token_2"][0])
-    assert torch.equal(run.caption(2)[0][1], tokens["hq_token"][0])
-    assert torch.equal(run.caption(2)[0][2:], text[:-2]) and run.caption(2)[1].sum() == mask.sum() + 2
-    assert torch.equal(run_of_three(QUICK, prefix_chunks=1).caption(2)[0][0], tokens["duration_token_1"][0])
+    assert torch.equal(run.entry(2).text[0], tokens["duration_token_1"][0])
+    assert torch.equal(run.entry(1).text[0], tokens["duration_token_2"][0])
+    assert torch.equal(run.entry(2).text[1], tokens["hq_token"][0])
+    assert torch.equal(run.entry(2).text[2:], text[:-2]) and run.entry(2).mask.sum() == mask.sum() + 2
+    after_prefix = run_of_three(QUICK, prefix_chunks=1).entry(2)
+    assert torch.equal(after_prefix.text[0], tokens["duration_token_1"][0])
 
 
 def test_special_tokens_stand_in_the_official_order():
@@ -765,14 +765,14 @@ def test_special_tokens_stand_in_the_official_order():
     assert magi.token_names({*magi.SPECIAL_TOKENS}, magi.SPECIAL_TOKENS, remaining=3) == names
     assert magi.token_names(["duration"], magi.SPECIAL_TOKENS, remaining=math.inf) == ["duration_token_8"]
     table = small()[3]
-    rows, _ = run_of_three(dataclasses.replace(QUICK, special_tokens=(*magi.SPECIAL_TOKENS,))).caption(0)
+    rows = run_of_three(dataclasses.replace(QUICK, special_tokens=(*magi.SPECIAL_TOKENS,))).entry(0).text
     assert torch.equal(rows[:7], torch.cat([table[name] for name in reversed(names)]))
 
 
 def test_negative_tokens_stand_in_front_of_the_null_text():
     dit, *_, tokens = small()
     cfg = dataclasses.replace(QUICK, negative_tokens=("logo", "caption"))
-    rows, valid = run_of_three(cfg).null_text()
+    rows, valid = run_of_three(cfg).null_text
     assert torch.equal(rows, torch.cat([tokens["logo_token"], tokens["caption_token"], dit.null_text[:12]]))
     assert valid.sum() == SMALL.null_length
     assert not torch.allclose(run_small(cfg)[0], run_small(QUICK)[0])

@@ -40,7 +40,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -450,7 +450,8 @@ class LoRA(nn.Module):
 
     def __init__(self, linear: nn.Module, rank: int):
         super().__init__()
-        (n_out, n_in), device = linear.weight.shape, linear.weight.device
+        weight: Any = linear.weight
+        (n_out, n_in), device = weight.shape, weight.device
         self.down = nn.Parameter(torch.randn(rank, n_in, device=device) * n_in**-0.5)
         self.up = nn.Parameter(torch.zeros(n_out, rank, device=device))
         self.scale = 1.0
@@ -579,11 +580,12 @@ def lora_layers(dit: DiT, file: str | Path) -> dict[str, dict[str, str]]:
         ours |= {name.replace(".", "_"): our for our, name in official_layers(targets).items()}
     layers: dict[str, dict[str, str]] = {}
     for name, m in matches.items():
+        assert m is not None and m.lastgroup is not None
         layer = ours.get(m["layer"].replace(".", "_"))
         require(layer, f"the LoRA {str(file)!r} is for another model: this one has no layer {m['layer']!r}")
-        layers.setdefault(layer, {})[m.lastgroup] = name
+        layers.setdefault(str(layer), {})[m.lastgroup] = name
     own = all(name.endswith((".lora.down", ".lora.up")) for name in found)   # it must have all layers
-    expected = {}
+    expected: dict[str, tuple] = {}
     for layer in targets if own else layers:
         names, weight = layers.get(layer, {}), targets[layer].weight
         down, up = (names.get(part, f"{layer}.lora.{part}") for part in ("down", "up"))
@@ -663,7 +665,7 @@ def load_lora(dit: DiT, file: str | Path, scale: float = 1.0) -> DiT:
 def extend_lora(linear: nn.Module, down: Tensor, up: Tensor, scale: float) -> None:
     """Give a layer these factors, beside those that it has: two LoRAs are one whose rank is the sum."""
     if hasattr(linear, "lora"):
-        old = linear.lora
+        old: Any = linear.lora
         down, up = torch.cat([old.down, down]), torch.cat([old.up * old.scale, up * scale], 1)
         scale = 1.0
     else:
@@ -693,7 +695,7 @@ def export_lora(file: str | Path, out: str | Path, style: str = "peft") -> None:
     require(tensors and all(name.endswith((".lora.down", ".lora.up")) for name in tensors),
             f"{str(file)!r} is no LoRA in our names, and only those can be exported")
     layers = sorted({name.split(".lora.")[0] for name in tensors})
-    named = {}
+    named: dict[str, Tensor] = {}
     for layer in layers:
         down, up = tensors[f"{layer}.lora.down"], tensors[f"{layer}.lora.up"]
         key = layer.replace(".", "_") if style == "kohya" else layer
@@ -735,7 +737,7 @@ class AdamW(torch.optim.Optimizer):
         super().__init__(params, dict(lr=lr, betas=betas, eps=eps, weight_decay=weight_decay))
 
     @torch.no_grad()
-    def step(self) -> None:
+    def step(self, closure: None = None) -> None:        # type: ignore[override]
         for group in self.param_groups:
             (beta1, beta2), lr = group["betas"], group["lr"]
             for p in (p for p in group["params"] if p.grad is not None):
@@ -823,7 +825,7 @@ def fit(name: str, model: nn.Module, loss_of_step: Callable[[int], tuple[Tensor,
         torch.save(state, file.with_suffix(".tmp"))
         os.replace(file.with_suffix(".tmp"), file)       # a kill in the middle of writing loses nothing
 
-    rows = read_log(log, before=first)
+    rows: list[list[Any]] = read_log(log, before=first)
     log.write_text("".join(",".join(map(str, row)) + "\n" for row in rows))
     bar = tqdm(range(first, steps), initial=first, total=steps, desc=name, mininterval=1, dynamic_ncols=True)
     model.train()
@@ -853,7 +855,7 @@ def fit(name: str, model: nn.Module, loss_of_step: Callable[[int], tuple[Tensor,
                     decay = min(ema_decay, (step + 1) / (step + 10))         # the start is soon forgotten
                     ema[k].lerp_(trained[k].to(ema[k]), 1 - decay)
             seconds = time.perf_counter() - start
-            rows.append([step, mean_loss, *numbers.values(), round(seconds, 3)])
+            rows.append([str(value) for value in (step, mean_loss, *numbers.values(), round(seconds, 3))])
             writer.writerow(rows[-1])
             table.flush()
             recent = [sum(map(float, column)) / len(column) for column in zip(*rows[-100:], strict=True)]

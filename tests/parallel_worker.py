@@ -1,7 +1,7 @@
 """One process of tests/test_parallel.py: parallel_worker.py JOB RANK RANKS FOLDER.
 
-    cases    every run of CASES and more; what came out and what it took -> FOLDER/cases.RANKS.RANK.pt
-    forever  says "running" after each second of video until it is stopped
+cases    every run of CASES and more; what came out and what it took -> FOLDER/cases.RANKS.RANK.pt
+forever  says "running" after each second of video until it is stopped
 """
 
 import dataclasses
@@ -20,11 +20,31 @@ import parallel
 import training
 from checkpoints import save
 
-SMALL = magi.DiTConfig(num_layers=4, hidden_size=32, num_heads=8, num_kv_heads=4, head_dim=8, ffn_size=48,
-                       text_dim=12, text_length=14, null_length=5, dtype="float32")
+SMALL = magi.DiTConfig(
+    num_layers=4,
+    hidden_size=32,
+    num_heads=8,
+    num_kv_heads=4,
+    head_dim=8,
+    ffn_size=48,
+    text_dim=12,
+    text_length=14,
+    null_length=5,
+    dtype="float32",
+)
 WIDE = dict(gated_ffn=True, in_channels=32, out_channels=32, x_scale=0.1)
-MIDDLE = magi.DiTConfig(num_layers=5, hidden_size=384, num_heads=6, num_kv_heads=2, head_dim=64,
-                        ffn_size=1536, text_dim=64, text_length=40, null_length=8, dtype="float32")
+MIDDLE = magi.DiTConfig(
+    num_layers=4,
+    hidden_size=384,
+    num_heads=6,
+    num_kv_heads=2,
+    head_dim=64,
+    ffn_size=1536,
+    text_dim=64,
+    text_length=40,
+    null_length=8,
+    dtype="float32",
+)
 MODELS = {
     "base": SMALL,
     "three": dataclasses.replace(SMALL, num_heads=3, num_kv_heads=3),
@@ -37,7 +57,7 @@ MIDDLES = ("middle", "middle_fp8")
 VAE = magi.VAEConfig(video_size=32, video_length=8, embed_dim=64, depth=1, num_heads=2, use_final_proj=True)
 
 RUN = magi.SamplerConfig(num_steps=4, num_frames=48, height=32, width=32, special_tokens=())
-UNEVEN = dict(height=48, width=80)            # 15 patches a frame, 90 tokens a chunk: 22.5 a rank of 4
+UNEVEN = dict(height=48, width=80)  # 15 patches a frame, 90 tokens a chunk: 22.5 a rank of 4
 CASES = {                                     # name: model, frames of prefix in the latents, settings
     "t2v": ("base", 0, {}),
     "t2v, window 1, uneven": ("base", 0, dict(window=1, num_frames=96) | UNEVEN),
@@ -50,9 +70,17 @@ CASES = {                                     # name: model, frames of prefix in
     "LoRA": ("base", 0, {}),
     "fp8, LoRA": ("fp8", 0, {}),
 }  # fmt: skip
-OF_FOUR = [name for name, (_, _, settings) in CASES.items() if "height" in settings]   # enough for 4 ranks
-BIG = magi.SamplerConfig(num_steps=2, window=2, kv_ranges=(3,), num_frames=96, height=128, width=160,
-                         special_tokens=(), distilled=True)
+OF_FOUR = [name for name, (_, _, settings) in CASES.items() if "height" in settings]  # enough for 4 ranks
+BIG = magi.SamplerConfig(
+    num_steps=2,
+    window=2,
+    kv_ranges=(3,),
+    num_frames=96,
+    height=96,
+    width=128,
+    special_tokens=(),
+    distilled=True,
+)
 
 
 def write_folder(folder: Path, module: torch.nn.Module, **configs) -> None:
@@ -120,7 +148,7 @@ class Allocations(TorchDispatchMode):
 
     def watch(self, where: dict, tensor: torch.Tensor) -> None:
         storage = tensor.untyped_storage()
-        key = storage._cdata                                  # its address: used again when it is gone
+        key = storage._cdata  # its address: used again when it is gone
         where[key] = weakref.ref(storage, lambda _: where.pop(key, None))
 
     def ignore(self, tensors) -> int:
@@ -143,7 +171,7 @@ class Allocations(TorchDispatchMode):
 
 def measure(folder: Path, model: str, stream: str | None = None) -> dict:
     """What a long run takes, and what was foretold."""
-    parallel.SLICE = 512
+    parallel.SLICE = 256
     dit = parallel.load_dit(folder / model, stream=stream)
     cache, seen = [], Allocations()
     held = [u.detach() for u in (*dit.parameters(), *dit.buffers())]

@@ -7,27 +7,23 @@ import dataclasses
 import os
 import subprocess
 import sys
-from pathlib import Path
 
 import parallel_worker as worker
 import pytest
 import torch
+from common import HERE, bad, relative
 
 import magi
 import parallel
-
-HERE = Path(__file__).parent.parent
-
-
-def relative(a: torch.Tensor, b: torch.Tensor) -> float:
-    return ((a.double() - b.double()).norm() / b.double().norm()).item()
 
 
 def start(job: str, size: int, folder, **more) -> list[subprocess.Popen]:
     env = os.environ | dict(OMP_NUM_THREADS="1", PYTHONPATH=f"{HERE}:{HERE / 'tests'}")
     command = [sys.executable, str(HERE / "tests" / "parallel_worker.py"), job]
-    return [subprocess.Popen([*command, str(rank), str(size), str(folder)], env=env, text=True, **more)
-            for rank in range(size)]
+    return [
+        subprocess.Popen([*command, str(rank), str(size), str(folder)], env=env, text=True, **more)
+        for rank in range(size)
+    ]
 
 
 @pytest.fixture(scope="module")
@@ -44,8 +40,9 @@ def results(models):
     for processes in running.values():
         for process in processes:
             assert process.wait(timeout=300) == 0
-    return {size: [torch.load(models / f"cases.{size}.{rank}.pt") for rank in range(size)]
-            for size in running}
+    return {
+        size: [torch.load(models / f"cases.{size}.{rank}.pt") for rank in range(size)] for size in running
+    }
 
 
 @pytest.fixture(scope="module")
@@ -94,14 +91,14 @@ def test_at_most_two_layers_are_held(models):
     fetch, counts = dit.streamed.fetch, []
 
     def counted(i):
-        counts.append(len(dit.streamed.held))            # with this one
+        counts.append(len(dit.streamed.held))  # with this one
         return fetch(i)
 
     dit.streamed.fetch = counted
     x, t = torch.randn(1, 16, 6, 4, 4), torch.zeros(1, 1)
     for _ in range(3):
         dit(x, t, torch.randn(1, 1, 14, 12), torch.ones(1, 1, 14))
-    assert len(counts) >= 12 and set(counts) <= {1, 2}       # the next forward's first may be on its way
+    assert len(counts) >= 12 and set(counts) <= {1, 2}  # the next forward's first may be on its way
     assert all(u.untyped_storage().nbytes() <= 4 for u in dit.layers[2].state_dict().values())
 
 
@@ -112,7 +109,7 @@ def test_streamed_t5_is_t5():
 
 
 def test_unknown_ways_of_streaming_are_refused(models):
-    with pytest.raises(ValueError, match="stream 'tape' is not 'cpu' or 'disk'"):
+    with bad("stream 'tape' is not 'cpu' or 'disk'"):
         parallel.load_dit(models / "base", stream="tape")
 
 
@@ -135,7 +132,7 @@ def assert_as_planned(found: dict) -> None:
 @pytest.mark.parametrize("stream", [None, "disk"])
 @pytest.mark.parametrize("model", worker.MIDDLES)
 def test_one_process_takes_what_is_planned(models, monkeypatch, model, stream):
-    monkeypatch.setattr(parallel, "SLICE", parallel.SLICE)                   # which measure changes
+    monkeypatch.setattr(parallel, "SLICE", parallel.SLICE)  # which measure changes
     found = worker.measure(models, model, stream)
     assert_as_planned(found)
     if stream is None:

@@ -128,10 +128,9 @@ def test_image_task_gives_one_clean_frame_that_of_a_still_if_there_is_one(share)
 
 def test_shares_of_tasks():
     generator = torch.Generator().manual_seed(0)
-    rand = lambda *shape: torch.rand(*shape, generator=generator)
     cfg, batch = training.TrainingConfig(image_share=0.3, video_share=0.2), 2000
     clips = torch.zeros(batch, 1, 18, 1, 1), torch.zeros(batch, 3, 14, 12), torch.zeros(batch, 3, 14)
-    *_, frames = training._clips(small()[0], *clips, None, cfg, rand)
+    *_, frames = training.draw_prefix(small()[0], *clips, None, cfg, generator)
     assert abs((frames == 1).float().mean() - 0.3) < 0.04 and abs((frames > 1).float().mean() - 0.2) < 0.04
     assert frames.max() == 12 and (frames == 2).any()
 

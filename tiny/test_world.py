@@ -4,7 +4,9 @@ import dataclasses
 import math
 import shutil
 from functools import cache
+from types import SimpleNamespace
 
+import measure
 import numpy as np
 import pytest
 import torch
@@ -13,6 +15,7 @@ import world
 from common import HERE, relative
 
 import magi
+import training
 
 # ----------------------------------------------------------------------------------------- stages of training
 
@@ -34,7 +37,7 @@ def test_training_data_is_what_the_sampler_will_see():
 
 def test_drawn_clips_carry_their_captions_and_duration_tokens():
     _, clips, data, model = encoded()
-    told = magi.SimpleNamespace(text=lambda captions, left: ([*captions], left))
+    told = SimpleNamespace(text=lambda captions, left: ([*captions], left))
     batch = train.draw_clips(np.random.default_rng(0), 1, 40, told, data)
     for [caption], left, latents in zip(batch["text"], batch["text_mask"], batch["latents"], strict=True):
         i = next(i for i in range(4) if torch.equal(latents, data["latents"][i, :, :6].float()))
@@ -64,7 +67,7 @@ def test_training_stages_run_and_write_what_load_reads(tmp_path, monkeypatch):
     monkeypatch.setattr(train, "judge_prompts", lambda *_, **__: {"colour": 0.0})
     once = {f"{stage}_steps": 1 for stage in ("vae", "dit", "distill", "lora")}
     small_run = dict(clips=4, batch=4, rank=2, lr=1e-4, distill_lr=1e-4)
-    args = magi.SimpleNamespace(out=tmp_path, work=tmp_path / "work", init=tmp_path, **small_run, **once)
+    args = SimpleNamespace(out=tmp_path, work=tmp_path / "work", init=tmp_path, **small_run, **once)
     for stage in ("vae", "dit", "distill", "lora"):
         train.STAGES[stage](args)
     base, distilled = (
@@ -72,7 +75,7 @@ def test_training_stages_run_and_write_what_load_reads(tmp_path, monkeypatch):
     )
     assert distilled == dataclasses.replace(base, distilled=True, num_steps=8)
     pipe = magi.load(tmp_path / "distill")
-    magi.load_lora(pipe.dit, tmp_path / "lora" / "cyan.safetensors")
+    training.load_lora(pipe.dit, tmp_path / "lora" / "cyan.safetensors")
     frames = np.concatenate(list(pipe("a red ball bounces", num_frames=24)))
     assert world.judge(frames).colour == "red"  # one small step has not spoilt it
 
@@ -196,19 +199,19 @@ def oracle(monkeypatch):
 
 def test_evaluation_measures_what_it_says(oracle):
     prompts = world.sample_prompts(6, seed=1)
-    assert train.judge_prompts(oracle, prompts) == {"colour": 1, "shape": 1, "motion": 1}
+    assert measure.judge_prompts(oracle, prompts) == {"colour": 1, "shape": 1, "motion": 1}
     wrong = [(text, ("green" if c != "green" else "red", s, m)) for text, (c, s, m) in prompts]
-    assert train.judge_prompts(oracle, wrong) == {"colour": 0, "shape": 1, "motion": 1}
-    first, follow = train.judge_images(oracle, 4)
+    assert measure.judge_prompts(oracle, wrong) == {"colour": 0, "shape": 1, "motion": 1}
+    first, follow = measure.judge_images(oracle, 4)
     assert first == math.inf and follow == 1
-    assert max(train.judge_continuations(oracle, 4)) < 0.5
-    assert train.judge_changes(oracle, 6) == 1 and train.judge_long(oracle, 1) == 1
+    assert max(measure.judge_continuations(oracle, 4)) < 0.5
+    assert measure.judge_changes(oracle, 6) == 1 and measure.judge_long(oracle, 1) == 1
     oracle.kind = "frozen"
-    assert min(train.judge_continuations(oracle, 4)) > 3
+    assert min(measure.judge_continuations(oracle, 4)) > 3
     oracle.kind = "late"
-    assert train.judge_changes(oracle, 6) == 0
+    assert measure.judge_changes(oracle, 6) == 0
     oracle.kind = "green"
-    assert train.judge_long(oracle, 2) == 0
+    assert measure.judge_long(oracle, 2) == 0
 
 
 def test_psnr():
@@ -216,13 +219,13 @@ def test_psnr():
 
 
 def test_measure_counts_all_three(monkeypatch):
-    said = iter([magi.SimpleNamespace(colour="red", shape="ball", motion=m) for m in ("left", "right")])
+    said = iter([SimpleNamespace(colour="red", shape="ball", motion=m) for m in ("left", "right")])
     monkeypatch.setattr(world, "judge", lambda video: next(said))
     monkeypatch.setattr(world, "flaws", lambda video: (3.0, 0.5))
-    assert train.measure([0, 0], [("red", "ball", "left")] * 2) == (1, 1, 0.5, 0.5, 3, 0.5)
+    assert measure.shares([0, 0], [("red", "ball", "left")] * 2) == (1, 1, 0.5, 0.5, 3, 0.5)
 
 
 def test_a_change_must_come_in_its_chunk_not_before(oracle):
     oracle.kind = "right"
     early = lambda prompt, **more: oracle([prompt[-1]] * len(prompt), **more)  # shows the end from the start
-    assert train.judge_changes(early, 6) == 0
+    assert measure.judge_changes(early, 6) == 0
