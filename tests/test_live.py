@@ -816,7 +816,10 @@ class Page:
 
 @pytest.fixture
 def page(browser, server):
-    return Page(browser, server)
+    page = Page(browser, server)
+    if not page.js("state.running"):
+        page.say(RED)
+    return page
 
 
 @browser_test
