@@ -168,7 +168,7 @@ def test_bad_calls_are_refused_before_anything_is_computed(pipe):
 
 
 def test_unknown_settings_and_no_prompt_are_refused(pipe):
-    with bad("'steps' cannot change while a video is made, only cfg_t"):
+    with bad("unknown setting steps: choose from num_steps"):
         pipe("a red ball", steps=8)
     with bad("empty list"):
         pipe([])
