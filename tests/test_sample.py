@@ -408,7 +408,7 @@ def test_sample_says_what_to_do_when_memory_runs_out(error, monkeypatch, capsys)
     monkeypatch.setattr(sample, "generate", full)
     assert sample.main([]) == 1
     (line,) = capsys.readouterr().err.splitlines()
-    assert line.startswith("error: out of memory, try a smaller")
+    assert line.startswith("error: out of memory, see --plan, or try --stream cpu, a smaller --height")
     monkeypatch.setattr(sample, "generate", lambda **run: (_ for _ in ()).throw(RuntimeError("a fault")))
     with pytest.raises(RuntimeError, match="a fault"):
         sample.main([])
