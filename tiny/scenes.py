@@ -183,7 +183,7 @@ def draw_layout(place: str, rng: np.random.Generator) -> Layout:
 
 
 SKIES = {  # far hills, near hills, bushes or furniture, the sun or moon
-    "day": ((128, 158, 150), (104, 138, 112), (78, 112, 84), (214, 208, 164)),
+    "day": ((128, 158, 150), (104, 138, 112), (78, 112, 84), (218, 204, 140)),
     "night": ((34, 38, 66), (26, 30, 52), (18, 24, 40), (150, 154, 170)),
     "room": ((104, 104, 108), (70, 66, 66), (88, 80, 74), (134, 140, 150)),
     "desert": ((170, 136, 106), (150, 114, 86), (122, 98, 68), (226, 200, 160)),
@@ -639,6 +639,7 @@ class Track(NamedTuple):
     colour: str
     shape: str | None  # None if it is never seen whole
     size: float  # width in pixels
+    fit: float  # overlap of its silhouette with that of the shape, 1 at best
     alpha: np.ndarray  # (n, 128, 128) how much of each pixel shows it
     area: np.ndarray  # (n,) in pixels
     centres: np.ndarray  # (n, 2) centres (x, y), NaN in frames where it is hidden, or not whole
@@ -695,7 +696,7 @@ def _paints(frames: np.ndarray, colours: dict) -> dict[str, np.ndarray]:
         out[name] = np.where(nearest == i, np.clip(part, 0, 1), 0)
     if "white" in colours:
         darkest = frames.min(-1)
-        out["white"] = np.clip((darkest - 140) / 60, 0, 1) * np.clip((70 - length) / 25, 0, 1)
+        out["white"] = np.clip((darkest - 140) / 60, 0, 1) * np.clip((60 - length) / 25, 0, 1)
     return {name: part.astype(np.float32) for name, part in out.items()}
 
 
@@ -759,7 +760,7 @@ def _tracks(frames: np.ndarray, colours: dict) -> list[Track]:
         best = overlap.argmax()
         centres[whole] = centre[whole] + offsets[best]
         shape = names[best] if overlap[best] > 0.55 else None
-        found.append(Track(colour, shape, float(sizes[best]), alpha, area, centres))
+        found.append(Track(colour, shape, float(sizes[best]), float(overlap[best]), alpha, area, centres))
     return sorted(found, key=lambda track: -np.quantile(track.area, 0.9))
 
 
@@ -854,6 +855,19 @@ def _motion(centre: np.ndarray) -> str | None:
     ])[1]  # fmt: skip
 
 
+def _forget_parts(tracks: list[Track]) -> None:
+    """Centres and shape are of things that are whole: partly behind something, they are unknown."""
+    most, same = Counter(), Counter()
+    for track in tracks:
+        seen = np.quantile(track.area, 0.9)
+        most[track.colour] = max(most[track.colour], seen)
+        same[track[:2]] = max(same[track[:2]], seen)
+    for track in tracks:
+        track.centres[track.area < 0.93 * same[track[:2]]] = np.nan
+        if track.fit < 0.85 and np.quantile(track.area, 0.9) < 0.85 * most[track.colour]:
+            track.centres[:] = np.nan
+
+
 def judge(frames: np.ndarray, colours: dict = COLOURS) -> Verdict:
     """Reads frames (n, 128, 128, 3), uint8 or float in [0, 1]. ValueError for another size.
 
@@ -865,22 +879,19 @@ def judge(frames: np.ndarray, colours: dict = COLOURS) -> Verdict:
     tracks = [_tracks(frames[span], colours) for span in spans_]
     camera = np.array([_camera(frames[span], found) for span, found in zip(spans_, tracks, strict=True)])
     camera[np.abs(camera) < 0.13] = 0
-    whole = Counter()  # pixels of each thing where most of it is seen
-    for track in sum(tracks, []):
-        whole[track[:2]] = max(whole[track[:2]], np.quantile(track.area, 0.9))
-    for track in sum(tracks, []):
-        track.centres[track.area < 0.93 * whole[track[:2]]] = np.nan  # partly behind something
+    _forget_parts(sum(tracks, []))
     centres, area, chunks, others = [], [], [], Counter()
     moved = 0.0
     world_path = []
     for span, found, speed in zip(spans_, tracks, camera, strict=True):
         n = span.stop - span.start
-        if found:
-            first = found[0]
+        if found:  # the same as in the chunk before, if it is there, else the largest
+            first = next((track for track in found if chunks and track.colour == chunks[-1][0]), found[0])
             path = first.centres + np.stack([speed * np.arange(1, n + 1), np.zeros(n)], 1)
-            chunks.append((first.colour, first.shape, _motion(path)))
+            shape = None if np.isnan(path[:, 0]).all() else first.shape
+            chunks.append((first.colour, shape, _motion(path)))
             centres.append(first.centres), area.append(first.area), world_path.append(path + [moved, 0])
-            others.update((track.colour, track.shape) for track in found[1:])
+            others.update((track.colour, track.shape) for track in found if track is not first)
         else:
             chunks.append((None, None, None))
             centres.append(np.full((n, 2), np.nan)), area.append(np.zeros(n)), world_path.append(centres[-1])

@@ -159,3 +159,27 @@ def test_a_hit_passes_the_speed_on(clips):
     assert np.isclose(va[:3], moving).all() and vb[0] == 0 and va[-1] == 0
     assert np.isclose(vb.max(), moving, atol=0.1)  # equal masses: all of it
     assert np.ptp(np.sign(b - a)) == 0  # never through each other
+
+
+def test_crops_are_of_their_step_and_have_the_positions_of_their_place():
+    import torch
+    import train_scenes
+
+    import magi
+
+    video, mask, corners = train_scenes.pieces(3, 2, 3, 48, 12)
+    again = train_scenes.pieces(3, 2, 3, 48, 12)
+    assert video.shape == (6, 3, 12, 48, 48) and mask.shape == (6, 1, 12, 48, 48)
+    assert (video == again[0]).all() and (corners == again[2]).all()
+    cfg = magi.VAEConfig(
+        video_size=SIZE, video_length=12, embed_dim=16, depth=1, num_heads=2, use_final_proj=True
+    )
+    part = magi.VAE(cfg).encoder
+    whole = part.positions((2, 16, 16))[0, 1:].unflatten(0, (2, 16, 16))
+    train_scenes.see_crops(part)
+    assert part.positions((2, 16, 16)).shape == (1, 513, 16)  # whole frames as before
+    part.corners = torch.tensor([[0, 0], [3, 7]])
+    crop = part.positions((2, 6, 6))
+    assert crop.shape == (2, 73, 16)
+    assert torch.equal(crop[1, 1:].unflatten(0, (2, 6, 6)), whole[:, 3:9, 7:13])
+    assert torch.equal(crop[1, 0], part.pos_embed[0, 0])

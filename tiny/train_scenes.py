@@ -1,6 +1,6 @@
 """Train the small model on the richer world of scenes.py, stage by stage, as train.py does on world.py.
 
-    vae    the video autoencoder, on crops of 64 pixels first, then on whole frames -> OUT/scenes_vae/
+    vae    the video autoencoder, on crops first, then on whole frames -> OUT/scenes_vae/
 
 A stage can be killed and goes on from --work; the data of a step depend on its number alone.
 """
@@ -32,7 +32,8 @@ def pieces(step: int, clips: int, crops: int, size: int, length: int):
     """`crops` squares of `size` pixels out of `length` frames of each of the step's own clips.
 
     Returns (clips * crops, 3, length, size, size) in [-1, 1], the things' masks (..., 1, ...) and where each
-    square starts (clips * crops, 2), y and x, in latents. Two squares of three are near a thing.
+    square starts (clips * crops, 2), y and x, in latents. All but one square a clip are at a thing: there a
+    square of 48 pixels has rims in half of its patches, the whole frame in a tenth.
     """
     video, masks, corners = [], [], []
     rng = np.random.default_rng([step, 7])
@@ -43,9 +44,9 @@ def pieces(step: int, clips: int, crops: int, size: int, length: int):
         mask = clip.masks(start, start + length).max(0)
         for i in range(crops):
             corner = rng.integers(0, GRID - size // 8 + 1, 2)
-            if i % 3:
+            if i:
                 path = clip.things[rng.integers(len(clip.things))].path[start + length // 2, ::-1]
-                corner = np.rint((path + rng.uniform(-24, 24, 2) - size / 2) / 8).astype(int)
+                corner = np.rint((path + rng.uniform(-14, 14, 2) - size / 2) / 8).astype(int)
                 corner = np.clip(corner, 0, GRID - size // 8)
             y, x = corner * 8
             video.append(frames[:, y : y + size, x : x + size])
@@ -120,11 +121,11 @@ def train_vae(args) -> None:
         rng = np.random.default_rng([step, 8])
         if step < whole_from:
             length, loss = 12, fast  # one shape, compiled once
-            video, mask, corners = pieces(step, args.clips, 3, 64, length)
+            video, mask, corners = pieces(step, args.clips, 3, args.crop, length)
             vae.encoder.corners = vae.decoder.corners = torch.from_numpy(corners)
         else:
             length, loss = int(rng.choice([12] * 6 + [8, 1])), reconstruction
-            video, mask, _ = pieces(step, max(1, args.clips * 3 // 4), 1, scenes.SIZE, length)
+            video, mask, _ = pieces(step, max(1, args.clips // 2), 1, scenes.SIZE, length)
             vae.encoder.corners = vae.decoder.corners = None
         generator = torch.Generator().manual_seed(step)
         noise = (args.noise if step < whole_from else 0.4 * args.noise) * torch.rand(
@@ -167,8 +168,9 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=20000, help="rates fall in the last third of them")
     parser.add_argument("--every", type=int, default=100, help="steps from checkpoint to checkpoint")
     parser.add_argument("--lr", type=float, default=3e-3)
-    parser.add_argument("--clips", type=int, default=4, help="clips a step, at most 8, each with three crops")
-    parser.add_argument("--noise", type=float, default=0.25, help="on latents, at most, in deviations")
+    parser.add_argument("--clips", type=int, default=7, help="clips a step, at most 8, each with three crops")
+    parser.add_argument("--crop", type=int, default=48, help="side of the crops in pixels")
+    parser.add_argument("--noise", type=float, default=0.15, help="on latents, at most, in deviations")
     parser.add_argument("--edge", type=float, default=0.5, help="weight of errors in neighbours' differences")
     parser.add_argument("--whole", type=float, default=0.85, help="share of the steps that see crops only")
     parser.add_argument("--dim", type=int, default=256)
