@@ -930,7 +930,7 @@ def rigidity(frames: np.ndarray, colours: dict = COLOURS) -> tuple[float, float]
     """(IoU, variation) of the largest thing in a clip where nothing stands in front of it.
 
     IoU: of the mask of one frame, shifted for the best fit, with the next; variation: deviation of the area
-    over its mean. A true clip has 0.99 and 0.003. NaN, NaN where nothing is found.
+    over its mean. A true clip has 0.99 and 0.001. NaN, NaN where nothing is found.
     """
     frames, overlaps, areas = readable(frames), [], []
     for i in range(0, len(frames), CHUNK):

@@ -2,7 +2,12 @@
 
     vae    the video autoencoder, on crops first, then on whole frames -> OUT/scenes_vae/
 
-A stage can be killed and goes on from --work; the data of a step depend on its number alone.
+A stage can be killed and goes on from --work; the data of a step depend on its number alone. To export a
+checkpoint as it is, give the number of its step as --steps.
+
+So far: 1,700 steps (4.6 million latents) on 2 EPYC cores that had much else to do; idle ones do 7,000 latents
+a second. 34.8 dB on the 24 clips of the report (mean of clips 36.1), 36.4 dB on 24 others; rims still show a
+faint fringe at 4x zoom. The goal is 38, so no weights are kept.
 """
 
 from __future__ import annotations
@@ -170,9 +175,9 @@ def main() -> None:
     parser.add_argument("--lr", type=float, default=3e-3)
     parser.add_argument("--clips", type=int, default=7, help="clips a step, at most 8, each with three crops")
     parser.add_argument("--crop", type=int, default=48, help="side of the crops in pixels")
-    parser.add_argument("--noise", type=float, default=0.15, help="on latents, at most, in deviations")
+    parser.add_argument("--noise", type=float, default=0.1, help="on latents, at most, in deviations")
     parser.add_argument("--edge", type=float, default=0.5, help="weight of errors in neighbours' differences")
-    parser.add_argument("--whole", type=float, default=0.85, help="share of the steps that see crops only")
+    parser.add_argument("--whole", type=float, default=0.9, help="share of the steps that see crops only")
     parser.add_argument("--dim", type=int, default=256)
     parser.add_argument("--depth", type=int, default=3)
     parser.add_argument("--compile", action="store_true", help="a quarter faster; takes a minute and g++")
