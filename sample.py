@@ -4,15 +4,37 @@
     python sample.py --mode i2v --image ball.png --prompt "it bounces"    a picture comes to life
     python sample.py --mode v2v --video clip.mp4 --num_frames inf         goes on after a video until Ctrl-C
     python sample.py --prompt "a red ball" --prompt "a blue ball"         one prompt per second of video
+    python sample.py --prompt - --num_frames inf --out - | ffplay -       speak to it while it plays
 
-magi.py makes the frames; here is what surrounds them: flags, media files, checks, a progress bar. Each second
-of video is written as soon as it is clean, so the output plays while it grows and outlives Ctrl-C or kill -9.
+magi.py makes the frames, media.py reads and writes files; here are flags, checks and a progress bar. Each
+second of video is written as soon as it is clean: the output plays while it grows and outlives kill -9.
 Bad input gets one line on stderr and exit code 2 before a weight is read; 1 is a later failure, 130 Ctrl-C.
 
-Contents: 1 Flags, 2 Reading, 3 Writing, 4 Checking, 5 Running.
+Contents: 1 Flags, 2 Checking, 3 Running.
 """
 
+# ruff: noqa: E402
 from __future__ import annotations
+
+import os
+import signal
+import sys
+
+
+def leave(*_) -> None:
+    """On Ctrl-C during imports, which may swallow an exception: nothing has begun, so just go."""
+    os.write(1, b"interrupted before anything was written\n")
+    os._exit(130)
+
+
+if __name__ == "__main__":
+    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:        # not where a shell ignores it
+        signal.signal(signal.SIGINT, leave)
+    # Threads that wait for each other sleep instead of spinning, which on a busy machine keeps the very
+    # thread they wait for from running. OpenMP reads this when PyTorch is imported.
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    if sys.flags.optimize > 1:                                               # transformers needs docstrings
+        os.execve(sys.executable, [sys.executable, *sys.argv], os.environ | {"PYTHONOPTIMIZE": ""})
 
 import argparse
 import contextlib
@@ -20,25 +42,19 @@ import dataclasses
 import io
 import json
 import math
-import os
 import re
-import signal
-import sys
-import tempfile
 import time
 import warnings
-from collections import deque
+from collections.abc import Callable
 from difflib import get_close_matches
-from fractions import Fraction
 from functools import partial
 from pathlib import Path
+from typing import Any
 
-import av
-import numpy as np
-from PIL import Image, ImageOps
 from tqdm import tqdm
 
-# torch and magi take seconds to import, so functions import them: --help and a mistyped flag answer at once.
+# PyTorch, magi and media take seconds to import, so functions import them: --help and a mistyped flag answer
+# at once.
 
 # ------------------------------------------------------------------------------------------------------------
 # 1  Flags
@@ -51,9 +67,13 @@ OTHER_NAMES = {
     "num_steps": "steps", "window_size": "window", "frames": "num_frames", "text_scales": "text_scale",
     "prev_scales": "prev_scale", "kv_ranges": "kv_range", "clean_chunk_kvrange": "clean_kv_range",
 }  # fmt: skip
+# Names in other programs: suggested, not taken, since the meaning differs a little.
+SUGGESTED = {
+    "guidance": "text_scale", "guidance_scale": "text_scale", "cfg": "text_scale", "cfg_scale": "text_scale",
+    "negative_prompt": "negative_tokens", "num_inference_steps": "steps", "duration": "num_frames",
+}  # fmt: skip
 
-
-# The small models that come along. "tiny" is the distilled one, or the base one where that has not been made.
+# The bundled models. "tiny" is the distilled one, or the base one where that has not been made.
 TINY = Path(__file__).resolve().parent / "tiny"
 SHIPPED = {"tiny-distill": TINY / "distill", "tiny-base": TINY / "base"}
 SHIPPED["tiny"] = SHIPPED["tiny-distill" if (TINY / "distill").is_dir() else "tiny-base"]
@@ -64,14 +84,31 @@ def model_folder(text: str) -> Path:
     return SHIPPED.get(text, Path(text))
 
 
+class Once(argparse._StoreAction):
+    """A flag that may be given once: a second value would silently replace the first."""
+
+    def __call__(self, parser, namespace, values, option_string=None):
+        if self.dest in parser.given:
+            parser.error(f"{self.option_strings[0]} is given twice: leave one out")
+        parser.given.add(self.dest)
+        super().__call__(parser, namespace, values, option_string)
+
+
 class Parser(argparse.ArgumentParser):
     """argparse that raises ValueError, where it would print its usage and leave."""
 
+    def __init__(self, **more):
+        super().__init__(**more)
+        self.given: set[str] = set()
+        for name in (None, "store"):
+            self.register("action", name, Once)
+
     def error(self, message: str):
         if message.startswith("unrecognized arguments: "):
-            word = message.split()[2]
-            known = get_close_matches(word, self._option_string_actions, 1)
-            message += f" (did you mean {known[0]}?)" if known and word.startswith("-") \
+            word = message.split()[2].partition("=")[0]
+            name = SUGGESTED.get(word.strip("-").replace("-", "_"))
+            near = [f"--{name}"] if name else get_close_matches(word, self._option_string_actions, 1, 0.75)
+            message += f" (did you mean {near[0]}?)" if near else "" if word.startswith("-") \
                 else " (a prompt of several words needs quotes)"
         raise ValueError(f"{message}; see --help")
 
@@ -106,19 +143,24 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     """The flags, under the names of SamplerConfig's fields where there is one."""
     parser = Parser(prog="sample.py", allow_abbrev=False, usage="python sample.py --prompt TEXT [more flags]",
                     formatter_class=argparse.RawDescriptionHelpFormatter,
-                    description="\n".join(__doc__.splitlines()[:7]),
+                    description="\n".join((__doc__ or "").splitlines()[:8]),  # none with python -OO
                     epilog="The official --image_path, --prefix_video_path and --output_path work too.")
     many = dict(nargs="+", metavar="X")
     # fmt: off
     flag = parser.add_argument_group("what to make").add_argument
     flag("--mode", choices=["t2v", "i2v", "v2v"], help="text, image, video to video; default: by the input")
-    flag("--prompt", action="append", metavar="TEXT", help="again for the next second; the last one goes on")
+    flag("--prompt", action="append", metavar="TEXT",
+         help="again for the next second; the last one goes on; or -: lines of standard input, each from the "
+              "next chunk on, whose end ends an endless video")
+    flag("--prompt_file", type=Path, metavar="FILE",
+         help="a video a line, its seconds divided by |; --out is their folder, the seed counts up")
     flag("--image", metavar="FILE", help="i2v: the first frame")
     flag("--video", metavar="FILE", help="v2v: the result goes on where this ends")
-    flag("--out", type=Path, default="out.mp4", metavar="FILE",
-         help=".mp4, .gif, or .png for a contact sheet; default: out.mp4; an old one is replaced")
-    flag("--fit", choices=["crop", "stretch", "pad"], default="crop", help="of the input; default: crop")
-    flag("--prefix_frames", type=int, default=32, metavar="N",
+    flag("--out", type=Path, default=Path("out.mp4"), metavar="FILE",
+         help=".mp4, .gif, or .png for a contact sheet; default: out.mp4; an old one is replaced; or - for "
+              "an mp4 on standard output")
+    flag("--fit", choices=["crop", "stretch", "pad"], help="of the input; default: crop")
+    flag("--prefix_frames", type=int, metavar="N",
          help="v2v: how many of its last frames the model sees; default: 32")
 
     flag = parser.add_argument_group("the video (default: as the model's config says)").add_argument
@@ -143,11 +185,13 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     flag("--negative_tokens", help="caption logo trans borderness; or: none", **many)
 
     flag = parser.add_argument_group("the model").add_argument
-    flag("--model", type=model_folder, default=DEFAULT_MODEL, metavar="FOLDER",
-         help=f"or one that comes along: {', '.join(SHIPPED)}; default: {DEFAULT_MODEL}, which is "
+    flag("--model", type=model_folder, default=SHIPPED[DEFAULT_MODEL], metavar="FOLDER",
+         help=f"or one that is bundled: {', '.join(SHIPPED)}; default: {DEFAULT_MODEL}, which is "
               f"tiny/{SHIPPED[DEFAULT_MODEL].name}")
-    flag("--lora", type=Path, metavar="FILE", help="a low-rank addition to it, as tiny/train.py lora makes")
-    flag("--lora_scale", type=number, metavar="X", help="how strongly it acts; default: 1")
+    flag("--lora", action="append", type=Path, metavar="FILE", default=[],
+         help="low-rank weights added to it, as tiny/train.py lora makes; again for more, which add up")
+    flag("--lora_scale", action="append", type=number, metavar="X", default=[],
+         help="how strongly it acts, once for all or once for each; default: 1")
     flag("--vae", type=Path, metavar="FOLDER", help="default: vae beside the model")
     flag("--t5", type=Path, metavar="FOLDER", help="default: t5 beside the model")
     flag("--config_file", metavar="JSON", help="an official config: its runtime_config replaces the model's")
@@ -155,7 +199,10 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     flag("--text", metavar="FILE", help="... and use it instead of --prompt; needs no T5")
     flag("--device", help="cuda, cuda:1, cpu, mps; default: cuda if there is one")
     flag("--dtype", choices=["float32", "bfloat16", "float16"], help="of the transformer's blocks")
-    flag("--backend", choices=["torch", "triton"], default="torch", help="default: torch")
+    flag("--stream", choices=["cpu", "disk"], help="weights come layer by layer: for a GPU that is too small")
+    flag("--plan", action="store_true", help="say what this run needs on which GPUs, and compute nothing")
+    flag("--backend", choices=["auto", "torch", "triton"], default="auto",
+         help="default: auto, on a GPU the fastest that is right for each operation")
     # fmt: on
 
     def canonical(match: re.Match) -> str:
@@ -167,238 +214,131 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
 
 
 # ------------------------------------------------------------------------------------------------------------
-# 2  Reading
-# ------------------------------------------------------------------------------------------------------------
-
-
-def require(ok: object, message: str) -> None:
-    if not ok:
-        raise ValueError(message)
-
-
-def out_of_memory(error: Exception) -> bool:
-    return isinstance(error, MemoryError) or isinstance(error, RuntimeError) and "memory" in str(error)
-
-
-@contextlib.contextmanager
-def reading(what: str, path: str | Path):
-    """Every library fails in its own way: turn that into one ValueError that names the file."""
-    require(Path(path).exists(), f"{what} {str(path)!r} does not exist: check the path")
-    try:
-        yield
-    except Exception as error:
-        if out_of_memory(error):
-            raise
-        raise ValueError(f"cannot read {what} {str(path)!r}, damaged or of another kind: {error}") from None
-
-
-def read_image(path: str) -> np.ndarray:
-    """uint8 (h, w, 3), upright as the camera noted; grey becomes RGB, what is transparent white."""
-    with reading("image", path):
-        image = ImageOps.exif_transpose(Image.open(path))
-        if image.mode.startswith("I;16"):                                    # Pillow would clip it to 8 bits
-            image = Image.fromarray((np.asarray(image) // 257).astype(np.uint8))
-        if image.has_transparency_data:
-            image = image.convert("RGBA")
-            image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
-        return np.array(image.convert("RGB"))
-
-
-def read_video(path: str, fps: int, count: int) -> np.ndarray:
-    """The last `count` frames at `fps`, fewer if it is shorter: uint8 (frames, h, w, 3).
-
-    Times are counted back from the last frame, where the result goes on; each takes the frame nearest to it.
-    Only frames that can still be chosen are kept, however long the video is.
-    """
-    recent: deque[tuple[float, av.VideoFrame]] = deque()
-    with reading("video", path), av.open(os.path.abspath(path)) as file:   # "12:30.mov" is no URL
-        require(file.streams.video, "it has no pictures")
-        stream = file.streams.video[0]
-        stream.thread_type = "AUTO"
-        for i, frame in enumerate(file.decode(stream)):
-            now = float(i / (stream.average_rate or fps)) if frame.time is None else frame.time
-            recent.append((now, frame))
-            while len(recent) > 1 and recent[1][0] <= now - (count - 1) / fps:
-                recent.popleft()
-        require(recent, "it has no frames")
-        require(i, "it is a single picture (--mode i2v --image shows one)")
-        times = np.array([t for t, _ in recent])
-        n = min(count, int((times[-1] - times[0]) * fps + 1e-3) + 1)
-        nearest = [np.abs(times - (times[-1] - k / fps)).argmin() for k in reversed(range(n))]
-        chosen = [recent[i][1] for i in nearest]
-        return np.stack([np.rot90(f.to_ndarray(format="rgb24"), round(f.rotation / 90)) for f in chosen])
-
-
-# ------------------------------------------------------------------------------------------------------------
-# 3  Writing
-# ------------------------------------------------------------------------------------------------------------
-# A writer takes chunk after chunk, uint8 (frames, height, width, 3). When write() returns, they are in the
-# file and the file is whole. Nothing is left to finish, so there is nothing that a crash could lose.
-
-
-def replace(path: Path, save) -> None:
-    """save(file), then put that in the place of `path`; if it fails, on a full disk, the old one stays."""
-    new = path.with_name(f".{path.name}.new")
-    try:
-        save(new)
-        os.replace(new, path)
-    finally:
-        new.unlink(missing_ok=True)
-
-
-def append(path: Path, data: bytes) -> None:
-    """All of the data or nothing."""
-    size = path.stat().st_size
-    try:
-        with path.open("ab") as file:
-            file.write(data)
-    except OSError:
-        os.truncate(path, size)
-        raise
-
-
-class Mp4Writer:
-    """H.264 in a fragmented mp4, one fragment per chunk.
-
-    A muxer keeps the newest frame until it sees the next, to know how long it lasts: with one muxer for all,
-    a crash would cost a frame. So each chunk has its own, and its fragment is appended.
-    """
-
-    # frag_discont: a fragment starts when its frames do; avoid_negative_ts would move that to zero
-    OPTIONS = {"movflags": "empty_moov+frag_custom+frag_discont+default_base_moof+skip_trailer",
-               "avoid_negative_ts": "disabled"}
-
-    def __init__(self, path: Path, fps: int):
-        self.path, self.fps, self.chunks, self.frames = path, fps, 0, 0
-
-    def write(self, frames: np.ndarray) -> None:
-        piece = io.BytesIO()
-        index = {"fragment_index": str(self.chunks + 1)}
-        with av.open(piece, "w", format="mp4", options=self.OPTIONS | index) as file:
-            stream = file.add_stream("libx264", rate=self.fps, options={"crf": "16", "bf": "0"})
-            stream.height, stream.width, stream.pix_fmt = *frames.shape[1:3], "yuv420p"
-            stream.codec_context.colorspace = 6           # BT.601, as PyAV converts: players expect 709 in HD
-            for i, pixels in enumerate(frames):
-                frame = av.VideoFrame.from_ndarray(pixels, format="rgb24")
-                frame.pts = self.frames + i
-                file.mux(stream.encode(frame))
-            file.mux(stream.encode())
-        data = piece.getvalue()
-        if self.chunks:
-            append(self.path, data[data.index(b"moof") - 4:])                # the header is there already
-        else:
-            replace(self.path, lambda new: new.write_bytes(data))
-        self.chunks, self.frames = self.chunks + 1, self.frames + len(frames)
-
-
-class RewritingWriter:
-    """For formats that cannot grow: each chunk, all is written anew and put in the old file's place."""
-
-    def __init__(self, save, path: Path, fps: int):
-        self.save, self.path, self.fps, self.frames = save, path, fps, []
-
-    def write(self, frames: np.ndarray) -> None:
-        self.frames.extend(frames)
-        replace(self.path, lambda new: self.save(self.frames, new, self.fps))
-
-
-def save_gif(frames: list[np.ndarray], path: Path, fps: int) -> None:
-    """256 colours per frame. Through PyAV, because Pillow drops a frame that equals the one before."""
-    options = {"final_delay": str(round(100 / fps))}
-    with av.open(os.path.abspath(path), "w", format="gif", options=options) as file:
-        # gifflags 0: the encoder compares frames by colour index, though each frame has its own palette
-        stream = file.add_stream("gif", rate=100, options={"gifflags": "0"})
-        stream.height, stream.width, stream.pix_fmt = *frames[0].shape[:2], "pal8"
-        for i, pixels in enumerate(frames):
-            image = Image.fromarray(pixels).quantize(256)
-            palette = np.full((256, 4), 255, np.uint8)                       # alpha, red, green, blue
-            colours = np.frombuffer(image.palette.getdata()[1], np.uint8).reshape(-1, 3)
-            palette[: len(colours), 1:] = colours
-            frame = av.VideoFrame.from_ndarray((np.asarray(image), palette), format="pal8")
-            # gif counts in hundredths of a second: rounding times, not durations, keeps 24 fps in step
-            frame.pts, frame.time_base = round(i * 100 / fps), Fraction(1, 100)
-            file.mux(stream.encode(frame))
-        file.mux(stream.encode())
-
-
-def save_sheet(frames: list[np.ndarray], path: Path, fps: int) -> None:
-    """A contact sheet: one row per 24 frames, one frame in four, tiles of 128 to 320 pixels."""
-    width = frames[0].shape[1]
-    shrink, grow, gap = -(-width // 320), max(1, 128 // width), 2
-    tiles = [np.asarray(Image.fromarray(f).reduce(shrink)).repeat(grow, 0).repeat(grow, 1)
-             for f in frames[::4]]
-    h, w = tiles[0].shape[0] + gap, tiles[0].shape[1] + gap
-    sheet = np.full((-(-len(tiles) // 6) * h + gap, min(6, len(tiles)) * w + gap, 3), 255, np.uint8)
-    for i, tile in enumerate(tiles):
-        top, left = i // 6 * h + gap, i % 6 * w + gap
-        sheet[top : top + h - gap, left : left + w - gap] = tile
-    Image.fromarray(sheet).save(path, format="png")
-
-
-WRITERS = {".mp4": Mp4Writer, ".gif": partial(RewritingWriter, save_gif),
-           ".png": partial(RewritingWriter, save_sheet)}
-
-
-# ------------------------------------------------------------------------------------------------------------
-# 4  Checking
+# 2  Checking
 # ------------------------------------------------------------------------------------------------------------
 # All of it runs before a weight is read, and raises ValueError with what is wrong and what to do about it.
 
 
 def check_flags(args: argparse.Namespace) -> None:
-    """What can be told from the flags alone, without PyTorch."""
+    """What can be told from the flags alone."""
+    from checkpoints import require
+
     args.mode = args.mode or ("i2v" if args.image else "v2v" if args.video else "t2v")
     for mode, name in (("i2v", "image"), ("v2v", "video")):
         file = getattr(args, name)
         require(file or args.mode != mode, f"--mode {mode} needs an input: add --{name} FILE")
         require(not file or args.mode == mode,
                 f"--{name} {file!r} does not go with --mode {args.mode}: use --mode {mode} or leave it out")
-    require(args.prompt or args.text or args.mode != "t2v",
+    require(args.prefix_frames is None or args.video,
+            "--prefix_frames is for --video: leave it out, or add one")
+    require(args.fit is None or args.mode != "t2v",
+            "--fit is for --image and --video: leave it out, or add one of them")
+    args.told = args.prompt == ["-"]                                         # line by line while it runs
+    require(args.told or "-" not in (args.prompt or ()), "--prompt - stands alone: it reads all prompts")
+    require(not args.told or not args.save_text, "--save_text needs its prompts at once, not by --prompt -")
+    require(not args.prompt_file or not (args.prompt or args.text or args.save_text),
+            "--prompt_file has the prompts: leave --prompt, --text and --save_text out")
+    args.lines = read_lines(args.prompt_file) if args.prompt_file else [args.prompt]
+    args.prompt = [] if args.told else sum(args.lines, []) if args.prompt_file else args.prompt
+    require(args.prompt or args.text or args.told or args.mode != "t2v",
             'no --prompt: say what to show, for example --prompt "a red ball bounces"')
     for prompt in args.prompt or ():
         require(prompt.encode(errors="ignore").decode() == prompt,
                 f"the prompt {ascii(prompt)} is not UTF-8: check the encoding of the terminal or script")
     require(not args.text or not (args.prompt or args.save_text),
             f"--text {args.text!r} is an encoded prompt already: leave --prompt and --save_text out")
-    require(args.out.suffix.lower() in WRITERS, f"--out {str(args.out)!r} must end in .mp4, .gif or .png")
-    require(args.num_frames != math.inf or args.out.suffix.lower() == ".mp4",
+    require(args.num_frames != math.inf or not args.prompt_file,
+            "--prompt_file makes many videos, so none is endless: leave --num_frames inf out")
+    require(args.num_frames != math.inf or args.out.suffix.lower() == ".mp4" or str(args.out) == "-",
             f"--num_frames inf needs an .mp4 file, not {str(args.out)!r}, which is rewritten every second")
-    require(args.lora or args.lora_scale is None, "--lora_scale needs a LoRA: add --lora FILE")
+    require(args.lora or not args.lora_scale, "--lora_scale needs a LoRA: add --lora FILE")
+    require(len(args.lora_scale) in (0, 1, len(args.lora)), f"{len(args.lora_scale)} --lora_scale for "
+            f"{len(args.lora)} --lora: give one for all, or one for each")
+    args.lora_scale = (args.lora_scale or [1.0]) * (1 if len(args.lora_scale) > 1 else len(args.lora))
+    args.prefix_frames = 32 if args.prefix_frames is None else args.prefix_frames
+    args.fit = args.fit or "crop"
+    args.vae, args.t5 = args.vae or args.model.parent / "vae", args.t5 or args.model.parent / "t5"
+
+
+def read_lines(path: Path) -> list[list[str]]:
+    """The prompts of each line that has any."""
+    from checkpoints import reading, require
+
+    with reading("prompt file", path):
+        lines = path.read_text("utf-8-sig").splitlines()
+    found = [[prompt.strip() for prompt in line.split("|")] for line in lines if line.strip()]
+    require(found, f"the prompt file {str(path)!r} is empty: write a prompt a line")
+    return found
+
+
+def output_files(args: argparse.Namespace) -> list[Path]:
+    """Where to write: --out, or a file in that folder for each line of --prompt_file."""
+    from checkpoints import require
+
+    if not args.prompt_file:
+        return [args.out]
+    folder = Path("out") if args.out == Path("out.mp4") else args.out
+    require(folder.is_dir() or not folder.exists() and not folder.suffix,
+            f"--out {str(args.out)!r} must be a folder, for the videos of --prompt_file")
+    folder.mkdir(exist_ok=True)
+    names = [re.sub(r"[^a-z0-9]+", "-", prompts[0].lower())[:40].strip("-") for prompts in args.lines]
+    return [folder / f"{i:03d}{'-' * bool(name)}{name}.mp4" for i, name in enumerate(names)]
+
+
+def claim_outputs(args: argparse.Namespace, locks: contextlib.ExitStack) -> None:
+    """See that the output can be written, before there is something to write, and by nobody else."""
+    import media
+    from checkpoints import require
+
+    args.outs = output_files(args)
+    if str(args.out) == "-":
+        require(not sys.stdout.isatty(), "--out - writes an mp4: send it to a player, such as | ffplay -")
+        args.outs = [take_stdout(locks)]
+    require(args.prompt_file or str(args.out) == "-" or args.out.suffix.lower() in media.WRITERS,
+            f"--out {str(args.out)!r} must end in .mp4, .gif or .png")
     require(args.save_text is None or args.save_text.suffix == ".safetensors",
             f"--save_text {str(args.save_text)!r} must end in .safetensors")
-    inputs = [f for f in (args.image, args.video, args.text, args.config_file, args.lora) if f]
+    inputs = [f for f in (args.image, args.video, args.text, args.config_file, *args.lora) if f]
     inputs += [file for folder in (args.model, args.vae, args.t5) for file in folder.glob("*")]
-    for path in (args.out, args.save_text or args.out):
-        require(not path.exists() or not any(os.path.exists(f) and path.samefile(f) for f in inputs),
-                f"{str(path)!r} is an input: give the output another name")
-        require(path.exists() or not path.is_symlink(),
-                f"cannot write {str(path)!r}: it is a link to what does not exist")
-        require(not path.is_dir(), f"cannot write {str(path)!r}: it is a folder, add a file name")
-        require(not path.exists() or os.access(path, os.W_OK), f"cannot write {str(path)!r}: it is protected")
-        require(path.parent.is_dir(),
-                f"cannot write {str(path)!r}: create the folder {str(path.parent)!r} first")
-        try:
-            tempfile.TemporaryFile(dir=path.parent).close()
-        except OSError as error:
-            raise ValueError(f"cannot write in folder {str(path.parent)!r}: {error.strerror}") from None
+
+    def claimed(path: Path) -> Path:
+        return locks.enter_context(media.claimed(path, inputs))
+
+    args.outs = [claimed(out) if isinstance(out, Path) else out for out in args.outs]
+    args.save_text = args.save_text and claimed(args.save_text)
 
 
-def settings(args: argparse.Namespace, dit, notes: list[str]):
+def take_stdout(locks: contextlib.ExitStack):
+    """Standard output, for the video alone: whatever else is printed goes to standard error."""
+    sys.stdout.flush()
+    stdout = locks.enter_context(os.fdopen(os.dup(1), "wb"))
+    os.dup2(2, 1)
+    locks.callback(os.dup2, stdout.fileno(), 1)
+    return stdout
+
+
+def settings(args: argparse.Namespace, dit, cfg, notes: list[str]):
     """The SamplerConfig of the run: the model's, or that of --config_file, with the given flags on top."""
     import magi
+    import parallel
+    from checkpoints import read_json, reading, require
 
-    cfg = magi.read_config(args.model, "sampler", magi.SamplerConfig)
     if args.config_file:
         import convert_weights
 
+        found = read_json(args.config_file)
         with reading("config", args.config_file):
-            found = json.loads(Path(args.config_file).read_text())
             theirs, official = convert_weights.configs_from_upstream(found)
         if official.distilled != cfg.distilled:
             kinds = ("a base model", "a distilled one")
             notes.append(f"note: --config_file describes {kinds[official.distilled]}, but "
                          f"{str(args.model)!r} is {kinds[cfg.distilled]} and is run as such")
         cfg = dataclasses.replace(official, distilled=cfg.distilled)
+        engine = found.get("engine_config", {})
+        processes = engine.get("cp_size", 1) * engine.get("pp_size", 1)
+        if processes > 1 and parallel.ranks() == 1:
+            notes.append(f"note: --config_file is for {processes} GPUs: to use as many, start this with "
+                         f"torchrun --nproc_per_node {processes} sample.py")
         if (theirs.num_layers, theirs.hidden_size) != (dit.num_layers, dit.hidden_size):
             notes.append(f"note: only the sampler settings of --config_file are used, it describes another "
                          f"model ({theirs.num_layers} layers, this one has {dit.num_layers})")
@@ -426,22 +366,13 @@ def choose_device(args: argparse.Namespace, fp8: bool, notes: list[str]) -> str:
     import torch
 
     import magi
+    from checkpoints import check_device, require
 
     device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
-    require(re.fullmatch(r"cpu|mps|cuda(:\d+)?", device),
-            f"device {device!r} is unknown: try --device cpu, or cuda, cuda:1, mps")
-    try:
-        torch.empty(1, device=device)
-    except (RuntimeError, AssertionError) as error:                          # by how PyTorch was built
-        reason = re.split(r"[.\n]\s|\.$", str(error))[0]
-        raise ValueError(f"device {device!r} is not available ({reason}): try --device cpu") from None
+    check_device(device)
     gpu = device.startswith("cuda")
     require(gpu or args.backend != "triton", f"backend 'triton' needs a GPU, not {device!r}: use 'torch'")
-    magi.get_ops(args.backend)                                               # says if Triton is missing
-    if args.backend == "triton":
-        import kernels
-
-        kernels.arch_of(device)                                              # says if the GPU cannot
+    magi.get_ops(args.backend, device)                                       # says if it cannot be used
     if fp8 and not (gpu and torch.cuda.get_device_capability(device) >= (8, 9)):
         notes.append(f"note: {device} has no fp8 arithmetic: fp8 weights are dequantised, which is slower")
     return device
@@ -452,73 +383,65 @@ def check_model(args: argparse.Namespace, dit, cfg, chunks: float) -> None:
     import torch
 
     import magi
+    from checkpoints import build, read_config, read_headers, read_json, require
 
-    vae_cfg = magi.read_config(args.vae, "vae", magi.VAEConfig)
-    empty = magi.build(lambda: magi.DiT(dit), args.model)
-    if args.lora:
-        require(args.lora.is_file(), f"LoRA {str(args.lora)!r} is no file: check the path")
-        magi.check_lora(empty, args.lora)
-    magi.build(lambda: magi.VAE(vae_cfg), args.vae)
+    vae = read_config(args.vae, "vae", magi.VAEConfig)
+    empty = build(lambda: magi.DiT(dit), args.model)
+    build(lambda: magi.VAE(vae), args.vae)
+    for file in args.lora:
+        import training
+
+        require(file.is_file(), f"LoRA {str(file)!r} is no file: check the path")
+        training.check_lora(empty, file)
     file = args.model / "special_tokens.safetensors"
-    shapes = magi.read_headers([file] if file.is_file() else [])
+    shapes = read_headers([file] if file.is_file() else [])
     table = {name: torch.empty(shape, device="meta") for name, (shape, _) in shapes.items()}
     magi.check_tokens(cfg, table, dit.text_dim, chunks)
     if not args.text:
         config, weights = args.t5 / "config.json", [*args.t5.glob("*.safetensors"), *args.t5.glob("*.bin")]
         require(weights and config.is_file() and (args.t5 / "spiece.model").is_file(),
                 f"no text encoder in {str(args.t5)!r}: it needs config.json, spiece.model and weights")
-        with reading("config", config):
-            width = json.loads(config.read_text())["d_model"]
+        width = read_json(config).get("d_model")
         require(width == dit.text_dim, f"the text encoder in {str(args.t5)!r} has width {width}, this "
                 f"model needs {dit.text_dim}: give the right one with --t5")
-        magi.read_headers([*args.t5.glob("*.safetensors")])                  # finds a file that was cut short
+        read_headers([*args.t5.glob("*.safetensors")])                       # finds a file that was cut short
 
 
-def beyond_small_model(args: argparse.Namespace, cfg) -> list[str]:
-    """Notes on what a small model, whose text encoder lists its words in words.json, cannot do.
+def notes_on_prompts(args: argparse.Namespace, cfg, native, chunks: float) -> list[str]:
+    """What the model will make of the prompts, where that may surprise."""
+    import sentencepiece
 
-    With a LoRA there is none on words: it may have taught another."""
     import magi
+    from checkpoints import load_module, reading
 
-    file, notes = args.t5 / "words.json", []
-    if not file.is_file():
-        return []
-    native = magi.read_config(args.model, "sampler", magi.SamplerConfig)
-    if (cfg.height, cfg.width) != (native.height, native.width):
-        notes.append(f"note: this small model has only seen {native.height}x{native.width} pixels: "
-                     f"at {cfg.height}x{cfg.width} expect fragments")
-    given = args.image or args.video
-    if given and not Path(given).resolve().is_relative_to(TINY):
-        notes.append(f"note: this small model only knows pictures of its own world, such as "
-                     f"{TINY.name}/examples/image.png: of others expect little")
-    if args.lora:
+    notes, prompts = [], args.prompt or []
+    most = max(len(line or ()) for line in args.lines)
+    if most > chunks:
+        notes.append(f"warning: {most} prompts for {chunks} chunk{'s' * (chunks > 1)}: the last "
+                     f"{'ones are' if most - chunks > 1 else 'one is'} not used")
+    if not prompts and not args.text and not args.told:
+        notes.append(f"note: no --prompt, the {'image' if args.image else 'video'} alone says what happens")
+    if args.text:
         return notes
-    with reading("words", file):
-        known = json.loads(file.read_text())                                 # {"colours": ["red", ...], ...}
-        words = {word for phrases in known.values() for phrase in phrases for word in phrase.split()}
-    said = [re.findall(r"\w+", prompt.lower()) for prompt in args.prompt or ()]
-    strange = dict.fromkeys(w for prompt in said for w in prompt if w not in words)
-    shapeless = [p for p, ws in zip(args.prompt or (), said, strict=True) if not {*ws} & {*known["shapes"]}]
-    lists = "; ".join(f"{kind}: {', '.join(phrases)}" for kind, phrases in known.items() if kind != "other")
-    if strange:
-        notes.append(f"note: this small model has never seen {', '.join(map(repr, strange))}. "
-                     f"It knows {lists}. Say for example: a red ball bounces")
-    elif shapeless and args.mode == "t2v":
-        notes.append(f"note: the prompt {shapeless[0]!r} names no shape that this small model knows: "
-                     f"{', '.join(known['shapes'])}. Say for example: a red ball bounces")
+    with reading("tokenizer", args.t5 / "spiece.model"):
+        t5 = sentencepiece.SentencePieceProcessor(model_file=str(args.t5 / "spiece.model"))
+    for prompt in prompts:
+        words = magi.clean_caption(prompt).split()
+        unknown = [w for w in words if t5.unk_id() in t5.encode(w) and re.search(r"\w", w)]
+        if re.search(r"\w", prompt) and not re.search(r"\w", "".join(words)):
+            notes.append(f"warning: nothing of the prompt {prompt!r} can be read by the text encoder: "
+                         f"say it in English")
+        elif unknown and not (args.t5 / "words.json").is_file():
+            notes.append(f"warning: the text encoder cannot read {', '.join(map(repr, unknown))}: "
+                         f"say it in English")
+    words = TINY / "words.py"
+    if (args.t5 / "words.json").is_file() and words.is_file():
+        notes += load_module("tiny_words", words).notes(args, cfg, native)
     return notes
 
 
-def count_chunks(num_frames: int | None, prefix_frames: int) -> float:
-    """How many chunks a run generates after so many frames of video; those they fill are not generated."""
-    if num_frames is None:
-        return math.inf
-    given = prefix_frames // 4                                               # latent frames: 6 are a chunk
-    return -(-(-(-num_frames // 4) + given) // 6) - given // 6
-
-
 # ------------------------------------------------------------------------------------------------------------
-# 5  Running
+# 3  Running
 # ------------------------------------------------------------------------------------------------------------
 
 
@@ -539,66 +462,132 @@ class Quiet:
             os.dup2(os.open(os.devnull, os.O_WRONLY), self.stream.fileno())
 
 
-def say(message: object) -> None:
+def say(message: object, file: Any = None) -> None:
     """One line on stderr whatever the message looked like, above the progress bar if there is one."""
-    tqdm.write(" ".join(str(message).split()), file=sys.stderr)
+    tqdm.write(" ".join(str(message).split()), file=file or sys.stderr)
 
 
-def prepare(argv: list[str] | None) -> dict:
-    """From the command line to the arguments of `generate`: checks, then text encoder, then model."""
-    args, notes = parse_arguments(argv), []
-    args.vae, args.t5 = args.vae or args.model.parent / "vae", args.t5 or args.model.parent / "t5"
+def prepare(argv: list[str] | None, locks: contextlib.ExitStack) -> list[dict]:
+    """From the command line to the arguments of `generate`, for each video: checks, text encoder, model."""
+    args = parse_arguments(argv)
+    if args.plan:
+        print(plan(args))
+        raise SystemExit(0)
     check_flags(args)
     import magi
+    import parallel
+    from checkpoints import reading
 
-    dit = magi.read_config(args.model, "dit", magi.DiTConfig)
-    dit = dataclasses.replace(dit, dtype=args.dtype or dit.dtype)
-    cfg = settings(args, dit, notes)
-    device = choose_device(args, dit.fp8, notes)
-    image = read_image(args.image) if args.image else None
-    video = read_video(args.video, cfg.fps, max(4, args.prefix_frames)) if args.video else None
-    clip = magi.prefix_clip(image, video, args.prefix_frames)
-    chunks = count_chunks(cfg.num_frames, 0 if video is None else len(clip))
-    check_model(args, dit, cfg, chunks)
-    fastest = 50 if args.out.suffix.lower() == ".gif" else 1000
-    require(cfg.fps <= fastest, f"fps {cfg.fps} is too fast: {str(args.out)!r} can play {fastest} at most")
-    for chunk, _ in args.transition:
-        require(chunk < chunks, f"transition at chunk {chunk}: the video has {chunks} chunks, counted from 0")
-    if len(args.prompt or ()) > chunks:
-        notes.append(f"warning: {len(args.prompt)} prompts for {chunks} chunks, the last ones are not used")
-    if not args.prompt and not args.text:
-        notes.append(f"note: no --prompt, the {'image' if args.image else 'video'} alone says what happens")
-    notes += beyond_small_model(args, cfg)
-    text = load_text(args.text, dit) if args.text else None
+    if signal.getsignal(signal.SIGINT) is leave:                             # from here on there may be files
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+    args.device = parallel.start(args.device)
+    if parallel.rank() > 0:                                                  # the first one speaks for all
+        nowhere = locks.enter_context(open(os.devnull, "w"))
+        locks.enter_context(contextlib.redirect_stdout(nowhere))
+        locks.enter_context(contextlib.redirect_stderr(nowhere))
+    dit, cfg, chunks, device, image, video, text, notes = parallel.agreed(check)(args, locks)
     for note in notes:
         say(note)
 
-    text = text or encode_text(args, dit, device)
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()
+    text = text or (None if args.told else encode_text(args, dit, device))
     pipe = magi.load(args.model, vae=args.vae, t5=args.t5, device=device, dtype=args.dtype,
-                     backend=args.backend)
-    pipe.sampler = cfg
-    if args.lora:
-        magi.load_lora(pipe.dit, args.lora, 1.0 if args.lora_scale is None else args.lora_scale)
-    frames = partial(pipe, text, image=image, video=video, prefix_frames=args.prefix_frames, fit=args.fit)
-    return dict(frames=frames, cfg=cfg, chunks=chunks, out=args.out, device=device)
+                     backend=args.backend, keep_t5=args.told, parts=parallel.parts(args.stream))
+    for file, scale in zip(args.lora, args.lora_scale, strict=True):
+        import training
+
+        training.load_lora(pipe.dit, file, scale)
+    runs = []
+    for i, (prompts, out) in enumerate(zip(args.lines, args.outs, strict=True)):
+        if args.told:
+            import live
+
+            with reading("text encoder", args.t5):                           # it is kept
+                pipe.encode_text([""])
+            given: Any = live.told_by(io.FileIO(0, closefd=False), cfg.num_frames is None, say)
+        else:
+            n = len(prompts) if args.prompt_file else len(text[0])
+            given, text = [part[:n] for part in text], [part[n:] for part in text]
+        config = dataclasses.replace(cfg, seed=cfg.seed + i)
+        frames = partial(pipe, given, sampler=config, image=image, video=video, fit=args.fit,
+                         prefix_frames=args.prefix_frames)
+        runs.append(dict(frames=frames, cfg=config, chunks=chunks, out=out, device=device,
+                         report=getattr(pipe.dit.ops, "report", None)))
+    return runs
+
+
+def plan(args: argparse.Namespace) -> str:
+    """What this run needs where; --model may also name a released model that is not here yet."""
+    import magi
+    import parallel
+    from checkpoints import read_config
+
+    known = magi.PRESETS.get(str(args.model))
+    dit = known.dit if known else read_config(args.model, "dit", magi.DiTConfig)
+    native = known.sampler if known else read_config(args.model, "sampler", magi.SamplerConfig)
+    return parallel.plan(dit, settings(args, dit, native, []))
+
+
+def check(args: argparse.Namespace, locks: contextlib.ExitStack) -> tuple:
+    """All that is checked before a weight is read."""
+    import magi
+    import media
+    import parallel
+    from checkpoints import read_config, require
+
+    notes: list[str] = []
+    require(not args.told or parallel.ranks() == 1, "--prompt - is read by one process: leave torchrun out")
+    args.outs = args.lines                                                   # for those that do not write
+    if parallel.rank() == 0:
+        claim_outputs(args, locks)
+    dit = read_config(args.model, "dit", magi.DiTConfig)
+    dit = dataclasses.replace(dit, dtype=args.dtype or dit.dtype)
+    native = read_config(args.model, "sampler", magi.SamplerConfig)
+    cfg = settings(args, dit, native, notes)
+    fastest = 50 if args.out.suffix.lower() == ".gif" else 1000
+    require(cfg.fps <= fastest, f"fps {cfg.fps} is too fast: {str(args.out)!r} can play {fastest} at most")
+    device = choose_device(args, dit.fp8, notes)
+    size = cfg.height, cfg.width
+    image = media.read_image(args.image, size, args.fit) if args.image else None
+    video = None
+    if args.video:
+        video = media.read_video(args.video, cfg.fps, None, max(4, args.prefix_frames), size, args.fit)
+    clip = media.prefix_clip(image, video, args.prefix_frames)
+    chunks = count_chunks(cfg.num_frames, 0 if video is None else len(clip))
+    check_model(args, dit, cfg, chunks)
+    for chunk, _ in args.transition:
+        require(chunk < chunks, f"transition at chunk {chunk}: the video has {chunks} chunks, counted from 0")
+    notes += notes_on_prompts(args, cfg, native, chunks)
+    text = load_text(args.text, dit) if args.text else None
+    return dit, cfg, chunks, device, image, video, text, notes
+
+
+def count_chunks(num_frames: int | None, prefix_frames: int) -> float:
+    """How many chunks a run generates after so many frames of video; those they fill are not generated."""
+    import magi
+
+    fours = None if num_frames is None else math.ceil(num_frames / 4) * 4
+    total, given = magi.count_chunks(fours, prefix_frames // 4)
+    return math.inf if total is None else total - given
 
 
 def encode_text(args: argparse.Namespace, dit, device: str) -> tuple:
     """The prompts as the model reads them. T5 is gone when this returns, before the model itself is read."""
-    import magi
+    import media
+    import parallel
+    from checkpoints import reading, save
 
     with reading("text encoder", args.t5):
-        from transformers.utils import logging
-
-        logging.disable_progress_bar()
-        text, mask = magi.T5(args.t5, dit.text_length, device)(args.prompt or [""])
-    if args.save_text:
+        t5 = parallel.T5(args.t5, dit.text_length, device, stream=args.stream)
+        text, mask = t5(args.prompt or [""])
+    if args.save_text and parallel.rank() == 0:
         from safetensors import SafetensorError
-        from safetensors.torch import save_file
 
         made, about = {"text": text, "mask": mask}, {"prompts": json.dumps(args.prompt)}
         try:
-            replace(args.save_text, lambda new: save_file(made, new, about))
+            media.replace(args.save_text, lambda new: save(made, new, about))
         except SafetensorError as error:
             raise OSError(f"cannot write {str(args.save_text)!r}: {error}") from None
     return text, mask
@@ -608,12 +597,15 @@ def load_text(path: str, dit) -> tuple:
     """What --save_text wrote: text (n, L, C) and mask (n, L)."""
     from safetensors.torch import load_file
 
+    from checkpoints import reading, require
+
     with reading("text", path):
         saved = load_file(path)
         text, mask = saved["text"], saved["mask"]
     require(text.shape[1:] == (dit.text_length, dit.text_dim) and mask.shape == text.shape[:2] and len(text),
             f"text {path!r} has shape {tuple(text.shape)}, this model needs (prompts, {dit.text_length}, "
             f"{dit.text_dim}): save it again with this model")
+    require(text.isfinite().all(), f"text {path!r} has numbers that are not finite: save it again")
     return text, mask
 
 
@@ -630,17 +622,44 @@ def uninterrupted():
         raise KeyboardInterrupt
 
 
-def generate(frames, cfg, chunks: float, out: Path, device: str) -> int:
-    """Make the video and write it chunk by chunk, then say how it went. Returns the exit code."""
-    endless, per_stage = chunks == math.inf, cfg.num_steps // cfg.window
-    total = None if endless else (chunks + cfg.window - 1) * per_stage
-    bar = tqdm(total=total, unit=" steps", desc="starting", dynamic_ncols=True)
+def progress_bar(chunks: float, total: int | None) -> tuple[tqdm, Callable]:
+    """The bar, and what to call after every step. Where nobody watches (a log), a line now and then instead:
+    after a second, then after twice as long, up to a minute."""
+    watched = sys.stderr.isatty()
+    bar = tqdm(total=total, unit=" steps", desc="starting", dynamic_ncols=True, disable=not watched)
+    pause, next_line = 1, 0.0
 
     def progress(p) -> None:
-        bar.set_description_str(f"chunk {p.chunk + 1}" + ("" if endless else f"/{chunks}"), refresh=False)
-        bar.update(p.step - bar.n)
+        nonlocal pause, next_line
+        where = f"chunk {p.chunk + 1}" + ("" if total is None else f"/{chunks}")
+        if not bar.disable:
+            bar.set_description_str(where, refresh=False)
+            bar.update(p.step - bar.n)
+        elif p.step == total or time.monotonic() >= next_line:
+            say(f"{where}: step {p.step}" + ("" if total is None else f" of {total}"))
+            next_line, pause = time.monotonic() + pause, min(2 * pause, 60)
 
-    writer, code, made, first, last = WRITERS[out.suffix.lower()](out, cfg.fps), 0, 0, 0.0, 0.0
+    return bar, progress
+
+
+def generate(frames, cfg, chunks: float, out: Any, device: str, report: Callable[[], str] | None = None
+             ) -> int:
+    """Make the video and write it chunk by chunk, then say how it went. Returns the exit code.
+
+    report: says which kernels were used (kernel_choice.py)."""
+    import media
+    import parallel
+
+    if parallel.rank() > 0:                                                  # the first process writes
+        with contextlib.suppress(KeyboardInterrupt):
+            for _ in frames():
+                pass
+            return 0
+        return 130
+    total = None if chunks == math.inf else (chunks + cfg.window - 1) * (cfg.num_steps // cfg.window)
+    bar, progress = progress_bar(chunks, total)
+    name, suffix = (out, out.suffix.lower()) if isinstance(out, Path) else ("-", ".mp4")
+    writer, code, made, first, last = media.WRITERS[suffix](out, cfg.fps), 0, 0, 0.0, 0.0
     start = time.perf_counter()
     try:
         for chunk in frames(progress=progress):
@@ -651,20 +670,26 @@ def generate(frames, cfg, chunks: float, out: Path, device: str) -> int:
     except KeyboardInterrupt:
         signal.signal(signal.SIGINT, signal.SIG_IGN)                         # once is enough
         code = 130
+    except BrokenPipeError:                                                  # the player was closed
+        os.dup2(os.open(os.devnull, os.O_WRONLY), out.fileno())
     except OSError as error:
-        say(f"error: cannot write {str(out)!r}: {error}")
+        say(f"error: cannot write {str(name)!r}: {error}")
         code = 1
-    except FloatingPointError as error:
+    except (ValueError, FloatingPointError) as error:
         say(f"error: {error}")
         code = 1
     finally:
         bar.close()
+    with contextlib.suppress(KeyboardInterrupt), uninterrupted():            # what is made will be finished
+        writer.close()
     how = {0: "", 1: "stopped: ", 130: "interrupted: "}[code]
     pace = last / max(1, made) * cfg.fps
     word = "faster" if pace < 1 else "slower"
     speed = f"{pace:.2f} s of computing per second of video ({word} than it plays)"
-    print(f"{how}first chunk after {first:.2f} s, {speed}, {peak_memory(device)}, {made} frames -> {out}"
-          if made else f"{how}no chunk could be written, {out} is as it was")
+    print(f"{how}first chunk after {first:.2f} s, {speed}, {peak_memory(device)}, {made} frames -> {name}"
+          if made else f"{how}no chunk could be written, {name} is as it was")
+    if report and made:
+        print(report())
     return code
 
 
@@ -685,23 +710,34 @@ def main(argv: list[str] | None = None) -> int:
     """Run the command line and return the exit code: see the top of the file."""
     on_ctrl_c = signal.getsignal(signal.SIGINT)
     with warnings.catch_warnings(), contextlib.redirect_stdout(Quiet(sys.stdout)), \
-            contextlib.redirect_stderr(Quiet(sys.stderr)):
+            contextlib.redirect_stderr(Quiet(sys.stderr)) as stderr, contextlib.ExitStack() as locks:
         warnings.showwarning = lambda message, *_, **__: say(f"warning: {message}")
         try:
             try:
-                run = prepare(argv)
+                runs = prepare(argv, locks)
             except (ValueError, OSError, ImportError) as error:
                 say(f"error: {error}")
                 return 2
-            return generate(**run)
+            code = 0
+            for run in runs:
+                code = max(code, generate(**run))
+                if code == 130:
+                    break
+            return code
         except KeyboardInterrupt:
             print("interrupted before anything was written")
             return 130
         except (MemoryError, RuntimeError) as error:
+            import parallel
+            from checkpoints import out_of_memory
+
+            if parallel.lost_another(error):
+                say("error: another process has stopped, and this one with it; what was written stays")
+                return 1
             if not out_of_memory(error):
                 raise                                                       # a fault in the code: show it all
-            say(f"error: out of memory, try a smaller --height and --width, "
-                f"or --window 1 --kv_range 2 ({error})")
+            say(f"error: out of memory, see --plan, or try --stream cpu, a smaller --height and --width, "
+                f"or --window 1 --kv_range 2 ({error})", stderr)
             return 1
         finally:
             signal.signal(signal.SIGINT, on_ctrl_c)

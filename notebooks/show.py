@@ -1,4 +1,4 @@
-"""How the notebooks show things: nothing here belongs to MAGI-1.
+"""Pictures and tables for the notebooks; nothing here belongs to MAGI-1.
 
     film({"name": frames, ...})     rows of still frames, one row per clip
     play({"name": frames, ...})     clips side by side, moving: an animated PNG, small enough to commit

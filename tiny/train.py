@@ -3,7 +3,8 @@
     vae    the video autoencoder, on 12-frame pieces                      -> tiny/vae/
     dit    latents of many clips, then text encoder + DiT together        -> tiny/t5/, tiny/base/
     distill  three branches and many steps into one branch and few        -> tiny/distill/
-    lora   a colour that the finished model has never seen                -> tiny/lora/cyan.safetensors
+    clips  a folder of mp4 files with captions that teach a new colour    -> --out
+    lora   the same colour, by `training.py lora`, and what the judge says -> tiny/lora/cyan.safetensors
     eval   what the judge says of prompts that were never trained on
     steps  base and distilled at 64 to 4 steps: a table and a plot        -> tiny/examples/steps.*
 
@@ -17,7 +18,6 @@ from __future__ import annotations
 
 import argparse
 import copy
-import csv
 import dataclasses
 import functools
 import json
@@ -37,24 +37,27 @@ import numpy as np  # noqa: E402
 import torch  # noqa: E402
 import torch.nn.functional as F  # noqa: E402
 import world  # noqa: E402
+from measure import encode_once, evaluate, judge_prompts, psnr, step_counts, to_video  # noqa: E402
 from safetensors.torch import load_file, save_file  # noqa: E402
 from torch import Tensor, nn  # noqa: E402
 from tqdm import tqdm  # noqa: E402
 
+import checkpoints  # noqa: E402
+import finetune  # noqa: E402
 import magi  # noqa: E402
+import media  # noqa: E402
+import training  # noqa: E402
 
 # ------------------------------------------------------------------------------------ attention on a CPU
 # magi.block_attention is one call per chunk, which suits few long chunks. For many short ones in a batch
 # there are two faster ways, both with the signature of magi.py, section 2.
 
 
-def block_attention(q: Tensor, k: Tensor, v: Tensor, ranges: Tensor, cached=None) -> Tensor:
+def block_attention(q: Tensor, k: Tensor, v: Tensor, spans: Tensor, out: Tensor | None = None) -> Tensor:
     """magi.block_attention for all chunks at once. Where most keys are read by most chunks, as in self-
     attention, one call with a mask; where each reads a few, as in cross-attention, these are gathered."""
-    if cached is not None:
-        return magi.block_attention(q, k, v, ranges, cached)
-    (B, N), M, n = q.shape[:2], k.shape[1], ranges.shape[1]
-    start, end = ranges[..., :1], ranges[..., 1:]  # (B or 1, n, 1)
+    (B, N), M, n = q.shape[:2], k.shape[1], spans.shape[1]
+    start, end = spans[..., :1], spans[..., 1:]  # (B or 1, n, 1)
     longest = int((end - start).max())
     index = torch.arange(M)
     if 2 * longest < M:  # (B, n * longest) keys; every chunk becomes a row of the batch
@@ -73,8 +76,9 @@ def block_attention(q: Tensor, k: Tensor, v: Tensor, ranges: Tensor, cached=None
     scores = scores.unflatten(2, (group, -1))
     if not valid.all():
         scores = scores.masked_fill(~valid[:, None], float("-inf"))
-    out = scores.softmax(-1).to(v).flatten(2, 3) @ v.transpose(1, 2)
-    return out.unflatten(2, (group, -1)).permute(0, 3, 1, 2, 4).reshape(q.shape)
+    result = scores.softmax(-1).to(v).flatten(2, 3) @ v.transpose(1, 2)
+    result = result.unflatten(2, (group, -1)).permute(0, 3, 1, 2, 4).reshape(q.shape)
+    return result if out is None else out.copy_(result)
 
 
 def attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -82,7 +86,9 @@ def attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     return block_attention(q, k, v, torch.tensor([[[0, k.shape[1]]]]))
 
 
-CPU_OPS = SimpleNamespace(**vars(magi.TORCH_OPS) | dict(attention=attention, block_attention=block_attention))
+CPU_OPS = dataclasses.replace(
+    magi.TORCH_OPS, name="many short chunks", attention=attention, block_attention=block_attention
+)
 
 
 class Muon(torch.optim.Optimizer):
@@ -117,27 +123,11 @@ def orthogonal(matrix: Tensor, steps: int = 5) -> Tensor:
     return (x.T if matrix.shape[0] > matrix.shape[1] else x).to(matrix)
 
 
-def fit(
-    name: str,
-    model: nn.Module,
-    loss_of_step,
-    steps: int,
-    lr: float,
-    work: Path,
-    every: int = 500,
-    ema_decay: float = 0.999,
-    warmup: int = 100,
-    weight_decay: float = 0.02,
-    report=None,
-) -> nn.Module:
-    """Train `model` by loss_of_step(step) -> (loss, numbers to log) and leave its EMA weights in it.
-
-    Goes on from work/name.pt if that is there. The matrices of the blocks learn by Muon at rate lr and decay,
-    all else by AdamW at lr, but at most 1e-3. Rates warm up, stay, and fall to zero in the last third: to
-    train a finished model further, give more steps.
-    """
-    work.mkdir(parents=True, exist_ok=True)
-    file = work / f"{name}.pt"
+def fit(name: str, model: nn.Module, loss_of_step, steps: int, lr: float, work: Path, every: int = 500,
+        ema_decay: float = 0.999, warmup: int = 100, weight_decay: float = 0.02, report=None
+        ) -> nn.Module:  # fmt: skip
+    """`training.fit` with Muon at rate lr and decay for the matrices of the blocks, AdamW at lr, but at most
+    1e-3, for all else, and the moving average of the weights as its result."""
     named = [(k, p) for k, p in model.named_parameters() if p.requires_grad]
     inner = {k for k, p in named if p.ndim == 2 and ("layers." in k or "block" in k) and "bias" not in k}
     matrices, others = ([p for k, p in named if (k in inner) == which] for which in (True, False))
@@ -145,73 +135,8 @@ def fit(
         Muon(matrices, lr, weight_decay=weight_decay),
         torch.optim.AdamW(others, min(lr, 1e-3), (0.9, 0.95), weight_decay=0),
     ]
-    rates = [optimizer.param_groups[0]["lr"] for optimizer in optimizers]
-    ema = {k: v.detach().clone() for k, v in model.state_dict().items()}
-    first = 0
-    if file.exists():
-        state = torch.load(file, weights_only=True)
-        model.load_state_dict(state["model"])
-        ema, first = state["ema"], state["step"]
-        for optimizer, saved in zip(optimizers, state["optimizers"], strict=True):
-            optimizer.load_state_dict(saved)
-
-    log, lines = work / f"{name}.csv", []
-    bar = tqdm(range(first, steps), initial=first, total=steps, desc=name, mininterval=5, dynamic_ncols=True)
-    model.train()
-    for step in bar:
-        for optimizer, rate in zip(optimizers, rates, strict=True):
-            optimizer.param_groups[0]["lr"] = rate * min((step + 1) / warmup, 1, 3 * (1 - step / steps))
-        loss, numbers = loss_of_step(step)
-        model.zero_grad(set_to_none=True)
-        loss.backward()
-        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        for optimizer in optimizers:
-            optimizer.step()
-        decay = min(ema_decay, (step + 1) / (step + 10))  # a young average must not remember the start
-        with torch.no_grad():
-            for k, v in model.state_dict().items():
-                ema[k].lerp_(v.to(ema[k]), 1 - decay) if v.is_floating_point() else ema[k].copy_(v)
-        lines.append([step, float(loss.detach()), *numbers.values()])
-        if step % 20 == 0:
-            averages = {k: np.mean([row[i] for row in lines[-100:]]) for i, k in enumerate(numbers, 2)}
-            bar.set_postfix({"loss": f"{np.mean([row[1] for row in lines[-100:]]):.4f}"}
-                            | {k: f"{v:.3g}" for k, v in averages.items()})  # fmt: skip
-        if (step + 1) % every == 0 or step + 1 == steps:
-            state = {"model": model.state_dict(), "ema": ema, "step": step + 1,
-                     "optimizers": [optimizer.state_dict() for optimizer in optimizers]}  # fmt: skip
-            torch.save(state, file.with_suffix(".tmp"))
-            os.replace(file.with_suffix(".tmp"), file)  # a kill in the middle of writing loses nothing
-            with log.open("a", newline="") as f:
-                csv.writer(f).writerows(lines)
-            lines = []
-            if report:
-                kept = {k: v.clone() for k, v in model.state_dict().items()}
-                model.load_state_dict(ema)
-                model.eval()
-                bar.write(f"{name} {step + 1}: {report()}")
-                model.load_state_dict(kept)
-                model.train()
-    model.load_state_dict(ema)
-    if log.exists():
-        plot(log)
-    return model.eval()
-
-
-def plot(log: Path) -> None:
-    """Draw the smoothed loss of a CSV beside it."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    rows = np.loadtxt(log, delimiter=",", ndmin=2)
-    width = max(1, len(rows) // 200)
-    smooth = rows[: len(rows) // width * width, :2].reshape(-1, width, 2).mean(1)
-    plt.figure(figsize=(6, 3.5))
-    plt.semilogy(smooth[:, 0], smooth[:, 1])
-    plt.xlabel("step"), plt.ylabel("loss"), plt.title(log.stem), plt.grid(alpha=0.3)
-    plt.savefig(log.with_suffix(".png"), dpi=100, bbox_inches="tight")
-    plt.close()
+    return training.fit(name, model, loss_of_step, steps, optimizers, work, every=every, warmup=warmup,
+                        ema_decay=ema_decay, report=report)  # fmt: skip
 
 
 @functools.cache
@@ -233,22 +158,13 @@ def autocast() -> torch.autocast:
     return torch.autocast("cpu", torch.bfloat16, enabled=autocast_is_faster())
 
 
-def to_video(frames: np.ndarray) -> Tensor:
-    """uint8 (..., frames, h, w, 3) -> float (..., 3, frames, h, w) in [-1, 1]."""
-    return torch.from_numpy(frames).movedim(-1, -4).float() / 127.5 - 1
-
-
-def psnr(a: Tensor, b: Tensor) -> float:
-    """Peak signal-to-noise ratio in dB of two videos in [-1, 1]."""
-    return (10 * torch.log10(4 / ((a.clamp(-1, 1) - b) ** 2).mean())).item()
-
-
 # ------------------------------------------------------------------------------------------------ VAE
 
 
 def train_vae(args) -> None:
     torch.manual_seed(0)
-    vae = magi.VAE(magi.VAE_PRESETS["tiny"], CPU_OPS)
+    vae = magi.VAE(magi.VAE_PRESETS["tiny"])
+    vae.ops = CPU_OPS
     if args.init:
         vae.load_state_dict(magi.load_vae(args.init / "vae").state_dict())
     for conv in (vae.encoder.patch_embed, vae.decoder.last_layer):
@@ -276,7 +192,7 @@ def train_vae(args) -> None:
         with autocast():
             if step < encoder_steps:
                 noise = 0.5 * torch.rand(len(video)) ** 2
-                loss, recon = magi.vae_loss(vae, video, weight, latent_noise=noise)
+                loss, recon = training.vae_loss(vae, video, weight, latent_noise=noise)
             else:  # the latents are final; the decoder learns to make the most of them
                 with torch.no_grad():
                     latent, _ = vae.moments(video)
@@ -352,7 +268,8 @@ class Tiny(nn.Module):
 
         preset = magi.PRESETS["tiny"]
         self.sampler = dataclasses.replace(preset.sampler, text_scales=(2.5, 2.5, 2.5, 1.0, 1.0))
-        self.dit = magi.DiT(preset.dit, CPU_OPS)
+        self.dit = magi.DiT(preset.dit)
+        self.dit.ops = CPU_OPS
         width = preset.dit.text_dim
         self.t5 = T5EncoderModel(
             T5Config(
@@ -411,9 +328,8 @@ class Tiny(nn.Module):
         rows = []
         for clip, left in zip(captions, remaining, strict=True):
             for i, c in enumerate(clip):
-                tokens = magi.token_vectors(
-                    self.sampler.special_tokens, magi.SPECIAL_TOKENS, self.tokens, left - i
-                )
+                names = magi.token_names(self.sampler.special_tokens, magi.SPECIAL_TOKENS, left - i)
+                tokens = [self.tokens[name] for name in names]
                 rows.append(magi.prepend_tokens(hidden[unique.index(c)], mask[unique.index(c)], tokens))
         return tuple(torch.stack(u).unflatten(0, (len(captions), -1)) for u in zip(*rows, strict=True))
 
@@ -469,7 +385,7 @@ def encode_clips(vae: magi.VAE, clips: int, work: Path, per_file: int = 500) -> 
 
 
 def draw_clips(rng: np.random.Generator, n: int, count: int, model: Tiny, data: dict) -> dict[str, Tensor]:
-    """The first n chunks of `count` encoded clips, as the losses of magi.py take them.
+    """The first n chunks of `count` encoded clips, as the losses of training.py take them.
 
     The first: later on a slide may rest at the wall, and without its past that caption would be a lie. Clips
     with a circle come three times as often as others: it is the last motion to be learned, since the two
@@ -495,7 +411,7 @@ def train_dit(args) -> None:
     data, model = encode_clips(vae, args.clips, args.work), Tiny()
     if args.init:
         model.load(args.init)
-    alone, together = magi.TrainingConfig(video_share=0.0), magi.TrainingConfig()
+    alone, together = training.TrainingConfig(video_share=0.0), training.TrainingConfig()
 
     def loss_of_step(step: int):
         """Early on mostly single chunks: with a history to copy from, captions are learned four times slower.
@@ -503,7 +419,7 @@ def train_dit(args) -> None:
         rng = np.random.default_rng([step, 11])
         n = 1 if rng.random() < (0.75 if step < args.dit_steps / 2 else 0.5) else 4
         with autocast():
-            loss = magi.flow_matching_loss(
+            loss = training.flow_matching_loss(
                 model.dit,
                 **draw_clips(rng, n, args.batch // n, model, data),
                 cfg=alone if n == 1 else together,
@@ -539,16 +455,16 @@ def distill(args) -> None:
     data = encode_clips(vae, args.clips, args.work)
     model.load(args.out)
     model.requires_grad_(False)
-    model.sampler = magi.read_config(args.out / "base", "sampler", magi.SamplerConfig)
+    model.sampler = checkpoints.read_config(args.out / "base", "sampler", magi.SamplerConfig)
     student = copy.deepcopy(model.dit).requires_grad_()
     sampler = dataclasses.replace(model.sampler, distilled=True, num_steps=8)
-    cycle = (*magi.SHORTCUT_CYCLE, 4)
+    cycle = (*training.SHORTCUT_CYCLE, 4)
 
     def loss_of_step(step: int):
-        rng, num_steps = np.random.default_rng([step, 13]), magi.shortcut_steps(step, cycle)
+        rng, num_steps = np.random.default_rng([step, 13]), training.shortcut_steps(step, cycle)
         n = int(rng.choice([1, 2, 3, 4], p=[0.3, 0.15, 0.15, 0.4]))
         with autocast():
-            loss = magi.shortcut_loss(
+            loss = training.shortcut_loss(
                 student,
                 model.dit,
                 **draw_clips(rng, n, args.batch // n, model, data),
@@ -571,42 +487,51 @@ def distill(args) -> None:
     save_model(args.out / "distill", student, config, special_tokens=dict(model.tokens.items()))
 
 
-def train_lora(args) -> None:
-    """A LoRA teaches the base model a colour that none of its clips had, in minutes on a CPU."""
-    torch.manual_seed(3)
+def write_clips(args) -> None:
+    """A folder for `training.py lora`: mp4 files, each with a caption a second, half of them in a colour that
+    no training clip had, half in the old ones. Without these the model would forget what it is not shown.
+    Clips that are there already are left alone."""
     (colour,) = world.NEW_COLOURS
-    vae, model = magi.load_vae(args.out / "vae"), Tiny()
-    model.load(args.out)
-    model.requires_grad_(False)
-    model.sampler = magi.read_config(args.out / "base", "sampler", magi.SamplerConfig)
-    magi.add_lora(model.dit, args.rank)
+    names = [(s, m) for s in world.SHAPES for m in world.MOTIONS if not world.held_out(colour, s, m)]
+    shown = [(*name, [*world.PLACES][(i + k) % 4]) for i, name in enumerate(names) for k in range(2)][
+        : args.clips
+    ]
+    args.out.mkdir(parents=True, exist_ok=True)
+    for i, (shape, motion, place) in enumerate(tqdm(shown, desc="write clips", unit_scale=2)):
+        new = world.scene(colour, shape, motion, place, chunks=2, seed=i // 2)
+        for kind, clip in ((colour, new), ("old", world.make_clip(i, chunks=2))):
+            video, captions = (args.out / f"{kind}{i:03}.{suffix}" for suffix in ("mp4", "txt"))
+            if not captions.exists():
+                video.unlink(missing_ok=True)
+                writer = media.Mp4Writer(video, world.FPS)
+                writer.write(clip.frames)
+                writer.close()
+                captions.write_text("\n".join(clip.captions) + "\n")
 
-    names = [(s, m) for s in world.SHAPES for m in world.MOTIONS]
-    taught, asked = ([n for n in names if world.held_out(colour, *n) == held] for held in (False, True))
-    clips = [world.scene(colour, *n, p, chunks=2, seed=i) for i, n in enumerate(taught) for p in world.PLACES]
-    new = encode(vae, clips)
-    old = encode_clips(vae, 500, args.work)  # half of every batch: what is not shown again is forgotten
 
-    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], 2e-3, weight_decay=0)
-    bar = tqdm(range(args.lora_steps), desc="lora", mininterval=5)
-    for step in bar:
-        optimizer.param_groups[0]["lr"] = 2e-3 * min(1, (step + 1) / 20, 3 * (1 - step / args.lora_steps))
-        rng, n = np.random.default_rng([step, 17]), 1 + step % 2
-        with autocast():
-            halves = [draw_clips(rng, n, args.batch // 4 // n, model, data) for data in (new, old)]
-            batch = {k: torch.cat([half[k] for half in halves]) for k in halves[0]}
-            loss = magi.flow_matching_loss(model.dit, **batch, sampler=model.sampler,
-                                           generator=torch.Generator().manual_seed(step))  # fmt: skip
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-        bar.set_postfix({"loss": f"{loss.item():.3f}"}, refresh=False)
-    file = args.out / "lora" / f"{colour}.safetensors"
+def train_lora(args) -> None:
+    """A LoRA teaches the base model a colour that none of its clips had, in minutes on a CPU: from a folder
+    of clips, by the program that trains on anybody's clips."""
+    (colour,) = world.NEW_COLOURS
+    work, file = args.work / "lora", args.out / "lora" / f"{colour}.safetensors"
+    write_clips(SimpleNamespace(out=args.work / "clips", clips=args.clips))
     file.parent.mkdir(exist_ok=True)
-    magi.save_lora(model.dit, file)
-    print(f"wrote {file}, {file.stat().st_size / 1e6:.1f} MB")
+    if not (work / "settings.json").exists():  # a new run replaces the shipped file
+        file.unlink(missing_ok=True)
+    flags = {"model": args.out / "base", "data": args.work / "clips", "out": file, "work": work,
+             "rank": args.rank, "steps": args.lora_steps, "lr": 2e-3, "seconds": 2, "tokens": 96 * args.batch,
+             "sample-every": 0}  # fmt: skip
+    words = [word for name, value in flags.items() for word in (f"--{name}", str(value))]
+    finetune.run(finetune.parser().parse_args(["lora", "--keep-activations", *words]))
+    judge_lora(args, file)
 
-    prompts = [(world.caption([(colour, *n)]), (colour, *n)) for n in asked]
+
+def judge_lora(args, file: Path) -> None:
+    """Prompts in the new colour, in combinations that the LoRA was not shown, and in the old ones; without
+    the LoRA and with it."""
+    (colour,) = world.NEW_COLOURS
+    names = [(s, m) for s in world.SHAPES for m in world.MOTIONS if world.held_out(colour, s, m)]
+    prompts = [(world.caption([(colour, *n)]), (colour, *n)) for n in names]
     others = world.sample_prompts(len(prompts), seed=1)
     for folder in ("base", "distill"):
         if not (args.out / folder).is_dir():
@@ -614,224 +539,30 @@ def train_lora(args) -> None:
         for scale in (0.0, 1.0):
             pipe = magi.load(args.out / folder)
             encode_once(pipe, args.out / "t5")
-            magi.load_lora(pipe.dit, file, scale)
+            training.load_lora(pipe.dit, file, scale)
             for kind, wanted in ((f"{colour}, held out", prompts), ("old colours", others)):
                 scores = judge_prompts(pipe, wanted, 24, world.COLOURS | world.NEW_COLOURS)
                 scores = ", ".join(f"{k} {v:.0%}" for k, v in scores.items())
                 print(f"{folder}, LoRA x {scale:g}, {kind} ({len(wanted)} prompts): {scores}", flush=True)
 
 
-# ------------------------------------------------------------------------------------------------ evaluation
-
-
-# Everything here is asked of captions and clips that training never shows: the judge in world.py reads
-# colour, shape, motion and position back from the frames. Shares are of the videos made.
-
-
-def film(pipe: magi.MAGI, prompt, frames: int, seed: int, **settings) -> np.ndarray:
-    """A whole video, uint8 (frames, 64, 64, 3)."""
-    return np.concatenate(list(pipe(prompt, num_frames=frames, seed=seed, **settings)))
-
-
-def right(verdict, wanted: world.Triple) -> list[bool]:
-    return [getattr(verdict, name) == word for name, word in zip(NAMES, wanted, strict=True)]
-
-
-NAMES = ("colour", "shape", "motion")
-
-
-def judge_prompts(
-    pipe: magi.MAGI, prompts: list, num_frames: int = 48, colours: dict = world.COLOURS, **settings
-) -> dict[str, float]:
-    """Share of prompts whose video shows the right colour, shape and motion, as the judge reads them."""
-    hits = [
-        right(world.judge(film(pipe, text, num_frames, seed, **settings), colours), wanted)
-        for seed, (text, wanted) in enumerate(prompts)
-    ]
-    return dict(zip(NAMES, np.mean(hits, axis=0).tolist(), strict=True))
-
-
-def judge_images(pipe: magi.MAGI, count: int) -> tuple[float, float]:
-    """First frame against the input in dB; share of videos that move as the caption says. 48 frames each."""
-    moving = [t for t in world.TRIPLES if world.held_out(*t) and t[2] != "still"]
-    first, follow = [], []
-    for i in range(count):
-        triple = moving[i * 7 % len(moving)]
-        clip = world.scene(*triple, [*world.PLACES][i % 4], 2, 1000 + i)
-        video = film(pipe, clip.captions[0], 48, i, image=clip.frames[0])
-        first.append(psnr(to_video(video[:1]), to_video(clip.frames[:1])))
-        follow.append(world.judge(video).motion == triple[2])
-    return float(np.mean(first)), float(np.mean(follow))
-
-
-def judge_continuations(pipe: magi.MAGI, count: int) -> tuple[float, float]:
-    """Mean distance in px of the object from where it truly goes in the next second, when the model has seen
-    32 frames of it, and when it has seen only the last one. Slides and bounces; lost objects count 32 px."""
-    off = {"video": [], "image": []}
-    for i in range(count):
-        motion = ("bounce", "left", "bounce", "right", "up", "down")[i % 6]
-        colour, shape = [*world.COLOURS][i % 8], world.SHAPES[i % 5]
-        clip = world.scene(colour, shape, motion, [*world.PLACES][i % 4], 3, 2000 + i)
-        given, truth = clip.frames[:48], clip.things[0].path[48:72]
-        for kind in off:
-            seen = {"video": given} if kind == "video" else {"image": given[-1]}
-            video = film(pipe, clip.captions[2], 24 + (kind == "image"), i, **seen)[-24:]
-            distance = np.hypot(*(world.judge(video).centres - truth).T)
-            off[kind].append(np.nan_to_num(distance, nan=32.0).mean())
-    return float(np.mean(off["video"])), float(np.mean(off["image"]))
-
-
-def judge_changes(pipe: magi.MAGI, count: int) -> float:
-    """Share of videos whose caption changes at the second or third chunk and which change in that very chunk:
-    the word that changes is read before it as it was, and in it as it has become."""
-    rng, hits = np.random.default_rng(9), []
-    while len(hits) < count:
-        i, at = len(hits), int(rng.integers(1, 3))
-        before = world.TRIPLES[rng.integers(len(world.TRIPLES))]
-        which = int(rng.integers(3))
-        new = rng.choice([*world.COLOURS]) if which == 0 else rng.choice(world.SHAPES) if which == 1 else (
-            world.OPPOSITE.get(before[2], "still"))  # fmt: skip
-        after = tuple(str(new) if k == which else word for k, word in enumerate(before))
-        if after == before:
-            continue
-        captions = [world.caption([before])] * at + [world.caption([after], [before])]
-        chunks = world.judge(film(pipe, captions, 24 * (at + 1), i)).chunks
-        hits.append(chunks[at - 1][which] == before[which] and chunks[at][which] == after[which])
-    return float(np.mean(hits))
-
-
-def judge_long(pipe: magi.MAGI, count: int) -> float:
-    """Share of 16-chunk videos whose colour and shape in the last chunk are those the caption names."""
-    hits = []
-    for i, (text, wanted) in enumerate(world.sample_prompts(count, seed=6)):
-        hits.append(world.judge(film(pipe, text, 16 * 24, i)).chunks[-1][:2] == wanted[:2])
-    return float(np.mean(hits))
-
-
-def encode_once(pipe: magi.MAGI, t5: Path) -> None:
-    """Keep the text encoder in memory, so that each of many short videos does not read it again."""
-    encoder = functools.cache(magi.T5(t5, pipe.dit.cfg.text_length, dtype=torch.float32).__call__)
-    pipe.encode_text = lambda captions: encoder(tuple(captions))
-
-
-def evaluate(args) -> None:
-    """Print what the README states of the model in --model, with what it is held to."""
-    say = lambda name, result: print(f"{name:<36}{result}", flush=True)
-    pipe, n = magi.load(args.model or args.out / "base"), args.prompts
-    encode_once(pipe, args.out / "t5")
-    video = to_video(np.stack([world.make_clip(10**6 + i, chunks=1).frames for i in range(32)]))
-    with torch.inference_mode():
-        out = torch.cat([pipe.vae.decode(pipe.vae.encode(v[None])) for v in video])
-    say("VAE reconstruction", f"{psnr(out, video):.1f} dB (goal 32)")
-    prompts, unguided = world.sample_prompts(n, seed=1), dict(text_scales=(1.0,) * 5, prev_scales=(1.0,) * 5)
-    runs = [("t2v", {}), ("t2v without guidance", unguided)]
-    for name, settings in runs[: 1 if pipe.sampler.distilled else 2]:
-        scores = judge_prompts(pipe, prompts, **settings)
-        say(name, ", ".join(f"{k} {v:.0%}" for k, v in scores.items()) + " (goal 90 % each)")
-    first, follow = judge_images(pipe, n)
-    say("i2v", f"first frame {first:.1f} dB (goal 30), motion {follow:.0%} (goal 85 %)")
-    video, image = judge_continuations(pipe, n // 2)
-    say("v2v, path over the next second", f"off by {video:.1f} px (goal 2); from one image {image:.1f} px")
-    say("change in the right chunk", f"{judge_changes(pipe, n):.0%} (goal 80 %)")
-    say("16 chunks, as asked in the last one", f"{judge_long(pipe, max(1, n // 5)):.0%} (goal 80 %)")
-
-
-def step_counts(args) -> None:
-    """What fewer steps cost, in quality, and save, in time: a table (markdown) and a plot (PNG).
-
-    Every row films the same held-out prompts from the same noise, 48 frames each. Time is that of the whole
-    pipeline for a second of video, on this machine; `flaws` is of the shape that is there, right or wrong.
-    """
-    prompts, rows = world.sample_prompts(args.prompts, seed=1), []
-    clips = [world.make_clip(10**6 + i, chunks=2, events=0, pairs=0) for i in range(len(prompts))]
-    for folder, counts in (("base", (64, 32, 16, 8, 4)), ("distill", (64, 32, 16, 12, 8, 4))):
-        if not (args.out / folder).is_dir():
-            continue
-        pipe = magi.load(args.out / folder)
-        encode_once(pipe, args.out / "t5")
-        if not rows:  # what the VAE alone does to true clips: no model behind it can do better
-            with torch.inference_mode():
-                decoded = [pipe.vae.decode(pipe.vae.encode(to_video(c.frames)[None]))[0] for c in clips]
-            videos = [((v.clamp(-1, 1) + 1) * 127.5).byte().movedim(0, -1).numpy() for v in decoded]
-            wanted = [c.things[0].seen()[0] for c in clips]
-            rows.append(("true clips, VAE", None, *measure(videos, wanted), None))
-        film(pipe, prompts[0][0], 24, 0)  # the first run is slower
-        for n in counts:
-            start = time.perf_counter()
-            videos = [film(pipe, text, 48, seed, num_steps=n) for seed, (text, _) in enumerate(prompts)]
-            seconds = (time.perf_counter() - start) / (2 * len(prompts))
-            rows.append((folder, n, *measure(videos, [wanted for _, wanted in prompts]), seconds))
-            print(*rows[-1], flush=True)
-    if not rows:
-        raise ValueError(f"no models in {args.out}: train them first, or give their folder with --out")
-    show = lambda v, how: "" if v is None else format(v, how)
-    cells = lambda row: [show(v, how) for v, how in zip(row, formats, strict=True)]
-    formats = ("", "", ".0%", ".0%", ".0%", ".0%", ".1f", ".3f", ".2f")
-    head = ("model", "steps", *NAMES, "all three", "colour error", "edge error", "s per s of video")
-    lines = [head, ["---"] * len(head), *map(cells, rows)]
-    table = "".join("| " + " | ".join(line) + " |\n" for line in lines)
-    kinds = len({triple for _, triple in prompts})
-    table += f"\n{len(prompts)} prompts ({kinds} held-out combinations), two seconds each.\n"
-    (args.out / "examples").mkdir(parents=True, exist_ok=True)
-    (args.out / "examples" / "steps.md").write_text(table)
-    print(table)
-    plot_steps(rows, args.out / "examples" / "steps.png")
-
-
-def measure(videos: list[np.ndarray], wanted: list) -> tuple[float, ...]:
-    """Shares of videos with the right colour, shape, motion, all of them; mean colour and edge error."""
-    hits = np.array([right(world.judge(v), w) for v, w in zip(videos, wanted, strict=True)])
-    flaws = np.nanmean([world.flaws(v) for v in videos], axis=0)
-    return (*hits.mean(0).tolist(), hits.all(1).mean().item(), *flaws.tolist())
-
-
-def plot_steps(rows: list[tuple], file: Path) -> None:
-    """Left: share of prompts followed in all three, over time per second of video. Right: edge error."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    _, axes = plt.subplots(1, 2, figsize=(9, 3.5))
-    for folder, colour, where in (("base", "tab:grey", 6), ("distill", "tab:red", -14)):
-        mine = [r for r in rows if r[0] == folder]
-        for axis, value in zip(axes, (lambda r: 100 * r[5], lambda r: r[7]), strict=True):
-            axis.plot([r[-1] for r in mine], [value(r) for r in mine], "o-", color=colour, label=folder)
-            for r in mine:
-                at = dict(xytext=(0, where), textcoords="offset points", ha="center")
-                axis.annotate(r[1], (r[-1], value(r)), **at, color=colour)
-    axes[1].axhline(rows[0][7], color="tab:blue", ls=":", label="true clips through the VAE")
-    labels = ("colour, shape and motion all right, % of videos", "edge error of the shape")
-    for axis, label in zip(axes, labels, strict=True):
-        axis.set(xscale="log", xlabel="seconds per second of video; numbers: steps", title=label)
-        axis.set_xticks(ticks := [0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10], ticks)
-        times = [r[-1] for r in rows[1:]]
-        axis.set_xlim(0.8 * min(times), 1.3 * max(times)), axis.minorticks_off()
-        axis.grid(alpha=0.3), axis.legend(loc="lower right")
-    axes[0].set_ylim(min(50, 95 * min(r[5] for r in rows)), 103)
-    axes[1].set_ylim(0, 1.15 * max(r[7] for r in rows))
-    plt.savefig(file, dpi=100, bbox_inches="tight")
-    plt.close()
-
-
 def examples(args) -> None:
     """Write the inputs that the README's i2v and v2v commands use."""
     import imageio.v3 as iio
-
-    from sample import Mp4Writer
 
     folder = args.out / "examples"
     folder.mkdir(parents=True, exist_ok=True)
     iio.imwrite(folder / "image.png", world.scene("yellow", "square", "right", "night", seed=2).frames[0])
     (folder / "video.mp4").unlink(missing_ok=True)
-    Mp4Writer(folder / "video.mp4", world.FPS).write(
-        world.scene("green", "ball", "bounce", "room", 2, 5).frames
-    )
+    writer = media.Mp4Writer(folder / "video.mp4", world.FPS)
+    writer.write(world.scene("green", "ball", "bounce", "room", 2, 5).frames)
+    writer.close()
     print(f"wrote {folder}")
 
 
 STAGES = {"vae": train_vae, "dit": train_dit, "distill": distill, "lora": train_lora, "eval": evaluate,
-          "steps": step_counts, "examples": examples}  # fmt: skip
+          "steps": step_counts, "examples": examples,
+          "clips": write_clips}  # fmt: skip
 
 
 def main() -> None:
@@ -848,7 +579,7 @@ def main() -> None:
         return int(text)
 
     parser.add_argument("--vae-steps", type=count, default=5000)
-    parser.add_argument("--clips", type=count, default=10000, help="clips for the DiT, in files of 500")
+    parser.add_argument("--clips", type=count, default=10000, help="for the DiT, in files of 500; of a LoRA")
     parser.add_argument("--dit-steps", type=count, default=10000)
     parser.add_argument("--distill-steps", type=count, default=3000)
     parser.add_argument("--distill-lr", type=float, default=1e-3)

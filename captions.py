@@ -1,0 +1,142 @@
+"""Captions: what the official code does to a prompt before T5 reads it.
+
+The rules are not part of the model, but they decide which tokens T5 sees, so all of them are kept, the odd
+ones too. The recorded results of the official code are in goldens/captions.json.
+"""
+
+from __future__ import annotations
+
+import html
+import re
+import urllib.parse
+import warnings
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+__all__ = ["clean_caption", "tokenize"]
+
+# The order of the rules is part of the definition:
+#   - Lower case comes first, so most mojibake is already beyond ftfy's repair ("Ã¶" has become "ã¶").
+#   - "+" and "%20" are decoded even in prose, so "a+b" is "a b"; the second pass does it again ("%2520").
+#   - What step 3 drops leaves its blanks behind, and rules with ^ or $ do not match beside a blank. The
+#     second pass strips before it starts, so these rules match then: "page 3 'x'" ends as "x".
+# From step 2 on letters are a-zA-Z, lower case or not: entities bring capitals back ("&#65;" is "A").
+
+# fmt: off
+_LETTER      = "[a-zA-Z]"
+_DOMAINS     = "com|co|ru|net|org|edu|gov|it"
+_FILE_TYPES  = "png|jpg|jpeg|bmp|webp|eps|pdf|apk|mp4"
+_DASHES      = (r"-\u058a\u05be\u1400\u1806\u2010-\u2015\u2e17\u2e1a\u2e3a\u2e3b\u2e40\u301c\u3030\u30a0"
+                r"\ufe31\ufe32\ufe58\ufe63\uff0d")
+_HYPHENATION = re.compile("[-_]")
+# fmt: on
+
+
+def _web_address(scheme: str) -> str:
+    """A pattern for either the scheme with its slashes or a host with its path: "http://a.it/b" is two
+    matches, and both go."""
+    return rf"\b(?:{scheme}:(?:/{{1,3}}|[a-z0-9%])|[a-z0-9.-]+\.(?:{_DOMAINS})[\w/-]*\b/?(?!@))"
+
+
+# fmt: off
+# Step 1, on the markup: these need the angle brackets and the addresses whole.
+_MARKUP_RULES = [(re.compile(pattern), new) for pattern, new in [
+    (r"<person>",                                "person"),  # CC12M writes this for names; no HTML tag
+    (_web_address("https?"),                     ""),        # query strings survive: "?x=1"
+    (_web_address("www"),                        ""),        # "www:", with a colon; "www.a.it" has gone above
+]]
+
+# Step 2, on the plain text: web debris, and one spelling for each kind of punctuation.
+_TEXT_RULES = [(re.compile(pattern), new) for pattern, new in [
+    (r"@\w+\b",                                  ""),        # nicknames
+    (r"[\u31c0-\u9fff]+",                        ""),        # CJK, seven adjoining blocks; kana, hangul stay
+    (rf"[{_DASHES}]+",                           "-"),       # U+2212, the minus sign, is not among them
+    (r"[`\u00b4\u00ab\u00bb\u201c\u201d\u00a8]", '"'),       # ` acute, guillemets, curly pair, diaeresis
+    (r"[\u2018\u2019]",                          "'"),       # curly apostrophes
+    (r"&quot;?",                                 ""),        # entities that were escaped twice
+    (r"&amp",                                    ""),        # leaves its semicolon behind
+    (r"\d{1,3}(?:\.\d{1,3}){3}",                 " "),       # IPv4
+    (r"\d:\d\d\s+$",                             ""),        # article ids; also "5:30" before a dropped @nick
+    (r"\\n",                                     " "),       # a newline that was escaped: two characters
+    (r"#\d{1,3}\b",                              ""),        # "#123"; four digits stay
+    (r"#\d{5,}\b",                               ""),        # "#12345"
+    (r"\b\d{6,}\b",                              ""),        # stock numbers
+    (rf"\S+\.(?:{_FILE_TYPES})",                 ""),        # file names, with all that is glued in front
+    (r"""["']{2,}""",                            '"'),       # shouting: ""sale""
+    (r"\.{2,}",                                  " "),       # ellipses
+    (r"[#®•©™&@·º½¾¿¡§~)(\][}{|\\/*]+",          " "),       # ***sale***, #sale
+    (r"\s+\.\s+",                                " "),       # a full stop left alone
+]]
+
+# Step 3, on the repaired text: catalogue codes, shop phrases, then the ends of the string.
+_FINAL_RULES = [(re.compile(pattern), new) for pattern, new in [
+    (rf"\b{_LETTER}{{1,3}}\d{{3,15}}\b",         ""),        # jc6640
+    (rf"\b{_LETTER}+\d+{_LETTER}+\b",            ""),        # jc6640vc
+    (rf"\b\d+{_LETTER}+\d+\b",                   ""),        # 6640vc231
+    (r"(?:worldwide\s+)?(?:free\s+)?shipping",   ""),
+    (r"(?:free\s)?download(?:\sfree)?",          ""),
+    (r"\bclick\b\s(?:for|on)\s\w+",              ""),
+    (rf"\b(?:{_FILE_TYPES})(?:\simages?)?",      ""),        # no boundary behind: "pdfs" keeps its "s"
+    (r"\bpage\s+\d+\b",                          ""),
+    (rf"\b\d*(?:{_LETTER}+\d+){{2}}[a-zA-Z\d]*\b", " "),     # j2d1a2a
+    (r"\b\d+\.?\d*[x\u0445\u00d7]\d+\.?\d*\b",   ""),        # 1920x1080, also with Cyrillic x or a times sign
+    (r"\b\s+:\s+",                               ": "),
+    (r"(\D[,./])\b",                             r"\1 "),    # the blank that was forgotten; "50,000" is safe
+    (r"\s+",                                     " "),
+    (r"""^["']([\w\W]+)["']$""",                 r"\1"),     # enclosing quotes, which need not match
+    (r"^['_,\-:;]",                              ""),
+    (r"['_,\-:+]$",                              ""),
+    (r"^\.\S+$",                                 ""),        # the whole caption is a file ending
+]]
+# fmt: on
+
+
+def clean_caption(caption: str) -> str:
+    """The pre-processing of captions for T5 that the official code applies, twice in a row, to each prompt.
+
+    The rules descend from DeepFloyd IF and PixArt.  The second pass is not idle: it cleans what the first one
+    laid bare (entities inside entities, ends freed of blanks).
+
+    >>> clean_caption("A <b>RED</b> ball&mdash;as on https://www.example.com/ball, 1920x1080 ...")
+    'a red ball-as on'
+    """
+    import ftfy
+    from bs4 import BeautifulSoup
+
+    def apply(rules: list[tuple[re.Pattern, str]], text: str) -> str:
+        for pattern, new in rules:
+            text = pattern.sub(new, text)
+        return text
+
+    for _ in range(2):
+        caption = apply(_MARKUP_RULES, urllib.parse.unquote_plus(caption).strip().lower())
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # bs4 takes a caption such as "a/b" for a path, and says so
+            caption = BeautifulSoup(caption, features="html.parser").text
+        caption = apply(_TEXT_RULES, caption)
+        if len(_HYPHENATION.findall(caption)) > 3:  # "this-is-my-little-cat", but not "two-word"
+            caption = _HYPHENATION.sub(" ", caption)
+        caption = html.unescape(html.unescape(ftfy.fix_text(caption))).strip()
+        caption = apply(_FINAL_RULES, caption).strip()
+    return caption
+
+
+def tokenize(tokenizer: Any, captions: Sequence[str], length: int) -> tuple[Tensor, Tensor]:
+    """Captions -> T5 token ids (n, L) and 0/1 mask (n, L), truncated to L with a warning.
+
+    tokenizer: a SentencePieceProcessor. An empty caption has no token at all: its mask is zero.
+    """
+    ids = torch.zeros(len(captions), length, dtype=torch.long)               # T5 pads with 0
+    mask = torch.zeros_like(ids)
+    for row, caption in enumerate(captions):
+        pieces = tokenizer.encode(caption) + [1] if caption else []          # T5 ends with </s> = 1
+        if len(pieces) > length:
+            warnings.warn(f"the prompt has {len(pieces)} tokens; only the first {length} are used: "
+                          f"{caption[:40]!r}...", stacklevel=2)
+            pieces = pieces[: length - 1] + [1]
+        ids[row, : len(pieces)] = torch.tensor(pieces, dtype=torch.long)
+        mask[row, : len(pieces)] = 1
+    return ids, mask

@@ -1,0 +1,448 @@
+"""Which kernel a run uses: each is checked on the user's card and timed; the fastest right one is remembered.
+
+kernels.py has never run on a GPU, and cards differ. So nothing is believed. The first time a run calls an
+operation with sizes of some class, every candidate
+
+    1  must give what magi.TORCH_OPS gives on a small random input, with gradients where they are asked for;
+    2  is timed on the tensors of the run itself (CUDA events, a median), and compared again on those.
+
+The fastest that passes is used from then on. TORCH_OPS is a candidate too, so a kernel that is wrong, slow or
+broken costs a second at most, and the video is made. What was found is kept in the user's cache folder, for
+this card, driver, torch, Triton and version of these two files.
+
+    --backend auto      as above; the default on a GPU
+    --backend triton    strict: the kernels of kernels.py with their own tiles; a failed check is an error
+
+    operation                    candidates
+    attention, block_attention   ours (2 or 3 stages, narrow tiles), SDPA with cuDNN first, FlexAttention
+    fp8_matmul                   ours (3 or 4 stages), our quantising with torch._scaled_mm
+    all others                   ours
+    each                         and "torch", magi.TORCH_OPS
+
+What no check can undo: a kernel that reads outside its tensors ends all work of the process on the GPU. Its
+name is written down before it is tried, so the next run avoids it. None of this has met a GPU yet either: the
+tests put a stand-in in its place (`Card`).
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import os
+import tempfile
+import warnings
+from collections.abc import Callable
+from contextlib import nullcontext
+from dataclasses import dataclass
+from functools import lru_cache, partial
+from pathlib import Path
+from statistics import median
+from typing import Any, NamedTuple
+
+import torch
+import triton
+from torch import Tensor, nn
+from triton.errors import TritonError
+
+import magi
+
+kernels = magi.load_kernels()
+OPERATIONS = ("attention", "block_attention", "norm_rotary", "gated_residual", "swiglu", "fp8_matmul")
+FLOATS = (torch.float32, torch.bfloat16, torch.float16)
+# Relative error of a result that rounding explains; of a gradient, twice as much.
+BARS = {torch.float32: 2e-4, torch.float16: 4e-3, torch.bfloat16: 1.5e-2}
+LONG = 5.0                        # ms: where calls are shorter, FlexAttention is not worth its compiling
+
+
+# ----------------------------------------------------------------------------------------------------------
+# 1  The card
+# ----------------------------------------------------------------------------------------------------------
+
+
+def milliseconds(run: Callable[[], object], enough: float = math.inf) -> float:
+    """Median time of a call on the GPU, after a first one that compiles. It takes three calls, more while all
+    have lasted less than 50 ms, and only one if that lasts longer than 200 ms or than `enough`. Small inputs
+    may lie in the L2 cache from the call before."""
+    run()
+    times: list[float] = []
+    while len(times) < 20 and sum(times) < (50 if len(times) >= 3 else 200):
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        start.record()
+        run()
+        end.record()
+        end.synchronize()
+        times.append(start.elapsed_time(end))
+        if times[0] > enough:
+            break
+    return median(times)
+
+
+class Card(NamedTuple):
+    """All that choosing needs to know of a GPU. Tests put a stand-in here."""
+
+    name: str                                         # "NVIDIA H100 80GB HBM3"
+    versions: str                                     # what was found holds for these only
+    milliseconds: Callable[..., float] = milliseconds
+    synchronize: Callable[[], None] = lambda: None    # raises if a kernel has broken the process' work
+    tokens: int = 300                                 # in a small input: more than two tiles, and a rest
+
+
+@lru_cache
+def card_of(device: torch.device) -> Card:
+    files = b"".join(Path(file).read_bytes() for file in (__file__, kernels.__file__))
+    versions = [torch.__version__, triton.__version__, hashlib.sha256(files).hexdigest()[:12]]
+    if device.type != "cuda":
+        return Card("Triton's interpreter", " ".join(versions), lambda *_: 0.0, tokens=40)
+    driver = torch.version.hip or torch._C._cuda_getDriverVersion()  # type: ignore[attr-defined]
+    return Card(torch.cuda.get_device_name(device), f"driver {driver} " + " ".join(versions),
+                synchronize=partial(torch.cuda.synchronize, device))
+
+
+# ----------------------------------------------------------------------------------------------------------
+# 2  Candidates
+# ----------------------------------------------------------------------------------------------------------
+
+
+def cudnn_first(op: Callable) -> Callable:
+    """The readable path, with cuDNN's attention before PyTorch's own where it can be had: on an H100 it took
+    half as long in others' hands (631 against 329 TFLOP/s at (1, 24, 4608, 128); pytorch issue 142132)."""
+    from torch.nn.attention import SDPBackend as SDP
+    from torch.nn.attention import sdpa_kernel
+
+    order = [SDP.CUDNN_ATTENTION, SDP.FLASH_ATTENTION, SDP.EFFICIENT_ATTENTION, SDP.MATH]
+
+    def run(*args: Any) -> Tensor:
+        with sdpa_kernel(order, set_priority=True):
+            return op(*args)
+
+    return run
+
+
+def flex_attention(q: Tensor, k: Tensor, v: Tensor, spans: Tensor, out: Tensor | None = None) -> Tensor:
+    """PyTorch's FlexAttention with the same spans. It compiles for seconds in its first call."""
+    rows = tuple(tuple(map(tuple, row)) for row in spans.tolist())
+    mask = _flex_mask(rows, len(q), q.shape[1], k.shape[1], q.device)
+    q, k, v = (u.transpose(1, 2) for u in (q, k, v))
+    result = _flex()(q, k, v, block_mask=mask, enable_gqa=True).transpose(1, 2)
+    return result if out is None else out.copy_(result)
+
+
+@lru_cache
+def _flex() -> Callable:
+    from torch.nn.attention.flex_attention import flex_attention
+
+    return torch.compile(flex_attention, fullgraph=True, dynamic=True)       # else it would hold all scores
+
+
+@lru_cache(64)
+def _flex_mask(spans: tuple, B: int, N: int, M: int, device: torch.device) -> object:
+    from torch.nn.attention.flex_attention import create_block_mask
+
+    start, end = torch.tensor(spans, device=device).expand(B, -1, -1).unbind(-1)
+    size = -(-N // start.shape[1])
+    seen = lambda b, h, i, j: (j >= start[b, i // size]) & (j < end[b, i // size])
+    # _compile: without it the mask of all pairs is written out first, 9 GB for the 24B
+    return create_block_mask(seen, B, None, N, M, device=device, _compile=device.type == "cuda")
+
+
+def _scaled_mm(x8: Tensor, weight: Tensor, scale: Tensor) -> Tensor:
+    scale = scale.float().reshape(1)
+    return torch._scaled_mm(x8, weight.t(), torch.ones_like(scale), scale, out_dtype=torch.bfloat16)
+
+
+def candidates(operation: str) -> dict[str, Callable]:
+    """Name -> a function with the operation's signature; ours first, the readable path last."""
+    ours, plain = getattr(kernels, operation), getattr(magi.TORCH_OPS, operation)
+    found = {"triton": ours}
+    if operation in ("attention", "block_attention"):
+        found |= {f"triton, {name}": partial(ours, tiles=change) for name, change in kernels.VARIANTS.items()}
+        found["cudnn"] = cudnn_first(plain)
+    if operation == "block_attention":
+        found["flex"] = flex_attention
+    if operation == "fp8_matmul":
+        found["triton, 3 stages"] = partial(ours, multiply=partial(kernels.product, stages=3))
+        found["torch._scaled_mm"] = partial(ours, multiply=_scaled_mm)
+    return found | {"torch": plain}
+
+
+# ----------------------------------------------------------------------------------------------------------
+# 3  The check
+# ----------------------------------------------------------------------------------------------------------
+
+
+def small_input(operation: str, args: tuple, tokens: int) -> tuple:
+    """Random arguments like these in types, widths and weights, but few tokens, in awkward numbers."""
+    x, *others = args
+    generator = torch.Generator(x.device).manual_seed(0)         # the run's own random numbers stay
+
+    def random(like: Tensor, *shape: int) -> Tensor:
+        return torch.randn(shape, device=like.device, generator=generator).to(like.dtype)
+
+    if operation in ("attention", "block_attention"):
+        group, hd = x.shape[2] // others[0].shape[2], x.shape[3]
+        q, k, v = random(x, 1, tokens, 2 * group, hd), *(random(x, 1, tokens + 11, 2, hd) for _ in range(2))
+        spans = torch.tensor([[[0, tokens + 11], [tokens // 9, tokens // 2]]])
+        return (q, k, v, spans) if operation == "block_attention" else (q, k, v)
+    if operation == "norm_rotary":
+        norm, angles = others
+        turns = None if angles is None else 20 * random(angles, 42, angles.shape[1])
+        return random(x, 1, 42, *x.shape[2:]), norm, turns
+    if operation == "gated_residual":
+        (gate, update, norm), D = others, x.shape[2]
+        return random(x, 2, 42, D), random(gate, 2, 3, D), random(update, 2, 42, D), norm
+    if operation == "swiglu":
+        return (random(x, 42, x.shape[-1]),)
+    weight, divide, scale = others
+    spread = 50 * divide.float().reshape(1, -1)                  # over all of e4m3's steps, up to 448
+    return (random(x, tokens, x.shape[-1]) * spread).to(x.dtype), weight[:tokens], divide, scale
+
+
+def outcome(function: Callable, args: tuple, backward: bool = False, **options: Any) -> list[Tensor]:
+    """The result and, where gradients are asked for, those of all that is differentiated."""
+    if not backward:
+        with torch.no_grad():
+            return [function(*args, **options)]
+    keep = lambda u: u                               # no one else's hooks: checkpointing must not see this
+    with torch.enable_grad(), torch.autograd.graph.saved_tensors_hooks(keep, keep):
+        floats = lambda u: isinstance(u, Tensor) and u.dtype in FLOATS
+        args = tuple(u.detach().requires_grad_() if floats(u) else u for u in args)
+        leaves = [u for u in args if floats(u)]
+        leaves += [p for u in args if isinstance(u, nn.Module) for p in u.parameters() if p.requires_grad]
+        result = function(*args)
+        slope = torch.linspace(-1, 1, result.shape[-1], device=result.device).to(result.dtype)
+        grads = torch.autograd.grad(result, leaves, slope.expand_as(result), allow_unused=True)
+    given = [torch.zeros_like(u) if g is None else g for u, g in zip(leaves, grads, strict=True)]
+    return [result.detach(), *given]
+
+
+def sampled(results: list[Tensor]) -> list[Tensor]:
+    """At most 256 rows along each axis, copied, as the next candidate writes to the same `out`."""
+    steps = lambda u: tuple(slice(None, None, -(-n // 256)) for n in u.shape[:-1])
+    return [u[steps(u)].to(torch.float32, copy=True) for u in results]
+
+
+def require_equal(results: list[Tensor], expected: list[Tensor]) -> None:
+    """Raises ArithmeticError if a result is further from the readable path's than rounding explains."""
+    for i, (ours, exact) in enumerate(zip(results, expected, strict=True)):
+        what, bar = f"gradient {i}" if i else "result", BARS.get(results[0].dtype, 0.0) * (2 if i else 1)
+        if ours.shape != exact.shape:
+            raise ArithmeticError(f"{what} is {tuple(ours.shape)}, not {tuple(exact.shape)}")
+        error = ((ours.float() - exact.float()).norm() / exact.float().norm().clamp_min(1e-30)).item()
+        if not error <= bar:                         # nan is not
+            raise ArithmeticError(f"{what} is off by {error:.1e}")
+
+
+# ----------------------------------------------------------------------------------------------------------
+# 4  The choice
+# ----------------------------------------------------------------------------------------------------------
+
+
+def size_class(operation: str, args: tuple, backward: bool) -> str:
+    """Calls that share this line share a choice: the same types and widths, numbers of tokens within a factor
+    of four, and so the mean length of a span."""
+    about = lambda n: (int(n).bit_length() + 1) // 2
+
+    def kind(u: Any) -> str:
+        if isinstance(u, nn.Module):
+            return str(next(u.parameters()).dtype).removeprefix("torch.")
+        if not isinstance(u, Tensor):
+            return str(u)
+        if not u.is_floating_point():
+            return f"spans~{about((u[..., 1] - u[..., 0]).float().mean())}"
+        widths = "x".join(map(str, u.shape[2:] if u.ndim > 2 else u.shape[-1:]))
+        return f"{str(u.dtype).removeprefix('torch.')}[{about(u.numel() // max(1, u.shape[-1]))}]x{widths}"
+
+    return " ".join([operation, *map(kind, args), *["backward"] * backward])
+
+
+def cache_folder() -> Path:
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "magi"
+
+
+class BrokenGPU(RuntimeError):
+    """A kernel has ended all work of this process on the GPU."""
+
+
+class Chooser:
+    """The choices made on one card, in this process and, through a file, in earlier ones."""
+
+    def __init__(self, card: Card, strict: bool):
+        self.card, self.strict = card, strict
+        self.about = f"{card.name}, {card.versions}, {'triton' if strict else 'auto'}"
+        digest = hashlib.sha256(self.about.encode()).hexdigest()
+        self.file = cache_folder() / f"kernels-{digest[:16]}.json"
+        # line of `size_class` -> {"use": name, "ms": {name: time}, "failed": {name: why}}
+        self.choices = self.remembered()
+        self.ready: dict[str, Callable] = {}         # what this process has called
+        self.said: set[str] = set()
+
+    def remembered(self) -> dict[str, dict]:
+        """What the file holds; nothing if it is not there or not as it should be."""
+        try:
+            choices = json.loads(self.file.read_text(encoding="utf-8"))["choices"]
+            for line, choice in choices.items():
+                names = candidates(line.split()[0]) if not self.strict else ["triton"]
+                magi.require(choice["use"] in names, "unknown")
+                assert all(ms >= 0 for ms in choice["ms"].values())
+                assert all(isinstance(error, str) for error in choice["failed"].values())
+            return choices
+        except Exception:
+            return {}
+
+    def save(self) -> None:
+        """Write a new file and put it in the old one's place, so that no reader finds half of it."""
+        try:
+            self.file.parent.mkdir(parents=True, exist_ok=True)
+            handle, name = tempfile.mkstemp(dir=self.file.parent)
+            with os.fdopen(handle, "w", encoding="utf-8") as file:
+                json.dump({"about": self.about, "choices": self.choices}, file, indent=1)
+            os.replace(name, self.file)
+        except OSError:
+            pass                                     # a home that cannot be written: choose again next time
+
+    @torch.compiler.disable
+    def call(self, operation: str, *args: Any, **options: Any) -> Tensor:
+        """The operation by its fastest right candidate, chosen now if it has not been."""
+        tensors = [u for u in args if isinstance(u, Tensor)]
+        tensors += [p for u in args if isinstance(u, nn.Module) for p in u.parameters()]
+        plain = getattr(magi.TORCH_OPS, operation)
+        if any(u.numel() == 0 for u in tensors):
+            return plain(*args, **options)           # nothing to choose by
+        backward = torch.is_grad_enabled() and any(u.requires_grad for u in tensors)
+        line = size_class(operation, args, backward)
+        if line not in self.ready:
+            if line not in self.choices:
+                with torch.cuda.device(args[0].device) if args[0].is_cuda else nullcontext():
+                    self.choose(line, operation, args, backward, options)
+            self.ready[line] = candidates(operation)[self.choices[line]["use"]]
+        try:
+            return self.ready[line](*args, **options)
+        except (RuntimeError, AssertionError, TritonError) as error:         # those of checkpointing pass
+            choice = self.choices[line]
+            if self.strict or isinstance(error, torch.OutOfMemoryError) or choice["use"] == "torch":
+                raise
+            self.fail(choice, operation, error)      # it was right before, and is not at these sizes
+            self.ready[line] = plain
+            return plain(*args, **options)
+
+    def choose(self, line: str, operation: str, args: tuple, backward: bool, options: dict) -> None:
+        """Check and time every candidate on these arguments; remember the fastest that is right."""
+        choice = self.choices[line] = {"use": "torch", "ms": {}, "failed": {}}
+        functions = candidates(operation)
+        plain, best, expected = functions.pop("torch"), math.inf, None
+        try:
+            small = small_input(operation, args, self.card.tokens)
+            exact = outcome(plain, small, backward)
+            if not self.strict:
+                run = partial(outcome, plain, args, backward, **options)
+                try:
+                    expected = sampled(run())
+                    best = choice["ms"]["torch"] = self.card.milliseconds(run)
+                except torch.OutOfMemoryError:       # of all ways PyTorch's takes the most
+                    torch.cuda.empty_cache()
+            for name, function in functions.items():
+                if self.strict and name != "triton" or name == "flex" and best < LONG:
+                    continue
+                choice["failed"][name] = "the process ended while it was tried"
+                self.save()                          # should it end, the next process reads this
+                try:
+                    require_equal(outcome(function, small, backward), exact)
+                    self.card.synchronize()
+                    if not self.strict:
+                        run = partial(outcome, function, args, backward, **options)
+                        require_equal(sampled(run()), expected or sampled(run()))
+                        choice["ms"][name] = self.card.milliseconds(run, 1.5 * best)
+                except torch.OutOfMemoryError:       # today's luck: not to be remembered
+                    torch.cuda.empty_cache()
+                    del choice["failed"][name]
+                except Exception as error:
+                    self.fail(choice, operation, error, name)
+                else:
+                    del choice["failed"][name]
+                best = min(best, choice["ms"].get(name, best))
+            fastest = min(choice["ms"], key=choice["ms"].get, default="torch")
+            choice["use"] = "triton" if self.strict else fastest
+        except BrokenGPU:
+            raise                                    # it is remembered
+        except BaseException:                        # Ctrl-C, no memory: nothing is known
+            del self.choices[line]
+            self.save()
+            raise
+        self.save()
+
+    def fail(self, choice: dict, operation: str, error: Exception, name: str | None = None) -> None:
+        """Note, and say once, that a candidate is out. Raises RuntimeError where none may take its place."""
+        name = name or choice["use"]
+        reason = (str(error) or type(error).__name__).strip().splitlines()[0][:160]
+        choice["failed"][name], choice["use"] = reason, "torch"
+        choice["ms"].pop(name, None)
+        what = f"{self.card.name}: {operation} by {name} fails: {reason}"
+        if self.strict:
+            raise RuntimeError(f"{what} (use the backend 'auto' or 'torch')") from error
+        self.save()
+        try:
+            self.card.synchronize()
+        except Exception:
+            raise BrokenGPU(f"{what}, and the GPU takes no more work of this process. Run it again: this is "
+                            f"remembered, and PyTorch takes its place") from error
+        if name.startswith("triton") and what not in self.said:
+            warnings.warn(f"{what}; something else takes its place", RuntimeWarning, stacklevel=2)
+            self.said.add(what)
+
+    def report(self) -> str:
+        """One line: which candidates this process has used, how much faster than PyTorch, and what failed."""
+        parts: list[str] = []
+        failed: dict[str, str] = {}
+        for operation in OPERATIONS:
+            used = [self.choices[line] for line in self.ready if line.split()[0] == operation]
+            names = " or ".join(dict.fromkeys(choice["use"] for choice in used))
+            plain = sum(choice["ms"].get("torch", 0) for choice in used)
+            ours = sum(choice["ms"].get(choice["use"], 0) for choice in used)
+            faster = plain and ours and names != "torch"
+            gain = f" ({plain / ours:.2f} times as fast as torch)" if faster else ""
+            failed |= {f"{operation} by {name}": why for choice in used
+                       for name, why in choice["failed"].items() if name.startswith("triton")}
+            parts += [f"{operation} {names}{gain}"] if used else []
+        parts += [f"{what} fails: {why}" for what, why in failed.items()]
+        parts += [f"to try again, delete {self.file}"] if failed else []
+        return f"kernels on {self.card.name}: " + ("; ".join(parts) or "none used yet")
+
+
+@dataclass(frozen=True)
+class ChosenOps(magi.Ops):
+    """Operations that choose for themselves, and `report()` what they chose in a line."""
+
+    report: Callable[[], str] = str
+
+
+@lru_cache
+def get_ops(backend: str, device: torch.device | str) -> magi.Ops:
+    """The operations of "auto" or "triton" on a device. With "auto", a device that kernels.py cannot use gets
+    PyTorch's, and a line that says why. Raises ValueError there with "triton"."""
+    device = torch.device(device)
+    if device.type == "cuda" and device.index is None and torch.cuda.is_available():
+        device = torch.device("cuda", torch.cuda.current_device())
+    try:
+        kernels.arch_of(device)
+    except ValueError as error:
+        if backend == "triton":
+            raise
+        warnings.warn(str(error), RuntimeWarning, stacklevel=2)
+        return magi.TORCH_OPS
+    return chosen_ops(Chooser(card_of(device), strict=backend == "triton"))
+
+
+def chosen_ops(chooser: Chooser) -> ChosenOps:
+    # functions, not methods: a copy of a model, as of an average of its weights, has the same chooser
+    def call(operation: str) -> Callable:
+        return lambda *args, **options: chooser.call(operation, *args, **options)
+
+    def block_attention(q: Tensor, k: Tensor, v: Tensor, spans: Tensor, out: Tensor | None = None) -> Tensor:
+        options = {} if out is None else {"out": out}            # where to write, not what to compute
+        return chooser.call("block_attention", q, k, v, spans, **options)
+
+    functions = {operation: call(operation) for operation in OPERATIONS}
+    functions["block_attention"] = block_attention
+    return ChosenOps("triton" if chooser.strict else "auto", **functions, matmul_float32=magi.matmul_float32,
+                     report=lambda: chooser.report())

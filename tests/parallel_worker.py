@@ -1,0 +1,240 @@
+"""One process of tests/test_parallel.py: parallel_worker.py JOB RANK RANKS FOLDER.
+
+cases    every run of CASES and more; what came out and what it took -> FOLDER/cases.RANKS.RANK.pt
+forever  says "running" after each second of video until it is stopped
+"""
+
+import dataclasses
+import json
+import sys
+import weakref
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+import magi
+import parallel
+import training
+from checkpoints import save
+
+SMALL = magi.DiTConfig(
+    num_layers=4,
+    hidden_size=32,
+    num_heads=8,
+    num_kv_heads=4,
+    head_dim=8,
+    ffn_size=48,
+    text_dim=12,
+    text_length=14,
+    null_length=5,
+    dtype="float32",
+)
+WIDE = dict(gated_ffn=True, in_channels=32, out_channels=32, x_scale=0.1)
+MIDDLE = magi.DiTConfig(
+    num_layers=4,
+    hidden_size=384,
+    num_heads=6,
+    num_kv_heads=2,
+    head_dim=64,
+    ffn_size=1536,
+    text_dim=64,
+    text_length=40,
+    null_length=8,
+    dtype="float32",
+)
+MODELS = {
+    "base": SMALL,
+    "three": dataclasses.replace(SMALL, num_heads=3, num_kv_heads=3),
+    "wide": dataclasses.replace(SMALL, **WIDE),
+    "fp8": dataclasses.replace(SMALL, dtype="bfloat16", fp8=True),
+    "middle": MIDDLE,
+    "middle_fp8": dataclasses.replace(MIDDLE, dtype="bfloat16", fp8=True, gated_ffn=True),
+}  # fmt: skip
+MIDDLES = ("middle", "middle_fp8")
+VAE = magi.VAEConfig(video_size=32, video_length=8, embed_dim=64, depth=1, num_heads=2, use_final_proj=True)
+
+RUN = magi.SamplerConfig(num_steps=4, num_frames=48, height=32, width=32, special_tokens=())
+UNEVEN = dict(height=48, width=80)  # 15 patches a frame, 90 tokens a chunk: 22.5 a rank of 4
+CASES = {                                     # name: model, frames of prefix in the latents, settings
+    "t2v": ("base", 0, {}),
+    "t2v, window 1, uneven": ("base", 0, dict(window=1, num_frames=96) | UNEVEN),
+    "i2v": ("base", 1, {}),
+    "v2v": ("wide", 9, UNEVEN),
+    "v2v, window 1": ("base", 13, dict(window=1)),
+    "distilled": ("wide", 0, dict(distilled=True) | UNEVEN),
+    "distilled, window 1": ("base", 0, dict(distilled=True, window=1)),
+    "fp8": ("fp8", 0, dict(distilled=True) | UNEVEN),
+    "LoRA": ("base", 0, {}),
+    "fp8, LoRA": ("fp8", 0, {}),
+}  # fmt: skip
+OF_FOUR = [name for name, (_, _, settings) in CASES.items() if "height" in settings]  # enough for 4 ranks
+BIG = magi.SamplerConfig(
+    num_steps=2,
+    window=2,
+    kv_ranges=(3,),
+    num_frames=96,
+    height=96,
+    width=128,
+    special_tokens=(),
+    distilled=True,
+)
+
+
+def write_folder(folder: Path, module: torch.nn.Module, **configs) -> None:
+    folder.mkdir()
+    (folder / "config.json").write_text(json.dumps({k: dataclasses.asdict(v) for k, v in configs.items()}))
+    save(module.state_dict(), folder / "model.safetensors")
+
+
+def write_models(folder: Path) -> None:
+    for name, cfg in MODELS.items():
+        torch.manual_seed(1)
+        dit = magi.DiT(cfg)
+        for u in dit.state_dict().values():
+            if u.dtype == torch.float8_e4m3fn:
+                u.copy_((torch.randn(u.shape) * 60).to(u.dtype))
+            elif u.is_floating_point() and u.dim() > 0:
+                u.add_(0.05 * torch.rand(u.shape).to(u.dtype))
+        write_folder(folder / name, dit, dit=cfg, sampler=RUN)
+        training.add_lora(dit, 2)
+        for lora in training.loras(dit):
+            torch.nn.init.normal_(lora.up, std=0.1)
+        training.save_lora(dit, folder / f"{name}.lora.safetensors")
+    torch.manual_seed(2)
+    write_folder(folder / "vae", magi.VAE(VAE), vae=VAE)
+
+
+def drawn(cfg: magi.DiTConfig, prefix: int, run: magi.SamplerConfig) -> dict:
+    generator = torch.Generator().manual_seed(3)
+    text = torch.randn(cfg.text_length, cfg.text_dim, generator=generator)
+    given = torch.randn(16, prefix, run.height // 8, run.width // 8, generator=generator)
+    return dict(text=text, text_mask=(torch.arange(len(text)) < 7).long(), sampler=run,
+                prefix=given if prefix else None)  # fmt: skip
+
+
+def run_case(folder: Path, name: str, stream: str | None = None, copied: bool = False) -> torch.Tensor:
+    """copied: the layers' weights lie in memory of their own, as streamed ones do, not in a mapped file,
+    whose alignment is another: a product of few rows rounds by it."""
+    model, prefix, settings = CASES[name]
+    dit = parallel.load_dit(folder / model, stream=stream)
+    if copied:
+        dit.layers.load_state_dict({k: u.clone() for k, u in dit.layers.state_dict().items()}, assign=True)
+    if "LoRA" in name:
+        training.load_lora(dit, folder / f"{model}.lora.safetensors", 0.7)
+    run = dataclasses.replace(RUN, **settings)
+    with torch.inference_mode():
+        chunks = [u for _, u in magi.sample(dit, **drawn(dit.cfg, prefix, run))]
+    return torch.cat(chunks, dim=1).clone()
+
+
+def tiles(folder: Path) -> tuple[torch.Tensor, torch.Tensor]:
+    """A video encoded and decoded in 12 tiles a piece, those at the edges smaller."""
+    vae = parallel.load_vae(folder / "vae")
+    video = torch.randn(1, 3, 8, 72, 88, generator=torch.Generator().manual_seed(4))
+    with torch.inference_mode():
+        latent = vae.encode(video, tile=(4, 32, 32))
+        return latent.clone(), vae.decode(latent, tile=(4, 32, 32)).clone()
+
+
+class Allocations(TorchDispatchMode):
+    """The most bytes of tensors that lived at one time in a `with` block, but for ignored ones."""
+
+    def __init__(self, extra=lambda: 0):
+        super().__init__()
+        self.ignored, self.live, self.peak, self.extra = {}, {}, 0, extra
+
+    def watch(self, where: dict, tensor: torch.Tensor) -> None:
+        storage = tensor.untyped_storage()
+        key = storage._cdata  # its address: used again when it is gone
+        where[key] = weakref.ref(storage, lambda _: where.pop(key, None))
+
+    def ignore(self, tensors) -> int:
+        for u in tensors:
+            self.watch(self.ignored, u)
+        return sum(ref().nbytes() for ref in self.ignored.values())
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        for u in tree_leaves(out):
+            if isinstance(u, torch.Tensor) and u.device.type != "meta":
+                key = u.untyped_storage()._cdata
+                if key not in self.ignored and key not in self.live:
+                    self.watch(self.live, u)
+        # asked anew each time: FSDP lets its buffers grow and shrink
+        now = sum(storage.nbytes() for ref in list(self.live.values()) if (storage := ref()) is not None)
+        self.peak = max(self.peak, now + self.extra())
+        return out
+
+
+def measure(folder: Path, model: str, stream: str | None = None) -> dict:
+    """What a long run takes, and what was foretold."""
+    parallel.SLICE = 256
+    dit = parallel.load_dit(folder / model, stream=stream)
+    cache, seen = [], Allocations()
+    held = [u.detach() for u in (*dit.parameters(), *dit.buffers())]
+    weights = seen.ignore(u.to_local() if hasattr(u, "to_local") else u for u in held)
+    if stream:
+        sizes = [sum(u.nbytes for u in layer.state_dict().values()) for layer in dit.layers]
+        seen.extra = lambda: sum(sizes[i] for i in list(dit.streamed.held))
+        fetch = dit.streamed.fetch
+
+        def fetched(i):
+            got = fetch(i)
+            seen.ignore(got.values())
+            return got
+
+        dit.streamed.fetch = fetched
+    given = drawn(dit.cfg, 0, BIG) | dict(text_mask=torch.ones(dit.cfg.text_length, dtype=torch.long))
+    with torch.no_grad(), seen:
+        for _ in magi.sample(dit, **given, progress=lambda p: cache.append(p.cache_bytes)):
+            pass
+    plan = parallel.needs(dit.cfg, BIG, R=parallel.ranks(), stream=bool(stream), cpu=True)
+    return dict(weights=weights, cache=max(cache), all=weights + seen.peak, plan=dataclasses.asdict(plan))
+
+
+def fails_on_last(rank: int, size: int) -> None:
+    if rank == size - 1:
+        raise ValueError("no such device")
+
+
+def refusal(call) -> str:
+    try:
+        call()
+    except ValueError as error:
+        return str(error)
+    return "not refused"
+
+
+def main() -> None:
+    job, rank, size, folder = sys.argv[1], int(sys.argv[2]), int(sys.argv[3]), Path(sys.argv[4])
+    torch.set_num_threads(1)
+    store = f"file://{folder}/store.{job}.{size}"
+    dist.init_process_group("gloo", init_method=store, rank=rank, world_size=size)
+    if job == "cases":
+        out = {name: run_case(folder, name) for name in (CASES if size == 2 else OF_FOUR)}
+        out["tiles"] = tiles(folder)
+        calls = []
+        out["text"] = parallel.from_first(lambda text: calls.append(text) or torch.ones(3))("a ball")
+        out["calls"] = calls
+        if size == 2:
+            out["memory"] = {name: measure(folder, name) for name in MIDDLES}
+        out["errors"] = [refusal(lambda: parallel.load_dit(folder / "three"))]
+        out["errors"] += [refusal(lambda: parallel.agreed(fails_on_last)(rank, size))]
+        torch.save(out, folder / f"cases.{size}.{rank}.pt")
+    if job == "forever":
+        dit = parallel.load_dit(folder / "base")
+        run = dataclasses.replace(RUN, num_frames=None)
+        try:
+            for _ in magi.sample(dit, **drawn(dit.cfg, 0, run)):
+                print("running", flush=True)
+        except RuntimeError as error:
+            print("another process is gone" if parallel.lost_another(error) else repr(error), flush=True)
+            return
+    dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,619 @@
+"""Fine-tuning on a folder of clips (clips.py, finetune.py), the loop, LoRA files of other programs."""
+
+import dataclasses
+import json
+import math
+import os
+import signal
+import types
+
+import numpy as np
+import pytest
+import torch
+from common import FOLDER_DIT, bad, read_frames, relative, run_main, shades
+from safetensors.torch import load_file, save_file
+
+import clips
+import finetune
+import magi
+import media
+import training
+
+CAPTIONS = {"one.mp4": "a red", "two.mp4": "a blue\na red"}
+
+
+def write_clip(file, frames: int, first: int = 0) -> None:
+    writer = media.Mp4Writer(file, 24)
+    writer.write(shades((first + 3 * i) % 256 for i in range(frames)))
+    writer.close()
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    """Two clips of one and two seconds, and a bit, with captions; the second has one a second."""
+    folder = tmp_path_factory.mktemp("data")
+    for i, (name, caption) in enumerate(CAPTIONS.items()):
+        write_clip(folder / name, 30 + 24 * i, 60 * i)
+        (folder / name).with_suffix(".txt").write_text(caption + "\n")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def cached(data, model_folder):
+    """The same after a run: everything is in the cache."""
+    assert train(model_folder, data, data.parent / "first.safetensors", "--steps", 1)[0] == 0
+    return data
+
+
+def train(model, data, out, *flags, command: str = "lora") -> tuple[int, str, str]:
+    fixed = ("--model", model, "--data", data, "--out", out, "--cache", data.parent / f"{data.name}.cache")
+    quick = ("--steps", 4, "--every", 2, "--sample-every", 0, "--seconds", 2)
+    rank = ("--rank", 2) if command == "lora" else ()
+    return run_main(finetune.main, command, *fixed, *quick, *rank, *flags)
+
+
+def refused(result: tuple[int, str, str], *words: str) -> None:
+    code, _, err = result
+    assert code == 2 and err.startswith("training: ") and len(err.splitlines()) == 1, (code, err)
+    assert all(word in err for word in words), err
+
+
+# ------------------------------------------------------------------------------------------------ the data
+
+
+def test_videos_are_cut_into_seconds_with_their_captions(data, tmp_path):
+    videos = clips.find_videos(data, tmp_path, skip_bad=False, warn=pytest.fail)
+    assert [(v.path.name, v.seconds, v.height, v.width) for v in videos] == [
+        ("one.mp4", 1, 32, 48), ("two.mp4", 2, 32, 48)]  # fmt: skip
+    pieces = clips.cut(videos, 32 * 48, most_chunks=2)
+    assert [(p.start, p.captions, p.height, p.width) for p in pieces] == [
+        (0, ("a red",), 32, 48), (0, ("a blue", "a red"), 32, 48)]  # fmt: skip
+    assert [p.start for p in clips.cut(videos, 32 * 48, most_chunks=1)] == [0, 0, 1]
+    long = clips.Video(data / "one.mp4", ("a", "b"), seconds=7, height=720, width=1280)
+    pieces = clips.cut([long], 256 * 256, most_chunks=4, most_tokens=3 * 6 * 12 * 21)
+    assert [p.chunks for p in pieces] == [3, 3, 1] and pieces[0].tokens_per_chunk == 6 * 12 * 21
+    assert [p.captions for p in pieces] == [("a", "b", "b"), ("b", "b", "b"), ("b",)]  # the last one goes on
+    with bad("more than 100 tokens: raise --tokens"):
+        clips.cut([long], 256 * 256, 4, most_tokens=100)
+
+
+@pytest.mark.parametrize(
+    ("shown", "size"),
+    [((720, 1280), (192, 336)), ((1280, 720), (336, 192)), ((480, 640), (224, 288)), ((700, 720), (256, 256)),
+     ((100, 180), (96, 176)), ((10, 500), (48, 96))],
+)  # fmt: skip
+def test_sizes_keep_the_aspect_and_the_area_and_enlarge_little(shown, size):
+    assert clips.bucket_size(*shown, 256 * 256) == size
+
+
+@pytest.mark.parametrize("kind", ["jsonl", "csv"])
+def test_captions_may_stand_in_one_file(data, tmp_path, kind):
+    rows = [{"file_name": name, "text": text.split("\n")} for name, text in CAPTIONS.items()]
+    for name in CAPTIONS:
+        (tmp_path / name).symlink_to(data / name)
+    if kind == "jsonl":
+        (tmp_path / "metadata.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    else:
+        lines = [f'{row["file_name"]},"{CAPTIONS[row["file_name"]]}"' for row in rows]
+        (tmp_path / "metadata.csv").write_text("\ufefffile_name,text\n" + "\n".join(lines))
+    found = clips.read_captions(tmp_path)
+    assert found == {tmp_path / name: tuple(text.split("\n")) for name, text in CAPTIONS.items()}
+    (tmp_path / "one.mp4").unlink()
+    with bad("'one.mp4' of the metadata is not in"):
+        clips.read_captions(tmp_path)
+
+
+def test_what_is_cached_is_what_the_sampler_would_encode(cached, model_folder):
+    vae, t5 = magi.load_vae(model_folder.parent / "vae"), magi.T5(model_folder.parent / "t5", 16)
+    cache = clips.Cache(
+        cached.parent / f"{cached.name}.cache", model_folder.parent / "vae", model_folder.parent / "t5"
+    )
+    piece = clips.cut(clips.find_videos(cached, cache.folder, False, pytest.fail), 32 * 48, 2)[1]
+    latents, image = cache.latents(piece)
+    video = media.fit_frames(read_frames(cached / "two.mp4")[:48], 32, 48)
+    with torch.no_grad():
+        whole, fourth = vae.encode(video)[0], vae.encode(video[:, :, 3:4])[0]
+    assert relative(latents, whole * magi.SCALE_FACTOR) < 0.01  # bf16
+    assert relative(image, fourth * magi.SCALE_FACTOR) < 0.01 and latents.shape == (16, 12, 4, 6)
+    text, mask = cache.text(piece.captions[0], 16)
+    expected, expected_mask = t5([piece.captions[0]])
+    assert torch.equal(mask, expected_mask[0]) and relative(text, expected[0]) < 0.01
+
+
+def test_a_second_run_encodes_nothing(cached, model_folder, tmp_path, monkeypatch):
+    monkeypatch.setattr(clips, "load_vae", lambda *_: pytest.fail("the VAE is not needed"))
+    monkeypatch.setattr(clips, "T5", lambda *_, **__: pytest.fail("T5 is not needed"))
+    assert train(model_folder, cached, tmp_path / "a.safetensors", "--steps", 1)[0] == 0
+
+
+def test_a_changed_clip_is_encoded_again(tmp_path):
+    cache, file = clips.Cache(tmp_path, None, None), tmp_path / "a.mp4"
+    cache.vae_key = "vae"
+    file.touch()
+    piece = clips.Piece(file, 0, ("a",), 32, 48)
+    before = cache.latent_file(piece)
+    assert cache.latent_file(clips.Piece(file, 0, ("other",), 32, 48)) == before
+    assert cache.latent_file(clips.Piece(file, 1, ("a",), 32, 48)) != before
+    os.utime(file, (1, 1))
+    assert cache.latent_file(piece) != before
+
+
+def batches(cached, model_folder, **more) -> finetune.Batches:
+    parent = model_folder.parent
+    cache = clips.Cache(cached.parent / f"{cached.name}.cache", parent / "vae", parent / "t5")
+    pieces = clips.cut(clips.find_videos(cached, cache.folder, False, pytest.fail), 32 * 48, 2)
+    table = load_file(model_folder / "special_tokens.safetensors")
+    sampler = magi.SamplerConfig(height=32, width=48)
+    return finetune.Batches(
+        cache, pieces, sampler, table, **{"length": 16, "most_tokens": 144, "seed": 0} | more
+    )
+
+
+def test_batches_depend_on_their_number_alone(cached, model_folder):
+    made = batches(cached, model_folder)
+    first, other, again = made(3, "cpu"), made(4, "cpu"), made(3, "cpu")
+    assert all(torch.equal(first[k], again[k]) for k in first)
+    assert first["latents"].shape != other["latents"].shape or not torch.equal(
+        first["latents"], other["latents"]
+    )
+    sizes = set()
+    for i in range(30):
+        batch = made(i, "cpu")
+        B, n = batch["text"].shape[:2]
+        assert batch["latents"].shape == (B, 16, 6 * n, 4, 6) and B * n * 36 <= 144
+        sizes.add((B, n))
+    assert sizes == {(4, 1), (2, 2)}
+
+
+def test_texts_carry_their_special_tokens(model_folder):
+    table = load_file(model_folder / "special_tokens.safetensors")
+    caption = torch.randn(16, 32), (torch.arange(16) < 3).long()
+    empty = torch.zeros(16, 32), torch.zeros(16).long()
+    text, mask = finetune.chunk_texts([caption, caption, empty], 9, magi.SamplerConfig(), table)
+    for i, left in enumerate((8, 8)):  # 9 and 8 chunks are left; the tokens end at 8
+        assert torch.equal(text[i, 0], table[f"duration_token_{left}"][0]) and torch.equal(
+            text[i, 1], table["hq_token"][0]
+        )
+        assert torch.equal(text[i, 2:5], caption[0][:3]) and mask[i].sum() == 5
+    assert not mask[2].any()  # an empty caption is null text
+
+
+# ------------------------------------------------------------------------------------------------ refusals
+
+
+@pytest.fixture
+def no_weights(monkeypatch):
+    for module, name in ((finetune, "load_dit"), (clips, "load_vae"), (clips, "T5")):
+        monkeypatch.setattr(module, name, lambda *_, **__: pytest.fail("weights are loaded"))
+
+
+def test_bad_clips_are_named_before_anything_is_loaded(model_folder, tmp_path, no_weights):
+    data, out = tmp_path / "data", tmp_path / "a.safetensors"
+    refused(train(model_folder, data, out), "data' does not exist")
+    data.mkdir()
+    refused(train(model_folder, data, out), "no videos in", "a.mp4")
+    write_clip(data / "short.mp4", 20)
+    refused(train(model_folder, data, out), "'short.mp4' has no caption", "short.txt")
+    (data / "short.txt").write_text("a red")
+    refused(train(model_folder, data, out), "'short.mp4' has 20 frames", "24", "--skip-bad")
+    code, _, err = train(model_folder, data, out, "--skip-bad")
+    assert code == 2 and "skipped: clip 'short.mp4'" in err and "training: no clip of" in err
+    (data / "short.mp4").write_bytes(b"no video")
+    refused(train(model_folder, data, out), "short.mp4", "--skip-bad")
+    write_clip(data / "short.mp4", 30)
+    (data / "short.txt").write_text("a red ball bounces and bounces and bounces")
+    refused(train(model_folder, data, out), "caption of clip 'short.mp4' has", "the model takes 15")
+    long = (data / "short.txt").read_text()
+    (data / "short.txt").write_text("a red")
+    refused(train(model_folder, data, out, "--sample-prompt", long), "--sample-prompt has", "takes 15")
+
+
+def test_bad_clips_are_skipped_if_asked(cached, model_folder, tmp_path, no_weights):
+    data = tmp_path / "data"
+    data.mkdir()
+    (data / "a.mp4").write_bytes(b"no video")
+    (data / "one.mp4").symlink_to(cached / "one.mp4")
+    for name in ("a", "one"):
+        (data / f"{name}.txt").write_text("a red")
+    code, _, err = train(model_folder, data, tmp_path / "a.safetensors", "--skip-bad", "--plan")
+    assert code == 0 and "skipped: cannot read video" in err and "a.mp4" in err and "1 clips, 1 s" in err
+
+
+def test_models_and_outputs_that_cannot_be(cached, model_folder, tmp_path, no_weights, monkeypatch):
+    out = tmp_path / "a.safetensors"
+    refused(train(model_folder, cached, tmp_path / "a"), "a LoRA is a file")
+    refused(train(model_folder, cached, out, command="full"), "all weights is a folder")
+    refused(train(tmp_path / "none", cached, out), "no model in")
+    refused(train(model_folder, cached, out, "--rank", 0), "use the command full")
+    with monkeypatch.context() as patch:
+        patch.setattr(finetune.importlib.util, "find_spec", lambda name: None)
+        refused(train(model_folder, cached, out, "--optimizer", "adamw8bit"), "pip install torchao")
+    refused(train(model_folder, cached, out, "--t5", tmp_path), "spiece.model", "--t5")
+    out.write_bytes(b"mine")
+    refused(train(model_folder, cached, out), "exists and was not made by this run")
+    assert out.read_bytes() == b"mine"
+    for part, change, words in (
+        ("dit", {"fp8": True}, "fp8 weights"),
+        ("sampler", {"distilled": True}, "a distilled"),
+    ):
+        config = json.loads((model_folder / "config.json").read_text())
+        config[part] |= change
+        (tmp_path / "config.json").write_text(json.dumps(config))
+        refused(train(tmp_path, cached, tmp_path / "b.safetensors"), words)
+
+
+# ------------------------------------------------------------------------------------------------ runs
+
+
+@pytest.fixture(scope="module")
+def finished(cached, model_folder):
+    """A run of four steps."""
+    out = cached.parent / "whole.safetensors"
+    code, _, err = train(model_folder, cached, out, "--sample-every", 3, "--sample-seconds", 1)
+    assert code == 0, err
+    return out
+
+
+def test_a_run_leaves_a_lora_with_its_story_a_log_and_samples(finished, model_folder):
+    about = training.lora_metadata(finished)
+    assert about["base_model"] == model_folder.name and about["rank"] == about["alpha"] == "2"
+    assert about["steps"] == "4" and json.loads(about["prompts"]) == ["a red", "a blue"]
+    dit = training.load_lora(magi.load_dit(model_folder), finished)
+    assert sum(lora.up.abs().sum() for lora in training.loras(dit)) > 0
+    work = finished.parent / "whole.work"
+    rows = [line.split(",") for line in (work / "train.csv").read_text().splitlines()]
+    assert [row[0] for row in rows] == list("0123") and all(0 < float(row[1]) < 10 for row in rows)
+    assert (work / "train.png").stat().st_size > 1000
+    samples = sorted((work / "samples").iterdir())
+    assert [sample.name for sample in samples] == ["000003.mp4", "000004.mp4"]
+    assert read_frames(samples[0]).shape == (24, 32, 48, 3)
+
+
+class Killed(BaseException):
+    pass
+
+
+def losses(out) -> list[str]:
+    return [
+        line.split(",")[1]
+        for line in (out.parent / f"{out.stem}.work" / "train.csv").read_text().splitlines()
+    ]
+
+
+@pytest.mark.parametrize("how", ["killed", "interrupted"])
+def test_a_run_that_ended_early_goes_on_to_the_same_result(
+    finished, cached, model_folder, tmp_path, monkeypatch, how
+):
+    """Killed in its fourth step, it goes on from the second; after Ctrl-C in the third, nothing is computed
+    again, and what was trained so far can be used."""
+    out, step = tmp_path / "a.safetensors", training.AdamW.step
+    calls = []
+
+    def stop(self):
+        calls.append(1)
+        if how == "killed" and len(calls) == 4:
+            raise Killed
+        step(self)
+        if how == "interrupted" and len(calls) == 3:
+            os.kill(os.getpid(), signal.SIGINT)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(training.AdamW, "step", stop)
+        if how == "killed":
+            with pytest.raises(Killed):
+                train(model_folder, cached, out)
+            assert not out.exists() and len(losses(out)) == 3
+        else:
+            code, _, err = train(model_folder, cached, out)
+            assert code == 130 and "stopped after step 3 of 4" in err and "the same command goes on" in err
+            assert training.lora_metadata(out)["steps"] == "3"
+            training.load_lora(magi.load_dit(model_folder), out)
+        refused(
+            train(model_folder, cached, out, "--lr", 1), "began with other settings: lr (was None, is 1.0)"
+        )
+        calls[:] = [0] * 10
+        assert train(model_folder, cached, out)[0] == 0
+    assert len(calls) == 10 + (2 if how == "killed" else 1)
+    whole, parts = load_file(finished), load_file(out)
+    assert all(torch.equal(whole[name], parts[name]) for name in whole) and losses(out) == losses(finished)
+
+
+def test_two_runs_do_not_share_a_folder(cached, model_folder, tmp_path):
+    (tmp_path / "a.work").mkdir()
+    with finetune.only_run_in(tmp_path / "a.work"):
+        refused(train(model_folder, cached, tmp_path / "a.safetensors"), "in use by another run")
+
+
+def test_a_loss_that_is_not_finite_ends_the_run_and_keeps_what_was_there(
+    cached, model_folder, tmp_path, monkeypatch
+):
+    out, loss, calls = tmp_path / "a.safetensors", finetune.flow_matching_loss, []
+
+    def broken(*args, **kwargs):
+        calls.append(1)
+        return loss(*args, **kwargs) * (math.nan if len(calls) == 4 else 1)
+
+    monkeypatch.setattr(finetune, "flow_matching_loss", broken)
+    code, _, err = train(model_folder, cached, out)
+    assert code == 2 and "the loss of step 3 is nan" in err and "train.pt" in err
+    assert torch.load(tmp_path / "a.work" / "train.pt")["step"] == 2
+
+
+def test_all_weights_and_distillation_make_model_folders(cached, model_folder, tmp_path):
+    for name in ("vae", "t5"):
+        (tmp_path / name).symlink_to(model_folder.parent / name)
+    base = magi.load_dit(model_folder).state_dict()
+    for command in ("full", "distill"):
+        assert train(model_folder, cached, tmp_path / command, "--steps", 2, command=command)[0] == 0
+        pipe = magi.load(tmp_path / command)
+        assert pipe.sampler.distilled == (command == "distill")
+        moved = {k for k, v in pipe.dit.state_dict().items() if not torch.equal(v, base[k])}
+        assert len(moved) > 0.9 * len(base)
+        pipe = magi.load(tmp_path / command)
+        frames = np.concatenate(list(pipe("a red ball", num_frames=24, num_steps=4)))
+        assert frames.shape == (24, 32, 48, 3)
+    assert train(model_folder, cached, tmp_path / "a.safetensors", "--rank", 2, command="distill")[0] == 0
+    training.load_lora(pipe.dit, tmp_path / "a.safetensors")
+
+
+def test_large_models_are_written_in_files_with_an_index(model_folder, tmp_path):
+    config = json.loads((model_folder / "config.json").read_text())
+    finetune.write_model(tmp_path / "a", model_folder, magi.load_dit(model_folder), config, most=50_000)
+    assert len(list((tmp_path / "a").glob("model-*.safetensors"))) > 2
+    a, b = magi.load_dit(tmp_path / "a").state_dict(), magi.load_dit(model_folder).state_dict()
+    assert all(torch.equal(a[k], b[k]) for k in b)
+
+
+def test_merge_and_export_from_the_command_line(finished, model_folder, tmp_path):
+    out = tmp_path / "merged"
+    assert run_main(finetune.main, "merge", "--model", model_folder, "--lora", finished, "--out", out)[0] == 0
+    merged = training.merge_lora(training.load_lora(magi.load_dit(model_folder), finished)).state_dict()
+    assert all(torch.equal(v, merged[k]) for k, v in magi.load_dit(out).state_dict().items())
+    assert run_main(finetune.main, "export", "--lora", finished, "--out", tmp_path / "peft")[0] == 0
+    config = json.loads((tmp_path / "peft" / "adapter_config.json").read_text())
+    assert config["r"] == config["lora_alpha"] == 2 and "layers.0.attn.q" in config["target_modules"]
+
+
+# ------------------------------------------------------------------------------------------ memory, optimiser
+
+
+def test_checkpointed_layers_have_the_same_gradients(model_folder):
+    torch.manual_seed(0)
+    clip = torch.randn(2, 16, 12, 4, 4), torch.randn(2, 2, 16, 32), torch.ones(2, 2, 16).long()
+    grads = []
+    for prepare in (lambda dit: None, finetune.checkpoint_layers):
+        dit = training.add_lora(magi.load_dit(model_folder), 2)
+        torch.manual_seed(1)
+        for lora in training.loras(dit):
+            lora.up.data.normal_(), lora.down.data.normal_()
+        prepare(dit)
+        saved = []
+        with torch.autograd.graph.saved_tensors_hooks(
+            lambda u, saved=saved: saved.append(u.nbytes) or u, lambda u: u
+        ):
+            loss = training.flow_matching_loss(dit, *clip, generator=torch.Generator().manual_seed(0))
+        loss.backward()
+        grads.append((sum(saved), [p.grad for p in dit.parameters() if p.requires_grad]))
+    (plain, first), (less, second) = grads
+    assert less < plain / 3 and len(first) == len(second) > 50
+    assert all(torch.allclose(a, b, rtol=1e-4, atol=1e-6) for a, b in zip(first, second, strict=True))
+
+
+def test_plans_of_real_models():
+    with torch.device("meta"):
+        dit = magi.DiT(magi.PRESETS["4.5B-base"].dit)
+    plan = lambda command, rank, tokens: finetune.memory_plan(dit, command, rank, tokens, 800)
+    small, large = plan("lora", 16, 6 * 16 * 16), plan("lora", 16, 4 * 6 * 45 * 45)
+    exact = sum(p.numel() * (4 if p.dtype == torch.float32 else 2) for p in dit.parameters())
+    assert small["weights"] == exact and 8.9e9 < exact < 9e9
+    assert small["activations"] < large["activations"] / 20
+    assert sum(small.values()) < 14e9 and sum(plan("full", 0, 1536).values()) > 60e9
+    assert plan("distill", 0, 1536)["teacher"] == exact and "teacher" not in plan("distill", 16, 1536)
+    said = finetune.show_plan({"weights": 20e9, "activations": 3e9}, 30e9)
+    assert "24 GB: no, 48 GB: yes" in said and "30.0 GB: yes" in said
+
+
+@pytest.mark.parametrize("rank", [0, 8])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_planned_activations_are_what_autograd_keeps(rank, dtype):
+    cfg = dataclasses.replace(
+        FOLDER_DIT, hidden_size=128, num_heads=8, num_kv_heads=4, ffn_size=512, dtype=dtype
+    )
+    dit = magi.DiT(cfg)
+    training.add_lora(dit, rank) if rank else dit.requires_grad_()
+    weights = {p.untyped_storage().data_ptr() for p in dit.parameters()}
+    kept, sizes = [], {}  # all are held, so that no two share an address
+
+    def keep(u):
+        kept.append(u)
+        if (storage := u.untyped_storage()).data_ptr() not in weights:
+            sizes[storage.data_ptr()] = storage.nbytes()
+        return u
+
+    clip = torch.randn(2, 16, 12, 16, 16), torch.randn(2, 2, 16, 32), torch.ones(2, 2, 16).long()
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda u: u):
+        training.flow_matching_loss(dit, *clip)
+    command, tokens, text = "lora" if rank else "full", 2 * 2 * 6 * 64, 2 * 2 * 16
+    plan = finetune.memory_plan(magi.DiT(cfg), command, rank, tokens, text, keep_activations=True)
+    assert 0.9 < plan["activations"] / sum(sizes.values()) < 1.3
+
+
+def test_adamw_is_pytorchs_in_float32():
+    torch.manual_seed(0)
+    made = []
+    for kind in (training.AdamW, torch.optim.AdamW):
+        generator = torch.Generator().manual_seed(1)
+        weight = torch.nn.Parameter(torch.ones(4, 3))
+        optimizer = kind([weight], lr=0.1, betas=(0.9, 0.95), weight_decay=0.1)
+        for _ in range(5):
+            weight.grad = torch.randn(4, 3, generator=generator)
+            optimizer.step()
+        made.append(weight.detach())
+    torch.testing.assert_close(*made)
+
+
+def test_small_updates_of_bf16_weights_add_up_and_a_checkpoint_keeps_them():
+    def start():
+        weight = torch.nn.Parameter(torch.ones(8, dtype=torch.bfloat16))
+        return weight, training.AdamW([weight], lr=1e-4, weight_decay=0)
+
+    def walk(weight, optimizer, steps):
+        for _ in range(steps):
+            weight.grad = torch.ones_like(weight)
+            optimizer.step()
+
+    weight, optimizer = start()
+    walk(weight, optimizer, 200)
+    assert abs(weight.float().mean() - 0.98) < 0.003  # by itself bf16 would stay at 1: its step is 0.004
+    again, other = start()
+    walk(again, other, 77)
+    state = {"weight": again.data.clone(), "optimizer": other.state_dict()}
+    again, other = start()
+    again.data = state["weight"]
+    other.load_state_dict(state["optimizer"])
+    assert other.state[again]["mean"].dtype == torch.float32
+    walk(again, other, 123)
+    assert torch.equal(again, weight) and torch.equal(
+        other.state[again]["lost"], optimizer.state[weight]["lost"]
+    )
+
+
+def test_accumulation_is_one_large_step(tmp_path):
+    def run(name, accumulate, loss):
+        model = torch.nn.ModuleDict({"a": torch.nn.Linear(3, 1)})
+        with torch.no_grad():
+            model["a"].weight.fill_(1), model["a"].bias.fill_(0)
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+        training.fit(
+            name, model, lambda i: (loss(model, i), {}), 2, [optimizer], tmp_path, accumulate=accumulate
+        )
+        return model["a"].weight.detach()
+
+    x = torch.randn(8, 3, generator=torch.Generator().manual_seed(0))
+    half = lambda model, i: model["a"](x[2 * i : 2 * i + 2]).square().mean()
+    whole = lambda model, i: model["a"](x[4 * i : 4 * i + 4]).square().mean()
+    torch.testing.assert_close(run("half", 2, half), run("whole", 1, whole))
+
+
+# ------------------------------------------------------------------------------------ LoRAs of other programs
+
+
+@pytest.fixture(scope="module")
+def trained_lora(tmp_path_factory, model_folder):
+    torch.manual_seed(0)
+    dit = training.add_lora(magi.load_dit(model_folder), rank=3)
+    for lora in training.loras(dit):
+        lora.up.data.normal_()
+    file = tmp_path_factory.mktemp("lora") / "ours.safetensors"
+    training.save_lora(dit, file, {"base_model": "me"})
+    return file
+
+
+def weights(dit: magi.DiT) -> dict[str, torch.Tensor]:
+    """What each layer adds to its output, as one matrix."""
+    layers = training.lora_targets(dit).items()
+    return {
+        name: layer.lora.scale * layer.lora.up @ layer.lora.down
+        for name, layer in layers
+        if hasattr(layer, "lora")
+    }
+
+
+def added(model_folder, *files_and_scales) -> dict[str, torch.Tensor]:
+    dit = magi.load_dit(model_folder)
+    for file, scale in files_and_scales:
+        training.load_lora(dit, file, scale)
+    return weights(dit)
+
+
+@pytest.mark.parametrize("style", [*training.EXPORT_NAMES])
+def test_an_exported_lora_is_the_same_lora(trained_lora, model_folder, tmp_path, style):
+    training.export_lora(trained_lora, tmp_path / "out.safetensors", style)
+    assert not any(".lora.down" in name for name in load_file(tmp_path / "out.safetensors"))
+    a, b = added(model_folder, (trained_lora, 1)), added(model_folder, (tmp_path / "out.safetensors", 1))
+    assert a.keys() == b.keys() and all(torch.allclose(a[k], b[k]) for k in a)
+    assert training.lora_metadata(tmp_path / "out.safetensors")["base_model"] == "me"
+
+
+def test_alpha_scales_wherever_it_stands(model_folder, tmp_path):
+    layer, (n_out, n_in) = "layers.1.attn.q", (64, 32)
+    down, up = torch.randn(4, n_in), torch.randn(n_out, 4)
+    pair = lambda name, a, b: {name.format(a): down, name.format(b): up}
+    peft = pair("base_model.model.layers.1.attn.q.lora_{}.weight", "A", "B")
+    config = tmp_path / "adapter_config.json"
+    cases = {
+        "nothing": (peft, {}, 1),
+        "config": (peft, {"r": 4, "lora_alpha": 8}, 2),
+        "square root": (peft, {"r": 4, "lora_alpha": 8, "use_rslora": True}, 4),
+        "pattern": (peft, {"r": 4, "lora_alpha": 8, "alpha_pattern": {"attn.q": 2}}, 0.5),
+        "another's pattern": (peft, {"r": 4, "lora_alpha": 8, "alpha_pattern": {"attn.k": 2}}, 2),
+        "tensor": (pair("lora_unet_layers_1_attn_q.lora_{}.weight", "down", "up")
+                   | {"lora_unet_layers_1_attn_q.alpha": torch.tensor(2.0)}, {}, 0.5),
+        "diffusers": (pair("transformer.layers.1.attn.q.lora.{}.weight", "down", "up"), {}, 1),
+        "comfy": (pair("diffusion_model.layers.1.attn.q.lora_{}.weight", "A", "B"), {}, 1),
+    }  # fmt: skip
+    for name, (tensors, about, factor) in cases.items():
+        file = tmp_path / "adapter_model.safetensors"
+        save_file(tensors, file)
+        config.unlink(missing_ok=True)
+        if about:
+            config.write_text(json.dumps(about))
+        found = added(model_folder, (file, 1))
+        assert found.keys() == {layer}, name
+        assert torch.allclose(found[layer], factor * up @ down, atol=1e-4), name
+    header = {"lora_adapter_metadata": json.dumps({"transformer.r": 4, "transformer.lora_alpha": 12})}
+    save_file(peft, tmp_path / "b.safetensors", header)
+    assert torch.allclose(
+        added(model_folder, (tmp_path / "b.safetensors", 1))[layer], 3 * up @ down, atol=1e-4
+    )
+
+
+def test_loras_add_up_each_with_its_scale(trained_lora, model_folder, tmp_path):
+    layer = "layers.0.ffn.fc1"
+    tensors = {f"{layer}.lora_A.weight": torch.randn(5, 32), f"{layer}.lora_B.weight": torch.randn(64, 5)}
+    save_file(tensors, tmp_path / "b.safetensors")
+    a, b = added(model_folder, (trained_lora, 1)), added(model_folder, (tmp_path / "b.safetensors", 1))
+    for order in (1, -1):
+        both = added(model_folder, *[(trained_lora, 0.5), (tmp_path / "b.safetensors", -2)][::order])
+        for name in a:
+            assert torch.allclose(both[name], 0.5 * a[name] - 2 * b.get(name, 0), atol=1e-5), name
+
+
+def test_files_of_other_methods_and_models_are_named(model_folder, tmp_path):
+    with torch.device("meta"):
+        dit = magi.DiT(FOLDER_DIT)
+    down, up = torch.zeros(2, 32), torch.zeros(64, 2)
+    cases = {
+        "LoHa": {"layers.0.attn.q.hada_w1_a": down},
+        "DoRA": {"layers.0.attn.q.lora_A.weight": down, "layers.0.attn.q.lora_B.weight": up,
+                 "layers.0.attn.q.lora_magnitude_vector": torch.ones(64)},
+        "another model: this one has no layer 'blocks.0.self_attn.q'":
+            {"diffusion_model.blocks.0.self_attn.q.lora_A.weight": down},
+        "another model: it lacks 1 tensor": {"layers.0.attn.q.lora_A.weight": down},
+        "other shapes": {"layers.0.attn.q.lora_A.weight": torch.zeros(2, 33),
+                         "layers.0.attn.q.lora_B.weight": up},
+        "is no LoRA": {"layers.0.attn.q.weight": up},
+    }  # fmt: skip
+    for words, tensors in cases.items():
+        save_file(tensors, tmp_path / "a.safetensors")
+        with bad(words):
+            training.check_lora(dit, tmp_path / "a.safetensors")
+
+
+def test_an_export_needs_a_lora_of_ours(trained_lora, tmp_path):
+    with bad("format 'zip' is not one of peft, diffusers, kohya"):
+        training.export_lora(trained_lora, tmp_path / "a.safetensors", "zip")
+    training.export_lora(trained_lora, tmp_path / "a.safetensors", "kohya")
+    with bad("is no LoRA in our names"):
+        training.export_lora(tmp_path / "a.safetensors", tmp_path / "b.safetensors")
+
+
+def test_signals_wait_for_the_end_of_a_step_and_are_given_back():
+    before = signal.getsignal(signal.SIGINT)
+    with training.stop_between_steps() as asked:
+        os.kill(os.getpid(), signal.SIGTERM)
+        assert asked == ["SIGTERM"]
+        with pytest.raises(KeyboardInterrupt):
+            os.kill(os.getpid(), signal.SIGINT)
+            types.SimpleNamespace()  # the handler has run by now
+    assert signal.getsignal(signal.SIGINT) is before

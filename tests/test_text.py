@@ -1,0 +1,69 @@
+"""The text encoder: T5 and its tokens."""
+
+import gc
+import shutil
+from types import SimpleNamespace
+
+import pytest
+import torch
+from common import bad
+from safetensors.torch import load_file, save_file
+from sentencepiece import SentencePieceProcessor
+
+import magi
+
+
+def test_t5_pads_truncates_and_marks_empty_captions(model_folder):
+    t5 = magi.T5(model_folder.parent / "t5", length=14, keep=True)
+    with pytest.warns(UserWarning, match="only the first 14 are used"):
+        text, mask = t5(["a red ball", "", "a red ball bounces on the old tree " * 9])
+    assert text.shape == (3, 14, 32) and mask.shape == (3, 14) and text.dtype == torch.float32
+    assert next(t5.model.parameters()).dtype == torch.bfloat16
+    assert mask[1].sum() == 0 and mask[2].sum() == 14 and 0 < mask[0].sum() < 14
+    assert torch.equal(text[0][mask[0] == 0], torch.zeros(int((mask[0] == 0).sum()), 32))
+    tokenizer = SentencePieceProcessor(model_file=str(model_folder.parent / "t5" / "spiece.model"))
+    ids, _ = magi.tokenize(tokenizer, ["a red ball"], 14)
+    assert ids[0, mask[0].sum() - 1] == 1 and ids[0, mask[0].sum()] == 0  # </s>, then padding
+    # padding changes nothing
+    alone, _ = t5(["a red ball"])
+    torch.testing.assert_close(alone[0], text[0], rtol=2e-2, atol=2e-2)
+
+
+def test_a_truncated_caption_still_ends():
+    with pytest.warns(UserWarning, match="only the first 6"):
+        ids, mask = magi.tokenize(SimpleNamespace(encode=lambda caption: [7] * 20), ["a"], 6)
+    assert ids.tolist() == [[7, 7, 7, 7, 7, 1]] and mask.sum() == 6
+
+
+@pytest.mark.parametrize("keep", [False, True])
+def test_t5_is_freed_after_use_unless_it_is_kept(model_folder, monkeypatch, keep):
+    from transformers import T5EncoderModel
+
+    reads, read = [], magi.T5.read
+    monkeypatch.setattr(magi.T5, "read", lambda self: reads.append(1) or read(self))
+    pipe = magi.load(model_folder, keep_t5=keep)
+    assert not reads  # nothing is read before a prompt comes
+    first, again = pipe.encode_text(["a red ball"])[0], pipe.encode_text(["a red ball"])[0]
+    assert torch.equal(first, again) and len(reads) == (1 if keep else 2)
+    gc.collect()
+    assert any(type(o) is T5EncoderModel for o in gc.get_objects()) == keep
+    assert (pipe.encode_text.model is not None) == keep
+
+
+def test_words_of_the_longest_caption_are_all_that_is_computed(model_folder):
+    """Columns that are padding everywhere are not run, and come out as zeros."""
+    t5, shapes = magi.T5(model_folder.parent / "t5", length=200, keep=True), []
+    _, mask = t5(["a red ball", "a"])
+    t5.model.register_forward_hook(lambda m, a, out: shapes.append(a[0].shape))
+    text, _ = t5(["a red ball", "a"])
+    assert shapes == [(2, mask[0].sum())] and mask[1].sum() < mask[0].sum()
+    assert text.shape == (2, 200, 32) and not text[mask == 0].any()
+
+
+def test_a_t5_without_all_its_tensors_is_refused(model_folder, tmp_path):
+    shutil.copytree(model_folder.parent / "t5", tmp_path / "t5")
+    sd = load_file(tmp_path / "t5" / "model.safetensors")
+    del sd["encoder.final_layer_norm.weight"]
+    save_file(sd, tmp_path / "t5" / "model.safetensors", {"format": "pt"})
+    with bad("lacks 1 tensor.*final_layer_norm"):
+        magi.T5(tmp_path / "t5")(["a red ball"])

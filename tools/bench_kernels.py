@@ -1,0 +1,350 @@
+"""Reports on kernels.py: check and time every kernel on a GPU, or compile all of them without one.
+
+    python kernels.py               on a GPU: compare with magi.py, then time, beside PyTorch's own kernels
+    python kernels.py --compile     anywhere: compile for six architectures; registers, memory, instructions
+
+Nothing in a run of the model needs this file. The first report has not been run on a GPU yet. The second one
+says what the machine code looks like, not how fast it is; AMD's is marked "compiles, unseen".
+"""
+
+from __future__ import annotations
+
+import argparse
+import io
+import math
+import os
+import re
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import redirect_stdout
+from functools import partial
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+import triton
+from torch import Tensor
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+import kernel_choice  # noqa: E402
+import magi  # noqa: E402
+
+kernels = magi.load_kernels()
+tiles_for = kernels.tiles_for
+
+# ----------------------------------------------------------------------------------------------------------
+# 1  Compiling ahead
+# ----------------------------------------------------------------------------------------------------------
+# Triton needs no GPU to compile for one. Tensors on the meta device have shapes, strides and types, which
+# is all that code depends on. NVIDIA's assembler, in Triton's package, says how many registers a thread
+# takes and what spills; the disassembler beside it shows which tensor core instructions came out. AMD's
+# assembly says the same of itself. What neither says is how fast it runs.
+
+SHARED_KIB = {89: 99, 90: 227, 100: 227, 120: 99, 942: 64, 950: 160}                    # of a block, at most
+# The tensor core's instructions in machine code, for 16-bit (or split float32) and for fp8 matrices. sm_90's
+# are wgmma in PTX, sm_100's tcgen05.mma, the others' mma. gfx942's fp8 is another: e4m3 is widened there.
+TENSOR_CORE = {89: ("HMMA", "QMMA"), 90: ("HGMMA", "QGMMA"), 100: ("UTCHMMA", "UTCQMMA"),
+               120: ("HMMA", "QMMA"), 942: ("MFMA", "MFMA"), 950: ("MFMA", "MFMA")}
+
+
+def machine_code(launch: Any, arch: int) -> tuple[int, int, int, set[str]]:
+    """Compile a launch for an architecture, without a GPU: registers of a thread, bytes that spill, bytes of
+    shared memory, instructions of the tensor core. Its tensors are best on the meta device."""
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+    from triton.runtime.jit import mangle_type
+
+    magi.require(not kernels.INTERPRETED, "TRITON_INTERPRET is set: kernels are interpreted, not compiled")
+    signature, constants, attributes = {}, {}, {}
+    for i, parameter in enumerate(launch.kernel.params):
+        value = launch.args[parameter.name]
+        signature[parameter.name] = "constexpr" if parameter.is_constexpr else mangle_type(value)
+        if parameter.is_constexpr:
+            constants[parameter.name] = value
+        elif isinstance(value, Tensor) or isinstance(value, int) and value % 16 == 0:
+            attributes[i,] = [["tt.divisibility", 16]]                       # as the launcher would find out
+    target = GPUTarget("hip", f"gfx{arch}", 64) if arch in (942, 950) else GPUTarget("cuda", arch, 32)
+    with triton.knobs.nvidia.scope(), triton.knobs.compilation.scope(), redirect_stdout(io.StringIO()) as log:
+        triton.knobs.nvidia.dump_ptxas_log = triton.knobs.compilation.always_compile = True
+        compiled = triton.compile(ASTSource(launch.kernel, signature, constants, attributes), target=target,
+                                  options=dict(num_warps=launch.tiles.warps, num_stages=launch.tiles.stages))
+    shared = compiled.metadata.shared
+    if target.backend == "hip":
+        code = compiled.asm["amdgcn"]
+        count = lambda name: int(re.findall(rf"\.{name}:\s+(\d+)", code)[0])
+        return count("vgpr_count"), 4 * count("vgpr_spill_count"), shared, {"MFMA"} & set(
+            name.upper() for name in re.findall(r"v_(mfma)_", code))
+    registers = int(re.findall(r"Used (\d+) registers", log.getvalue())[0])
+    spills = sum(map(int, re.findall(r"(\d+) bytes spill", log.getvalue())))
+    with tempfile.TemporaryDirectory() as folder:
+        (file := Path(folder) / "kernel.cubin").write_bytes(compiled.asm["cubin"])
+        nvdisasm = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "nvdisasm"
+        code = subprocess.run([nvdisasm, "-c", file], capture_output=True, text=True, check=True).stdout
+    return registers, spills, shared, set(re.findall(r"\b[A-Z]+MMA\b", code))
+
+
+def shipped(arch: int) -> dict[str, Any]:
+    """Every kernel x type x head width with its shipped tiles, at the sizes of the 4.5B."""
+    tokens, keys, Hq, Hkv, D, ffn = 2 * 12150, 3 * 12150, 24, 8, 3072, 12288
+    spans = (((0, keys - tokens // 2), (0, keys)),)
+    make = lambda *shape, dtype=torch.float32: torch.empty(*shape, dtype=dtype, device="meta")
+    out = {}
+    for dtype in (torch.bfloat16, torch.float16, torch.float32):
+        name = str(dtype).removeprefix("torch.")
+        for hd in (64, 128):
+            q, k = make(1, tokens, Hq, hd, dtype=dtype), make(1, keys, Hkv, hd, dtype=dtype)
+            lse = make(Hq, 1, tokens)
+            forward, dq, dkv = (tiles_for(kernel, arch, hd, dtype) for kernel in ("forward", "dq", "dkv"))
+            rows = dict(dOut=q, Lse=lse, Delta=lse)
+            query = partial(kernels.query_launch, q=q, k=k, v=k, spans=spans, Out=q)
+            others = {f", {change}": make("forward", forward) for change, make in kernels.VARIANTS.items()}
+            for label, tiles in ({"": forward} | others).items():
+                if not label or tiles != forward:
+                    out[f"forward {name} {hd}{label}"] = query(
+                        kernels._forward_kernel, tiles=tiles, Lse=lse, out_stride=2 * Hq * hd)
+            out[f"dq {name} {hd}"] = query(kernels._dq_kernel, tiles=dq, dQ=q, **rows)
+            out[f"dkv {name} {hd}"] = kernels.key_launch(q, k, k, spans, dkv, dK=k, dV=k, **rows)
+        x, gate, d, h = make(1, tokens, D, dtype=dtype), make(1, 2, D, dtype=dtype), make(D), make(128)
+        x8, h16 = make(tokens, D, dtype=torch.float8_e4m3fn), h.to(dtype)
+        u = make(tokens, 2 * ffn, dtype=dtype)
+        out |= {
+            f"gated_residual {name}": kernels.gated_residual_launch(x, d, d, gate, make(1, tokens, D), 1e-6),
+            f"norm_rotary {name}": kernels.norm_rotary_launch(q, h, h, make(tokens, 48), 1e-6),
+            f"norm {name}": kernels.norm_rotary_launch(q, h16, h16, None, 1e-6),
+            f"swiglu {name}": kernels.swiglu_launch(u),
+            f"quantise {name}": kernels.quantise_launch(x[0], d, x8),
+        }
+    w8, y = make(ffn, D, dtype=torch.float8_e4m3fn), make(tokens, ffn, dtype=torch.bfloat16)
+    tiles = tiles_for("fp8", arch)
+    for label, stages in (("", tiles.stages), (", 3 stages", 3)):
+        out[f"fp8 matmul{label}"] = kernels.fp8_launch(x8, w8, make(1), y, tiles._replace(stages=stages))
+    return out
+
+
+def compile_row(job: tuple[int, str]) -> tuple[bool, str]:
+    """One line of the table: what the machine code says, and whether that is as it should be."""
+    arch, name = job
+    launch = shipped(arch)[name]
+    kernel, tiles = name.split()[0], launch.tiles
+    wanted, broken = None, ""
+    try:
+        registers, spills, shared, instructions = machine_code(launch, arch)
+    except Exception as error:                  # the other rows are still wanted
+        registers, spills, shared, instructions = 0, 0, 0, set()
+        broken = f"does not compile: {str(error).strip().splitlines()[-1][:80]}"
+    if kernel in ("forward", "dq", "dkv", "fp8"):
+        # wgmma and tcgen05 work on 64 rows; smaller tiles (float32) are multiplied by mma everywhere
+        wanted = TENSOR_CORE[89 if tiles.m < 64 and arch < 900 else arch][kernel == "fp8"]
+    checks = ((broken, broken), (shared > SHARED_KIB[arch] * 1024, "does not fit"), (spills, "spills"),
+              (wanted and not broken and wanted not in instructions, f"no {wanted}"))
+    faults = [text for bad, text in checks if bad]
+    size = "x".join(str(u) for u in (tiles.m, tiles.n, tiles.k) if u)
+    end = ", ".join(faults) or ("ok" if arch < 900 else "compiles, unseen")
+    return not faults, (f"{'gfx' if arch > 900 else 'sm_'}{arch:<4} {name:32} {size:12} {tiles.warps:5} "
+                        f"{tiles.stages:6} {registers:9} {spills:6} {shared / 1024:10.1f}  {wanted or '-':8} "
+                        f"{end}")
+
+
+def compile_all(quick: bool = False) -> bool:
+    """Print the table of all kernels on all architectures; True if nothing is wrong. quick: only those that
+    the 4.5B runs by default, in bf16 and fp8 at head width 128, on NVIDIA's cards."""
+    from concurrent.futures import ProcessPoolExecutor
+    from multiprocessing import get_context
+
+    def wanted(arch: int, name: str) -> bool:
+        used = "fp8" in name or bool(re.search(r"bfloat16( 128)?$", name))
+        return not quick or arch < 900 and "," not in name and used
+
+    print(f"GPU     {'kernel':32} {'tile':12} warps stages registers spills shared/KiB  uses")
+    jobs = [(arch, name) for arch in SHARED_KIB for name in shipped(arch) if wanted(arch, name)]
+    good = []
+    with ProcessPoolExecutor(os.cpu_count(), get_context("spawn")) as pool:
+        for ok, line in pool.map(compile_row, jobs):
+            print(line, flush=True)
+            good.append(ok)
+    print(f"{sum(good)} of {len(good)} fit, spill nothing and use the expected instructions")
+    return all(good)
+
+
+# ----------------------------------------------------------------------------------------------------------
+# 2  Timing
+# ----------------------------------------------------------------------------------------------------------
+# What a kernel achieves is useful arithmetic over time, whatever it does besides: masked pairs do not
+# count. Of the elementwise steps it is bytes over time. Peaks are the makers' figures for dense matrices.
+
+# fmt: off
+PEAKS = {                                       # TFLOP/s in bf16 and fp8 (float32 sums), memory in GB/s
+    "H100 PCIe": (756, 1513, 2039), "H100 NVL": (835, 1671, 3938), "H100": (989, 1979, 3352),
+    "H200":      (989, 1979, 4800), "RTX 4090": (165, 330, 1008),  "B200": (2250, 4500, 8000),
+}
+MODELS = {                                      # tokens in a chunk, Hq, D, FFN out and in; Hkv 8, hd 128
+    "4.5B 720x720": (12150, 24, 3072, 12288, 12288), "24B 720x1280": (21600, 48, 6144, 32768, 16384),
+}
+# fmt: on
+
+
+def comparisons(device: str) -> Iterator[tuple[str, Tensor, Tensor, float]]:
+    """(what, ours, the reference's, relative error allowed) of every operation on this device."""
+    make = lambda *shape: torch.randn(*shape, device=device)
+    spans = torch.tensor([[[0, 500], [130, 731], [7, 1031]], [[0, 3], [400, 1031], [399, 401]]])
+    for dtype, bar in ((torch.float32, 1e-4), (torch.float16, 2e-3), (torch.bfloat16, 1.5e-2)):
+        for hd in (16, 48, 64, 128):
+            shapes = (999, 6), (1031, 2), (1031, 2)
+            inputs = [make(2, tokens, heads, hd).to(dtype) for tokens, heads in shapes]
+            grad = make(2, 999, 6, hd).to(dtype)
+            results = []
+            for op, kind in ((kernels.block_attention, dtype), (magi.block_attention, torch.float64)):
+                q, k, v = (u.to(kind, copy=True).requires_grad_() for u in inputs)
+                with torch.enable_grad():
+                    out = op(q, k, v, spans)
+                results.append([out, *torch.autograd.grad(out, (q, k, v), grad.to(kind))])
+            for name, ours, exact in zip(("out", "dq", "dk", "dv"), *results, strict=True):
+                yield f"attention {dtype} hd {hd} {name}", ours, exact, bar if name == "out" else 2 * bar
+    for dtype, bar in ((torch.float32, 1e-5), (torch.bfloat16, 5e-3)):
+        x, angles = make(2, 300, 24, 128).to(dtype), 20 * make(300, 48)
+        for name, norm, turns in (("norm_rotary", magi.LayerNorm1p(128), angles),
+                                  ("norm_rotary without angles", magi.LayerNorm1p(128, dtype=dtype), None)):
+            ours, exact = (op(x, norm.to(device), turns) for op in (kernels.norm_rotary, magi.norm_rotary))
+            yield f"{name} {dtype}", ours, exact, bar
+        x, gate, update = make(2, 300, 3072).to(dtype), make(2, 3, 3072).to(dtype), make(2, 300, 3072)
+        gated = x, gate, update, magi.LayerNorm1p(3072).to(device)
+        yield f"gated_residual {dtype}", kernels.gated_residual(*gated), magi.gated_residual(*gated), bar
+        yield f"swiglu {dtype}", kernels.swiglu(x), magi.swiglu(x), bar
+    weight = make(1000, 3072).to(torch.float8_e4m3fn)
+    args = make(999, 3072).bfloat16(), weight, torch.rand(1, 3072, device=device) + 0.5, make(1).abs()
+    yield "fp8_matmul", kernels.fp8_matmul(*args), magi.fp8_matmul(*args), 2e-3
+
+
+class Case(NamedTuple):
+    """One row of the table."""
+
+    what: str
+    peak: str                     # of PEAKS
+    work: float                   # operations or bytes
+    prepare: Callable             # makes the tensors and returns the call to be timed; nothing of it stays
+
+
+def cases(device: str) -> Iterator[Case]:
+    """Every row, at the sizes of the models."""
+    def make(*shape: int, dtype: torch.dtype = torch.bfloat16) -> Tensor:
+        # in pieces: random numbers are float32 first, which for fc1 of the 24B would be 11 GB
+        u = torch.empty(shape, device=device, dtype=dtype)
+        for piece in u.view(-1).split(2**27):
+            piece.copy_(torch.randn(piece.shape, device=device))
+        return u
+
+    def attention(op: Callable, c: int, Hq: int, spans: Tensor, keys: int, backward: bool) -> Callable:
+        q, k, v = make(1, 4 * c, Hq, 128), make(1, keys, 8, 128), make(1, keys, 8, 128)
+        if not backward:
+            return partial(op, q, k, v, spans)
+        with torch.enable_grad():
+            out = op(*(u.requires_grad_() for u in (q, k, v)), spans)
+        return partial(torch.autograd.grad, out, (q, k, v), torch.ones_like(out), retain_graph=True)
+
+    def fp8(kind: str, rows: int, width: int, cols: int) -> Callable:
+        one, w8 = torch.ones(1, device=device), make(cols, width, dtype=torch.float8_e4m3fn)
+        if kind == "whole":
+            return partial(kernels.fp8_matmul, make(rows, width), w8, one.expand(width), one)
+        if kind == "bf16":
+            return partial(F.linear, make(rows, width), w8.bfloat16())
+        x8 = make(rows, width, dtype=torch.float8_e4m3fn)
+        if kind == "scaled_mm":
+            return partial(torch._scaled_mm, x8, w8.t(), one, one, out_dtype=torch.bfloat16)
+        out = torch.empty(rows, cols, device=device, dtype=torch.bfloat16)
+        tiles = tiles_for("fp8", kernels.arch_of(torch.device(device)))
+        return kernels.fp8_launch(x8, w8, one, out, tiles).run
+
+    def elementwise(ops: magi.Ops, name: str, c: int, Hq: int, D: int, ffn: int) -> Callable:
+        norm = lambda width, **kind: magi.LayerNorm1p(width, **kind).to(device)
+        if name == "gated_residual":
+            return partial(ops.gated_residual, make(1, 4 * c, D), make(1, 4, D), make(1, 4 * c, D), norm(D))
+        if name == "swiglu":
+            return partial(ops.swiglu, make(1, 4 * c, 2 * ffn))
+        heads = make(1, 4 * c, Hq, 128)
+        if name == "norm":
+            return partial(ops.norm_rotary, heads, norm(128, dtype=torch.bfloat16), None)
+        return partial(ops.norm_rotary, heads, norm(128), make(4 * c, 48, dtype=torch.float32))
+
+    for model, (c, Hq, D, fc1, fc2) in MODELS.items():
+        # four chunks in flight that see 2, 3, 4, 5 chunks, one of them clean: the pipeline in full swing
+        spans = torch.tensor([[[0, (i + 2) * c] for i in range(4)]])
+        texts = torch.tensor([[[i * 200, (i + 1) * 200] for i in range(4)]])
+        for what, span, keys, seen, backward in (
+            (f"{model} attention", spans, 5 * c, (2 + 3 + 4 + 5) * c, False),
+            (f"{model} attention, backward", spans, 5 * c, (2 + 3 + 4 + 5) * c, True),
+            (f"{model} cross-attention, 200 tokens each", texts, 800, 4 * 200, False),
+        ):
+            work = 4 * seen * c * Hq * 128 * (2.5 if backward else 1)
+            for name, op in kernel_choice.candidates("block_attention").items():
+                label = what if name == "triton" else f"- {name}"
+                yield Case(label, "bf16", work, partial(attention, op, c, Hq, span, keys, backward))
+        for name, width, cols in (("q", D, Hq * 128), ("fc1", D, fc1), ("fc2", fc2, D)):
+            kinds = {f"{model} fp8 {name}, with quantising": "whole", "- product alone": "product",
+                     "- torch._scaled_mm alone": "scaled_mm", "- bf16 product": "bf16"}
+            for label, kind in kinds.items():
+                yield Case(label, "fp8", 2 * 4 * c * width * cols, partial(fp8, kind, 4 * c, width, cols))
+        for name, work in (("gated_residual", 6 * 4 * c * D), ("norm_rotary", 4 * 4 * c * Hq * 128),
+                           ("norm", 4 * 4 * c * Hq * 128), ("swiglu", 6 * 4 * c * fc2)):
+            for who, ops in ((f"{model} {name}", kernels.TRITON_OPS), ("- PyTorch", magi.TORCH_OPS)):
+                yield Case(who, "memory", work, partial(elementwise, ops, name, c, Hq, D, fc2))
+
+
+@torch.no_grad()
+def report(device: str, file: Path) -> None:
+    """Check every operation, time every case; print both, write the times to a file as a markdown table, line
+    by line, so that what is measured stays. Raises ValueError if a result is off."""
+    for label, ours, exact, bar in comparisons(device):
+        error = ((ours.double() - exact.double()).norm() / exact.double().norm()).item()
+        print(f"{label:48} relative error {error:.1e}  (bar {bar:.0e})")
+        magi.require(error < bar, f"{label} is wrong: error {error}")
+    card = torch.cuda.get_device_name(device)
+    known = (peaks for name, peaks in PEAKS.items() if all(word in card for word in name.split()))
+    peaks = dict(zip(("bf16", "fp8", "memory"), next(known, (math.nan,) * 3), strict=True))
+    with file.open("w", encoding="utf-8") as table:
+        def write(line: str) -> None:
+            print(line, flush=True)
+            print(line, file=table, flush=True)
+
+        write(f"{card}, torch {torch.__version__}, triton {triton.__version__}\n")
+        write(f"| {'':44} | {'ms':>9} | {'rate':>14} | of peak |")
+        write(f"|{'-' * 46}|{'-' * 10}:|{'-' * 15}:|{'-' * 8}:|")
+        for case in cases(device):
+            unit, size = ("GB/s", 1e9) if case.peak == "memory" else ("TFLOP/s", 1e12)
+            try:
+                ms = kernel_choice.milliseconds(case.prepare())
+                rate = case.work / ms * 1e3 / size
+                share = f"{rate / peaks[case.peak]:.0%}".replace("nan%", "-")
+                row = f"{ms:9.3f} | {rate:6.1f} {unit:7} | {share:>7}"
+            except Exception as error:              # what cannot run here must not end the table
+                row = f"failed: {(str(error) or type(error).__name__).splitlines()[0][:60]} | | "
+            write(f"| {case.what:44} | {row} |")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    what = "Check and time the kernels on a GPU, or compile them."
+    parser = argparse.ArgumentParser(prog="kernels.py", description=what)
+    parser.add_argument("--compile", action="store_true", help="for all architectures; needs no GPU")
+    parser.add_argument("--quick", action="store_true", help="with --compile: only what the 4.5B runs")
+    parser.add_argument("--device", default="cuda")
+    parser.add_argument("--out", type=Path, default=Path("kernels.md"), help="where the table of times goes")
+    args = parser.parse_args(argv)
+    try:
+        if args.compile:
+            return 0 if compile_all(args.quick) else 1
+        magi.require(args.out.parent.is_dir(), f"cannot write {str(args.out)!r}: create its folder first")
+        magi.require(re.fullmatch(r"cpu|cuda(:\d+)?", args.device),
+                     f"device {args.device!r} is unknown: try cuda or cuda:1")
+        kernels.arch_of(torch.device(args.device))
+        with torch.cuda.device(args.device):
+            report(args.device, args.out)
+    except ValueError as error:
+        print(f"kernels: {error} (python kernels.py --compile needs no GPU)", file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
