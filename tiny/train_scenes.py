@@ -14,15 +14,16 @@ from __future__ import annotations
 
 import argparse
 import time
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
-from types import MethodType, SimpleNamespace
+from types import MethodType
 
 import numpy as np
 import scenes
 import torch
 import torch.nn.functional as F
 import train
+from measure import psnr, to_video
 from torch import Tensor, nn
 
 import magi
@@ -57,7 +58,7 @@ def pieces(step: int, clips: int, crops: int, size: int, length: int):
             video.append(frames[:, y : y + size, x : x + size])
             masks.append(mask[:, y : y + size, x : x + size])
             corners.append(corner)
-    return train.to_video(np.stack(video)), torch.from_numpy(np.stack(masks))[:, None], np.stack(corners)
+    return to_video(np.stack(video)), torch.from_numpy(np.stack(masks))[:, None], np.stack(corners)
 
 
 def near(mask: Tensor) -> Tensor:
@@ -114,7 +115,8 @@ def train_vae(args) -> None:
         video_size=scenes.SIZE, video_length=12, embed_dim=args.dim, depth=args.depth, num_heads=4,
         use_final_proj=True,
     )  # fmt: skip
-    vae = magi.VAE(cfg, SimpleNamespace(**vars(train.CPU_OPS) | dict(attention=attention)))
+    vae = magi.VAE(cfg)
+    vae.ops = replace(train.CPU_OPS, name="few tokens", attention=attention)
     for conv in (vae.encoder.patch_embed, vae.decoder.last_layer):
         train.no_autocast(conv)
     see_crops(vae.encoder)
@@ -141,7 +143,7 @@ def train_vae(args) -> None:
         return value, {"psnr": (10 * torch.log10(4 / square)).item()}
 
     test = [scenes.make_clip(10**6 + i, heldout=None) for i in range(24)]
-    video = train.to_video(np.stack([scenes.render(clip, 36, 48) for clip in test]))
+    video = to_video(np.stack([scenes.render(clip, 36, 48) for clip in test]))
     mask = near(torch.from_numpy(np.stack([clip.masks(36, 48).max(0) for clip in test]))[:, None])
 
     @torch.no_grad()
@@ -152,7 +154,7 @@ def train_vae(args) -> None:
         square = (out - video) ** 2
         each = 10 * torch.log10(4 / square.mean((1, 2, 3, 4)))
         inside = 10 * torch.log10(4 * 3 * mask.sum() / (square * mask).sum())
-        text = f"{time.strftime('%H:%M')} PSNR {train.psnr(out, video):.2f} dB, "
+        text = f"{time.strftime('%H:%M')} PSNR {psnr(out, video):.2f} dB, "
         text += f"mean of clips {each.mean():.2f}, worst {each.min():.2f}, on things {inside:.2f}"
         with (args.work / "psnr.txt").open("a") as file:
             file.write(text + "\n")
