@@ -30,9 +30,12 @@ def leave(*_) -> None:
 if __name__ == "__main__":
     if signal.getsignal(signal.SIGINT) is signal.default_int_handler:        # not where a shell ignores it
         signal.signal(signal.SIGINT, leave)
-    # Threads that wait for each other sleep instead of spinning, which on a busy machine keeps the very
-    # thread they wait for from running. OpenMP reads this when PyTorch is imported.
-    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    # Threads that wait for each other soon sleep instead of spinning, which on a busy machine keeps the very
+    # thread they wait for from running. A short spin first, as sleeping at once takes half again as long on an
+    # idle machine (tools/busy.py). OpenMP reads both when PyTorch is imported.
+    if "OMP_WAIT_POLICY" not in os.environ:
+        os.environ["OMP_WAIT_POLICY"] = "PASSIVE"
+        os.environ.setdefault("GOMP_SPINCOUNT", "2000")
     if sys.flags.optimize > 1:                                               # transformers needs docstrings
         os.execve(sys.executable, [sys.executable, *sys.argv], os.environ | {"PYTHONOPTIMIZE": ""})
 
