@@ -31,8 +31,8 @@ if __name__ == "__main__":
     if signal.getsignal(signal.SIGINT) is signal.default_int_handler:        # not where a shell ignores it
         signal.signal(signal.SIGINT, leave)
     # Threads that wait for each other soon sleep instead of spinning, which on a busy machine keeps the very
-    # thread they wait for from running. A short spin first, as sleeping at once takes half again as long on an
-    # idle machine (tools/busy.py). OpenMP reads both when PyTorch is imported.
+    # thread they wait for from running. They spin for a moment first, because sleeping at once takes half
+    # again as long on an idle machine (tools/busy.py). OpenMP reads both when PyTorch is imported.
     if "OMP_WAIT_POLICY" not in os.environ:
         os.environ["OMP_WAIT_POLICY"] = "PASSIVE"
         os.environ.setdefault("GOMP_SPINCOUNT", "2000")

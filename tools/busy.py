@@ -3,7 +3,8 @@
     python tools/busy.py                   three turns of each, a minute or two on an idle machine
     python tools/busy.py --turns 5 --num_frames 480
 
-sample.py lets threads that wait spin for a moment and then sleep (GOMP_SPINCOUNT=2000); OpenMP's default is to spin.
+sample.py lets threads that wait spin for a moment and then sleep (GOMP_SPINCOUNT=2000); OpenMP's own default is
+to let them spin.
 Both are measured alone and beside one busy process per core, in turns, so that other load falls on all alike.
 The result is the median of the turns, in seconds of computing per second of video. Wanted: sleeping beside
 busy processes at most 3 times slower than alone, and alone at most 5 % slower than spinning.
