@@ -27,15 +27,30 @@ def leave(*_) -> None:
     os._exit(130)
 
 
+def share_the_machine() -> None:
+    """Settings of OpenMP, which reads them when PyTorch is imported; what the user has set stays.
+
+    Threads that wait for each other spin for a moment and then sleep: those that only spin keep, on a busy
+    machine, the very thread they wait for from running. Where every core is busy already, half as many
+    threads as cores lose less time in waiting (tools/busy.py measures both).
+    """
+    if "OMP_WAIT_POLICY" not in os.environ:
+        os.environ["OMP_WAIT_POLICY"] = "PASSIVE"
+        os.environ.setdefault("GOMP_SPINCOUNT", "4000")
+    cores = os.cpu_count() or 1
+    try:
+        with open("/proc/loadavg") as file:
+            others = int(file.read().split()[3].split("/")[0]) - 1           # that run or want to, without us
+    except (OSError, ValueError, IndexError):                                # not Linux
+        others = 0
+    if others >= cores:
+        os.environ.setdefault("OMP_NUM_THREADS", str(max(1, cores // 2)))
+
+
 if __name__ == "__main__":
     if signal.getsignal(signal.SIGINT) is signal.default_int_handler:        # not where a shell ignores it
         signal.signal(signal.SIGINT, leave)
-    # Threads that wait for each other soon sleep instead of spinning, which on a busy machine keeps the very
-    # thread they wait for from running. They spin for a moment first, because sleeping at once takes half
-    # again as long on an idle machine (tools/busy.py). OpenMP reads both when PyTorch is imported.
-    if "OMP_WAIT_POLICY" not in os.environ:
-        os.environ["OMP_WAIT_POLICY"] = "PASSIVE"
-        os.environ.setdefault("GOMP_SPINCOUNT", "2000")
+    share_the_machine()
     if sys.flags.optimize > 1:                                               # transformers needs docstrings
         os.execve(sys.executable, [sys.executable, *sys.argv], os.environ | {"PYTHONOPTIMIZE": ""})
 

@@ -1143,6 +1143,19 @@ def test_waiting_threads_sleep():
         assert done.stdout.splitlines()[-1] == f"{right} False", done
 
 
+@pytest.mark.parametrize("runnable, threads", [("1/80", None), ("4/80", None), ("5/80", "2"), ("x", None)])
+def test_a_busy_machine_gets_half_as_many_threads(monkeypatch, runnable, threads):
+    monkeypatch.setattr("os.cpu_count", lambda: 4)
+    monkeypatch.setattr("builtins.open", lambda *a: io.StringIO(f"0.2 0.1 0.1 {runnable} 77"))
+    with monkeypatch.context() as patch:
+        patch.setattr("os.environ", {})
+        sample.share_the_machine()
+        assert os.environ.get("OMP_NUM_THREADS") == threads and os.environ["OMP_WAIT_POLICY"] == "PASSIVE"
+        patch.setattr("os.environ", {"OMP_NUM_THREADS": "3", "OMP_WAIT_POLICY": "ACTIVE"})
+        sample.share_the_machine()
+        assert os.environ == {"OMP_NUM_THREADS": "3", "OMP_WAIT_POLICY": "ACTIVE"}
+
+
 # ----------------------------------------------------------------------------------------------------- Python
 
 
