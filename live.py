@@ -16,11 +16,10 @@ Contents: 1 Prompts, 2 Preview, 3 The film, 4 Uploads, 5 Server, 6 Page, 7 Comma
 
 from __future__ import annotations
 
-import os
-
 if __name__ == "__main__":
-    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")                      # see sample.py
-    os.environ.setdefault("GOMP_SPINCOUNT", "4000")
+    from sample import share_the_machine
+
+    share_the_machine()                                                      # before PyTorch is imported
 
 import argparse
 import asyncio

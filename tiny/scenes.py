@@ -51,7 +51,7 @@ from typing import NamedTuple
 
 import numpy as np
 import world
-from world import COLOURS, NEW_COLOURS, OPPOSITE, ORBITS, PLACES, SHAPES, SLIDES, Triple
+from world import COLOURS, NEW_COLOURS, OPPOSITE, ORBITS, PLACES, SHAPES, SLIDES, Triple, fit_course
 
 SIZE, CHUNK, FPS = 128, 24, 24  # frame side in pixels, frames a chunk, frames a second
 MARGIN = 4  # what rests at an edge of the frame keeps this distance, in pixels
@@ -821,16 +821,6 @@ def _courses(n: int) -> dict[str, np.ndarray]:
     }
 
 
-def _fit(course: np.ndarray, path: np.ndarray, low: float, high: float) -> tuple[float, float]:
-    """Least squares of path (n,) on each course (k, n): residual and scale of the best, |scale| in bounds."""
-    course = course - course.mean(1, keepdims=True)
-    power = (np.abs(course) ** 2).sum(1) + 1e-9
-    scale = course.conj() @ path / power
-    residual = (np.abs(path) ** 2).sum() - np.abs(scale) ** 2 * power
-    residual[(np.abs(scale) < low) | (np.abs(scale) > high)] = np.inf
-    return residual.min(), scale[residual.argmin()]
-
-
 def _motion(centre: np.ndarray) -> str | None:
     """The motion that fits centres (n, 2) best. Bounds on the scale: a slide is no part of a vast orbit."""
     seen = np.flatnonzero(~np.isnan(centre[:, 0]))
@@ -841,17 +831,17 @@ def _motion(centre: np.ndarray) -> str | None:
         return "still"
     course = {name: courses[:, seen] for name, courses in _courses(len(centre)).items()}
     # scaled to 1 from end to end: a slide covers at least 5 px, and goes no faster than 3 px a frame
-    across, along = (_fit(course["slide"], u, 4, 3 * len(centre)) for u in (x, y))
-    jump, drop = _fit(course["bounce"], y, 0.75, 1.35), _fit(course["fall"], y, 0.85, 1.15)
+    across, along = (fit_course(course["slide"], u, 4, 3 * len(centre)) for u in (x, y))
+    jump, drop = fit_course(course["bounce"], y, 0.75, 1.35), fit_course(course["fall"], y, 0.85, 1.15)
     loss = len(seen) * 0.02  # what a motion with more freedom must gain on one with less
     return min([
         (across[0] + y @ y, "right" if across[1] > 0 else "left"),
         (along[0] + x @ x, "down" if along[1] > 0 else "up"),
         (jump[0] + x @ x + loss, "bounce"),
         (drop[0] + x @ x, "fall"),
-        (_fit(course["swing"], x, 9, 56)[0] + y @ y, "swing"),
-        (_fit(course["orbit"], x + 1j * y, 10, 46)[0], "clockwise"),
-        (_fit(course["orbit"], x - 1j * y, 10, 46)[0], "anticlockwise"),
+        (fit_course(course["swing"], x, 9, 56)[0] + y @ y, "swing"),
+        (fit_course(course["orbit"], x + 1j * y, 10, 46)[0], "clockwise"),
+        (fit_course(course["orbit"], x - 1j * y, 10, 46)[0], "anticlockwise"),
     ])[1]  # fmt: skip
 
 

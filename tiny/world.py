@@ -407,7 +407,7 @@ def _courses(n: int) -> dict[str, np.ndarray]:
     }
 
 
-def _fit(course: np.ndarray, path: np.ndarray, low: float, high: float) -> tuple[float, float]:
+def fit_course(course: np.ndarray, path: np.ndarray, low: float, high: float) -> tuple[float, float]:
     """Least squares of path (n,) on each course (k, n): residual and scale of the best, |scale| in bounds."""
     course = course - course.mean(1, keepdims=True)
     power = (np.abs(course) ** 2).sum(1) + 1e-9
@@ -426,15 +426,15 @@ def _motion(centre: np.ndarray) -> str | None:
     if np.ptp(np.quantile(centre[seen], (0.05, 0.95), axis=0), axis=0).max() < 1.5:
         return "still"
     course = {name: courses[:, seen] for name, courses in _courses(len(centre)).items()}
-    across, along = _fit(course["slide"], x, 0.2, 3), _fit(course["slide"], y, 0.2, 3)
-    drop = _fit(course["bounce"], y, 0.5, 2)
+    across, along = fit_course(course["slide"], x, 0.2, 3), fit_course(course["slide"], y, 0.2, 3)
+    drop = fit_course(course["bounce"], y, 0.5, 2)
     return min([
         (across[0] + y @ y, "right" if across[1] > 0 else "left"),
         (along[0] + x @ x, "down" if along[1] > 0 else "up"),
         (drop[0] + x @ x if drop[1] > 0 else np.inf, "bounce"),
-        (_fit(course["swing"], x, 4, 22)[0] + y @ y, "swing"),
-        (_fit(course["orbit"], x + 1j * y, 4, 20)[0], "clockwise"),
-        (_fit(course["orbit"], x - 1j * y, 4, 20)[0], "anticlockwise"),
+        (fit_course(course["swing"], x, 4, 22)[0] + y @ y, "swing"),
+        (fit_course(course["orbit"], x + 1j * y, 4, 20)[0], "clockwise"),
+        (fit_course(course["orbit"], x - 1j * y, 4, 20)[0], "anticlockwise"),
     ])[1]  # fmt: skip
 
 
