@@ -858,7 +858,9 @@ def fit(name: str, model: nn.Module, loss_of_step: Callable[[int], tuple[Tensor,
             rows.append([str(value) for value in (step, mean_loss, *numbers.values(), round(seconds, 3))])
             writer.writerow(rows[-1])
             table.flush()
-            recent = [sum(map(float, column)) / len(column) for column in zip(*rows[-100:], strict=True)]
+            # An older version of this project may have begun the log, with other columns: they do not count.
+            alike = [row for row in rows[-100:] if len(row) == len(rows[-1])]
+            recent = [sum(map(float, column)) / len(column) for column in zip(*alike, strict=True)]
             shown = dict(zip(["loss", *numbers, "s/step"], recent[1:], strict=True))
             bar.set_postfix({key: f"{value:.3g}" for key, value in shown.items()}, refresh=False)
             is_last = step + 1 == steps

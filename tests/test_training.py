@@ -258,6 +258,23 @@ def test_fit_slows_down_and_leaves_the_average(tmp_path, monkeypatch):
     assert not torch.allclose(average, last)
 
 
+def test_training_goes_on_with_the_log_of_an_older_version(tmp_path, monkeypatch):
+    """Its rows have other columns: they stay in the file, and the means shown are of the new ones."""
+    shown = []
+    monkeypatch.setattr(training.tqdm, "set_postfix", lambda bar, values, refresh: shown.append(values))
+    model = torch.nn.Linear(4, 1)
+    loss = lambda step: (((model(torch.ones(1, 4)) - 10) ** 2).mean(), {"error": step})
+    fit = lambda steps: training.fit(
+        "toy", model, loss, steps, [torch.optim.AdamW(model.parameters())], tmp_path
+    )
+    fit(2)
+    log, old = tmp_path / "toy.csv", "0,0.5,0.1\n1,0.5,0.1\n"
+    log.write_text(old)
+    fit(4)
+    assert log.read_text().startswith(old) and len(log.read_text().splitlines()) == 4
+    assert [values["error"] for values in shown] == ["0", "0.5", "2", "2.5"]
+
+
 def test_a_report_changes_nothing(tmp_path):
     ends = []
     for report in (None, lambda: "fine"):
