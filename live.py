@@ -17,7 +17,7 @@ Contents: 1 Prompts, 2 Preview, 3 The film, 4 Uploads, 5 Server, 6 Page, 7 Comma
 from __future__ import annotations
 
 if __name__ == "__main__":
-    from sample import share_the_machine
+    from threads import share_the_machine
 
     share_the_machine()                                                      # before PyTorch is imported
 

@@ -10,7 +10,7 @@ magi.py makes the frames, media.py reads and writes files; here are flags, check
 second of video is written as soon as it is clean: the output plays while it grows and outlives kill -9.
 Bad input gets one line on stderr and exit code 2 before a weight is read; 1 is a later failure, 130 Ctrl-C.
 
-Contents: 1 Flags, 2 Checking, 3 Running.
+Contents: 1 Flags, 2 Checks, 3 Running.
 """
 
 # ruff: noqa: E402
@@ -20,31 +20,13 @@ import os
 import signal
 import sys
 
+from threads import share_the_machine
+
 
 def leave(*_) -> None:
     """On Ctrl-C during imports, which may swallow an exception: nothing has begun, so just go."""
     os.write(1, b"interrupted before anything was written\n")
     os._exit(130)
-
-
-def share_the_machine() -> None:
-    """Settings of OpenMP, which reads them when PyTorch is imported; what the user has set stays.
-
-    Threads that wait for each other spin for a moment and then sleep: those that only spin keep, on a busy
-    machine, the very thread they wait for from running. Where every core is busy already, half as many
-    threads as cores lose less time in waiting (tools/busy.py measures both).
-    """
-    if "OMP_WAIT_POLICY" not in os.environ:
-        os.environ["OMP_WAIT_POLICY"] = "PASSIVE"
-        os.environ.setdefault("GOMP_SPINCOUNT", "4000")
-    cores = os.cpu_count() or 1
-    try:
-        with open("/proc/loadavg") as file:
-            others = int(file.read().split()[3].split("/")[0]) - 1           # that run or want to, without us
-    except (OSError, ValueError, IndexError):                                # not Linux
-        others = 0
-    if others >= cores:
-        os.environ.setdefault("OMP_NUM_THREADS", str(max(1, cores // 2)))
 
 
 if __name__ == "__main__":
@@ -69,11 +51,6 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from tqdm import tqdm
-
-# PyTorch, magi and media take seconds to import, so functions import them: --help and a mistyped flag answer
-# at once.
-
 # ------------------------------------------------------------------------------------------------------------
 # 1  Flags
 # ------------------------------------------------------------------------------------------------------------
@@ -90,6 +67,7 @@ SUGGESTED = {
     "guidance": "text_scale", "guidance_scale": "text_scale", "cfg": "text_scale", "cfg_scale": "text_scale",
     "negative_prompt": "negative_tokens", "num_inference_steps": "steps", "duration": "num_frames",
 }  # fmt: skip
+REPEATED = ("--prompt", "--transition", "--lora", "--lora_scale")            # others are given once
 
 # The bundled models. "tiny" is the distilled one, or the base one where that has not been made.
 TINY = Path(__file__).resolve().parent / "tiny"
@@ -102,33 +80,19 @@ def model_folder(text: str) -> Path:
     return SHIPPED.get(text, Path(text))
 
 
-class Once(argparse._StoreAction):
-    """A flag that may be given once: a second value would silently replace the first."""
-
-    def __call__(self, parser, namespace, values, option_string=None):
-        if self.dest in parser.given:
-            parser.error(f"{self.option_strings[0]} is given twice: leave one out")
-        parser.given.add(self.dest)
-        super().__call__(parser, namespace, values, option_string)
-
-
 class Parser(argparse.ArgumentParser):
-    """argparse that raises ValueError, where it would print its usage and leave."""
-
-    def __init__(self, **more):
-        super().__init__(**more)
-        self.given: set[str] = set()
-        for name in (None, "store"):
-            self.register("action", name, Once)
+    """argparse that says what is wrong in one line, without its usage."""
 
     def error(self, message: str):
         if message.startswith("unrecognized arguments: "):
             word = message.split()[2].partition("=")[0]
             name = SUGGESTED.get(word.strip("-").replace("-", "_"))
             near = [f"--{name}"] if name else get_close_matches(word, self._option_string_actions, 1, 0.75)
-            message += f" (did you mean {near[0]}?)" if near else "" if word.startswith("-") \
-                else " (a prompt of several words needs quotes)"
-        raise ValueError(f"{message}; see --help")
+            if near:
+                message += f" (did you mean {near[0]}?)"
+            elif not word.startswith("-"):
+                message += " (a prompt of several words needs quotes)"
+        self.exit(2, " ".join(f"error: {message}; see --help".split()) + "\n")
 
 
 def number(text: str) -> float:
@@ -138,26 +102,23 @@ def number(text: str) -> float:
     raise argparse.ArgumentTypeError(f"{text!r} is not a finite number")
 
 
-def whole_number(text: str, complaint: str) -> int:
+def whole_number(text: str, otherwise: str = "") -> int | str:
+    """A whole number, or the word `otherwise`."""
+    if text == otherwise:
+        return text
     if not re.fullmatch(r"-?\d+", text):
-        raise argparse.ArgumentTypeError(complaint)
+        raise argparse.ArgumentTypeError(f"{text!r} is neither a whole number nor {otherwise}")
     return int(text)
-
-
-def frame_count(text: str) -> float:
-    return math.inf if text == "inf" else whole_number(text, f"{text!r} is neither a whole number nor inf")
-
-
-def chunks_seen(text: str) -> str | int:
-    return text if text == "all" else whole_number(text, f"{text!r} is neither a whole number nor all")
 
 
 def chunk_and_kind(text: str) -> tuple[int, str]:
     chunk, _, kind = text.partition(":")
-    return whole_number(chunk, f"{text!r} is not a chunk, such as 2, or 2:restyle"), kind or "cut"
+    if not re.fullmatch(r"-?\d+", chunk):
+        raise argparse.ArgumentTypeError(f"{text!r} is not a chunk, such as 2, or 2:restyle")
+    return int(chunk), kind or "cut"
 
 
-def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
+def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     """The flags, under the names of SamplerConfig's fields where there is one."""
     parser = Parser(prog="sample.py", allow_abbrev=False, usage="python sample.py --prompt TEXT [more flags]",
                     formatter_class=argparse.RawDescriptionHelpFormatter,
@@ -167,7 +128,7 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     # fmt: off
     flag = parser.add_argument_group("what to make").add_argument
     flag("--mode", choices=["t2v", "i2v", "v2v"], help="text, image, video to video; default: by the input")
-    flag("--prompt", action="append", metavar="TEXT",
+    flag("--prompt", action="append", metavar="TEXT", default=[],
          help="again for the next second; the last one goes on; or -: lines of standard input, each from the "
               "next chunk on, whose end ends an endless video")
     flag("--prompt_file", type=Path, metavar="FILE",
@@ -182,7 +143,8 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
          help="v2v: how many of its last frames the model sees; default: 32")
 
     flag = parser.add_argument_group("the video (default: as the model's config says)").add_argument
-    flag("--num_frames", type=frame_count, metavar="N", help="24 are a second; inf: until Ctrl-C")
+    flag("--num_frames", type=partial(whole_number, otherwise="inf"), metavar="N",
+         help="24 are a second; inf: until Ctrl-C")
     flag("--height", type=int, metavar="PX", help="a multiple of 16")
     flag("--width", type=int, metavar="PX", help="a multiple of 16")
     flag("--fps", type=int, metavar="N", help="frames per second")
@@ -191,7 +153,7 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     flag = parser.add_argument_group("sampling (likewise)").add_argument
     flag("--steps", dest="num_steps", type=int, metavar="N", help="per chunk; a chunk is one second of video")
     flag("--window", type=int, metavar="N", help="chunks in flight at once")
-    flag("--kv_range", dest="kv_ranges", type=chunks_seen, **many,
+    flag("--kv_range", dest="kv_ranges", type=partial(whole_number, otherwise="all"), **many,
          help="chunks seen, itself included, while a chunk gets cleaner, like 5 4 3 2; or: all")
     flag("--clean_kv_range", type=int, metavar="N", help="for clean chunks; -1: the last of --kv_range")
     flag("--transition", action="append", type=chunk_and_kind, metavar="CHUNK[:KIND]", default=[],
@@ -228,19 +190,44 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
         return "--" + OTHER_NAMES.get(name, name)
 
     argv = sys.argv[1:] if argv is None else argv
-    return parser.parse_args([re.sub(r"^--([\w-]+)", canonical, word) for word in argv])
+    argv = [re.sub(r"^--([\w-]+)", canonical, word) for word in argv]
+    args = parser.parse_args(argv)
+    names = [word.partition("=")[0] for word in argv if word.startswith("--")]
+    for name in names:                                   # a second value would silently replace the first
+        if names.count(name) > 1 and name not in REPEATED:
+            parser.error(f"{name} is given twice: leave one out")
+    return args
 
+
+if __name__ == "__main__":
+    parse_arguments()                # --help and a mistyped flag answer at once: what follows takes seconds
+
+import sentencepiece
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from tqdm import tqdm
+
+import checkpoints
+import convert_weights
+import live
+import magi
+import media
+import parallel
+import training
+from checkpoints import build, check_device, read_config, read_headers, read_json, reading, require
+
+if signal.getsignal(signal.SIGINT) is leave:                                 # from here on there may be files
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 # ------------------------------------------------------------------------------------------------------------
-# 2  Checking
+# 2  Checks
 # ------------------------------------------------------------------------------------------------------------
 # All of it runs before a weight is read, and raises ValueError with what is wrong and what to do about it.
 
 
 def check_flags(args: argparse.Namespace) -> None:
-    """What can be told from the flags alone."""
-    from checkpoints import require
-
+    """What can be told from the flags alone; fills in those that follow from others."""
     args.mode = args.mode or ("i2v" if args.image else "v2v" if args.video else "t2v")
     for mode, name in (("i2v", "image"), ("v2v", "video")):
         file = getattr(args, name)
@@ -251,83 +238,74 @@ def check_flags(args: argparse.Namespace) -> None:
             "--prefix_frames is for --video: leave it out, or add one")
     require(args.fit is None or args.mode != "t2v",
             "--fit is for --image and --video: leave it out, or add one of them")
-    args.told = args.prompt == ["-"]                                         # line by line while it runs
-    require(args.told or "-" not in (args.prompt or ()), "--prompt - stands alone: it reads all prompts")
-    require(not args.told or not args.save_text, "--save_text needs its prompts at once, not by --prompt -")
-    require(not args.prompt_file or not (args.prompt or args.text or args.save_text),
-            "--prompt_file has the prompts: leave --prompt, --text and --save_text out")
-    args.lines = read_lines(args.prompt_file) if args.prompt_file else [args.prompt]
-    args.prompt = [] if args.told else sum(args.lines, []) if args.prompt_file else args.prompt
-    require(args.prompt or args.text or args.told or args.mode != "t2v",
-            'no --prompt: say what to show, for example --prompt "a red ball bounces"')
-    for prompt in args.prompt or ():
-        require(prompt.encode(errors="ignore").decode() == prompt,
-                f"the prompt {ascii(prompt)} is not UTF-8: check the encoding of the terminal or script")
-    require(not args.text or not (args.prompt or args.save_text),
-            f"--text {args.text!r} is an encoded prompt already: leave --prompt and --save_text out")
-    require(args.num_frames != math.inf or not args.prompt_file,
-            "--prompt_file makes many videos, so none is endless: leave --num_frames inf out")
-    require(args.num_frames != math.inf or args.out.suffix.lower() == ".mp4" or str(args.out) == "-",
+    check_prompts(args)
+    require(args.num_frames != "inf" or args.out.suffix.lower() == ".mp4" or str(args.out) == "-",
             f"--num_frames inf needs an .mp4 file, not {str(args.out)!r}, which is rewritten every second")
-    require(args.lora or not args.lora_scale, "--lora_scale needs a LoRA: add --lora FILE")
-    require(len(args.lora_scale) in (0, 1, len(args.lora)), f"{len(args.lora_scale)} --lora_scale for "
-            f"{len(args.lora)} --lora: give one for all, or one for each")
-    args.lora_scale = (args.lora_scale or [1.0]) * (1 if len(args.lora_scale) > 1 else len(args.lora))
+    scales = args.lora_scale
+    require(args.lora or not scales, "--lora_scale needs a LoRA: add --lora FILE")
+    require(len(scales) in (0, 1, len(args.lora)), f"{len(scales)} --lora_scale for {len(args.lora)} --lora: "
+            f"give one for all, or one for each")
+    args.lora_scale = scales if len(scales) > 1 else (scales or [1.0]) * len(args.lora)
     args.prefix_frames = 32 if args.prefix_frames is None else args.prefix_frames
     args.fit = args.fit or "crop"
-    args.vae, args.t5 = args.vae or args.model.parent / "vae", args.t5 or args.model.parent / "t5"
+    args.vae = args.vae or args.model.parent / "vae"
+    args.t5 = args.t5 or args.model.parent / "t5"
 
 
-def read_lines(path: Path) -> list[list[str]]:
-    """The prompts of each line that has any."""
-    from checkpoints import reading, require
+def check_prompts(args: argparse.Namespace) -> None:
+    """Find the prompts of each video (args.videos), and if they are told line by line while it runs."""
+    args.told = args.prompt == ["-"]
+    require(args.told or "-" not in args.prompt, "--prompt - stands alone: it reads all prompts")
+    require(not args.told or not args.save_text, "--save_text needs its prompts at once, not by --prompt -")
+    require(not args.text or not (args.prompt or args.save_text),
+            f"--text {args.text!r} is an encoded prompt already: leave --prompt and --save_text out")
+    args.videos = [[] if args.told else args.prompt]
+    if args.prompt_file:
+        require(not (args.prompt or args.text or args.save_text),
+                "--prompt_file has the prompts: leave --prompt, --text and --save_text out")
+        require(args.num_frames != "inf",
+                "--prompt_file makes many videos, so none is endless: leave --num_frames inf out")
+        with reading("prompt file", args.prompt_file):
+            lines = args.prompt_file.read_text("utf-8-sig").splitlines()
+        args.videos = [[prompt.strip() for prompt in line.split("|")] for line in lines if line.strip()]
+        require(args.videos, f"the prompt file {str(args.prompt_file)!r} is empty: write a prompt a line")
+    args.prompt = sum(args.videos, [])
+    require(args.prompt or args.text or args.told or args.mode != "t2v",
+            'no --prompt: say what to show, for example --prompt "a red ball bounces"')
+    for prompt in args.prompt:
+        require(prompt.encode(errors="ignore").decode() == prompt,
+                f"the prompt {ascii(prompt)} is not UTF-8: check the encoding of the terminal or script")
 
-    with reading("prompt file", path):
-        lines = path.read_text("utf-8-sig").splitlines()
-    found = [[prompt.strip() for prompt in line.split("|")] for line in lines if line.strip()]
-    require(found, f"the prompt file {str(path)!r} is empty: write a prompt a line")
-    return found
 
-
-def output_files(args: argparse.Namespace) -> list[Path]:
-    """Where to write: --out, or a file in that folder for each line of --prompt_file."""
-    from checkpoints import require
-
-    if not args.prompt_file:
-        return [args.out]
-    folder = Path("out") if args.out == Path("out.mp4") else args.out
-    require(folder.is_dir() or not folder.exists() and not folder.suffix,
-            f"--out {str(args.out)!r} must be a folder, for the videos of --prompt_file")
-    folder.mkdir(exist_ok=True)
-    names = [re.sub(r"[^a-z0-9]+", "-", prompts[0].lower())[:40].strip("-") for prompts in args.lines]
-    return [folder / f"{i:03d}{'-' * bool(name)}{name}.mp4" for i, name in enumerate(names)]
-
-
-def claim_outputs(args: argparse.Namespace, locks: contextlib.ExitStack) -> None:
-    """See that the output can be written, before there is something to write, and by nobody else."""
-    import media
-    from checkpoints import require
-
-    args.outs = output_files(args)
-    if str(args.out) == "-":
-        require(not sys.stdout.isatty(), "--out - writes an mp4: send it to a player, such as | ffplay -")
-        args.outs = [take_stdout(locks)]
-    require(args.prompt_file or str(args.out) == "-" or args.out.suffix.lower() in media.WRITERS,
-            f"--out {str(args.out)!r} must end in .mp4, .gif or .png")
-    require(args.save_text is None or args.save_text.suffix == ".safetensors",
-            f"--save_text {str(args.save_text)!r} must end in .safetensors")
+def claim_outputs(args: argparse.Namespace, locks: contextlib.ExitStack) -> list:
+    """Where each video goes. What is written is locked for so long, so that nobody else writes it."""
     inputs = [f for f in (args.image, args.video, args.text, args.config_file, *args.lora) if f]
     inputs += [file for folder in (args.model, args.vae, args.t5) for file in folder.glob("*")]
 
     def claimed(path: Path) -> Path:
         return locks.enter_context(media.claimed(path, inputs))
 
-    args.outs = [claimed(out) if isinstance(out, Path) else out for out in args.outs]
-    args.save_text = args.save_text and claimed(args.save_text)
+    if args.save_text:
+        require(args.save_text.suffix == ".safetensors",
+                f"--save_text {str(args.save_text)!r} must end in .safetensors")
+        args.save_text = claimed(args.save_text)
+    if args.prompt_file:
+        folder = Path("out") if args.out == Path("out.mp4") else args.out
+        require(folder.is_dir() or not folder.exists() and not folder.suffix,
+                f"--out {str(args.out)!r} must be a folder, for the videos of --prompt_file")
+        folder.mkdir(exist_ok=True)
+        names = [re.sub(r"[^a-z0-9]+", "-", prompts[0].lower())[:40].strip("-") for prompts in args.videos]
+        return [claimed(folder / f"{i:03d}{'-' * bool(name)}{name}.mp4") for i, name in enumerate(names)]
+    if str(args.out) == "-":
+        return [take_stdout(locks)]
+    require(args.out.suffix.lower() in media.WRITERS,
+            f"--out {str(args.out)!r} must end in .mp4, .gif or .png")
+    return [claimed(args.out)]
 
 
 def take_stdout(locks: contextlib.ExitStack):
     """Standard output, for the video alone: whatever else is printed goes to standard error."""
+    require(not sys.stdout.isatty(), "--out - writes an mp4: send it to a player, such as | ffplay -")
     sys.stdout.flush()
     stdout = locks.enter_context(os.fdopen(os.dup(1), "wb"))
     os.dup2(2, 1)
@@ -337,37 +315,17 @@ def take_stdout(locks: contextlib.ExitStack):
 
 def settings(args: argparse.Namespace, dit, cfg, notes: list[str]):
     """The SamplerConfig of the run: the model's, or that of --config_file, with the given flags on top."""
-    import magi
-    import parallel
-    from checkpoints import read_json, reading, require
-
     if args.config_file:
-        import convert_weights
-
-        found = read_json(args.config_file)
-        with reading("config", args.config_file):
-            theirs, official = convert_weights.configs_from_upstream(found)
-        if official.distilled != cfg.distilled:
-            kinds = ("a base model", "a distilled one")
-            notes.append(f"note: --config_file describes {kinds[official.distilled]}, but "
-                         f"{str(args.model)!r} is {kinds[cfg.distilled]} and is run as such")
-        cfg = dataclasses.replace(official, distilled=cfg.distilled)
-        engine = found.get("engine_config", {})
-        processes = engine.get("cp_size", 1) * engine.get("pp_size", 1)
-        if processes > 1 and parallel.ranks() == 1:
-            notes.append(f"note: --config_file is for {processes} GPUs: to use as many, start this with "
-                         f"torchrun --nproc_per_node {processes} sample.py")
-        if (theirs.num_layers, theirs.hidden_size) != (dit.num_layers, dit.hidden_size):
-            notes.append(f"note: only the sampler settings of --config_file are used, it describes another "
-                         f"model ({theirs.num_layers} layers, this one has {dit.num_layers})")
-    given = {f.name: getattr(args, f.name, None) for f in dataclasses.fields(cfg)}
-    given = {name: v for name, v in given.items() if v is not None}
-    for name, v in given.items():
-        if isinstance(v, list):
-            word = next((u for u in v if u in ("all", "none")), None)
-            require(word is None or len(v) == 1, f"{name} {' '.join(map(str, v))!r}: {word!r} stands alone")
-            given[name] = () if word else tuple(v)
-    if args.num_frames == math.inf:
+        cfg = official_settings(args, dit, cfg, notes)
+    given = {field.name: getattr(args, field.name, None) for field in dataclasses.fields(cfg)}
+    given = {name: value for name, value in given.items() if value is not None}
+    for name, value in given.items():
+        if isinstance(value, list):
+            word = next((u for u in value if u in ("all", "none")), None)
+            require(word is None or len(value) == 1,
+                    f"{name} {' '.join(map(str, value))!r}: {word!r} stands alone")
+            given[name] = () if word else tuple(value)
+    if args.num_frames == "inf":
         given["num_frames"] = None
     for name, neutral in (("text_scales", 0), ("prev_scales", 1)):
         if len(given.get(name, ())) == 1:    # one number replaces those entries of the table that do anything
@@ -380,12 +338,25 @@ def settings(args: argparse.Namespace, dit, cfg, notes: list[str]):
     return cfg
 
 
+def official_settings(args: argparse.Namespace, dit, cfg, notes: list[str]):
+    """The SamplerConfig of --config_file, for this model."""
+    found = read_json(args.config_file)
+    with reading("config", args.config_file):
+        theirs, official = convert_weights.configs_from_upstream(found)
+    if official.distilled != cfg.distilled:
+        kinds = ("a base model", "a distilled one")
+        notes.append(f"note: --config_file describes {kinds[official.distilled]}, but "
+                     f"{str(args.model)!r} is {kinds[cfg.distilled]} and is run as such")
+    if (theirs.num_layers, theirs.hidden_size) != (dit.num_layers, dit.hidden_size):
+        notes.append(f"note: only the sampler settings of --config_file are used, it describes another "
+                     f"model ({theirs.num_layers} layers, this one has {dit.num_layers})")
+    on_gpus = convert_weights.note_on_gpus(found)
+    if on_gpus and parallel.ranks() == 1:
+        notes.append(on_gpus)
+    return dataclasses.replace(official, distilled=cfg.distilled)
+
+
 def choose_device(args: argparse.Namespace, fp8: bool, notes: list[str]) -> str:
-    import torch
-
-    import magi
-    from checkpoints import check_device, require
-
     device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
     check_device(device)
     gpu = device.startswith("cuda")
@@ -398,64 +369,102 @@ def choose_device(args: argparse.Namespace, fp8: bool, notes: list[str]) -> str:
 
 def check_model(args: argparse.Namespace, dit, cfg, chunks: float) -> None:
     """Compare the files of the model with its configs and with what the run needs, by their headers."""
-    import torch
-
-    import magi
-    from checkpoints import build, read_config, read_headers, read_json, require
-
     vae = read_config(args.vae, "vae", magi.VAEConfig)
     empty = build(lambda: magi.DiT(dit), args.model)
     build(lambda: magi.VAE(vae), args.vae)
     for file in args.lora:
-        import training
-
         require(file.is_file(), f"LoRA {str(file)!r} is no file: check the path")
         training.check_lora(empty, file)
     file = args.model / "special_tokens.safetensors"
     shapes = read_headers([file] if file.is_file() else [])
     table = {name: torch.empty(shape, device="meta") for name, (shape, _) in shapes.items()}
     magi.check_tokens(cfg, table, dit.text_dim, chunks)
-    if not args.text:
-        config, weights = args.t5 / "config.json", [*args.t5.glob("*.safetensors"), *args.t5.glob("*.bin")]
-        require(weights and config.is_file() and (args.t5 / "spiece.model").is_file(),
-                f"no text encoder in {str(args.t5)!r}: it needs config.json, spiece.model and weights")
-        width = read_json(config).get("d_model")
-        require(width == dit.text_dim, f"the text encoder in {str(args.t5)!r} has width {width}, this "
-                f"model needs {dit.text_dim}: give the right one with --t5")
-        read_headers([*args.t5.glob("*.safetensors")])                       # finds a file that was cut short
+    if args.text:
+        return
+    config, weights = args.t5 / "config.json", [*args.t5.glob("*.safetensors"), *args.t5.glob("*.bin")]
+    require(weights and config.is_file() and (args.t5 / "spiece.model").is_file(),
+            f"no text encoder in {str(args.t5)!r}: it needs config.json, spiece.model and weights")
+    width = read_json(config).get("d_model")
+    require(width == dit.text_dim, f"the text encoder in {str(args.t5)!r} has width {width}, this "
+            f"model needs {dit.text_dim}: give the right one with --t5")
+    read_headers([*args.t5.glob("*.safetensors")])                           # finds a file that was cut short
 
 
 def notes_on_prompts(args: argparse.Namespace, cfg, native, chunks: float) -> list[str]:
     """What the model will make of the prompts, where that may surprise."""
-    import sentencepiece
-
-    import magi
-    from checkpoints import load_module, reading
-
-    notes, prompts = [], args.prompt or []
-    most = max(len(line or ()) for line in args.lines)
+    notes = []
+    most = max(map(len, args.videos))
     if most > chunks:
         notes.append(f"warning: {most} prompts for {chunks} chunk{'s' * (chunks > 1)}: the last "
                      f"{'ones are' if most - chunks > 1 else 'one is'} not used")
-    if not prompts and not args.text and not args.told:
-        notes.append(f"note: no --prompt, the {'image' if args.image else 'video'} alone says what happens")
     if args.text:
         return notes
+    if not args.prompt and not args.told:
+        notes.append(f"note: no --prompt, the {'image' if args.image else 'video'} alone says what happens")
     with reading("tokenizer", args.t5 / "spiece.model"):
         t5 = sentencepiece.SentencePieceProcessor(model_file=str(args.t5 / "spiece.model"))
-    for prompt in prompts:
+    small = (args.t5 / "words.json").is_file()           # it says itself which words it knows
+    for prompt in args.prompt:
         words = magi.clean_caption(prompt).split()
         unknown = [w for w in words if t5.unk_id() in t5.encode(w) and re.search(r"\w", w)]
         if re.search(r"\w", prompt) and not re.search(r"\w", "".join(words)):
             notes.append(f"warning: nothing of the prompt {prompt!r} can be read by the text encoder: "
                          f"say it in English")
-        elif unknown and not (args.t5 / "words.json").is_file():
+        elif unknown and not small:
             notes.append(f"warning: the text encoder cannot read {', '.join(map(repr, unknown))}: "
                          f"say it in English")
-    words = TINY / "words.py"
-    if (args.t5 / "words.json").is_file() and words.is_file():
-        notes += load_module("tiny_words", words).notes(args, cfg, native)
+    if small:
+        notes += checkpoints.load_module("tiny_words", TINY / "words.py").notes(args, cfg, native)
     return notes
+
+
+def count_chunks(num_frames: int | None, prefix_frames: int) -> float:
+    """How many chunks a run generates after so many frames of video; those they fill are not generated."""
+    fours = None if num_frames is None else math.ceil(num_frames / 4) * 4
+    total, given = magi.count_chunks(fours, prefix_frames // 4)
+    return math.inf if total is None else total - given
+
+
+def load_text(path: str, dit) -> tuple:
+    """What --save_text wrote: text (n, L, C) and mask (n, L)."""
+    with reading("text", path):
+        saved = load_file(path)
+        text, mask = saved["text"], saved["mask"]
+    require(text.shape[1:] == (dit.text_length, dit.text_dim) and mask.shape == text.shape[:2] and len(text),
+            f"text {path!r} has shape {tuple(text.shape)}, this model needs (prompts, {dit.text_length}, "
+            f"{dit.text_dim}): save it again with this model")
+    require(text.isfinite().all(), f"text {path!r} has numbers that are not finite: save it again")
+    return text, mask
+
+
+def check(args: argparse.Namespace, locks: contextlib.ExitStack) -> dict[str, Any]:
+    """All checks but those of the flags alone, and what they had to find out."""
+    notes: list[str] = []
+    require(not args.told or parallel.ranks() == 1, "--prompt - is read by one process: leave torchrun out")
+    outs = [None] * len(args.videos)                                         # for those that do not write
+    if parallel.rank() == 0:
+        outs = claim_outputs(args, locks)
+    dit = read_config(args.model, "dit", magi.DiTConfig)
+    dit = dataclasses.replace(dit, dtype=args.dtype or dit.dtype)
+    native = read_config(args.model, "sampler", magi.SamplerConfig)
+    cfg = settings(args, dit, native, notes)
+    fastest = 50 if args.out.suffix.lower() == ".gif" else 1000
+    require(cfg.fps <= fastest, f"fps {cfg.fps} is too fast: {str(args.out)!r} can play {fastest} at most")
+    device = choose_device(args, dit.fp8, notes)
+    size, image, video = (cfg.height, cfg.width), None, None
+    if args.image:
+        image = media.read_image(args.image, size, args.fit)
+    if args.video:
+        video = media.read_video(args.video, cfg.fps, None, max(4, args.prefix_frames), size, args.fit)
+    clip = media.prefix_clip(image, video, args.prefix_frames)
+    chunks = count_chunks(cfg.num_frames, 0 if video is None else len(clip))
+    check_model(args, dit, cfg, chunks)
+    for chunk, _ in args.transition:
+        require(chunk < chunks, f"transition at chunk {chunk}: the video has {chunks} chunks, counted from 0")
+    notes += notes_on_prompts(args, cfg, native, chunks)
+    text = load_text(args.text, dit) if args.text else None
+    return dict(cfg=cfg, chunks=chunks, device=device, image=image, video=video, text=text, outs=outs,
+                length=dit.text_length, notes=notes)
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -485,146 +494,70 @@ def say(message: object, file: Any = None) -> None:
     tqdm.write(" ".join(str(message).split()), file=file or sys.stderr)
 
 
-def prepare(argv: list[str] | None, locks: contextlib.ExitStack) -> list[dict]:
-    """From the command line to the arguments of `generate`, for each video: checks, text encoder, model."""
-    args = parse_arguments(argv)
-    if args.plan:
-        print(plan(args))
-        raise SystemExit(0)
-    check_flags(args)
-    import magi
-    import parallel
-    from checkpoints import reading
-
-    if signal.getsignal(signal.SIGINT) is leave:                             # from here on there may be files
-        signal.signal(signal.SIGINT, signal.default_int_handler)
-    args.device = parallel.start(args.device)
-    if parallel.rank() > 0:                                                  # the first one speaks for all
-        nowhere = locks.enter_context(open(os.devnull, "w"))
-        locks.enter_context(contextlib.redirect_stdout(nowhere))
-        locks.enter_context(contextlib.redirect_stderr(nowhere))
-    dit, cfg, chunks, device, image, video, text, notes = parallel.agreed(check)(args, locks)
-    for note in notes:
-        say(note)
-
-    from transformers.utils import logging
-
-    logging.disable_progress_bar()
-    text = text or (None if args.told else encode_text(args, dit, device))
-    pipe = magi.load(args.model, vae=args.vae, t5=args.t5, device=device, dtype=args.dtype,
-                     backend=args.backend, keep_t5=args.told, parts=parallel.parts(args.stream))
-    for file, scale in zip(args.lora, args.lora_scale, strict=True):
-        import training
-
-        training.load_lora(pipe.dit, file, scale)
-    runs = []
-    for i, (prompts, out) in enumerate(zip(args.lines, args.outs, strict=True)):
-        if args.told:
-            import live
-
-            with reading("text encoder", args.t5):                           # it is kept
-                pipe.encode_text([""])
-            given: Any = live.told_by(io.FileIO(0, closefd=False), cfg.num_frames is None, say)
-        else:
-            n = len(prompts) if args.prompt_file else len(text[0])
-            given, text = [part[:n] for part in text], [part[n:] for part in text]
-        config = dataclasses.replace(cfg, seed=cfg.seed + i)
-        frames = partial(pipe, given, sampler=config, image=image, video=video, fit=args.fit,
-                         prefix_frames=args.prefix_frames)
-        runs.append(dict(frames=frames, cfg=config, chunks=chunks, out=out, device=device,
-                         report=getattr(pipe.dit.ops, "report", None)))
-    return runs
-
-
 def plan(args: argparse.Namespace) -> str:
     """What this run needs where; --model may also name a released model that is not here yet."""
-    import magi
-    import parallel
-    from checkpoints import read_config
-
     known = magi.PRESETS.get(str(args.model))
     dit = known.dit if known else read_config(args.model, "dit", magi.DiTConfig)
     native = known.sampler if known else read_config(args.model, "sampler", magi.SamplerConfig)
     return parallel.plan(dit, settings(args, dit, native, []))
 
 
-def check(args: argparse.Namespace, locks: contextlib.ExitStack) -> tuple:
-    """All that is checked before a weight is read."""
-    import magi
-    import media
-    import parallel
-    from checkpoints import read_config, require
-
-    notes: list[str] = []
-    require(not args.told or parallel.ranks() == 1, "--prompt - is read by one process: leave torchrun out")
-    args.outs = args.lines                                                   # for those that do not write
-    if parallel.rank() == 0:
-        claim_outputs(args, locks)
-    dit = read_config(args.model, "dit", magi.DiTConfig)
-    dit = dataclasses.replace(dit, dtype=args.dtype or dit.dtype)
-    native = read_config(args.model, "sampler", magi.SamplerConfig)
-    cfg = settings(args, dit, native, notes)
-    fastest = 50 if args.out.suffix.lower() == ".gif" else 1000
-    require(cfg.fps <= fastest, f"fps {cfg.fps} is too fast: {str(args.out)!r} can play {fastest} at most")
-    device = choose_device(args, dit.fp8, notes)
-    size = cfg.height, cfg.width
-    image = media.read_image(args.image, size, args.fit) if args.image else None
-    video = None
-    if args.video:
-        video = media.read_video(args.video, cfg.fps, None, max(4, args.prefix_frames), size, args.fit)
-    clip = media.prefix_clip(image, video, args.prefix_frames)
-    chunks = count_chunks(cfg.num_frames, 0 if video is None else len(clip))
-    check_model(args, dit, cfg, chunks)
-    for chunk, _ in args.transition:
-        require(chunk < chunks, f"transition at chunk {chunk}: the video has {chunks} chunks, counted from 0")
-    notes += notes_on_prompts(args, cfg, native, chunks)
-    text = load_text(args.text, dit) if args.text else None
-    return dit, cfg, chunks, device, image, video, text, notes
-
-
-def count_chunks(num_frames: int | None, prefix_frames: int) -> float:
-    """How many chunks a run generates after so many frames of video; those they fill are not generated."""
-    import magi
-
-    fours = None if num_frames is None else math.ceil(num_frames / 4) * 4
-    total, given = magi.count_chunks(fours, prefix_frames // 4)
-    return math.inf if total is None else total - given
+def prepare(argv: list[str] | None, locks: contextlib.ExitStack) -> list[dict]:
+    """From the command line to the arguments of `generate`, for each video: checks, text encoder, model."""
+    args = parse_arguments(argv)
+    if args.plan:
+        print(plan(args))
+        return []
+    check_flags(args)
+    args.device = parallel.start(args.device)
+    if parallel.rank() > 0:                                                  # the first one speaks for all
+        nowhere = locks.enter_context(open(os.devnull, "w"))
+        locks.enter_context(contextlib.redirect_stdout(nowhere))
+        locks.enter_context(contextlib.redirect_stderr(nowhere))
+    run = parallel.agreed(check)(args, locks)
+    for note in run["notes"]:
+        say(note)
+    if args.told:
+        given = None
+    elif args.text:
+        given = [run["text"]]
+    else:
+        given = encode_text(args, run["length"], run["device"])
+    pipe = magi.load(args.model, vae=args.vae, t5=args.t5, device=run["device"], dtype=args.dtype,
+                     backend=args.backend, keep_t5=args.told, parts=parallel.parts(args.stream))
+    for file, scale in zip(args.lora, args.lora_scale, strict=True):
+        training.load_lora(pipe.dit, file, scale)
+    if args.told:
+        with reading("text encoder", args.t5):                               # it is kept
+            pipe.encode_text([""])
+        given = [live.told_by(io.FileIO(0, closefd=False), run["cfg"].num_frames is None, say)]
+    runs = []
+    for i, (prompt, out) in enumerate(zip(given, run["outs"], strict=True)):
+        cfg = dataclasses.replace(run["cfg"], seed=run["cfg"].seed + i)
+        frames = partial(pipe, prompt, sampler=cfg, image=run["image"], video=run["video"], fit=args.fit,
+                         prefix_frames=args.prefix_frames)
+        runs.append(dict(frames=frames, cfg=cfg, chunks=run["chunks"], out=out, device=run["device"],
+                         report=getattr(pipe.dit.ops, "report", None)))
+    return runs
 
 
-def encode_text(args: argparse.Namespace, dit, device: str) -> tuple:
-    """The prompts as the model reads them. T5 is gone when this returns, before the model itself is read."""
-    import media
-    import parallel
-    from checkpoints import reading, save
+def encode_text(args: argparse.Namespace, length: int, device: str) -> list[tuple]:
+    """The prompts of each video as the model reads them: text (n, L, C) and mask (n, L). T5 is gone when this
+    returns, before the model itself is read."""
+    from transformers.utils import logging  # slow, and not needed with --text
 
+    logging.disable_progress_bar()
     with reading("text encoder", args.t5):
-        t5 = parallel.T5(args.t5, dit.text_length, device, stream=args.stream)
+        t5 = parallel.T5(args.t5, length, device, stream=args.stream)
         text, mask = t5(args.prompt or [""])
     if args.save_text and parallel.rank() == 0:
-        from safetensors import SafetensorError
-
         made, about = {"text": text, "mask": mask}, {"prompts": json.dumps(args.prompt)}
         try:
-            media.replace(args.save_text, lambda new: save(made, new, about))
+            media.replace(args.save_text, lambda new: checkpoints.save(made, new, about))
         except SafetensorError as error:
             raise OSError(f"cannot write {str(args.save_text)!r}: {error}") from None
-    return text, mask
-
-
-def load_text(path: str, dit) -> tuple:
-    """What --save_text wrote: text (n, L, C) and mask (n, L)."""
-    from safetensors.torch import load_file
-
-    from checkpoints import reading, require
-
-    with reading("text", path):
-        saved = load_file(path)
-        text, mask = saved["text"], saved["mask"]
-    require(text.shape[1:] == (dit.text_length, dit.text_dim) and mask.shape == text.shape[:2] and len(text),
-            f"text {path!r} has shape {tuple(text.shape)}, this model needs (prompts, {dit.text_length}, "
-            f"{dit.text_dim}): save it again with this model")
-    require(text.isfinite().all(), f"text {path!r} has numbers that are not finite: save it again")
-    return text, mask
+    counts = [len(prompts) or 1 for prompts in args.videos]
+    return list(zip(text.split(counts), mask.split(counts), strict=True))
 
 
 @contextlib.contextmanager
@@ -664,25 +597,19 @@ def generate(frames, cfg, chunks: float, out: Any, device: str, report: Callable
              ) -> int:
     """Make the video and write it chunk by chunk, then say how it went. Returns the exit code.
 
-    report: says which kernels were used (kernel_choice.py)."""
-    import media
-    import parallel
-
-    if parallel.rank() > 0:                                                  # the first process writes
-        with contextlib.suppress(KeyboardInterrupt):
-            for _ in frames():
-                pass
-            return 0
-        return 130
+    out: a file, a stream for an mp4, or None where another process writes. report: which kernels were used.
+    """
     total = None if chunks == math.inf else (chunks + cfg.window - 1) * (cfg.num_steps // cfg.window)
     bar, progress = progress_bar(chunks, total)
     name, suffix = (out, out.suffix.lower()) if isinstance(out, Path) else ("-", ".mp4")
-    writer, code, made, first, last = media.WRITERS[suffix](out, cfg.fps), 0, 0, 0.0, 0.0
+    writer = media.WRITERS[suffix](out, cfg.fps) if out else None
+    code, made, first, last = 0, 0, 0.0, 0.0
     start = time.perf_counter()
     try:
         for chunk in frames(progress=progress):
             with uninterrupted():
-                writer.write(chunk)
+                if writer:
+                    writer.write(chunk)
                 made, last = made + len(chunk), time.perf_counter() - start
                 first = first or last
     except KeyboardInterrupt:
@@ -690,30 +617,29 @@ def generate(frames, cfg, chunks: float, out: Any, device: str, report: Callable
         code = 130
     except BrokenPipeError:                                                  # the player was closed
         os.dup2(os.open(os.devnull, os.O_WRONLY), out.fileno())
-    except OSError as error:
-        say(f"error: cannot write {str(name)!r}: {error}")
-        code = 1
-    except (ValueError, FloatingPointError) as error:
-        say(f"error: {error}")
+    except (OSError, ValueError, FloatingPointError) as error:
+        where = f"cannot write {str(name)!r}: " if isinstance(error, OSError) else ""
+        say(f"error: {where}{error}")
         code = 1
     finally:
         bar.close()
-    with contextlib.suppress(KeyboardInterrupt), uninterrupted():            # what is made will be finished
-        writer.close()
+    if writer:
+        with contextlib.suppress(KeyboardInterrupt), uninterrupted():        # what is made will be finished
+            writer.close()
     how = {0: "", 1: "stopped: ", 130: "interrupted: "}[code]
-    pace = last / max(1, made) * cfg.fps
+    if not made:
+        print(f"{how}no chunk could be written, {name} is as it was")
+        return code
+    pace = last / made * cfg.fps
     word = "faster" if pace < 1 else "slower"
-    speed = f"{pace:.2f} s of computing per second of video ({word} than it plays)"
-    print(f"{how}first chunk after {first:.2f} s, {speed}, {peak_memory(device)}, {made} frames -> {name}"
-          if made else f"{how}no chunk could be written, {name} is as it was")
-    if report and made:
+    print(f"{how}first chunk after {first:.2f} s, {pace:.2f} s of computing per second of video ({word} than "
+          f"it plays), {peak_memory(device)}, {made} frames -> {name}")
+    if report:
         print(report())
     return code
 
 
 def peak_memory(device: str) -> str:
-    import torch
-
     if torch.device(device).type == "cuda":
         return f"peak GPU memory {torch.cuda.max_memory_allocated(device) / 2**30:.2f} GiB"
     try:
@@ -731,28 +657,25 @@ def main(argv: list[str] | None = None) -> int:
             contextlib.redirect_stderr(Quiet(sys.stderr)) as stderr, contextlib.ExitStack() as locks:
         warnings.showwarning = lambda message, *_, **__: say(f"warning: {message}")
         try:
-            try:
-                runs = prepare(argv, locks)
-            except (ValueError, OSError, ImportError) as error:
-                say(f"error: {error}")
-                return 2
             code = 0
-            for run in runs:
+            for run in prepare(argv, locks):
                 code = max(code, generate(**run))
                 if code == 130:
                     break
             return code
+        except SystemExit as end:                                            # --help, or a mistyped flag
+            return end.code
+        except (ValueError, OSError, ImportError) as error:
+            say(f"error: {error}")
+            return 2
         except KeyboardInterrupt:
             print("interrupted before anything was written")
             return 130
         except (MemoryError, RuntimeError) as error:
-            import parallel
-            from checkpoints import out_of_memory
-
             if parallel.lost_another(error):
                 say("error: another process has stopped, and this one with it; what was written stays")
                 return 1
-            if not out_of_memory(error):
+            if not checkpoints.out_of_memory(error):
                 raise                                                       # a fault in the code: show it all
             say(f"error: out of memory, see --plan, or try --stream cpu, a smaller --height and --width, "
                 f"or --window 1 --kv_range 2 ({error})", stderr)
