@@ -81,7 +81,7 @@ def model_folder(text: str) -> Path:
 
 
 class Parser(argparse.ArgumentParser):
-    """argparse that says what is wrong in one line, without its usage."""
+    """argparse that raises ValueError, where it would print its usage and leave."""
 
     def error(self, message: str):
         if message.startswith("unrecognized arguments: "):
@@ -92,7 +92,7 @@ class Parser(argparse.ArgumentParser):
                 message += f" (did you mean {near[0]}?)"
             elif not word.startswith("-"):
                 message += " (a prompt of several words needs quotes)"
-        self.exit(2, " ".join(f"error: {message}; see --help".split()) + "\n")
+        raise ValueError(f"{message}; see --help")
 
 
 def number(text: str) -> float:
@@ -116,6 +116,12 @@ def chunk_and_kind(text: str) -> tuple[int, str]:
     if not re.fullmatch(r"-?\d+", chunk):
         raise argparse.ArgumentTypeError(f"{text!r} is not a chunk, such as 2, or 2:restyle")
     return int(chunk), kind or "cut"
+
+
+def refuse(error: Exception) -> int:
+    """Say in one line, whatever the message looks like, what is wrong. Returns the exit code."""
+    print("error:", *str(error).split(), file=sys.stderr)
+    return 2
 
 
 def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
@@ -199,8 +205,11 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     return args
 
 
-if __name__ == "__main__":
-    parse_arguments()                # --help and a mistyped flag answer at once: what follows takes seconds
+if __name__ == "__main__":           # --help and a mistyped flag answer at once: what follows takes seconds
+    try:
+        parse_arguments()
+    except ValueError as error:
+        sys.exit(refuse(error))
 
 import sentencepiece
 import torch
@@ -210,7 +219,6 @@ from tqdm import tqdm
 
 import checkpoints
 import convert_weights
-import live
 import magi
 import media
 import parallel
@@ -528,6 +536,8 @@ def prepare(argv: list[str] | None, locks: contextlib.ExitStack) -> list[dict]:
     for file, scale in zip(args.lora, args.lora_scale, strict=True):
         training.load_lora(pipe.dit, file, scale)
     if args.told:
+        import live
+
         with reading("text encoder", args.t5):                               # it is kept
             pipe.encode_text([""])
         given = [live.told_by(io.FileIO(0, closefd=False), run["cfg"].num_frames is None, say)]
@@ -663,11 +673,8 @@ def main(argv: list[str] | None = None) -> int:
                 if code == 130:
                     break
             return code
-        except SystemExit as end:                                            # --help, or a mistyped flag
-            return end.code
         except (ValueError, OSError, ImportError) as error:
-            say(f"error: {error}")
-            return 2
+            return refuse(error)
         except KeyboardInterrupt:
             print("interrupted before anything was written")
             return 130
