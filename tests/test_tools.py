@@ -5,7 +5,7 @@ import sys
 
 import pytest
 import torch
-from common import HERE, run_python
+from common import HERE, run_main, run_python
 
 os.environ["TRITON_INTERPRET"] = "1"  # kernels run on the CPU, in Triton's interpreter
 
@@ -19,9 +19,9 @@ def bench(kernels, monkeypatch):
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
-def test_without_a_gpu_kernels_points_at_compile():
-    done = run_python("kernels.py")
-    assert done.returncode == 2 and done.stderr.count("\n") == 1 and "--compile" in done.stderr
+def test_without_a_gpu_kernels_points_at_compile(bench):
+    code, _, err = run_main(bench.main)
+    assert code == 2 and err.count("\n") == 1 and "python kernels.py --compile" in err
 
 
 def assert_compiled(done, rows: int) -> None:
