@@ -49,6 +49,7 @@ from collections.abc import Callable
 from difflib import get_close_matches
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 # ------------------------------------------------------------------------------------------------------------
@@ -69,10 +70,8 @@ SUGGESTED = {
 }  # fmt: skip
 REPEATED = ("--prompt", "--transition", "--lora", "--lora_scale")            # others are given once
 
-# The bundled models. "tiny" is the distilled one, or the base one where that has not been made.
-TINY = Path(__file__).resolve().parent / "tiny"
-SHIPPED = {"tiny-distill": TINY / "distill", "tiny-base": TINY / "base"}
-SHIPPED["tiny"] = SHIPPED["tiny-distill" if (TINY / "distill").is_dir() else "tiny-base"]
+TINY = Path(__file__).resolve().parent / "tiny"                              # the bundled models
+SHIPPED = {"tiny": TINY / "distill", "tiny-distill": TINY / "distill", "tiny-base": TINY / "base"}
 DEFAULT_MODEL = "tiny"
 
 
@@ -445,7 +444,7 @@ def load_text(path: str, dit) -> tuple:
     return text, mask
 
 
-def check(args: argparse.Namespace, locks: contextlib.ExitStack) -> dict[str, Any]:
+def check(args: argparse.Namespace, locks: contextlib.ExitStack) -> SimpleNamespace:
     """All checks but those of the flags alone, and what they had to find out."""
     notes: list[str] = []
     require(not args.told or parallel.ranks() == 1, "--prompt - is read by one process: leave torchrun out")
@@ -471,8 +470,8 @@ def check(args: argparse.Namespace, locks: contextlib.ExitStack) -> dict[str, An
         require(chunk < chunks, f"transition at chunk {chunk}: the video has {chunks} chunks, counted from 0")
     notes += notes_on_prompts(args, cfg, native, chunks)
     text = load_text(args.text, dit) if args.text else None
-    return dict(cfg=cfg, chunks=chunks, device=device, image=image, video=video, text=text, outs=outs,
-                length=dit.text_length, notes=notes)
+    return SimpleNamespace(cfg=cfg, chunks=chunks, device=device, image=image, video=video, text=text,
+                           text_length=dit.text_length, outs=outs, notes=notes)
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -523,15 +522,15 @@ def prepare(argv: list[str] | None, locks: contextlib.ExitStack) -> list[dict]:
         locks.enter_context(contextlib.redirect_stdout(nowhere))
         locks.enter_context(contextlib.redirect_stderr(nowhere))
     run = parallel.agreed(check)(args, locks)
-    for note in run["notes"]:
+    for note in run.notes:
         say(note)
     if args.told:
         given = None
     elif args.text:
-        given = [run["text"]]
+        given = [run.text]
     else:
-        given = encode_text(args, run["length"], run["device"])
-    pipe = magi.load(args.model, vae=args.vae, t5=args.t5, device=run["device"], dtype=args.dtype,
+        given = encode_text(args, run.text_length, run.device)
+    pipe = magi.load(args.model, vae=args.vae, t5=args.t5, device=run.device, dtype=args.dtype,
                      backend=args.backend, keep_t5=args.told, parts=parallel.parts(args.stream))
     for file, scale in zip(args.lora, args.lora_scale, strict=True):
         training.load_lora(pipe.dit, file, scale)
@@ -540,13 +539,13 @@ def prepare(argv: list[str] | None, locks: contextlib.ExitStack) -> list[dict]:
 
         with reading("text encoder", args.t5):                               # it is kept
             pipe.encode_text([""])
-        given = [live.told_by(io.FileIO(0, closefd=False), run["cfg"].num_frames is None, say)]
+        given = [live.told_by(io.FileIO(0, closefd=False), run.cfg.num_frames is None, say)]
     runs = []
-    for i, (prompt, out) in enumerate(zip(given, run["outs"], strict=True)):
-        cfg = dataclasses.replace(run["cfg"], seed=run["cfg"].seed + i)
-        frames = partial(pipe, prompt, sampler=cfg, image=run["image"], video=run["video"], fit=args.fit,
+    for i, (prompt, out) in enumerate(zip(given, run.outs, strict=True)):
+        cfg = dataclasses.replace(run.cfg, seed=run.cfg.seed + i)
+        frames = partial(pipe, prompt, sampler=cfg, image=run.image, video=run.video, fit=args.fit,
                          prefix_frames=args.prefix_frames)
-        runs.append(dict(frames=frames, cfg=cfg, chunks=run["chunks"], out=out, device=run["device"],
+        runs.append(dict(frames=frames, cfg=cfg, chunks=run.chunks, out=out, device=run.device,
                          report=getattr(pipe.dit.ops, "report", None)))
     return runs
 
