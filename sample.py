@@ -524,12 +524,13 @@ def prepare(argv: list[str] | None, locks: contextlib.ExitStack) -> list[dict]:
     run = parallel.agreed(check)(args, locks)
     for note in run.notes:
         say(note)
-    if args.told:
-        given = None
-    elif args.text:
+    if args.text:
         given = [run.text]
     else:
-        given = encode_text(args, run.text_length, run.device)
+        from transformers.utils import logging  # slow, and not needed with --text
+
+        logging.disable_progress_bar()
+        given = [] if args.told else encode_text(args, run.text_length, run.device)
     pipe = magi.load(args.model, vae=args.vae, t5=args.t5, device=run.device, dtype=args.dtype,
                      backend=args.backend, keep_t5=args.told, parts=parallel.parts(args.stream))
     for file, scale in zip(args.lora, args.lora_scale, strict=True):
@@ -553,9 +554,6 @@ def prepare(argv: list[str] | None, locks: contextlib.ExitStack) -> list[dict]:
 def encode_text(args: argparse.Namespace, length: int, device: str) -> list[tuple]:
     """The prompts of each video as the model reads them: text (n, L, C) and mask (n, L). T5 is gone when this
     returns, before the model itself is read."""
-    from transformers.utils import logging  # slow, and not needed with --text
-
-    logging.disable_progress_bar()
     with reading("text encoder", args.t5):
         t5 = parallel.T5(args.t5, length, device, stream=args.stream)
         text, mask = t5(args.prompt or [""])
