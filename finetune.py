@@ -1,24 +1,33 @@
 """Fine-tuning on one's own videos: `python training.py lora`, `full` or `distill`; also `merge` and `export`.
 
     python training.py lora --model models/4.5B-base --data clips/ --out my.safetensors
+    torchrun --nproc_per_node 8 training.py full --model models/24B-base --data clips/ --out models/my-24B
     python sample.py --model models/4.5B-base --lora my.safetensors --prompt "..."
 
-    clips/ --clips.py--> latents and text, cached --> Batches --> the losses of training.py --> training.fit
-                                                                                                     |
-    my.safetensors, and my.work/: train.pt (to go on), train.csv, train.png, samples/  <-------------+
+    clips/ --find_videos, cut--> Pieces --Cache--> latents and text --Batches--> losses --> training.fit
+                                                                                                  |
+    my.safetensors, and my.work/: train.pt (to go on), train.csv, train.png, samples/  <----------+
+
+clips/ holds videos, each with a text file of its name (a.mp4, a.txt), or metadata.jsonl or metadata.csv with
+`file_name` and `text`. One line (or string) is for the whole video; several lines (or a list) are for one
+second each, and the last goes on.
 
 The order is made for small machines: VAE and T5 run once and are freed before the DiT is loaded; of all
-layers but one only the inputs are kept for the backward pass. Mistakes are told before any weight is loaded.
+layers but one only the inputs are kept for the backward pass; with --stream a LoRA's frozen layers are in
+memory one at a time. Mistakes are told before any weight is loaded.
 
-Left out on purpose: weights shared out over several GPUs (fully_shard), streamed weights, training in fp8.
+Contents: 1 A folder of videos, 2 Pieces and sizes, 3 Encoded once, 4 Batches, 5 Memory, 6 A run, 7 Command
+line. Left out on purpose: training in fp8, and streamed layers on several GPUs.
 """
 
 from __future__ import annotations
 
 import argparse
-import copy
+import contextlib
+import csv
 import dataclasses
 import functools
+import hashlib
 import importlib.util
 import json
 import math
@@ -26,81 +35,501 @@ import os
 import re
 import shutil
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
+import torch.distributed as dist
+import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
 
-import clips
+import checkpoints
+import magi
 import media
+import parallel
+import training
 from captions import clean_caption
-from checkpoints import build, check_device, read_config, read_json, read_tensors, require, save
+from checkpoints import build, read_config, read_json, read_tensors, reading, require, save, weight_files
 from folders import new_folder, only_run_in
-from magi import (
-    CHUNK,
-    MAGI,
-    SPECIAL_TOKENS,
-    DiT,
-    DiTConfig,
-    SamplerConfig,
-    check_tokens,
-    load_dit,
-    load_vae,
-    prepend_tokens,
-    token_names,
-)
-from training import (
-    EXPORT_NAMES,
-    AdamW,
-    add_lora,
-    check_lora,
-    export_lora,
-    fit,
-    flow_matching_loss,
-    load_lora,
-    lora_targets,
-    merge_lora,
-    read_log,
-    save_lora,
-    shortcut_loss,
-    shortcut_steps,
-)
+from magi import CHUNK, FRAMES_PER_LATENT, DiT, DiTConfig, SamplerConfig
+
+FPS = 24
+CHUNK_FRAMES = CHUNK * FRAMES_PER_LATENT                                     # 24: one second
+SUFFIXES = (".mp4", ".mov", ".mkv", ".webm", ".avi", ".m4v", ".mpg", ".mpeg", ".gif", ".ts")
+Say = Callable[[str], None]
+
+
+def say(text: str) -> None:
+    tqdm.write(text, file=sys.stderr)
+
 
 # ----------------------------------------------------------------------------------------------------------
-# 1  Memory
+# 1  A folder of videos
+# ----------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Video:
+    """A file that can be trained on."""
+
+    path: Path
+    captions: tuple[str, ...]            # one for all of it, or one a second, the last of which goes on
+    seconds: int                         # whole ones
+    height: int                          # as shown: upright, with square pixels
+    width: int
+
+
+def read_captions(folder: Path) -> dict[Path, tuple[str, ...]]:
+    """The videos of a folder and their captions. ValueError for a file that is missing, or has no caption."""
+    require(folder.is_dir(), f"the data folder {str(folder)!r} does not exist: give one with videos and "
+            f"captions")
+    jsonl, table = folder / "metadata.jsonl", folder / "metadata.csv"
+    if jsonl.is_file():
+        with reading("captions", jsonl):
+            rows = [json.loads(line) for line in jsonl.read_text("utf-8-sig").splitlines() if line.strip()]
+        return captions_of_rows(folder, rows)
+    if table.is_file():
+        with reading("captions", table), table.open(newline="", encoding="utf-8-sig") as file:
+            rows = list(csv.DictReader(file))
+        return captions_of_rows(folder, rows)
+    videos = sorted(path for path in folder.rglob("*") if path.suffix.lower() in SUFFIXES and path.is_file())
+    require(videos, f"no videos in {str(folder)!r}: give files such as a.mp4 and captions a.txt")
+    found = {}
+    for path in videos:
+        text = path.with_suffix(".txt")
+        require(text.is_file(), f"clip {path.name!r} has no caption: write it to {text.name!r} (an empty "
+                f"file for none), or list all clips in metadata.jsonl")
+        with reading("caption", text):
+            found[path] = as_captions(text.read_text("utf-8-sig"))
+    return found
+
+
+def captions_of_rows(folder: Path, rows: list[dict[str, Any]]) -> dict[Path, tuple[str, ...]]:
+    found = {}
+    for i, row in enumerate(rows, 1):
+        require(isinstance(row, dict) and row.get("file_name") and row.get("text") is not None,
+                f"row {i} of the metadata in {str(folder)!r} lacks file_name or text: {row}")
+        path = folder / row["file_name"]
+        require(path.is_file(), f"{path.name!r} of the metadata is not in {str(folder)!r}: add it, or "
+                f"take out its row")
+        found[path] = as_captions(row["text"])
+    return found
+
+
+def as_captions(text: str | list) -> tuple[str, ...]:
+    lines = text.splitlines() if isinstance(text, str) else [str(line) for line in text]
+    return tuple(line.strip() for line in lines if line.strip()) or ("",)
+
+
+def find_videos(folder: Path, cache: Path, skip_bad: bool, warn: Say) -> list[Video]:
+    """Every clip of a folder, each looked into (what was seen is kept in the cache). ValueError for the first
+    that cannot be read or is shorter than a second; with skip_bad these are named and left out."""
+    seen_file = cache / "videos.json"
+    seen = json.loads(seen_file.read_text()) if seen_file.is_file() else {}
+    captions, videos = read_captions(folder), []
+    for path, text in tqdm(captions.items(), desc="look at clips", unit="clip", disable=None, leave=False):
+        key = file_key(path)
+        try:
+            if key not in seen:
+                seen[key] = probe(path)
+            frames, height, width = seen[key]
+            require(frames >= CHUNK_FRAMES, f"clip {path.name!r} has {frames} frames at {FPS} fps: at least "
+                    f"{CHUNK_FRAMES} (one second) are needed")
+        except ValueError as error:
+            require(skip_bad, f"{error}; --skip-bad leaves such clips out")
+            warn(f"skipped: {error}")
+            continue
+        videos.append(Video(path, text, frames // CHUNK_FRAMES, height, width))
+    require(videos, f"no clip of {str(folder)!r} can be used")
+    cache.mkdir(parents=True, exist_ok=True)
+    media.replace(seen_file, lambda new: new.write_text(json.dumps(seen)))
+    return videos
+
+
+def probe(path: Path) -> tuple[int, int, int]:
+    """Frames at 24 fps, height and width of a video. It is decoded, as lengths in headers may be wrong."""
+    frames = media.read_video(path, FPS, start=0, count=10**9, size=(16, 16), fit="stretch")
+    height, width = media.read_video(path, FPS, start=0, count=1).shape[1:3]
+    return len(frames), height, width
+
+
+def file_key(path: Path) -> str:
+    """Changes when a file does."""
+    stat = path.stat()
+    return f"{path.resolve()}:{stat.st_size}:{stat.st_mtime_ns}"
+
+
+# ----------------------------------------------------------------------------------------------------------
+# 2  Pieces and sizes
+# ----------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Piece:
+    """A part of a video, 1 to n seconds at 24 fps, as it is encoded."""
+
+    path: Path
+    start: int                           # second
+    captions: tuple[str, ...]            # one a chunk
+    height: int
+    width: int
+
+    @property
+    def chunks(self) -> int:
+        return len(self.captions)
+
+    @property
+    def tokens(self) -> int:
+        return self.chunks * tokens_of_chunk(self.height, self.width)
+
+
+def tokens_of_chunk(height: int, width: int) -> int:
+    return CHUNK * (height // 16) * (width // 16)
+
+
+# Height over width of what is trained on: videos are cropped to the nearest.
+_WIDE = (1, 5 / 4, 4 / 3, 3 / 2, 16 / 9, 2)
+ASPECTS = tuple(sorted({*_WIDE, *(1 / aspect for aspect in _WIDE)}))
+
+
+def bucket_size(height: int, width: int, area: int) -> tuple[int, int]:
+    """The (height, width) at which a video is trained on: multiples of 16 of about `area` pixels, with the
+    nearest of a few aspects. A smaller video is hardly enlarged: the area is halved until it fits."""
+    while area > 1.5 * height * width and area > 32 * 32:
+        area /= 2
+    ratio = min(ASPECTS, key=lambda aspect: abs(math.log(aspect * width / height)))
+    sides = math.sqrt(area * ratio), math.sqrt(area / ratio)
+    return tuple(max(32, int(side / 16 + 0.5) * 16) for side in sides)
+
+
+def cut(videos: Sequence[Video], area: int, most_chunks: int, most_tokens: int | None = None) -> list[Piece]:
+    """Pieces of at most so many seconds and so many tokens (6 * height/16 * width/16 a second)."""
+    pieces = []
+    for video in videos:
+        height, width = bucket_size(video.height, video.width, area)
+        chunks = most_chunks
+        if most_tokens is not None:
+            chunks = min(chunks, most_tokens // tokens_of_chunk(height, width))
+            require(chunks >= 1, f"one second of {video.path.name!r} at {height}x{width} is more than "
+                    f"{most_tokens} tokens: raise --tokens, or choose a smaller --size")
+        for start in range(0, video.seconds, chunks):
+            seconds = range(start, min(start + chunks, video.seconds))
+            captions = tuple(video.captions[min(second, len(video.captions) - 1)] for second in seconds)
+            pieces.append(Piece(video.path, start, captions, height, width))
+    return pieces
+
+
+def buckets(pieces: Sequence[Piece]) -> dict[tuple[int, int, int], list[Piece]]:
+    """(chunks, height, width) -> the pieces that have these."""
+    found: dict[tuple[int, int, int], list[Piece]] = {}
+    for piece in pieces:
+        found.setdefault((piece.chunks, piece.height, piece.width), []).append(piece)
+    return dict(sorted(found.items()))
+
+
+# ----------------------------------------------------------------------------------------------------------
+# 3  Encoded once
+# ----------------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class Cache:
+    """Latents of pieces and text of captions, one file each, found again by what made them.
+
+    The name of a file holds a hash of the video file (its path, size and time), the piece and the VAE; or of
+    the caption and the T5. So nothing is ever read that other weights have made.
+    """
+
+    folder: Path
+    vae: Path
+    t5: Path
+    device: str = "cpu"
+    vae_dtype: torch.dtype | None = None
+
+    @functools.cached_property
+    def vae_key(self) -> str:
+        return model_key([self.vae / "config.json", *weight_files(self.vae)])
+
+    @functools.cached_property
+    def t5_key(self) -> str:
+        return model_key(sorted(self.t5.glob("*")))
+
+    def latent_file(self, piece: Piece) -> Path:
+        named = dataclasses.replace(piece, path=Path(file_key(piece.path)), captions=("",) * piece.chunks)
+        made_by = f"{named} {self.vae_key} {self.vae_dtype}"
+        return self.folder / "latents" / f"{short_hash(made_by)}.safetensors"
+
+    def text_file(self, caption: str) -> Path:
+        return self.folder / "text" / f"{short_hash(f'{caption} {self.t5_key}')}.safetensors"
+
+    def encode_pieces(self, pieces: Sequence[Piece], skip_bad: bool, warn: Say) -> list[Piece]:
+        """Encode what is missing; the pieces that could be read."""
+        missing = [piece for piece in pieces if not self.latent_file(piece).is_file()]
+        if not missing:
+            return list(pieces)
+        (self.folder / "latents").mkdir(parents=True, exist_ok=True)
+        vae, bad = magi.load_vae(self.vae, self.device, self.vae_dtype), set()
+        for piece in tqdm(missing, desc="encode clips", unit="piece", disable=None):
+            try:
+                save(encode_piece(vae, piece), self.latent_file(piece), {"piece": str(piece)})
+            except ValueError as error:
+                require(skip_bad, f"{error}; --skip-bad leaves such clips out")
+                warn(f"skipped: {error}")
+                bad.add(piece)
+        return [piece for piece in pieces if piece not in bad]
+
+    def encode_captions(self, captions: Sequence[str], length: int) -> None:
+        """Encode the captions that are missing."""
+        missing = sorted({caption for caption in captions if not self.text_file(caption).is_file()})
+        if not missing:
+            return
+        (self.folder / "text").mkdir(parents=True, exist_ok=True)
+        t5 = magi.T5(self.t5, length, self.device, keep=True)
+        for i in tqdm(range(0, len(missing), 8), desc="encode captions", unit_scale=8, disable=None):
+            for caption, text, mask in zip(missing[i : i + 8], *t5(missing[i : i + 8]), strict=True):
+                kept = text[: int(mask.sum())].bfloat16()                    # without the padding
+                save({"text": kept}, self.text_file(caption), {"caption": caption})
+
+    def latents(self, piece: Piece) -> tuple[Tensor, Tensor]:
+        """Scaled latents (16, T, H, W), and (16, 1, H, W) of the fourth frame alone, encoded as an image."""
+        tensors = read_tensors(self.latent_file(piece), "cached latents")
+        return tensors["latents"], tensors["image"]
+
+    def text(self, caption: str, length: int) -> tuple[Tensor, Tensor]:
+        """Text (L, C) float32 and mask (L,)."""
+        text = read_tensors(self.text_file(caption), "cached text")["text"][:length]
+        mask = (torch.arange(length) < len(text)).long()
+        return F.pad(text, (0, 0, 0, length - len(text))), mask
+
+
+@torch.no_grad()
+def encode_piece(vae: Any, piece: Piece) -> dict[str, Tensor]:
+    """What training needs of a piece, in bf16: that is finer than the VAE is right."""
+    frames = media.read_video(piece.path, FPS, start=piece.start * FPS, count=piece.chunks * CHUNK_FRAMES,
+                              size=(piece.height, piece.width))
+    require(len(frames) == piece.chunks * CHUNK_FRAMES, f"clip {piece.path.name!r} ends early: {len(frames)} "
+            f"frames from second {piece.start} on, not {piece.chunks * CHUNK_FRAMES}")
+    video = media.fit_frames(frames, piece.height, piece.width).to(vae.encoder.pos_embed)
+    latents = torch.cat([vae.encode(part) for part in video.split(CHUNK_FRAMES, dim=2)], dim=2)
+    image = vae.encode(video[:, :, FRAMES_PER_LATENT - 1 : FRAMES_PER_LATENT])
+    return {"latents": (latents[0].float() * magi.SCALE_FACTOR).bfloat16(),
+            "image": (image[0].float() * magi.SCALE_FACTOR).bfloat16()}
+
+
+def model_key(files: Sequence[Path]) -> str:
+    """Tells model files from others by their names, sizes and first megabyte (headers and some weights)."""
+    parts = []
+    for file in files:
+        with file.open("rb") as f:
+            parts.append(f"{file.name} {file.stat().st_size} {hashlib.sha256(f.read(2**20)).hexdigest()}")
+    return short_hash(" ".join(parts))
+
+
+def short_hash(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()[:24]
+
+
+# ----------------------------------------------------------------------------------------------------------
+# 4  Batches
+# ----------------------------------------------------------------------------------------------------------
+
+
+def chunk_texts(captions: Sequence[tuple[Tensor, Tensor]], remaining: int, sampler: SamplerConfig,
+                table: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
+    """Text and mask of each chunk of a clip, as T5 gives them -> (n, L, C) and (n, L) with special tokens.
+
+    remaining: how many chunks are left at the first one, itself included. An empty caption gets no tokens: it
+    is null text.
+    """
+    rows = []
+    for i, (text, mask) in enumerate(captions):
+        names = magi.token_names(sampler.special_tokens, magi.SPECIAL_TOKENS, remaining - i)
+        names = names if mask.any() else []
+        rows.append(magi.prepend_tokens(text, mask, [table[name].to(text) for name in names]))
+    texts, masks = zip(*rows, strict=True)
+    return torch.stack(texts), torch.stack(masks)
+
+
+@dataclass
+class Batches:
+    """The data of every training step: they depend on the seed and the number of the step alone."""
+
+    cache: Cache
+    pieces: list[Piece]
+    sampler: SamplerConfig
+    table: dict[str, Tensor]             # special tokens
+    length: int                          # L
+    most_tokens: int                     # of one forward
+    seed: int
+
+    def __call__(self, step: int, device: str) -> dict[str, Tensor]:
+        """Clips of one size, as many as fit, as the losses take them.
+
+        Half of the steps take pieces at their full length and half their first seconds only: a video's first
+        moments, and cheaper. Nothing says where a video ends, so how much is left is drawn: every duration
+        token is trained.
+        """
+        rng = np.random.default_rng([self.seed, step])
+        first = self.pieces[rng.integers(len(self.pieces))]
+        n = first.chunks if rng.random() < 0.5 else int(rng.integers(1, first.chunks + 1))
+        same = [piece for piece in self.pieces
+                if (piece.height, piece.width) == (first.height, first.width) and piece.chunks >= n]
+        count = max(1, self.most_tokens // (n * tokens_of_chunk(first.height, first.width)))
+        chosen = [same[i] for i in rng.choice(len(same), count, replace=len(same) < count)]
+        latents, images, texts, masks = [], [], [], []
+        for piece in chosen:
+            latent, image = self.cache.latents(piece)
+            captions = [self.cache.text(caption, self.length) for caption in piece.captions[:n]]
+            text, mask = chunk_texts(captions, int(rng.integers(n, max(12, n + 1))), self.sampler, self.table)
+            latents.append(latent[:, : n * CHUNK])
+            images.append(image)
+            texts.append(text)
+            masks.append(mask)
+        stacked = dict(latents=latents, images=images, text=texts, text_mask=masks)
+        return {name: torch.stack(tensors).to(device) for name, tensors in stacked.items()}
+
+
+def check_captions(captions: dict[str, str], t5: Path, length: int) -> None:
+    """ValueError for a caption (-> what it belongs to) that is longer than the model takes. Only the
+    tokenizer is read."""
+    from sentencepiece import SentencePieceProcessor
+
+    file = t5 / "spiece.model"
+    require(file.is_file(), f"no text encoder in {str(t5)!r}: {file} does not exist; give one with --t5")
+    tokenizer = SentencePieceProcessor(model_file=str(file))
+    for caption, owner in captions.items():
+        count = len(tokenizer.encode(clean_caption(caption))) + 1            # </s>
+        require(count <= length, f"{owner} has {count} tokens, the model takes {length}: shorten it, or "
+                f"write one line a second ({caption[:40]!r}...)")
+
+
+# ----------------------------------------------------------------------------------------------------------
+# 5  Memory
 # ----------------------------------------------------------------------------------------------------------
 
 
 def checkpoint_layers(dit: DiT) -> None:
     """Keep only the input of each layer for the backward pass, and compute the rest again: a third more work,
     and the memory of one layer in place of all."""
-    from torch.utils.checkpoint import checkpoint
-
     for layer in dit.layers:
-        plain = layer.forward
-        layer.forward = functools.partial(checkpoint, plain, use_reentrant=False)
+        layer.forward = partial(checkpoint, layer.forward, use_reentrant=False)
+
+
+class Streamed:
+    """Layers of a frozen DiT that are checkpointed, and whose weights come for their turn and go after it:
+    for the forward, and in the backward, when a layer is computed again. A thread reads the next layer
+    meanwhile, so two are in memory.
+
+    read(i) gives the weights of layer i on the CPU, by their names in the layer.
+    """
+
+    def __init__(self, dit: DiT, read: Callable[[int], dict[str, Tensor]], device: str):
+        self.read, self.device, self.last = read, device, len(dit.layers) - 1
+        self.thread = ThreadPoolExecutor(1)
+        self.taken, self.wanted = -1, -1                     # layers: the latest, and the one that is read
+        self.coming: Future = Future()
+        for i, layer in enumerate(dit.layers):
+            # What stands for a weight has its shape, type and device, and no memory: all a LoRA must know.
+            empty = {name: torch.zeros(1, dtype=u.dtype, device=device).expand(u.shape)
+                     for name, u in layer.state_dict().items()}
+            layer.load_state_dict(empty, assign=True)
+            layer.forward = partial(self.turn, i, layer, layer.forward, empty)
+        dit.requires_grad_(False)
+        checkpoint_layers(dit)
+
+    def turn(self, i: int, layer: nn.Module, forward: Callable, empty: dict[str, Tensor], *args: Any) -> Any:
+        weights = {name: u.to(self.device, non_blocking=True) for name, u in self.take(i).items()}
+        layer.load_state_dict(weights, strict=False, assign=True)            # not strict: it has a LoRA
+        try:
+            return forward(*args)
+        finally:                                             # for the backward, autograd holds the weights
+            layer.load_state_dict(empty, strict=False, assign=True)
+
+    def take(self, i: int) -> dict[str, Tensor]:
+        """The weights of layer i; and the next is asked for. A forward goes up from layer 0, and a backward
+        comes down from the last one."""
+        weights = self.coming.result() if i == self.wanted else self.read(i)
+        goes_up = i > self.taken or i == self.taken == 0
+        self.taken, self.wanted = i, min(max(i + (1 if goes_up else -1), 0), self.last)
+        self.coming = self.thread.submit(self.read, self.wanted)
+        return weights
+
+
+def stream_layers(dit: DiT, folder: Path, source: str, device: str) -> Streamed:
+    """Stream layers from "disk", the model's files, or from "cpu": they are read once and kept there."""
+    read = parallel.layer_reader(dit, folder, "layers.")
+    if source == "cpu":
+        pin = "cuda" in device                               # for a GPU to fetch them fast
+        kept = [{name: u.pin_memory() if pin else u for name, u in read(i).items()}
+                for i in range(len(dit.layers))]
+        read = kept.__getitem__
+    return Streamed(dit, read, device)
+
+
+def share_layers(dit: DiT, load: Callable[[int], None], device: str) -> None:
+    """Load a layer, keep this process's part of its weights, load the next. PyTorch's FSDP puts a layer
+    together before its turn and averages gradients.
+
+    It takes one type of weights in a layer. The few of other types, and those outside the layers, stay whole
+    in each process, as do LoRAs, which are added later: training.fit averages the gradients of these.
+    """
+    from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+
+    mesh = dist.init_device_mesh(torch.device(device).type, (parallel.ranks(),))
+    share = partial(fully_shard, mesh=mesh, mp_policy=MixedPrecisionPolicy(reduce_dtype=torch.float32))
+    for i, layer in enumerate(dit.layers):
+        load(i)
+        share(layer, ignored_params={p for p in layer.parameters() if p.dtype != dit.cfg.torch_dtype})
+    share(dit, ignored_params={p for p in dit.parameters() if not training.is_part(p)})
+
+
+def load_part(args: argparse.Namespace) -> DiT:
+    """The base model: whole; or this process's part of it; or without its layers, which are streamed."""
+    if parallel.ranks() == 1 and not args.stream:
+        return magi.load_dit(args.model, args.device, backend=args.backend)
+    cfg = read_config(args.model, "dit", DiTConfig)
+    dit = build(lambda: DiT(cfg), args.model)
+    read = lambda wanted: checkpoints.fill(dit, args.model, args.device, only=wanted)
+    read(lambda name: not name.startswith("layers."))
+    if args.stream:
+        stream_layers(dit, args.model, args.stream, args.device)
+    else:
+        share_layers(dit, lambda i: read(lambda name: name.startswith(f"layers.{i}.")), args.device)
+    dit.ops = magi.get_ops(args.backend, args.device)
+    return dit
 
 
 def memory_plan(dit: DiT, command: str, rank: int, tokens: int, text_tokens: int, optimizer: str = "adamw",
-                keep_activations: bool = False) -> dict[str, float]:
-    """Bytes of a training step of a DiT (on the meta device), by what they are for.
+                keep_activations: bool = False, processes: int = 1, stream: bool = False) -> dict[str, float]:
+    """Bytes of a training step of a DiT (on the meta device) in each process, by what they are for.
 
     tokens and text_tokens: of one forward. Activations are the inputs of all layers and what the matrices and
     norms of one layer save (`checkpoint_layers`), or of all. It is an estimate: allocators take some more.
     """
-    cfg = dit.cfg
-    weights = sum(p.nbytes for p in dit.parameters())
+    cfg, shared = dit.cfg, dit.cfg.torch_dtype
+    layer = sum(p.nbytes for p in dit.layers[0].parameters())
+    counts = []                          # of each weight: how many numbers are kept here, and bytes of one
+    for name, p in dit.named_parameters():
+        in_layer = name.startswith("layers.")
+        parts = processes if in_layer and p.dtype == shared else 1
+        counts.append((0 if stream and in_layer else p.numel() / parts, p.element_size()))
+    weights = sum(n * size for n, size in counts)
     plan: dict[str, float] = {"weights": weights}
+    if stream or processes > 1:
+        plan["layers that pass"] = 2 * layer
     if rank:
-        lora = sum(rank * sum(linear.weight.shape) for linear in lora_targets(dit).values())
+        lora = sum(rank * sum(linear.weight.shape) for linear in training.lora_targets(dit).values())
         plan |= {"LoRA": 4 * lora, "gradients": 4 * lora, "optimiser": 8 * lora}
     else:
-        rounded = sum(2 * p.numel() for p in dit.parameters() if p.element_size() == 2)  # what bf16 has lost
-        states = 8 * sum(p.numel() for p in dit.parameters()) + rounded
+        rounded = sum(2 * n for n, size in counts if size == 2)              # what bf16 has lost
+        states = 8 * sum(n for n, _ in counts) + rounded
         plan |= {"gradients": weights, "optimiser": states if optimizer == "adamw" else states / 4}
         if command == "distill":
             plan["teacher"] = weights
@@ -131,126 +560,83 @@ def show_plan(plan: dict[str, float], here: float | None) -> str:
     return f"a step needs about {total / 1e9:.2f} GB: {parts}\nfits on a card of {cards}{machine}"
 
 
-# ----------------------------------------------------------------------------------------------------------
-# 2  Batches
-# ----------------------------------------------------------------------------------------------------------
-
-
-def chunk_texts(captions: Sequence[tuple[Tensor, Tensor]], remaining: int, sampler: SamplerConfig,
-                table: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
-    """Text and mask of each chunk of a clip, as T5 gives them -> (n, L, C) and (n, L) with special tokens.
-
-    remaining: how many chunks are left at the first one, itself included. An empty caption gets no tokens: it
-    is null text.
-    """
-    rows = []
-    for i, (text, mask) in enumerate(captions):
-        names = token_names(sampler.special_tokens, SPECIAL_TOKENS, remaining - i) if mask.any() else []
-        rows.append(prepend_tokens(text, mask, [table[name].to(text) for name in names]))
-    texts, masks = zip(*rows, strict=True)
-    return torch.stack(texts), torch.stack(masks)
-
-
-@dataclass
-class Batches:
-    """The data of every training step: they depend on the seed and the number of the step alone."""
-
-    cache: clips.Cache
-    pieces: list[clips.Piece]
-    sampler: SamplerConfig
-    table: dict[str, Tensor]             # special tokens
-    length: int                          # L
-    most_tokens: int                     # of one forward
-    seed: int
-
-    def __call__(self, step: int, device: str) -> dict[str, Tensor]:
-        """Clips of one size, as many as fit, as the losses take them.
-
-        Half of the steps take pieces at their full length and half their first seconds only: a video's first
-        moments, and cheaper. Nothing says where a video ends, so how much is left is drawn: every duration
-        token is trained.
-        """
-        rng = np.random.default_rng([self.seed, step])
-        first = self.pieces[rng.integers(len(self.pieces))]
-        n = first.chunks if rng.random() < 0.5 else int(rng.integers(1, first.chunks + 1))
-        same = [piece for piece in self.pieces
-                if (piece.height, piece.width) == (first.height, first.width) and piece.chunks >= n]
-        count = max(1, self.most_tokens // (n * first.tokens_per_chunk))
-        chosen = [same[i] for i in rng.choice(len(same), count, replace=len(same) < count)]
-        latents, images, texts, masks = [], [], [], []
-        for piece in chosen:
-            latent, image = self.cache.latents(piece)
-            captions = [self.cache.text(caption, self.length) for caption in piece.captions[:n]]
-            text, mask = chunk_texts(captions, int(rng.integers(n, max(12, n + 1))), self.sampler, self.table)
-            latents.append(latent[:, : n * CHUNK])
-            images.append(image)
-            texts.append(text)
-            masks.append(mask)
-        stacked = dict(latents=latents, images=images, text=texts, text_mask=masks)
-        return {name: torch.stack(tensors).to(device) for name, tensors in stacked.items()}
-
-
-def check_captions(captions: dict[str, str], t5: Path, length: int) -> None:
-    """ValueError for a caption (-> what it belongs to) that is longer than the model takes. Only the
-    tokenizer is read."""
-    from sentencepiece import SentencePieceProcessor
-
-    file = t5 / "spiece.model"
-    require(file.is_file(), f"no text encoder in {str(t5)!r}: {file} does not exist; give one with --t5")
-    tokenizer = SentencePieceProcessor(model_file=str(file))
-    for caption, owner in captions.items():
-        count = len(tokenizer.encode(clean_caption(caption))) + 1            # </s>
-        require(count <= length, f"{owner} has {count} tokens, the model takes {length}: shorten it, or "
-                f"write one line a second ({caption[:40]!r}...)")
+def memory_of(device: str) -> float | None:
+    """Bytes of memory of a device, if it can be told."""
+    if "cuda" in device:
+        return torch.cuda.mem_get_info(device)[1]
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") if hasattr(os, "sysconf") else None
 
 
 # ----------------------------------------------------------------------------------------------------------
-# 3  A run
+# 6  A run
 # ----------------------------------------------------------------------------------------------------------
 
 LEARNING_RATES = {"lora": 2e-4, "full": 1e-5, "distill": 1e-5}               # (not in the report)
 
 
-def say(text: str) -> None:
-    tqdm.write(text, file=sys.stderr)
-
-
 def finetune(args: argparse.Namespace) -> None:
-    """From a folder of clips to the file or folder args.out."""
-    base = check_model(args)
-    work = args.work or args.out.with_name(f"{args.out.stem}.work")
-    check_output(args.out, work, args.rank)
-    batches = look_at_data(args, base)
-    if args.plan:
+    """From a folder of clips to the file or folder args.out.
+
+    Under torchrun every process runs this. The first one looks at the data, speaks and writes; they share the
+    clips to encode and the forwards of each step.
+    """
+    args.device = parallel.start(args.device)
+    args.accumulate = args.accumulate or parallel.ranks()
+    with contextlib.ExitStack() as stack:
+        if parallel.rank() > 0:
+            nowhere = stack.enter_context(open(os.devnull, "w"))
+            stack.enter_context(contextlib.redirect_stdout(nowhere))
+            stack.enter_context(contextlib.redirect_stderr(nowhere))
+        base = parallel.agreed(check_model)(args)
+        batches = parallel.from_first(look_at_data)(args, base)
+        batches.cache.device = args.device
+        if args.plan:
+            describe(args, base, batches)
+            return
+        parallel.from_first(claim_work)(args, batches.pieces, stack)
         describe(args, base, batches)
-        return
-    work.mkdir(parents=True, exist_ok=True)
-    with only_run_in(work):
-        check_settings(work, args, batches.pieces)
-        describe(args, base, batches)
-        cache = batches.cache
-        batches.pieces = cache.encode_pieces(batches.pieces, args.skip_bad, say)
-        captions = [caption for piece in batches.pieces for caption in piece.captions]
-        prompt = captions[0] if args.sample_prompt is None else args.sample_prompt
-        cache.encode_captions([*captions, prompt], base.cfg.text_length)
-        run = Training(args, work, batches, prompt, *make_models(args))
-        run.train()
+        prompt = encode(args, batches)
+        Training(args, batches, prompt, *make_models(args)).train()
 
 
 def check_model(args: argparse.Namespace) -> DiT:
-    """The base model on the meta device. ValueError if it cannot be trained."""
+    """The base model on the meta device. ValueError if it cannot be trained, or not like this."""
     cfg = read_config(args.model, "dit", DiTConfig)
     sampler = read_config(args.model, "sampler", SamplerConfig)
     require(not cfg.fp8, f"{args.model} has fp8 weights, too coarse for the small changes of training: "
             f"use the bf16 model; its LoRA can be used with the fp8 one")
     require(not sampler.distilled, f"{args.model} is a distilled model: train on the base model, then "
             f"distill that, or use its LoRA with the distilled one")
-    require(args.optimizer == "adamw" or importlib.util.find_spec("torchao"),
+    is_8bit, several = args.optimizer == "adamw8bit", parallel.ranks() > 1
+    require(not is_8bit or importlib.util.find_spec("torchao"),
             "--optimizer adamw8bit needs torchao: pip install torchao, or use adamw")
+    require(not is_8bit or args.rank or not several, "--optimizer adamw8bit cannot train all weights on "
+            "several GPUs: use adamw, whose numbers are shared out")
+    require(args.accumulate % parallel.ranks() == 0, f"--accumulate {args.accumulate}: {parallel.ranks()} "
+            f"processes share the forwards of a step, so give a multiple of {parallel.ranks()}")
+    require(not args.stream or args.rank, "--stream is for a LoRA, whose layers are frozen: it cannot train "
+            "all weights")
+    require(not (args.stream and several), "--stream is for one GPU: several share the weights, leave it out")
+    require(not (args.stream and args.keep_activations), "--keep-activations would keep what --stream frees: "
+            "leave one of them out")
+    require(not args.lora or not (args.stream or several), "--lora is merged into weights that one process "
+            "holds: make a model of it first (training.py merge)")
+    check_output(args.out, args.work, args.rank)
     base = build(lambda: DiT(cfg), args.model)
     for file in args.lora:
-        check_lora(base, file)
+        training.check_lora(base, file)
     return base
+
+
+def check_output(out: Path, work: Path, rank: int) -> None:
+    """ValueError if the result cannot be written, or would replace something that this run has not made."""
+    require((out.suffix == ".safetensors") == bool(rank), f"--out {str(out)!r}: a LoRA is a file whose name "
+            f"ends with .safetensors, a model with all weights is a folder")
+    parent = next(path for path in out.absolute().parents if path.exists())
+    writable = parent.is_dir() and os.access(parent, os.W_OK)
+    require(writable, f"--out {str(out)!r} cannot be made: {parent} is read-only, or no folder")
+    require(not out.exists() or (work / "settings.json").is_file(), f"{str(out)!r} exists and was not made "
+            f"by this run: choose another --out, or remove it")
 
 
 def look_at_data(args: argparse.Namespace, base: DiT) -> Batches:
@@ -258,14 +644,14 @@ def look_at_data(args: argparse.Namespace, base: DiT) -> Batches:
     sampler = read_config(args.model, "sampler", SamplerConfig)
     tokens = args.model / "special_tokens.safetensors"
     table = read_tensors(tokens, "special tokens") if tokens.is_file() else {}
-    check_tokens(sampler, table, base.cfg.text_dim, math.inf)
+    magi.check_tokens(sampler, table, base.cfg.text_dim, math.inf)
     folder = args.cache or args.data.absolute().with_name(f"{args.data.absolute().name}.cache")
     dtype = torch.bfloat16 if "cuda" in args.device else None
-    cache = clips.Cache(folder, args.vae, args.t5, args.device, dtype)
+    cache = Cache(folder, args.vae, args.t5, args.device, dtype)
     height, width = args.size or (sampler.height, sampler.width)
-    most_tokens = args.tokens or args.seconds * CHUNK * (height // 16) * (width // 16)
-    videos = clips.find_videos(args.data, folder, args.skip_bad, say)
-    pieces = clips.cut(videos, height * width, args.seconds, most_tokens)
+    most_tokens = args.tokens or args.seconds * tokens_of_chunk(height, width)
+    videos = find_videos(args.data, folder, args.skip_bad, say)
+    pieces = cut(videos, height * width, args.seconds, most_tokens)
     captions = {text: f"the caption of clip {p.path.name!r}" for p in pieces for text in p.captions}
     if args.sample_prompt:
         captions[args.sample_prompt] = "--sample-prompt"
@@ -273,20 +659,68 @@ def look_at_data(args: argparse.Namespace, base: DiT) -> Batches:
     return Batches(cache, pieces, sampler, table, base.cfg.text_length, most_tokens, args.seed)
 
 
+# What decides the weights that come out. A run that goes on must have the same; other settings may change,
+# `steps` among them: the rates then follow the new number.
+FIXED = ("command", "model", "rank", "lora", "lr", "warmup", "size", "seconds", "tokens", "accumulate",
+         "seed", "optimizer")
+
+
+def claim_work(args: argparse.Namespace, pieces: Sequence[Piece], stack: contextlib.ExitStack) -> None:
+    """Take the work folder for this run and note its settings; ValueError if another run is in it, or if it
+    began with other settings."""
+    args.work.mkdir(parents=True, exist_ok=True)
+    stack.enter_context(only_run_in(args.work))
+    data = short_hash(str([(file_key(piece.path), piece) for piece in pieces]))
+    now = {name: str(getattr(args, name)) for name in FIXED} | {"data": data}
+    file = args.work / "settings.json"
+    if file.is_file():
+        before = read_json(file, "settings")
+        changed = [f"{name} (was {before.get(name)}, is {value})" for name, value in now.items()
+                   if before.get(name) != value]
+        require(not changed, f"the run in {str(args.work)!r} began with other settings: "
+                f"{', '.join(changed)}; choose another --out, or remove {args.work}")
+    media.replace(file, lambda new: new.write_text(json.dumps(now, indent=1) + "\n"))
+
+
+def encode(args: argparse.Namespace, batches: Batches) -> str:
+    """Encode all that is not cached, and leave out pieces that cannot be read; the prompt of the samples."""
+    cache, pieces = batches.cache, batches.pieces
+    if parallel.ranks() > 1:             # a share each; then nothing is missing but what cannot be read
+        share = pieces[parallel.rank() :: parallel.ranks()]
+        parallel.agreed(cache.encode_pieces)(share, args.skip_bad, lambda text: None)
+    batches.pieces = parallel.agreed(cache.encode_pieces)(pieces, args.skip_bad, say)
+    require(batches.pieces, "no clip can be used")
+    captions = [caption for piece in batches.pieces for caption in piece.captions]
+    prompt = captions[0] if args.sample_prompt is None else args.sample_prompt
+    parallel.from_first(cache.encode_captions)([*captions, prompt], batches.length)
+    return prompt
+
+
 def make_models(args: argparse.Namespace) -> tuple[DiT, DiT]:
     """The model to train, and its teacher if it is distilled: itself without its LoRA, or a second one."""
-    dit = load_dit(args.model, args.device, backend=args.backend)
-    for file in args.lora:
-        merge_lora(load_lora(dit, file))
+    models = [load_part(args) for _ in range(2 if args.command == "distill" and not args.rank else 1)]
+    for dit in models:
+        for file in args.lora:
+            training.merge_lora(training.load_lora(dit, file))
     torch.manual_seed(args.seed)                                             # a LoRA starts at random
-    teacher = copy.deepcopy(dit) if args.command == "distill" and not args.rank else dit
+    dit = models[0]
     if args.rank:
-        add_lora(dit, args.rank)
+        training.add_lora(dit, args.rank)
     else:
         dit.requires_grad_()
-    if not args.keep_activations:
+    if not args.keep_activations and not args.stream:
         checkpoint_layers(dit)
-    return dit, teacher
+    return dit, models[-1]
+
+
+def make_optimizer(name: str, params: list[nn.Parameter], lr: float, weight_decay: float
+                   ) -> torch.optim.Optimizer:
+    """AdamW with float32 averages, or torchao's with 8 bits: a quarter of the memory."""
+    if name == "adamw":
+        return training.AdamW(params, lr, weight_decay=weight_decay)
+    from torchao.optim import AdamW8bit
+
+    return AdamW8bit(params, lr, betas=(0.9, 0.95), weight_decay=weight_decay, bf16_stochastic_round=True)
 
 
 @dataclass
@@ -294,7 +728,6 @@ class Training:
     """A run whose data are encoded and whose models are loaded."""
 
     args: argparse.Namespace
-    work: Path
     batches: Batches
     prompt: str                          # of the samples
     dit: DiT
@@ -312,7 +745,7 @@ class Training:
 
     @property
     def steps_done(self) -> int:
-        rows = read_log(self.work / "train.csv", before=sys.maxsize)
+        rows = training.read_log(self.args.work / "train.csv", before=sys.maxsize)
         return int(rows[-1][0]) + 1 if rows else 0
 
     def train(self) -> None:
@@ -321,11 +754,11 @@ class Training:
         rate = args.lr or LEARNING_RATES[args.command]
         optimizer = make_optimizer(args.optimizer, trained, rate, weight_decay=0.0 if args.rank else 0.1)
         try:
-            fit("train", self.dit, self.loss, args.steps, [optimizer], self.work, every=args.every,
+            training.fit("train", self.dit, self.loss, args.steps, [optimizer], args.work, every=args.every,
                 warmup=min(args.warmup, max(1, args.steps // 5)), accumulate=args.accumulate,
                 report=self.sample if args.sample_every else None, report_every=args.sample_every)
         except KeyboardInterrupt as stop:
-            if (self.work / "train.pt").is_file():
+            if (args.work / "train.pt").is_file():
                 self.write()
             raise KeyboardInterrupt(f"{stop}; the same command goes on") from None
         self.write()
@@ -336,43 +769,51 @@ class Training:
         numbers = {"clips": len(batch["latents"]), "chunks": batch["text"].shape[1]}
         mixed = np.random.SeedSequence([self.args.seed, i]).generate_state(1, np.uint64)[0]
         generator = torch.Generator().manual_seed(int(mixed >> 1))
+        given = batch | {"sampler": sampler, "generator": generator}
         if not self.is_distillation:
-            return flow_matching_loss(self.dit, **batch, sampler=sampler, generator=generator), numbers
-        steps = shortcut_steps(i // self.args.accumulate)
-        loss = shortcut_loss(self.dit, self.teacher, **batch, num_steps=steps, sampler=sampler,
-                             generator=generator)
+            return training.flow_matching_loss(self.dit, **given), numbers
+        steps = training.shortcut_steps(i // self.args.accumulate)
+        loss = training.shortcut_loss(self.dit, self.teacher, num_steps=steps, **given)
         return loss, numbers | {"steps": steps}
 
     def sample(self) -> str:
         """A video of the prompt by the model as it is, from the same noise each time. The VAE is loaded for
         it and freed."""
         args, cache = self.args, self.batches.cache
-        piece = most_common(self.batches.pieces)
-        cfg = dataclasses.replace(self.sampler, num_frames=clips.FPS * args.sample_seconds, seed=args.seed,
-                                  height=piece.height, width=piece.width)
+        most_common = max(buckets(self.batches.pieces).values(), key=len)[0]
+        cfg = dataclasses.replace(self.sampler, num_frames=FPS * args.sample_seconds, seed=args.seed,
+                                  height=most_common.height, width=most_common.width)
         text, mask = cache.text(self.prompt, self.batches.length)
-        pipe = MAGI(self.dit, load_vae(args.vae, args.device), cfg, self.batches.table, encode_text=None)
-        file = self.work / "samples" / f"{self.steps_done:06}.mp4"
+        vae = magi.load_vae(args.vae, args.device)
+        pipe = magi.MAGI(self.dit, vae, cfg, self.batches.table, encode_text=None)
+        seconds = pipe((text[None], mask[None]))
+        if parallel.rank() > 0:                                              # it only has to take part
+            return f"{len(list(seconds))} s"
+        file = args.work / "samples" / f"{self.steps_done:06}.mp4"
         file.parent.mkdir(exist_ok=True)
         file.unlink(missing_ok=True)
         writer = media.Mp4Writer(file, cfg.fps)
-        for frames in pipe((text[None], mask[None])):
+        for frames in seconds:
             writer.write(frames)
         writer.close()
         return f"{self.prompt[:50]!r} is {file}"
 
     def write(self) -> None:
         """The result as it is now."""
-        if self.args.rank:
+        args = self.args
+        if args.rank and parallel.rank() == 0:
             captions = dict.fromkeys(text for piece in self.batches.pieces for text in piece.captions)
-            about = {"base_model": self.args.model.resolve().name, "command": self.args.command,
-                     "merged_first": " ".join(file.name for file in self.args.lora), "steps": self.steps_done,
+            about = {"base_model": args.model.resolve().name, "command": args.command,
+                     "merged_first": " ".join(file.name for file in args.lora), "steps": str(self.steps_done),
                      "prompts": json.dumps(list(captions)[:20], ensure_ascii=False)}
-            save_lora(self.dit, self.args.out, {name: str(value) for name, value in about.items() if value})
-        else:
+            about = {name: value for name, value in about.items() if value}
+            training.save_lora(self.dit, args.out, about)
+        if not args.rank:
+            weights = training.gathered(self.dit.state_dict())
             config = {"dit": asdict(self.dit.cfg), "sampler": asdict(self.sampler)}
-            write_model(self.args.out, self.args.model, self.dit, config)
-        say(f"wrote {self.args.out}")
+            if parallel.rank() == 0:
+                write_model(args.out, args.model, weights, config)
+        say(f"wrote {args.out}")
 
 
 def describe(args: argparse.Namespace, base: DiT, batches: Batches) -> None:
@@ -380,13 +821,13 @@ def describe(args: argparse.Namespace, base: DiT, batches: Batches) -> None:
     pieces, text_tokens = batches.pieces, 0
     files = {piece.path for piece in pieces}
     say(f"{len(files)} clips, {sum(piece.chunks for piece in pieces)} s, in {len(pieces)} pieces:")
-    for (chunks, height, width), members in clips.buckets(pieces).items():
-        tokens = chunks * pieces[members[0]].tokens_per_chunk
-        count = max(1, batches.most_tokens // tokens)
+    for (chunks, height, width), members in buckets(pieces).items():
+        count = max(1, batches.most_tokens // members[0].tokens)
         text_tokens = max(text_tokens, count * chunks * batches.length)
-        say(f"  {len(members):5} of {chunks} s at {height}x{width}: {tokens} tokens each, {count} at once")
+        say(f"  {len(members):5} of {chunks} s at {height}x{width}: {members[0].tokens} tokens each, {count} "
+            f"at once")
     plan = memory_plan(base, args.command, args.rank, batches.most_tokens, text_tokens, args.optimizer,
-                       args.keep_activations)
+                       args.keep_activations, parallel.ranks(), bool(args.stream))
     say(show_plan(plan, memory_of(args.device)))
     for name, folder in (("VAE", args.vae), ("T5", args.t5)):
         weights = [file for file in folder.glob("*") if file.suffix in (".safetensors", ".bin")]
@@ -394,106 +835,41 @@ def describe(args: argparse.Namespace, base: DiT, batches: Batches) -> None:
         say(f"before it, for what is not cached: {name}, {size / 1e9:.2f} GB")
 
 
-def most_common(pieces: Sequence[clips.Piece]) -> clips.Piece:
-    """A piece of the size that most pieces have."""
-    return pieces[max(clips.buckets(pieces).values(), key=len)[0]]
-
-
-def memory_of(device: str) -> float | None:
-    """Bytes of memory of a device, if it can be told."""
-    if "cuda" in device:
-        return torch.cuda.mem_get_info(device)[1]
-    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") if hasattr(os, "sysconf") else None
-
-
-def make_optimizer(name: str, params: list[nn.Parameter], lr: float, weight_decay: float
-                   ) -> torch.optim.Optimizer:
-    """AdamW with float32 averages, or torchao's with 8 bits: a quarter of the memory."""
-    if name == "adamw":
-        return AdamW(params, lr, weight_decay=weight_decay)
-    from torchao.optim import AdamW8bit
-
-    return AdamW8bit(params, lr, betas=(0.9, 0.95), weight_decay=weight_decay, bf16_stochastic_round=True)
-
-
-def check_output(out: Path, work: Path, rank: int) -> None:
-    """ValueError if the result cannot be written, or would replace something that this run has not made."""
-    require((out.suffix == ".safetensors") == bool(rank), f"--out {str(out)!r}: a LoRA is a file whose name "
-            f"ends with .safetensors, a model with all weights is a folder")
-    parent = next(path for path in out.absolute().parents if path.exists())
-    writable = parent.is_dir() and os.access(parent, os.W_OK)
-    require(writable, f"--out {str(out)!r} cannot be made: {parent} is read-only, or no folder")
-    require(not out.exists() or (work / "settings.json").is_file(), f"{str(out)!r} exists and was not made "
-            f"by this run: choose another --out, or remove it")
-
-
-# What decides the weights that come out. A run that goes on must have the same; other settings may change,
-# `steps` among them: the rates then follow the new number.
-FIXED = ("command", "model", "rank", "lora", "lr", "warmup", "size", "seconds", "tokens", "accumulate",
-         "seed", "optimizer")
-
-
-def check_settings(work: Path, args: argparse.Namespace, pieces: Sequence[clips.Piece]) -> None:
-    """Note the settings of a new run; ValueError if those of one that goes on have changed."""
-    data = clips.short_hash(str([(clips.file_key(piece.path), piece) for piece in pieces]))
-    now = {name: str(getattr(args, name)) for name in FIXED} | {"data": data}
-    file = work / "settings.json"
-    if file.is_file():
-        before = read_json(file, "settings")
-        changed = [f"{name} (was {before.get(name)}, is {value})" for name, value in now.items()
-                   if before.get(name) != value]
-        require(not changed, f"the run in {str(work)!r} began with other settings: {', '.join(changed)}; "
-                f"choose another --out, or remove {work}")
-    clips.write_whole(file, lambda new: new.write_text(json.dumps(now, indent=1) + "\n"))
-
-
-def write_model(out: Path, base: Path, dit: DiT, config: dict, most: int = 5 * 10**9) -> None:
+def write_model(out: Path, base: Path, weights: dict[str, Tensor], config: dict, most: int = 5 * 10**9
+                ) -> None:
     """A model folder: config.json, weights in files of at most 5 GB, and the special tokens of the base."""
-    sd, shards, size = dit.state_dict(), [{}], 0
-    for name, tensor in sd.items():
-        if shards[-1] and size + tensor.nbytes > most:
-            shards.append({})
-            size = 0
-        shards[-1][name] = tensor
-        size += tensor.nbytes
-    n = len(shards)
-    names = [f"model-{i + 1:05}-of-{n:05}.safetensors" if n > 1 else "model.safetensors" for i in range(n)]
-    with new_folder(base, out, out.exists(), sum(tensor.nbytes for tensor in sd.values())) as folder:
-        for name, shard in zip(names, shards, strict=True):
-            save({k: v.detach().cpu() for k, v in shard.items()}, folder / name)
-        if n > 1:
-            where = {key: name for name, shard in zip(names, shards, strict=True) for key in shard}
-            (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": where}, indent=1))
-        if (tokens := Path(base) / "special_tokens.safetensors").is_file():
+    from huggingface_hub import split_torch_state_dict_into_shards
+
+    files = split_torch_state_dict_into_shards(weights, max_shard_size=most)
+    with new_folder(base, out, out.exists(), sum(u.nbytes for u in weights.values())) as folder:
+        for file, names in files.filename_to_tensors.items():
+            save({name: weights[name].detach().cpu() for name in names}, folder / file)
+        if files.is_sharded:
+            index = json.dumps({"weight_map": files.tensor_to_filename}, indent=1)
+            (folder / "model.safetensors.index.json").write_text(index)
+        if (tokens := base / "special_tokens.safetensors").is_file():
             shutil.copyfile(tokens, folder / tokens.name)
         (folder / "config.json").write_text(json.dumps(config, indent=1) + "\n")
 
 
 # ----------------------------------------------------------------------------------------------------------
-# 4  Command line
+# 7  Command line
 # ----------------------------------------------------------------------------------------------------------
 
 
-def whole(text: str) -> int:
-    if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number of at least 1")
-    return int(text)
+def number(kind: type, least: float) -> Callable[[str], Any]:
+    """A type for argparse: whole or real numbers, finite and not below the least (a real one: above it)."""
+    def parse(text: str) -> Any:
+        try:
+            value = kind(text)
+        except ValueError:
+            value = math.nan
+        if not (least <= value < math.inf) or kind is float and value == least:
+            what = f"a number above {least}" if kind is float else f"a whole number of at least {least}"
+            raise argparse.ArgumentTypeError(f"{text!r} is not {what}")
+        return value
 
-
-def natural(text: str) -> int:
-    if not text.isdecimal():
-        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number")
-    return int(text)
-
-
-def positive(text: str) -> float:
-    try:
-        value = float(text)
-    except ValueError:
-        value = math.nan
-    if not 0 < value < math.inf:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a number above 0")
-    return value
+    return parse
 
 
 def size_of(text: str) -> tuple[int, int]:
@@ -503,49 +879,46 @@ def size_of(text: str) -> tuple[int, int]:
     return int(match[1]), int(match[2])
 
 
-class Help(argparse.HelpFormatter):
-    """Says what a flag's default is, where that is a number or a word."""
-
-    def _get_help_string(self, action: argparse.Action) -> str:
-        said = action.help or ""
-        has_one = isinstance(action.default, str | int | float) and not isinstance(action.default, bool)
-        return f"{said} (default: %(default)s)" if has_one and action.default != "==SUPPRESS==" else said
-
-
 def parser() -> argparse.ArgumentParser:
     about = __doc__.split("\n\n")[0]
     top = argparse.ArgumentParser(prog="training.py", allow_abbrev=False, description=about)
-    folder, number = {"type": Path, "metavar": "DIR"}, {"type": whole, "metavar": "N"}
     commands = top.add_subparsers(dest="command", required=True)
     kinds = {"lora": "train a low-rank addition to a base model", "full": "train all weights of a base model",
              "distill": "make a base model one of few steps and one branch"}
+    folder = {"type": Path, "metavar": "DIR"}
+    positive, natural = ({"type": number(int, least), "metavar": "N"} for least in (1, 0))
+    is_n = "; default: %(default)s"
     for name, text in kinds.items():
-        sub = commands.add_parser(name, help=text, description=text, formatter_class=Help, allow_abbrev=False)
+        sub = commands.add_parser(name, help=text, description=text, allow_abbrev=False)
         flag = sub.add_argument
         flag("--model", **folder, required=True, help="folder of the base model")
-        flag("--data", **folder, required=True, help="clips with captions (see clips.py)")
+        flag("--data", **folder, required=True, help="clips with captions (see finetune.py)")
         flag("--out", type=Path, required=True, help="LoRA file (.safetensors), or folder for all weights")
         flag("--vae", **folder, help="default: vae beside the model")
         flag("--t5", **folder, help="default: t5 beside the model")
         flag("--lora", type=Path, metavar="FILE", action="append", default=[], help="merged into it first")
-        flag("--rank", type=natural, metavar="N", default={"lora": 16}.get(name, 0),
-             help="of the LoRA; 0: all weights")
-        flag("--steps", **number, default=1000, help="the rates fall in the last third")
-        flag("--lr", type=positive, metavar="X", help=f"peak rate (default: {LEARNING_RATES[name]:g})")
-        flag("--warmup", **number, default=50, help="steps; at most a fifth of all")
-        flag("--accumulate", **number, default=1, help="forwards in a step")
+        flag("--rank", **natural, default=16 if name == "lora" else 0,
+             help="of the LoRA; 0: all weights" + is_n)
+        flag("--steps", **positive, default=1000, help="the rates fall in the last third" + is_n)
+        flag("--lr", type=number(float, 0), metavar="X", help=f"peak rate; default: {LEARNING_RATES[name]:g}")
+        flag("--warmup", **positive, default=50, help="steps; at most a fifth of all" + is_n)
+        flag("--accumulate", **positive, help="forwards in a step, shared by all processes; default: 1 each")
         flag("--size", type=size_of, metavar="HxW", help="only its area counts; default: the model's")
-        flag("--seconds", **number, default=4, help="of the longest piece")
-        flag("--tokens", **number, help="most in a forward; default: those of the longest piece")
-        flag("--optimizer", choices=["adamw", "adamw8bit"], default="adamw", help="adamw8bit needs torchao")
+        flag("--seconds", **positive, default=4, help="of the longest piece" + is_n)
+        flag("--tokens", **positive, help="most in a forward; default: those of the longest piece")
+        flag("--optimizer", choices=["adamw", "adamw8bit"], default="adamw",
+             help="adamw8bit needs torchao" + is_n)
         flag("--keep-activations", action="store_true", help="of all layers: more memory, a third less time")
-        flag("--seed", type=natural, metavar="N", default=0, help="of data, noise and samples")
-        flag("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cpu, cuda:1, mps")
-        flag("--backend", choices=["torch", "triton", "auto"], default="torch", help="of the DiT")
-        flag("--every", **number, default=100, help="steps from checkpoint to checkpoint")
-        flag("--sample-every", type=natural, metavar="N", default=250, help="steps; 0: no samples")
+        flag("--stream", choices=["cpu", "disk"], help="where a LoRA's frozen layers are kept, of which the "
+             "device holds one at a time; default: it holds all")
+        flag("--seed", **natural, default=0, help="of data, noise and samples" + is_n)
+        flag("--device", default="cuda" if torch.cuda.is_available() else "cpu",
+             help="cpu, cuda:1, mps" + is_n)
+        flag("--backend", choices=["torch", "triton", "auto"], default="torch", help="of the DiT" + is_n)
+        flag("--every", **positive, default=100, help="steps from checkpoint to checkpoint" + is_n)
+        flag("--sample-every", **natural, default=250, help="steps; 0: no samples" + is_n)
         flag("--sample-prompt", metavar="TEXT", help="default: the first caption")
-        flag("--sample-seconds", **number, default=2, help="length of a sample")
+        flag("--sample-seconds", **positive, default=2, help="length of a sample" + is_n)
         flag("--cache", **folder, help="what is encoded; default: DATA.cache")
         flag("--work", **folder, help="checkpoint, log, samples; default: OUT.work")
         flag("--skip-bad", action="store_true", help="leave out clips that cannot be used")
@@ -557,32 +930,39 @@ def parser() -> argparse.ArgumentParser:
     sub = commands.add_parser("export", help="a LoRA in the names of other programs")
     sub.add_argument("--lora", type=Path, required=True)
     sub.add_argument("--out", type=Path, required=True, help="file, or folder for peft")
-    sub.add_argument("--format", choices=[*EXPORT_NAMES], default="peft")
+    sub.add_argument("--format", choices=[*training.EXPORT_NAMES], default="peft")
     return top
 
 
 def run(args: argparse.Namespace) -> None:
     if args.command == "export":
-        export_lora(args.lora, args.out, args.format)
+        training.export_lora(args.lora, args.out, args.format)
         return
     if args.command == "merge":
-        cfg = read_config(args.model, "dit", DiTConfig)
-        empty = build(lambda: DiT(cfg), args.model)
-        for file in args.lora:
-            check_lora(empty, file)
-        require(not cfg.fp8, "a LoRA cannot be merged into fp8 weights: merge it into the bf16 model")
-        require(not args.out.exists(), f"{str(args.out)!r} exists: choose another folder")
-        dit = load_dit(args.model)
-        for file in args.lora:
-            load_lora(dit, file)
-        write_model(args.out, args.model, merge_lora(dit), read_json(args.model / "config.json"))
+        merge(args)
         return
     args.vae = args.vae or args.model.parent / "vae"
     args.t5 = args.t5 or args.model.parent / "t5"
-    check_device(args.device)
+    name = args.out.name.removesuffix(".safetensors")
+    args.work = args.work or args.out.with_name(f"{name}.work")
+    checkpoints.check_device(args.device)
     require(args.command != "lora" or args.rank, "--rank 0 is for all weights: use the command full")
     require(args.command != "full" or not args.rank, "--rank is of a LoRA: use the command lora")
     finetune(args)
+
+
+def merge(args: argparse.Namespace) -> None:
+    cfg = read_config(args.model, "dit", DiTConfig)
+    empty = build(lambda: DiT(cfg), args.model)
+    for file in args.lora:
+        training.check_lora(empty, file)
+    require(not cfg.fp8, "a LoRA cannot be merged into fp8 weights: merge it into the bf16 model")
+    require(not args.out.exists(), f"{str(args.out)!r} exists: choose another folder")
+    dit = magi.load_dit(args.model)
+    for file in args.lora:
+        training.load_lora(dit, file)
+    weights = training.merge_lora(dit).state_dict()
+    write_model(args.out, args.model, weights, read_json(args.model / "config.json"))
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -590,13 +970,18 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = parser().parse_args(argv)
     try:
         run(args)
+        return 0
     except KeyboardInterrupt as stop:
-        print("training:", str(stop) or "stopped", file=sys.stderr)
-        return 130
+        complaint, code = str(stop) or "stopped", 130
     except (ValueError, FloatingPointError, OSError) as error:
-        print("training:", " ".join(str(error).split()), file=sys.stderr)
-        return 2
-    return 0
+        complaint, code = " ".join(str(error).split()), 2
+    except RuntimeError as error:
+        if not parallel.lost_another(error):
+            raise
+        complaint, code = "another process has stopped, and this one with it; the last checkpoint is kept", 1
+    if parallel.rank() == 0:
+        print("training:", complaint, file=sys.stderr)
+    return code
 
 
 if __name__ == "__main__":

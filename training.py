@@ -43,10 +43,12 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 from tqdm import tqdm
 
+import parallel
 from checkpoints import compare_headers, read_headers, read_json, reading, require, save
 from magi import (
     CHUNK,
@@ -723,6 +725,66 @@ def export_lora(file: str | Path, out: str | Path, style: str = "peft") -> None:
 # ----------------------------------------------------------------------------------------------------------
 # One loop for every stage of tiny/train.py and for fine-tuning. What a step computes depends on its number
 # alone, so a run that was killed goes on from its last checkpoint to the same result.
+#
+# Several processes (torchrun) share the forwards of a step. What they train is of two kinds: weights of which
+# each process has a part (DTensor, made by PyTorch's fully_shard, which averages their gradients too) and
+# weights that each has whole, whose gradients are averaged here. Log and checkpoint are those of one process.
+
+
+def is_part(tensor: Any) -> bool:
+    """Is it a DTensor, of which this process has a part?"""
+    return hasattr(tensor, "to_local")
+
+
+def sum_of_all(value: float) -> float:
+    """The sum of what each process gives."""
+    if parallel.ranks() == 1:
+        return value
+    total = torch.tensor(value, dtype=torch.float64)
+    dist.all_reduce(total)
+    return total.item()
+
+
+def finish_gradients(params: Iterable[nn.Parameter]) -> None:
+    """Average the gradients over all processes, and shorten them to a norm of at most 1 together."""
+    if parallel.ranks() == 1:
+        nn.utils.clip_grad_norm_(params, 1.0)
+        return
+    grads = [p.grad for p in params if p.grad is not None]
+    parts = [grad.to_local() for grad in grads if is_part(grad)]
+    whole = [grad for grad in grads if not is_part(grad)]
+    mean = torch.cat([grad.flatten().float() for grad in whole])             # one message for all of them
+    dist.all_reduce(mean)
+    mean /= parallel.ranks()
+    for grad, values in zip(whole, mean.split([grad.numel() for grad in whole]), strict=True):
+        grad.copy_(values.view_as(grad))
+    of_parts = sum_of_all(sum(part.float().square().sum().item() for part in parts))
+    norm = math.sqrt(of_parts + mean.square().sum().item())
+    for grad in parts + whole:
+        grad.mul_(min(1.0, 1 / (norm + 1e-6)))
+
+
+def gathered(tree: Any) -> Any:
+    """Dicts and lists of tensors, where those of which each process has a part are put together. Only the
+    first process gets them, on its CPU; all must call this."""
+    if isinstance(tree, dict):
+        return {key: gathered(value) for key, value in tree.items()}
+    if isinstance(tree, list | tuple):
+        return [gathered(value) for value in tree]
+    if not is_part(tree):
+        return tree
+    whole = tree.full_tensor()
+    return whole.cpu() if parallel.rank() == 0 else None
+
+
+def like(tensor: Tensor, p: Tensor) -> Tensor:
+    """A tensor on the device of a weight; this process's part of it, if that is what it has of the weight."""
+    tensor = tensor.to(p.device)
+    if not is_part(p) or tensor.shape != p.shape:
+        return tensor
+    from torch.distributed.tensor import distribute_tensor
+
+    return distribute_tensor(tensor, p.device_mesh, p.placements, src_data_rank=None)
 
 
 class AdamW(torch.optim.Optimizer):
@@ -765,7 +827,7 @@ class AdamW(torch.optim.Optimizer):
         super().load_state_dict(state)
         params = [p for group in self.param_groups for p in group["params"]]
         for i, saved in state["state"].items():
-            self.state[params[i]] = {name: u.to(params[i].device) for name, u in saved.items()}
+            self.state[params[i]] = {name: like(u, params[i]) for name, u in saved.items()}
 
 
 @contextlib.contextmanager
@@ -795,25 +857,33 @@ def fit(name: str, model: nn.Module, loss_of_step: Callable[[int], tuple[Tensor,
         report: Callable[[], str] | None = None, report_every: int | None = None) -> nn.Module:
     """Train what in `model` has gradients, by loss_of_step(i) -> (loss, numbers to log).
 
-    Step s takes the mean of the losses i = s * accumulate, s * accumulate + 1, ...: so many. Rates warm up,
-    stay, and fall to zero in the last third: to train a finished model further, give more steps. With
-    ema_decay a moving average of the weights is kept; `report` sees it, and it is what is left in the model.
+    Step s takes the mean of the losses i = s * accumulate, s * accumulate + 1, ...: so many, of which each
+    process computes an equal share. Rates warm up, stay, and fall to zero in the last third: to train a
+    finished model further, give more steps. With ema_decay a moving average of the weights is kept; `report`
+    sees it, and it is what is left in the model.
 
     Every `every` steps, at the end and at Ctrl-C all that is needed to go on is written to folder/name.pt,
     which is read if it is there. folder/name.csv has a row a step, and name.png draws it.
     """
     folder.mkdir(parents=True, exist_ok=True)
     file, log = folder / f"{name}.pt", folder / f"{name}.csv"
+    is_first = parallel.rank() == 0                      # it alone writes
+    if not is_first:
+        log = Path(os.devnull)
+    forwards = range(parallel.rank(), accumulate, parallel.ranks())          # of a step, in this process
+    assert accumulate % parallel.ranks() == 0, "an equal share for each process"
     trained = {k: p for k, p in model.named_parameters() if p.requires_grad}
     rates = [[group["lr"] for group in optimizer.param_groups] for optimizer in optimizers]
     ema = {k: p.detach().clone() for k, p in trained.items()} if ema_decay else {}
     first = 0
     if file.exists():
         with reading("checkpoint", file):
-            state = torch.load(file, weights_only=True, map_location="cpu")
+            state = torch.load(file, weights_only=True, map_location="cpu", mmap=True)
         require(state["model"].keys() == trained.keys(), f"{str(file)!r} is the checkpoint of another run: "
                 f"choose another folder, or remove it")
-        model.load_state_dict(state["model"], strict=False)
+        with torch.no_grad():
+            for k, p in trained.items():
+                p.copy_(like(state["model"][k], p))
         ema = {k: v.to(trained[k]) for k, v in state["ema"].items()}
         first = state["step"]
         for optimizer, saved in zip(optimizers, state["optimizers"], strict=True):
@@ -822,8 +892,10 @@ def fit(name: str, model: nn.Module, loss_of_step: Callable[[int], tuple[Tensor,
     def save_state(step: int) -> None:
         state = {"model": {k: p.detach() for k, p in trained.items()}, "ema": ema, "step": step,
                  "optimizers": [optimizer.state_dict() for optimizer in optimizers]}
-        torch.save(state, file.with_suffix(".tmp"))
-        os.replace(file.with_suffix(".tmp"), file)       # a kill in the middle of writing loses nothing
+        state = gathered(state)
+        if is_first:
+            torch.save(state, file.with_suffix(".tmp"))
+            os.replace(file.with_suffix(".tmp"), file)   # a kill in the middle of writing loses nothing
 
     rows: list[list[Any]] = read_log(log, before=first)
     log.write_text("".join(",".join(map(str, row)) + "\n" for row in rows))
@@ -839,15 +911,15 @@ def fit(name: str, model: nn.Module, loss_of_step: Callable[[int], tuple[Tensor,
                     group["lr"] = rate * min((step + 1) / warmup, 1, 3 * (1 - step / steps))
             model.zero_grad(set_to_none=True)
             losses = []
-            for i in range(accumulate):
+            for i in forwards:
                 loss, numbers = loss_of_step(step * accumulate + i)
-                (loss / accumulate).backward()
+                (loss / len(forwards)).backward()
                 losses.append(float(loss.detach()))
-            mean_loss = sum(losses) / accumulate
+            mean_loss = sum_of_all(sum(losses)) / accumulate
             if not math.isfinite(mean_loss):
                 raise FloatingPointError(f"the loss of step {step} is {mean_loss}: try a lower rate; the "
                                          f"last checkpoint ({file}) is kept")
-            nn.utils.clip_grad_norm_(trained.values(), 1.0)
+            finish_gradients(trained.values())
             for optimizer in optimizers:
                 optimizer.step()
             with torch.no_grad():
@@ -863,17 +935,17 @@ def fit(name: str, model: nn.Module, loss_of_step: Callable[[int], tuple[Tensor,
             recent = [sum(map(float, column)) / len(column) for column in zip(*alike, strict=True)]
             shown = dict(zip(["loss", *numbers, "s/step"], recent[1:], strict=True))
             bar.set_postfix({key: f"{value:.3g}" for key, value in shown.items()}, refresh=False)
-            is_last = step + 1 == steps
-            if (step + 1) % every == 0 or is_last or asked:
+            is_last, stops = step + 1 == steps, sum_of_all(len(asked)) > 0   # all end at the same step
+            if (step + 1) % every == 0 or is_last or stops:
                 save_state(step + 1)
-            if asked:
+            if stops:
                 bar.close()
                 raise KeyboardInterrupt(f"stopped after step {step + 1} of {steps}, all of which are saved")
             if report and ((step + 1) % (report_every or every) == 0 or is_last):
                 with exchanged(model, ema):
                     bar.write(f"{name} {step + 1}: {report()}")
     model.load_state_dict(ema, strict=False)
-    if rows:
+    if rows and is_first:
         plot_loss(log)
     return model.eval()
 

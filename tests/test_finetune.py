@@ -1,22 +1,34 @@
-"""Fine-tuning on a folder of clips (clips.py, finetune.py), the loop, LoRA files of other programs."""
+"""Fine-tuning on a folder of clips (finetune.py), the loop, LoRA files of other programs."""
 
 import dataclasses
 import json
 import math
 import os
 import signal
+import threading
 import types
+import weakref
 
 import numpy as np
 import pytest
 import torch
-from common import FOLDER_DIT, bad, read_frames, relative, run_main, shades
+from common import (
+    FOLDER_DIT,
+    HERE,
+    bad,
+    read_frames,
+    relative,
+    run_main,
+    run_python,
+    shades,
+    write_model,
+)
 from safetensors.torch import load_file, save_file
 
-import clips
 import finetune
 import magi
 import media
+import parallel
 import training
 
 CAPTIONS = {"one.mp4": "a red", "two.mp4": "a blue\na red"}
@@ -45,11 +57,15 @@ def cached(data, model_folder):
     return data
 
 
-def train(model, data, out, *flags, command: str = "lora") -> tuple[int, str, str]:
+def command_line(model, data, out, *flags, command: str = "lora") -> list[str]:
     fixed = ("--model", model, "--data", data, "--out", out, "--cache", data.parent / f"{data.name}.cache")
     quick = ("--steps", 4, "--every", 2, "--sample-every", 0, "--seconds", 2)
     rank = ("--rank", 2) if command == "lora" else ()
-    return run_main(finetune.main, command, *fixed, *quick, *rank, *flags)
+    return [str(word) for word in (command, *fixed, *quick, *rank, *flags)]
+
+
+def train(*args, **kwargs) -> tuple[int, str, str]:
+    return run_main(finetune.main, *command_line(*args, **kwargs))
 
 
 def refused(result: tuple[int, str, str], *words: str) -> None:
@@ -62,19 +78,19 @@ def refused(result: tuple[int, str, str], *words: str) -> None:
 
 
 def test_videos_are_cut_into_seconds_with_their_captions(data, tmp_path):
-    videos = clips.find_videos(data, tmp_path, skip_bad=False, warn=pytest.fail)
+    videos = finetune.find_videos(data, tmp_path, skip_bad=False, warn=pytest.fail)
     assert [(v.path.name, v.seconds, v.height, v.width) for v in videos] == [
         ("one.mp4", 1, 32, 48), ("two.mp4", 2, 32, 48)]  # fmt: skip
-    pieces = clips.cut(videos, 32 * 48, most_chunks=2)
+    pieces = finetune.cut(videos, 32 * 48, most_chunks=2)
     assert [(p.start, p.captions, p.height, p.width) for p in pieces] == [
         (0, ("a red",), 32, 48), (0, ("a blue", "a red"), 32, 48)]  # fmt: skip
-    assert [p.start for p in clips.cut(videos, 32 * 48, most_chunks=1)] == [0, 0, 1]
-    long = clips.Video(data / "one.mp4", ("a", "b"), seconds=7, height=720, width=1280)
-    pieces = clips.cut([long], 256 * 256, most_chunks=4, most_tokens=3 * 6 * 12 * 21)
-    assert [p.chunks for p in pieces] == [3, 3, 1] and pieces[0].tokens_per_chunk == 6 * 12 * 21
+    assert [p.start for p in finetune.cut(videos, 32 * 48, most_chunks=1)] == [0, 0, 1]
+    long = finetune.Video(data / "one.mp4", ("a", "b"), seconds=7, height=720, width=1280)
+    pieces = finetune.cut([long], 256 * 256, most_chunks=4, most_tokens=3 * 6 * 12 * 21)
+    assert [p.chunks for p in pieces] == [3, 3, 1] and pieces[0].tokens == 3 * 6 * 12 * 21
     assert [p.captions for p in pieces] == [("a", "b", "b"), ("b", "b", "b"), ("b",)]  # the last one goes on
     with bad("more than 100 tokens: raise --tokens"):
-        clips.cut([long], 256 * 256, 4, most_tokens=100)
+        finetune.cut([long], 256 * 256, 4, most_tokens=100)
 
 
 @pytest.mark.parametrize(
@@ -83,7 +99,7 @@ def test_videos_are_cut_into_seconds_with_their_captions(data, tmp_path):
      ((100, 180), (96, 176)), ((10, 500), (48, 96))],
 )  # fmt: skip
 def test_sizes_keep_the_aspect_and_the_area_and_enlarge_little(shown, size):
-    assert clips.bucket_size(*shown, 256 * 256) == size
+    assert finetune.bucket_size(*shown, 256 * 256) == size
 
 
 @pytest.mark.parametrize("kind", ["jsonl", "csv"])
@@ -96,19 +112,19 @@ def test_captions_may_stand_in_one_file(data, tmp_path, kind):
     else:
         lines = [f'{row["file_name"]},"{CAPTIONS[row["file_name"]]}"' for row in rows]
         (tmp_path / "metadata.csv").write_text("\ufefffile_name,text\n" + "\n".join(lines))
-    found = clips.read_captions(tmp_path)
+    found = finetune.read_captions(tmp_path)
     assert found == {tmp_path / name: tuple(text.split("\n")) for name, text in CAPTIONS.items()}
     (tmp_path / "one.mp4").unlink()
     with bad("'one.mp4' of the metadata is not in"):
-        clips.read_captions(tmp_path)
+        finetune.read_captions(tmp_path)
 
 
 def test_what_is_cached_is_what_the_sampler_would_encode(cached, model_folder):
     vae, t5 = magi.load_vae(model_folder.parent / "vae"), magi.T5(model_folder.parent / "t5", 16)
-    cache = clips.Cache(
+    cache = finetune.Cache(
         cached.parent / f"{cached.name}.cache", model_folder.parent / "vae", model_folder.parent / "t5"
     )
-    piece = clips.cut(clips.find_videos(cached, cache.folder, False, pytest.fail), 32 * 48, 2)[1]
+    piece = finetune.cut(finetune.find_videos(cached, cache.folder, False, pytest.fail), 32 * 48, 2)[1]
     latents, image = cache.latents(piece)
     video = media.fit_frames(read_frames(cached / "two.mp4")[:48], 32, 48)
     with torch.no_grad():
@@ -121,27 +137,27 @@ def test_what_is_cached_is_what_the_sampler_would_encode(cached, model_folder):
 
 
 def test_a_second_run_encodes_nothing(cached, model_folder, tmp_path, monkeypatch):
-    monkeypatch.setattr(clips, "load_vae", lambda *_: pytest.fail("the VAE is not needed"))
-    monkeypatch.setattr(clips, "T5", lambda *_, **__: pytest.fail("T5 is not needed"))
+    monkeypatch.setattr(magi, "load_vae", lambda *_: pytest.fail("the VAE is not needed"))
+    monkeypatch.setattr(magi, "T5", lambda *_, **__: pytest.fail("T5 is not needed"))
     assert train(model_folder, cached, tmp_path / "a.safetensors", "--steps", 1)[0] == 0
 
 
 def test_a_changed_clip_is_encoded_again(tmp_path):
-    cache, file = clips.Cache(tmp_path, None, None), tmp_path / "a.mp4"
+    cache, file = finetune.Cache(tmp_path, None, None), tmp_path / "a.mp4"
     cache.vae_key = "vae"
     file.touch()
-    piece = clips.Piece(file, 0, ("a",), 32, 48)
+    piece = finetune.Piece(file, 0, ("a",), 32, 48)
     before = cache.latent_file(piece)
-    assert cache.latent_file(clips.Piece(file, 0, ("other",), 32, 48)) == before
-    assert cache.latent_file(clips.Piece(file, 1, ("a",), 32, 48)) != before
+    assert cache.latent_file(finetune.Piece(file, 0, ("other",), 32, 48)) == before
+    assert cache.latent_file(finetune.Piece(file, 1, ("a",), 32, 48)) != before
     os.utime(file, (1, 1))
     assert cache.latent_file(piece) != before
 
 
 def batches(cached, model_folder, **more) -> finetune.Batches:
     parent = model_folder.parent
-    cache = clips.Cache(cached.parent / f"{cached.name}.cache", parent / "vae", parent / "t5")
-    pieces = clips.cut(clips.find_videos(cached, cache.folder, False, pytest.fail), 32 * 48, 2)
+    cache = finetune.Cache(cached.parent / f"{cached.name}.cache", parent / "vae", parent / "t5")
+    pieces = finetune.cut(finetune.find_videos(cached, cache.folder, False, pytest.fail), 32 * 48, 2)
     table = load_file(model_folder / "special_tokens.safetensors")
     sampler = magi.SamplerConfig(height=32, width=48)
     return finetune.Batches(
@@ -183,8 +199,8 @@ def test_texts_carry_their_special_tokens(model_folder):
 
 @pytest.fixture
 def no_weights(monkeypatch):
-    for module, name in ((finetune, "load_dit"), (clips, "load_vae"), (clips, "T5")):
-        monkeypatch.setattr(module, name, lambda *_, **__: pytest.fail("weights are loaded"))
+    for name in ("load_dit", "load_vae", "T5"):
+        monkeypatch.setattr(magi, name, lambda *_, **__: pytest.fail("weights are loaded"))
 
 
 def test_bad_clips_are_named_before_anything_is_loaded(model_folder, tmp_path, no_weights):
@@ -327,13 +343,13 @@ def test_two_runs_do_not_share_a_folder(cached, model_folder, tmp_path):
 def test_a_loss_that_is_not_finite_ends_the_run_and_keeps_what_was_there(
     cached, model_folder, tmp_path, monkeypatch
 ):
-    out, loss, calls = tmp_path / "a.safetensors", finetune.flow_matching_loss, []
+    out, loss, calls = tmp_path / "a.safetensors", training.flow_matching_loss, []
 
     def broken(*args, **kwargs):
         calls.append(1)
         return loss(*args, **kwargs) * (math.nan if len(calls) == 4 else 1)
 
-    monkeypatch.setattr(finetune, "flow_matching_loss", broken)
+    monkeypatch.setattr(training, "flow_matching_loss", broken)
     code, _, err = train(model_folder, cached, out)
     assert code == 2 and "the loss of step 3 is nan" in err and "train.pt" in err
     assert torch.load(tmp_path / "a.work" / "train.pt")["step"] == 2
@@ -356,9 +372,137 @@ def test_all_weights_and_distillation_make_model_folders(cached, model_folder, t
     training.load_lora(pipe.dit, tmp_path / "a.safetensors")
 
 
+# ------------------------------------------------------------- layers one at a time, several processes
+
+
+def assert_same_run(out, other) -> None:
+    """The same LoRA and the same losses, bit for bit."""
+    a, b = load_file(out), load_file(other)
+    assert a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
+    assert losses(out) == losses(other)
+
+
+def test_streamed_layers_train_the_same_lora_to_the_last_bit(cached, model_folder, tmp_path, monkeypatch):
+    """Layers that are there lie in a mapped file, streamed ones in memory of their own: a product of few rows
+    rounds by how its numbers are aligned, so here both have memory of their own."""
+    load = magi.load_dit
+
+    def load_copied(*args, **kwargs):
+        dit = load(*args, **kwargs)
+        dit.layers.load_state_dict({k: u.clone() for k, u in dit.layers.state_dict().items()}, assign=True)
+        return dit
+
+    monkeypatch.setattr(magi, "load_dit", load_copied)
+    outs = {source: tmp_path / f"{source}.safetensors" for source in ("none", "cpu", "disk")}
+    for source, out in outs.items():
+        flags = () if source == "none" else ("--stream", source, "--sample-every", 2, "--sample-seconds", 1)
+        code, _, err = train(model_folder, cached, out, *flags)
+        assert code == 0, err
+    assert_same_run(outs["none"], outs["cpu"])
+    assert_same_run(outs["none"], outs["disk"])
+
+
+def test_at_most_two_streamed_layers_are_held_and_most_are_read_ahead(model_folder):
+    dit = magi.load_dit(model_folder)
+    alive, most, calls = [], [], []
+    read = parallel.layer_reader(dit, model_folder, "layers.")
+
+    def watched(i):
+        weights = read(i)
+        calls.append((i, threading.current_thread() is threading.main_thread()))
+        alive.append([weakref.ref(u) for u in weights.values()])
+        most.append(sum(any(ref() is not None for ref in layer) for layer in alive))
+        return weights
+
+    dit = magi.load_dit(model_folder)
+    streamed = finetune.Streamed(dit, watched, "cpu")
+    training.add_lora(dit, 2)
+    clip = torch.randn(1, 16, 6, 4, 4), torch.randn(1, 1, 16, 32), torch.ones(1, 1, 16).long()
+    for _ in range(2):
+        training.flow_matching_loss(dit, *clip).backward()
+    streamed.thread.shutdown()
+    assert max(most) <= 2, most
+    assert [i for i, _ in calls] == [0, 1, 2, 2, 1, 0] * 2 + [0]
+    assert sum(waited for _, waited in calls) == 1  # for the very first, which nobody could foresee
+    assert all(
+        u.untyped_storage().nbytes() <= 4 for name, u in dit.layers.state_dict().items() if "lora" not in name
+    )
+
+
+@pytest.fixture(scope="module")
+def alone(cached, model_folder, tmp_path_factory):
+    """Command -> what one process makes of four steps of two forwards; "mixed": of a model in bfloat16."""
+    root = tmp_path_factory.mktemp("alone")
+    for name in ("vae", "t5"):
+        (root / name).symlink_to(model_folder.parent / name)
+    mixed = write_model(root / "bf16", dataclasses.replace(FOLDER_DIT, dtype="bfloat16"))
+    runs = {
+        "lora": (model_folder, "lora", root / "lora.safetensors"),
+        "full": (model_folder, "full", root / "full"),
+        "mixed": (mixed, "full", root / "mixed"),
+    }
+    for model, command, out in runs.values():
+        code, _, err = train(model, cached, out, *SHARED, command=command)
+        assert code == 0, err
+    return runs
+
+
+SHARED = ("--accumulate", 2, "--lr", 1e-3)
+
+
+@pytest.fixture(scope="module")
+def together(alone, cached, tmp_path_factory):
+    """The same by two processes, but for the ends of what one process takes part in; and what they said."""
+    root = tmp_path_factory.mktemp("together")
+    outs = {name: root / out.name for name, (_, _, out) in alone.items()}
+    lines = {
+        name: command_line(model, cached, outs[name], *SHARED, command=command)
+        for name, (model, command, _) in alone.items()
+    }
+    assert run_main(finetune.main, *lines["full"], "--steps", 2)[0] == 0  # two processes go on with it
+    commands = [
+        [*lines["lora"], "--steps", "2", "--sample-every", "1", "--sample-seconds", "1"],
+        lines["full"],
+        lines["mixed"],
+        [*lines["lora"], "--accumulate", "3"],
+    ]
+    (root / "commands.json").write_text(json.dumps(commands))
+    run = run_python("-m", "torch.distributed.run", "--standalone", "--nproc_per_node", 2,
+                     HERE / "tests" / "finetune_worker.py", root / "commands.json")  # fmt: skip
+    assert run.returncode == 0, run.stderr
+    assert train(alone["lora"][0], cached, outs["lora"], *SHARED)[0] == 0  # one process goes on with it
+    return outs, [json.loads((root / f"commands.{rank}").read_text()) for rank in range(2)]
+
+
+def test_two_processes_and_one_go_on_with_each_others_runs_to_the_same_result(alone, together, model_folder):
+    outs, said = together
+    assert [code for code, _, _ in said[0]] == [0, 0, 0, 2] == [code for code, _, _ in said[1]]
+    assert_same_run(outs["lora"], alone["lora"][2])
+    for name, most in (("full", 1e-3), ("mixed", 0.3)):
+        model, _, out = alone[name]
+        before, a, b = (magi.load_dit(folder).state_dict() for folder in (model, out, outs[name]))
+        for key in before:
+            moved = a[key].float() - before[key].float()
+            if moved.abs().max() > 1e-4:
+                assert relative(b[key].float() - before[key].float(), moved) < most, key
+        for loss, other in zip(losses(outs[name]), losses(out), strict=True):
+            assert float(loss) == pytest.approx(float(other), rel=most / 50)
+
+
+def test_the_first_process_speaks_and_writes_for_all(together):
+    outs, (first, second) = together
+    assert all(out == err == "" for _, out, err in second)
+    assert "2 clips, 3 s" in first[0][2] and "wrote" in first[0][2]
+    assert "--accumulate 3: 2 processes share the forwards of a step, so give a multiple of 2" in first[3][2]
+    samples = sorted((outs["lora"].parent / "lora.work" / "samples").iterdir())
+    assert [sample.name for sample in samples] == ["000001.mp4", "000002.mp4"]
+
+
 def test_large_models_are_written_in_files_with_an_index(model_folder, tmp_path):
     config = json.loads((model_folder / "config.json").read_text())
-    finetune.write_model(tmp_path / "a", model_folder, magi.load_dit(model_folder), config, most=50_000)
+    finetune.write_model(
+        tmp_path / "a", model_folder, magi.load_dit(model_folder).state_dict(), config, 50_000
+    )
     assert len(list((tmp_path / "a").glob("model-*.safetensors"))) > 2
     a, b = magi.load_dit(tmp_path / "a").state_dict(), magi.load_dit(model_folder).state_dict()
     assert all(torch.equal(a[k], b[k]) for k in b)
