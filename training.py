@@ -750,7 +750,7 @@ def finish_gradients(params: Iterable[nn.Parameter]) -> None:
     if parallel.ranks() == 1:
         nn.utils.clip_grad_norm_(params, 1.0)
         return
-    grads = [p.grad for p in params if p.grad is not None]
+    grads: list[Any] = [p.grad for p in params if p.grad is not None]
     parts = [grad.to_local() for grad in grads if is_part(grad)]
     whole = [grad for grad in grads if not is_part(grad)]
     mean = torch.cat([grad.flatten().float() for grad in whole])             # one message for all of them
@@ -770,14 +770,14 @@ def gathered(tree: Any) -> Any:
     if isinstance(tree, dict):
         return {key: gathered(value) for key, value in tree.items()}
     if isinstance(tree, list | tuple):
-        return [gathered(value) for value in tree]
+        return type(tree)(gathered(value) for value in tree)
     if not is_part(tree):
         return tree
     whole = tree.full_tensor()
     return whole.cpu() if parallel.rank() == 0 else None
 
 
-def like(tensor: Tensor, p: Tensor) -> Tensor:
+def like(tensor: Tensor, p: Any) -> Tensor:
     """A tensor on the device of a weight; this process's part of it, if that is what it has of the weight."""
     tensor = tensor.to(p.device)
     if not is_part(p) or tensor.shape != p.shape:

@@ -258,6 +258,24 @@ def test_models_and_outputs_that_cannot_be(cached, model_folder, tmp_path, no_we
         refused(train(tmp_path, cached, tmp_path / "b.safetensors"), words)
 
 
+def test_ways_to_save_memory_that_do_not_go_together(
+    cached, model_folder, trained_lora, tmp_path, no_weights, monkeypatch
+):
+    out, folder = tmp_path / "a.safetensors", tmp_path / "a"
+    disk = ("--stream", "disk")
+    refused(train(model_folder, cached, folder, *disk, command="full"), "--stream is for a LoRA")
+    refused(train(model_folder, cached, out, *disk, "--keep-activations"), "leave one of them out")
+    refused(train(model_folder, cached, out, *disk, "--lora", trained_lora), "training.py merge")
+    monkeypatch.setattr(parallel, "ranks", lambda: 2)
+    monkeypatch.setattr(parallel, "agreed", lambda make: make)
+    refused(train(model_folder, cached, out, "--accumulate", 3), "--accumulate 3", "a multiple of 2")
+    refused(train(model_folder, cached, out, *disk), "--stream is for one GPU")
+    refused(train(model_folder, cached, out, "--lora", trained_lora), "training.py merge")
+    monkeypatch.setattr(finetune.importlib.util, "find_spec", lambda name: True)
+    several = ("--optimizer", "adamw8bit")
+    refused(train(model_folder, cached, folder, *several, command="full"), "adamw8bit cannot train all")
+
+
 # ------------------------------------------------------------------------------------------------ runs
 
 
@@ -553,6 +571,15 @@ def test_plans_of_real_models():
     assert small["activations"] < large["activations"] / 20
     assert sum(small.values()) < 14e9 and sum(plan("full", 0, 1536).values()) > 60e9
     assert plan("distill", 0, 1536)["teacher"] == exact and "teacher" not in plan("distill", 16, 1536)
+    with_stream = finetune.memory_plan(dit, "lora", 16, 1536, 800, stream=True)
+    layers = sum(p.nbytes for p in dit.layers.parameters())
+    assert with_stream["weights"] == exact - layers and with_stream["layers that pass"] < layers / 10
+    assert sum(with_stream.values()) < sum(small.values()) - 8e9
+    alone, together = (finetune.memory_plan(dit, "full", 0, 1536, 800, processes=n) for n in (1, 8))
+    assert alone["optimiser"] > 7 * together["optimiser"] and alone["gradients"] > 7 * together["gradients"]
+    assert (
+        together["activations"] == alone["activations"] == large["activations"] or together["weights"] < 2e9
+    )
     said = finetune.show_plan({"weights": 20e9, "activations": 3e9}, 30e9)
     assert "24 GB: no, 48 GB: yes" in said and "30.0 GB: yes" in said
 
