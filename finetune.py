@@ -522,8 +522,8 @@ def memory_plan(dit: DiT, command: str, rank: int, tokens: int, text_tokens: int
         counts.append((0 if stream and in_layer else p.numel() / parts, p.element_size()))
     weights = sum(n * size for n, size in counts)
     plan: dict[str, float] = {"weights": weights}
-    if stream or processes > 1:
-        plan["layers that pass"] = 2 * layer
+    if stream or processes > 1:          # a layer that is trained brings gradients, in float32 too
+        plan["layers that pass"] = (2 if rank else 5) * layer
     if rank:
         lora = sum(rank * sum(linear.weight.shape) for linear in training.lora_targets(dit).values())
         plan |= {"LoRA": 4 * lora, "gradients": 4 * lora, "optimiser": 8 * lora}
@@ -588,15 +588,26 @@ def finetune(args: argparse.Namespace) -> None:
             stack.enter_context(contextlib.redirect_stdout(nowhere))
             stack.enter_context(contextlib.redirect_stderr(nowhere))
         base = parallel.agreed(check_model)(args)
-        batches = parallel.from_first(look_at_data)(args, base)
+        batches = from_first(look_at_data)(args, base)
         batches.cache.device = args.device
         if args.plan:
             describe(args, base, batches)
             return
-        parallel.from_first(claim_work)(args, batches.pieces, stack)
+        from_first(claim_work)(args, batches.pieces, stack)
         describe(args, base, batches)
         prompt = encode(args, batches)
         Training(args, batches, prompt, *make_models(args)).train()
+
+
+def from_first(make: Callable[..., Any]) -> Callable[..., Any]:
+    """The same function, but the first process alone runs it, and sends what it made, or its error."""
+    def run(*args: Any) -> Any:
+        made = [parallel.agreed(lambda: make(*args) if parallel.rank() == 0 else None)()]
+        if parallel.ranks() > 1:
+            dist.broadcast_object_list(made)
+        return made[0]
+
+    return run
 
 
 def check_model(args: argparse.Namespace) -> DiT:
@@ -692,7 +703,7 @@ def encode(args: argparse.Namespace, batches: Batches) -> str:
     require(batches.pieces, "no clip can be used")
     captions = [caption for piece in batches.pieces for caption in piece.captions]
     prompt = captions[0] if args.sample_prompt is None else args.sample_prompt
-    parallel.from_first(cache.encode_captions)([*captions, prompt], batches.length)
+    from_first(cache.encode_captions)([*captions, prompt], batches.length)
     return prompt
 
 
