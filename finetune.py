@@ -14,7 +14,14 @@ second each, and the last goes on.
 
 The order is made for small machines: VAE and T5 run once and are freed before the DiT is loaded; of all
 layers but one only the inputs are kept for the backward pass; with --stream a LoRA's frozen layers are in
-memory one at a time. Mistakes are told before any weight is loaded.
+memory one at a time. Mistakes are told before any weight is loaded. Several processes share the forwards of
+a step and, by PyTorch's FSDP, the weights; they leave what one process leaves, so that it can go on.
+
+Measured on a CPU: random weights in the 4.5B's official layout, LoRA of rank 16, clips of a second at 64x64
+(both give the same losses; CUDA has not been tried yet):
+
+    all layers in memory    25 CPU seconds a step    peak 10.0 GiB, of which 8.5 are the mapped weights
+    --stream disk           33                       peak 2.6 GiB
 
 Contents: 1 A folder of videos, 2 Pieces and sizes, 3 Encoded once, 4 Batches, 5 Memory, 6 A run, 7 Command
 line. Left out on purpose: training in fp8, and streamed layers on several GPUs.
