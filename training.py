@@ -758,7 +758,7 @@ def finish_gradients(params: Iterable[nn.Parameter]) -> None:
     mean /= parallel.ranks()
     for grad, values in zip(whole, mean.split([grad.numel() for grad in whole]), strict=True):
         grad.copy_(values.view_as(grad))
-    of_parts = sum_of_all(sum(part.float().square().sum().item() for part in parts))
+    of_parts = sum_of_all(float(sum(part.float().square().sum() for part in parts)))
     norm = math.sqrt(of_parts + mean.square().sum().item())
     for grad in parts + whole:
         grad.mul_(min(1.0, 1 / (norm + 1e-6)))
@@ -823,8 +823,8 @@ class AdamW(torch.optim.Optimizer):
                     state["lost"].copy_(exact - p.float())
 
     def load_state_dict(self, state: dict) -> None:
-        """PyTorch's own would turn the averages of bf16 weights into bf16."""
-        super().load_state_dict(state)
+        """PyTorch's own would turn the averages of bf16 weights into bf16, and take them whole."""
+        super().load_state_dict(state | {"state": {}})
         params = [p for group in self.param_groups for p in group["params"]]
         for i, saved in state["state"].items():
             self.state[params[i]] = {name: like(u, params[i]) for name, u in saved.items()}
@@ -878,13 +878,14 @@ def fit(name: str, model: nn.Module, loss_of_step: Callable[[int], tuple[Tensor,
     first = 0
     if file.exists():
         with reading("checkpoint", file):
-            state = torch.load(file, weights_only=True, map_location="cpu", mmap=True)
+            several = parallel.ranks() > 1               # which take a part each
+            state = torch.load(file, weights_only=True, map_location="cpu", mmap=several)
         require(state["model"].keys() == trained.keys(), f"{str(file)!r} is the checkpoint of another run: "
                 f"choose another folder, or remove it")
         with torch.no_grad():
             for k, p in trained.items():
                 p.copy_(like(state["model"][k], p))
-        ema = {k: v.to(trained[k]) for k, v in state["ema"].items()}
+        ema = {k: like(v, trained[k]) for k, v in state["ema"].items()}
         first = state["step"]
         for optimizer, saved in zip(optimizers, state["optimizers"], strict=True):
             optimizer.load_state_dict(saved)
