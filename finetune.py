@@ -17,11 +17,12 @@ layers but one only the inputs are kept for the backward pass; with --stream a L
 memory one at a time. Mistakes are told before any weight is loaded. Several processes share the forwards of
 a step and, by PyTorch's FSDP, the weights; they leave what one process leaves, so that it can go on.
 
-Measured on a CPU: random weights in the 4.5B's official layout, LoRA of rank 16, clips of a second at 64x64
-(both give the same losses; CUDA has not been tried yet):
+Measured on a CPU, CPU seconds a step and peak memory, of a LoRA of rank 16 for random weights in the layout of
+the 4.5B (CUDA has not been tried yet):
 
-    all layers in memory    25 CPU seconds a step    peak 10.0 GiB, of which 8.5 are the mapped weights
-    --stream disk           33                       peak 2.6 GiB
+    one second of 64x64, all layers in memory     25 s    10.0 GiB, of which 8.5 are the mapped weights
+    the same, with --stream disk                  33 s     2.6 GiB, and the same losses
+    two seconds of 128x128, --stream disk        168 s     4.4 GiB
 
 Contents: 1 A folder of videos, 2 Pieces and sizes, 3 Encoded once, 4 Batches, 5 Memory, 6 A run, 7 Command
 line. Left out on purpose: training in fp8, and streamed layers on several GPUs.
@@ -905,7 +906,7 @@ def parser() -> argparse.ArgumentParser:
              "distill": "make a base model one of few steps and one branch"}
     folder = {"type": Path, "metavar": "DIR"}
     positive, natural = ({"type": number(int, least), "metavar": "N"} for least in (1, 0))
-    is_n = "; default: %(default)s"
+    default = "; default: %(default)s"
     for name, text in kinds.items():
         sub = commands.add_parser(name, help=text, description=text, allow_abbrev=False)
         flag = sub.add_argument
@@ -916,27 +917,27 @@ def parser() -> argparse.ArgumentParser:
         flag("--t5", **folder, help="default: t5 beside the model")
         flag("--lora", type=Path, metavar="FILE", action="append", default=[], help="merged into it first")
         flag("--rank", **natural, default=16 if name == "lora" else 0,
-             help="of the LoRA; 0: all weights" + is_n)
-        flag("--steps", **positive, default=1000, help="the rates fall in the last third" + is_n)
+             help="of the LoRA; 0: all weights" + default)
+        flag("--steps", **positive, default=1000, help="the rates fall in the last third" + default)
         flag("--lr", type=number(float, 0), metavar="X", help=f"peak rate; default: {LEARNING_RATES[name]:g}")
-        flag("--warmup", **positive, default=50, help="steps; at most a fifth of all" + is_n)
+        flag("--warmup", **positive, default=50, help="steps; at most a fifth of all" + default)
         flag("--accumulate", **positive, help="forwards in a step, shared by all processes; default: 1 each")
         flag("--size", type=size_of, metavar="HxW", help="only its area counts; default: the model's")
-        flag("--seconds", **positive, default=4, help="of the longest piece" + is_n)
+        flag("--seconds", **positive, default=4, help="of the longest piece" + default)
         flag("--tokens", **positive, help="most in a forward; default: those of the longest piece")
         flag("--optimizer", choices=["adamw", "adamw8bit"], default="adamw",
-             help="adamw8bit needs torchao" + is_n)
+             help="adamw8bit needs torchao" + default)
         flag("--keep-activations", action="store_true", help="of all layers: more memory, a third less time")
         flag("--stream", choices=["cpu", "disk"], help="where a LoRA's frozen layers are kept, of which the "
              "device holds one at a time; default: it holds all")
-        flag("--seed", **natural, default=0, help="of data, noise and samples" + is_n)
+        flag("--seed", **natural, default=0, help="of data, noise and samples" + default)
         flag("--device", default="cuda" if torch.cuda.is_available() else "cpu",
-             help="cpu, cuda:1, mps" + is_n)
-        flag("--backend", choices=["torch", "triton", "auto"], default="torch", help="of the DiT" + is_n)
-        flag("--every", **positive, default=100, help="steps from checkpoint to checkpoint" + is_n)
-        flag("--sample-every", **natural, default=250, help="steps; 0: no samples" + is_n)
+             help="cpu, cuda:1, mps" + default)
+        flag("--backend", choices=["torch", "triton", "auto"], default="torch", help="of the DiT" + default)
+        flag("--every", **positive, default=100, help="steps from checkpoint to checkpoint" + default)
+        flag("--sample-every", **natural, default=250, help="steps; 0: no samples" + default)
         flag("--sample-prompt", metavar="TEXT", help="default: the first caption")
-        flag("--sample-seconds", **positive, default=2, help="length of a sample" + is_n)
+        flag("--sample-seconds", **positive, default=2, help="length of a sample" + default)
         flag("--cache", **folder, help="what is encoded; default: DATA.cache")
         flag("--work", **folder, help="checkpoint, log, samples; default: OUT.work")
         flag("--skip-bad", action="store_true", help="leave out clips that cannot be used")
