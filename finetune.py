@@ -17,8 +17,8 @@ layers but one only the inputs are kept for the backward pass; with --stream a L
 memory one at a time. Mistakes are told before any weight is loaded. Several processes share the forwards of
 a step and, by PyTorch's FSDP, the weights; they leave what one process leaves, so that it can go on.
 
-Measured on a CPU, CPU seconds a step and peak memory, of a LoRA of rank 16 for random weights in the layout of
-the 4.5B (CUDA has not been tried yet):
+Measured on a CPU: CPU seconds a step and peak memory of a LoRA of rank 16, for random weights in the layout
+of the 4.5B (CUDA has not been tried yet):
 
     one second of 64x64, all layers in memory     25 s    10.0 GiB, of which 8.5 are the mapped weights
     the same, with --stream disk                  33 s     2.6 GiB, and the same losses
