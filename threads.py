@@ -1,5 +1,5 @@
-"""How many threads PyTorch starts, and what they do while they wait. sample.py, live.py and training.py ask
-for it before they import PyTorch; tools/busy.py measures what it is worth."""
+"""How many threads PyTorch starts, and what they do while they wait. sample.py and live.py ask for it
+before they import PyTorch; tools/busy.py measures what it is worth."""
 
 from __future__ import annotations
 
