@@ -33,7 +33,6 @@ import os
 import tempfile
 import warnings
 from collections.abc import Callable
-from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import lru_cache, partial
 from pathlib import Path
@@ -313,7 +312,7 @@ class Chooser:
         line = size_class(operation, args, backward)
         if line not in self.ready:
             if line not in self.choices:
-                with torch.cuda.device(args[0].device) if args[0].is_cuda else nullcontext():
+                with torch.cuda.device_of(args[0]):
                     self.choose(line, operation, args, backward, options)
             self.ready[line] = candidates(operation)[self.choices[line]["use"]]
         try:

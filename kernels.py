@@ -18,7 +18,7 @@ kernel on the user's own card, and uses it only where it is right and faster tha
 
 Symbols as in magi.py: B batch, N queries, M keys, Hq Hkv query and key/value heads, hd head width, n chunks.
 In this file a *row* is one token of one head. In kernels, capitals are places in memory (Q, Out, Plan) or
-known when the kernel is compiled (S, N, EDGE: `tl.constexpr`).
+known when the kernel is compiled (T, N, EDGE: `tl.constexpr`).
 
 Contents
     1  What a kernel is       programs, tiles, memory; the parts all share
@@ -29,16 +29,17 @@ Contents
     6  Elementwise            where the bytes go
     7  Tile sizes             how big, for which architecture, and why
 
-Left out on purpose: dropout, masks of any kind, head widths above 128. To read first: `_attend_tile`, ten
-lines that everything else surrounds. Timing and ahead-of-time compiling are in tools/bench_kernels.py.
-References: FlashAttention 1 and 2 (arXiv 2205.14135, 2307.08691); SmoothQuant (2211.10438); Triton's
-tutorials 3, 6 and 9.
+Left out on purpose: dropout, masks of any kind, head widths other than 16, 32, 64 and 128. To read first:
+`_attend_tile`, ten lines that everything else surrounds. Timing and ahead-of-time compiling are in
+tools/bench_kernels.py. References: FlashAttention 1 and 2 (arXiv 2205.14135, 2307.08691); SmoothQuant
+(2211.10438); Triton's tutorials 3, 6 and 9.
 """
 
 from __future__ import annotations
 
 import importlib.metadata
 import importlib.util
+import itertools
 import math
 import sys
 from collections.abc import Callable
@@ -93,19 +94,25 @@ import magi  # noqa: E402
 # thread), shared memory (227 KiB a multiprocessor), the L2 cache (50 MB), memory (80 GB). Its tensor cores,
 # which multiply tiles, do 295 operations in the time in which one byte comes from memory. So a kernel is
 # good if it fetches a tile once, does all there is to do with it, and writes only results. What must be on
-# chip for that is the tile size; while one tile is worked on, the next are on their way (`stages`).
+# chip for that is the tile size; while one tile is worked on, the next are on their way (`stages`). From the
+# H100 on a copy engine (TMA) fetches whole tiles by itself; it is told of a tensor by a *descriptor*.
 
 
 class Tiles(NamedTuple):
-    """How one kernel is cut up: what a program holds on chip, in how many warps, loading how far ahead."""
+    """What is known of a kernel when it is compiled, T in the kernels: what a program holds on chip, in how
+    many warps, loading how far ahead."""
 
     m: int                        # rows of queries; fp8: rows of the output
     n: int                        # rows of keys; fp8: columns of the output
     k: int = 0                    # fp8 only: how much of the inner axis per step
     warps: int = 4
     stages: int = 2               # tiles in flight: loads run ahead of the arithmetic by this many
-    tma: bool = False             # let the copy engine fetch tiles by descriptor (sm_90 on)
-    rest: int = 16                # attention: what is left at the end of a walk goes in tiles of this width
+    tma: bool = False             # let the copy engine fetch whole tiles
+    # Of attention. The last three are filled in at the launch.
+    rest: int = 16                # what is left at the end of a span goes in tiles of this width
+    hd: int = 0
+    group: int = 1                # query heads that read the same kv head
+    precision: str = "ieee"       # how float32 is multiplied
 
 
 class Launch(NamedTuple):
@@ -117,9 +124,9 @@ class Launch(NamedTuple):
     args: dict[str, Any]
 
     def run(self) -> None:
-        device = next(u.device for u in self.args.values() if isinstance(u, Tensor))
-        arch_of(device)                                                      # says if the device cannot
-        with torch.cuda.device(device) if device.type == "cuda" else torch.device("cpu"):
+        tensor = next(u for u in self.args.values() if isinstance(u, Tensor))
+        arch_of(tensor.device)                                               # says if the device cannot
+        with torch.cuda.device_of(tensor):
             self.kernel[self.grid](**self.args, num_warps=self.tiles.warps, num_stages=self.tiles.stages)
 
 
@@ -130,11 +137,10 @@ def arch_of(device: torch.device | str) -> int:
     Raises ValueError if there is none, with what is missing.
     """
     device = torch.device(device)
-    if device.type != "cuda":
-        magi.require(INTERPRETED, f"backend 'triton' needs an NVIDIA GPU, not {str(device)!r}: use 'torch'")
+    if INTERPRETED and device.type != "cuda":
         return 0
-    magi.require(torch.cuda.is_available(),
-                 "backend 'triton' needs an NVIDIA GPU and a CUDA build of PyTorch: use 'torch'")
+    magi.require(device.type == "cuda" and torch.cuda.is_available(), f"backend 'triton' needs an NVIDIA GPU "
+                 f"and a CUDA build of PyTorch (device {str(device)!r}): use 'torch'")
     if torch.version.hip is not None:
         name = torch.cuda.get_device_properties(device).gcnArchName.split(":")[0]
         magi.require(name in ("gfx942", "gfx950"),
@@ -146,57 +152,52 @@ def arch_of(device: torch.device | str) -> int:
     return {8: 89, 9: 90, 10: 100, 11: 100}.get(major, 120)
 
 
-class Sizes(NamedTuple):
-    """What is known when an attention kernel is compiled: S in the kernels."""
-
-    m: int                        # rows of queries and of keys in a tile
-    n: int
-    rest: int
-    hd: int
-    width: int                    # of a tile: hd rounded up to a power of two, as all of Triton's tiles are
-    group: int                    # query heads that read the same kv head
-    tma: bool
-    precision: str                # how float32 is multiplied
-
-
-@triton.jit
-def _tile(X, X_tma, row, col, stride, left, ROWS: tl.constexpr, EDGE: tl.constexpr, S: tl.constexpr):
-    """ROWS rows of hd columns from (row, col) on, of a matrix whose rows are `stride` numbers apart.
-
-    A whole tile comes by descriptor X_tma if there is one. A tile at the EDGE has only `left` rows; the last
-    is then loaded again for those beyond, which belong to others and might hold nan: a weight of 0 would not
-    undo that.
-    """
-    if S.tma and not EDGE:
-        x = X_tma.load([row, col])
-    else:
-        rows, cols = tl.arange(0, ROWS)[:, None], tl.arange(0, S.width)[None, :]
-        if EDGE:
-            rows = tl.minimum(rows, left - 1)
-        at = X + row.to(tl.int64) * stride + col + (rows * stride + cols)
-        x = tl.load(at, (cols < S.hd) & (rows >= 0), 0.0) if S.hd < S.width else tl.load(at)
-    return x
-
-
-@triton.jit
-def _store(X, row, col, stride, left, x, S: tl.constexpr):
-    """Write the first `left` rows and hd columns of a tile."""
-    rows, cols = tl.arange(0, x.shape[0])[:, None], tl.arange(0, S.width)[None, :]
-    at = X + row.to(tl.int64) * stride + col + (rows * stride + cols)
-    tl.store(at, x.to(X.dtype.element_ty), (rows < left) & (cols < S.hd))
-
-
-INTERPRETED = not HANDED_OVER and not isinstance(_tile, triton.JITFunction)    # was TRITON_INTERPRET=1 set?
-
-
-if INTERPRETED:      # its faults are mended there, so that the kernels need to know nothing of them
-    magi.load_module("triton_interpreter", Path(__file__).with_name("tools") / "triton_interpreter.py")
-
-
 def _dense(u: Tensor) -> Tensor:
     """Contiguous, and where the copy engine may start: a view may begin at an odd address."""
     u = u.contiguous()
     return u if u.data_ptr() % 16 == 0 else u.clone()
+
+
+def _kind(u: Tensor) -> str:
+    """What a message says of a tensor."""
+    return f"{tuple(u.shape)} {u.dtype} on {u.device}"
+
+
+class Matrix(NamedTuple):
+    """One head of a tensor (B, N, heads, hd), in a kernel: all tokens by hd columns."""
+
+    at: Any                       # the tensor's address
+    tma: Any                      # its descriptor, for whole tiles
+    col: Any                      # the head's first column
+    stride: Any                   # numbers from one token to the next
+
+
+@triton.jit
+def _tile(X, row, left, ROWS: tl.constexpr, EDGE: tl.constexpr, T: tl.constexpr):
+    """ROWS rows of a Matrix from `row` on: (ROWS, hd). A tile at the EDGE has only `left` rows; the last is
+    then loaded again for those beyond, which belong to others and might hold nan: a weight of 0 would not
+    undo that."""
+    if T.tma and not EDGE:
+        x = X.tma.load([row, X.col])
+    else:                                              # where a tile begins may take more than 32 bits
+        rows, cols = tl.arange(0, ROWS)[:, None], tl.arange(0, T.hd)[None, :]
+        if EDGE:
+            rows = tl.minimum(rows, left - 1)
+        x = tl.load(X.at + row.to(tl.int64) * X.stride + X.col + (rows * X.stride + cols))
+    return x
+
+
+@triton.jit
+def _store(X, row, left, x, T: tl.constexpr):
+    """Write the first `left` rows of a tile to a Matrix."""
+    rows, cols = tl.arange(0, x.shape[0])[:, None], tl.arange(0, T.hd)[None, :]
+    at = X.at + row.to(tl.int64) * X.stride + X.col + (rows * X.stride + cols)
+    tl.store(at, x.to(X.at.dtype.element_ty), rows < left)
+
+
+INTERPRETED = not HANDED_OVER and not isinstance(_tile, triton.JITFunction)    # was TRITON_INTERPRET=1 set?
+if INTERPRETED:      # its faults are mended there, so that the kernels need to know nothing of them
+    magi.load_module("triton_interpreter", Path(__file__).with_name("tools") / "triton_interpreter.py")
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -212,8 +213,8 @@ def _dense(u: Tensor) -> Tensor:
 # the list: the longest work comes first, so that none trails at the end.
 
 
-def _chunks(spans: tuple, B: int, N: int, M: int) -> list[tuple[int, int, int, int, int]]:
-    """(batch, first query, end, first key, end) of every chunk, checked."""
+def _chunks(spans: tuple, B: int, N: int, M: int) -> list[tuple[int, int, int, int]]:
+    """(first query, end, first key, end) of every chunk, checked; rows count through the whole batch."""
     n = len(spans[0])
     magi.require(len(spans) in (1, B) and N % n == 0,
                  f"{len(spans)} x {n} spans do not fit {B} x {N} queries: one per chunk, all of a size")
@@ -222,44 +223,36 @@ def _chunks(spans: tuple, B: int, N: int, M: int) -> list[tuple[int, int, int, i
         for i, (start, end) in enumerate(spans[b % len(spans)]):
             magi.require(0 <= start < end <= M, f"span [{start}, {end}) of chunk {i} is empty or leaves the "
                          f"{M} keys: every chunk must see at least one")
-            out.append((b, N // n * i, N // n * (i + 1), start, end))
+            query = b * N + N // n * i
+            out.append((query, query + N // n, b * M + start, b * M + end))
     return out
 
 
-def query_plan(spans: tuple, B: int, N: int, M: int, m: int) -> list[tuple[int, int, int, int]]:
-    """One entry per tile of m queries: (row, rows, first key, how many)."""
-    plan = []
-    for b, q0, q1, start, end in _chunks(spans, B, N, M):
-        for row in range(q0, q1, m):
-            plan.append((b * N + row, min(m, q1 - row), b * M + start, end - start))
-    return sorted(plan, key=lambda entry: -entry[3])
+def plan(spans: tuple, B: int, N: int, M: int, size: int, of: str) -> tuple[list, list]:
+    """Cut "queries" or "keys" into tiles of `size` rows, and say what each sees of the other side: entries
+    (row, rows, first, number) for the tiles, and runs[first : first + number], each (row, rows).
 
-
-def key_plan(spans: tuple, B: int, N: int, M: int, n: int) -> tuple[list, list]:
-    """One entry per tile of n keys, (row, rows, start, number), and runs of queries, (row, rows).
-
-    The key axis is cut wherever a span starts or ends. So a tile lies wholly inside or outside any span,
-    and its queries are a few runs, runs[start : start + number]; a tile that nobody reads has none.
+    A side is cut wherever a chunk or a span starts or ends, so all rows of a tile see the same. A tile of
+    queries has one run, its span of keys; one of keys has a run for each chunk that reads it, or none.
     """
-    chunks = _chunks(spans, B, N, M)
+    rows, pairs = B * N, _chunks(spans, B, N, M)
+    if of == "keys":
+        rows, pairs = B * M, [(key, key_end, query, query_end) for query, query_end, key, key_end in pairs]
+    edges = {0, rows, *(edge for start, end, *_ in pairs for edge in (start, end))}
     tiles: list[tuple[int, int, int, int]] = []
     runs: list[tuple[int, int]] = []
-    for b in range(B):
-        mine = [chunk[1:] for chunk in chunks if chunk[0] == b]
-        cuts = sorted({0, M, *(edge for *_, start, end in mine for edge in (start, end))})
-        for low, high in zip(cuts, cuts[1:], strict=False):
-            readers = [(b * N + q0, q1 - q0) for q0, q1, start, end in mine if start <= low and high <= end]
-            for row in range(low, high, n):
-                tiles.append((b * M + row, min(n, high - row), len(runs), len(readers)))
-            runs += readers
+    for low, high in itertools.pairwise(sorted(edges)):
+        seen = [(other, other_end - other) for start, end, other, other_end in pairs
+                if start <= low and high <= end]
+        tiles += [(row, min(size, high - row), len(runs), len(seen)) for row in range(low, high, size)]
+        runs += seen
     work = lambda tile: sum(rows for _, rows in runs[tile[2] : tile[2] + tile[3]])
-    return sorted(tiles, key=work, reverse=True), runs or [(0, 0)]
+    return sorted(tiles, key=work, reverse=True), runs
 
 
 @lru_cache(256)
-def _on_device(make: Callable, args: tuple, device: torch.device) -> list[Tensor]:
-    tables = make(*args) if make is key_plan else [make(*args)]
-    return [torch.tensor(table, dtype=torch.int32).to(device) for table in tables]
+def _plan_on(device: torch.device, *args: Any) -> list[Tensor]:
+    return [torch.tensor(table, dtype=torch.int32).to(device) for table in plan(*args)]
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -288,106 +281,50 @@ LOG2E = tl.constexpr(math.log2(math.e))        # the hardware has 2^x, not e^x
 LN2 = tl.constexpr(math.log(2))
 
 
-class Pair(NamedTuple):
-    """Two matrices to walk along together, keys and values or (in the backward) queries and do."""
-
-    X: Any
-    Y: Any
-    X_tma: Any                    # descriptors of both, for whole tiles
-    Y_tma: Any
-    row: Any                      # `count` rows from here on,
-    count: Any
-    col: Any                      # hd columns from here on,
-    stride: Any                   # numbers from one row to the next
-
-
 @triton.jit
-def _next(X, X_tma, along, j, left, ROWS: tl.constexpr, EDGE: tl.constexpr, S: tl.constexpr):
-    """The tile of one of the two matrices, j rows into the walk."""
-    return _tile(X, X_tma, along.row + j, along.col, along.stride, left, ROWS, EDGE, S)
-
-
-@triton.jit
-def _walk(STEP: tl.constexpr, held, sums, along, N: tl.constexpr, scale, S: tl.constexpr):
-    """sums = STEP(held, sums, ...) for all rows of a pair: whole tiles of N, then the rest in smaller ones.
-
-    STEP is one of the three functions *_tile below. A function may be a parameter, as it is known when the
-    kernel is compiled; `held` and `sums` are tuples of tiles whose meaning is STEP's own.
-    """
-    whole = along.count // N * N
-    for j in tl.range(0, whole, N):
-        sums = STEP(held, sums, along, j, N, scale, N, False, S)
-    for j in tl.range(whole, along.count, S.rest, num_stages=1):
-        sums = STEP(held, sums, along, j, along.count - j, scale, S.rest, True, S)
-    return sums
-
-
-@triton.jit
-def _attend_tile(held, sums, keys, j, left, scale, N: tl.constexpr, EDGE: tl.constexpr, S: tl.constexpr):
-    """One step of the online softmax: N keys from j on, of which in a tile at the EDGE only `left` count."""
-    q, = held
-    acc, m, l = sums
-    k = _next(keys.X, keys.X_tma, keys, j, left, N, EDGE, S)
-    s = tl.dot(q, k.T, input_precision=S.precision)                          # (m, N)
+def _attend_tile(q, acc, m, l, keys, values, row, left, scale, EDGE: tl.constexpr, T: tl.constexpr):
+    """One step of the online softmax: the keys from `row` on, of which at the EDGE only `left` count."""
+    N: tl.constexpr = T.rest if EDGE else T.n
+    k = _tile(keys, row, left, N, EDGE, T)
+    s = tl.dot(q, k.T, input_precision=T.precision)                          # (m, N)
     if EDGE:
         s = tl.where(tl.arange(0, N)[None, :] < left, s, -float("inf"))
     new = tl.maximum(m, tl.max(s, 1) * scale)          # scale holds log2(e) too: e^x is 2^(x log2(e))
     p = tl.exp2(s * scale - new[:, None])
     shrink = tl.exp2(m - new)
-    v = _next(keys.Y, keys.Y_tma, keys, j, left, N, EDGE, S)   # loaded with k, it makes sm_120 spill
-    acc = tl.dot(p.to(v.dtype), v, acc * shrink[:, None], input_precision=S.precision)
+    v = _tile(values, row, left, N, EDGE, T)           # loaded with k, it makes sm_120 spill
+    acc = tl.dot(p.to(v.dtype), v, acc * shrink[:, None], input_precision=T.precision)
     return acc, new, l * shrink + tl.sum(p, 1)
 
 
 @triton.jit
-def _place(Plan, K, V, K_tma, V_tma, k_stride, S: tl.constexpr):
-    """What a program of the grid (tiles * group, Hkv) works on: head, first row, rows, and keys to walk."""
-    plan, kv = Plan + tl.program_id(0) // S.group * 4, tl.program_id(1)      # see `query_plan`
-    head = kv * S.group + tl.program_id(0) % S.group
-    keys = Pair(K, V, K_tma, V_tma, tl.load(plan + 2), tl.load(plan + 3), kv * S.hd, k_stride)
-    return head, tl.load(plan), tl.load(plan + 1), keys
+def _entry(Plan, tile):
+    """A tile's entry in a plan: row, rows, first run, number of runs."""
+    at = Plan + tile * 4
+    return tl.load(at), tl.load(at + 1), tl.load(at + 2), tl.load(at + 3)
 
 
 @triton.jit
-def _forward_kernel(Q, K, V, K_tma, V_tma, Out, Lse, Plan, tokens, q_stride, k_stride, out_stride, scale,
-                    S: tl.constexpr):
-    """One tile of queries of one head."""
-    head, row, left, keys = _place(Plan, K, V, K_tma, V_tma, k_stride, S)
-    rows = tl.arange(0, S.m)
-    q = _tile(Q, Q, row, head * S.hd, q_stride, left, S.m, True, S)          # (m, width)
-    sums = (tl.zeros(q.shape, tl.float32), tl.full(rows.shape, -float("inf"), tl.float32),
-            tl.zeros(rows.shape, tl.float32))                                # acc, m, l
-    acc, m, l = _walk(_attend_tile, (q,), sums, keys, S.n, scale * LOG2E, S)
-    _store(Out, row, head * S.hd, out_stride, left, acc / l[:, None], S)
+def _forward_kernel(Q, K, V, K_tma, V_tma, Out, Lse, Plan, Runs, tokens, q_stride, k_stride, out_stride,
+                    scale, T: tl.constexpr):
+    """The result of one tile of queries of one head, and its Lse (Hq, B N). Grid: (tiles * group, Hkv)."""
+    kv, head = tl.program_id(1), tl.program_id(1) * T.group + tl.program_id(0) % T.group
+    row, left, run, _ = _entry(Plan, tl.program_id(0) // T.group)
+    key, count = tl.load(Runs + run * 2), tl.load(Runs + run * 2 + 1)
+    keys = Matrix(K, K_tma, kv * T.hd, k_stride)
+    values = Matrix(V, V_tma, kv * T.hd, k_stride)
+    # Q twice: a tile of queries may end early, so it is never fetched by descriptor.
+    q = _tile(Matrix(Q, Q, head * T.hd, q_stride), row, left, T.m, True, T)              # (m, hd)
+    rows = tl.arange(0, T.m)
+    acc, l = tl.zeros(q.shape, tl.float32), tl.zeros(rows.shape, tl.float32)
+    m = tl.full(rows.shape, -float("inf"), tl.float32)
+    whole = count // T.n * T.n                         # whole tiles of keys, then the rest in smaller ones
+    for j in tl.range(0, whole, T.n):
+        acc, m, l = _attend_tile(q, acc, m, l, keys, values, key + j, T.n, scale * LOG2E, False, T)
+    for j in tl.range(whole, count, T.rest, num_stages=1):
+        acc, m, l = _attend_tile(q, acc, m, l, keys, values, key + j, count - j, scale * LOG2E, True, T)
+    _store(Matrix(Out, Out, head * T.hd, out_stride), row, left, acc / l[:, None], T)
     tl.store(Lse + head.to(tl.int64) * tokens + row + rows, (m + tl.log2(l)) * LN2, rows < left)
-
-
-def _shared_args(q: Tensor, k: Tensor, v: Tensor, tiles: Tiles) -> dict[str, Any]:
-    """What all attention kernels take. float32 is multiplied as the sum of two bf16 parts, in three products,
-    which keeps 16 of its 24 bits. Three TF32 products keep more, but spill hundreds of registers at head
-    width 128; one keeps 10. Other types are multiplied as they are."""
-    hd, group = q.shape[-1], q.shape[2] // k.shape[2]
-    precision = "bf16x3" if q.dtype == torch.float32 and not INTERPRETED else "ieee"    # which has no bf16x3
-    sizes = Sizes(tiles.m, tiles.n, tiles.rest, hd, triton.next_power_of_2(hd), group, tiles.tma, precision)
-    return dict(Q=q, K=k, V=v, tokens=q.shape[0] * q.shape[1], q_stride=q.stride(1), k_stride=k.stride(1),
-                scale=hd**-0.5, S=sizes)
-
-
-def _descriptor(u: Tensor, rows: int, tiles: Tiles) -> Tensor | TensorDescriptor:
-    """(B, N, heads, hd) as a matrix of tokens x (heads hd), for the copy engine, or itself without one."""
-    if not tiles.tma:
-        return u
-    tokens, width = u.shape[0] * u.shape[1], u.shape[2] * u.shape[3]
-    return TensorDescriptor(u, [tokens, width], [width, 1], [rows, u.shape[3]])
-
-
-def query_launch(kernel: Callable, q: Tensor, k: Tensor, v: Tensor, spans: tuple, tiles: Tiles,
-                 **others: Any) -> Launch:
-    """Of the forward or the dq kernel."""
-    (plan,) = _on_device(query_plan, (spans, *q.shape[:2], k.shape[1], tiles.m), q.device)
-    args = _shared_args(q, k, v, tiles) | others | dict(
-        Plan=plan, K_tma=_descriptor(k, tiles.n, tiles), V_tma=_descriptor(v, tiles.n, tiles))
-    return Launch(kernel, (len(plan) * args["S"].group, k.shape[2]), tiles, args)
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -405,85 +342,113 @@ def query_launch(kernel: Callable, q: Tensor, k: Tensor, v: Tensor, spans: tuple
 
 
 @triton.jit
-def _dq_tile(held, dq, keys, j, left, scale, N: tl.constexpr, EDGE: tl.constexpr, S: tl.constexpr):
-    """Add to dq what N keys give."""
-    q, do, lse, delta = held
-    k = _next(keys.X, keys.X_tma, keys, j, left, N, EDGE, S)
-    v = _next(keys.Y, keys.Y_tma, keys, j, left, N, EDGE, S)
-    p = tl.exp2(tl.dot(q, k.T, input_precision=S.precision) * scale - lse[:, None])                # (m, N)
+def _dq_tile(q, do, lse, delta, dq, keys, values, row, left, scale, EDGE: tl.constexpr, T: tl.constexpr):
+    """Add to dq what a tile of keys gives."""
+    N: tl.constexpr = T.rest if EDGE else T.n
+    k, v = _tile(keys, row, left, N, EDGE, T), _tile(values, row, left, N, EDGE, T)
+    p = tl.exp2(tl.dot(q, k.T, input_precision=T.precision) * scale - lse[:, None])                # (m, N)
     if EDGE:
         p = tl.where(tl.arange(0, N)[None, :] < left, p, 0.0)
-    ds = p * (tl.dot(do, v.T, input_precision=S.precision) - delta[:, None])
-    return tl.dot(ds.to(k.dtype), k, dq, input_precision=S.precision)
+    ds = p * (tl.dot(do, v.T, input_precision=T.precision) - delta[:, None])
+    return tl.dot(ds.to(k.dtype), k, dq, input_precision=T.precision)
 
 
 @triton.jit
-def _dq_kernel(Q, K, V, K_tma, V_tma, Out, dOut, Lse, Delta, dQ, Plan, tokens, q_stride, k_stride, scale,
-               S: tl.constexpr):
-    """dq and delta of one tile of queries. Grid and plan as in the forward."""
-    head, row, left, keys = _place(Plan, K, V, K_tma, V_tma, k_stride, S)
-    rows = tl.arange(0, S.m)
-    q = _tile(Q, Q, row, head * S.hd, q_stride, left, S.m, True, S)          # (m, width), like do and out
-    do = _tile(dOut, dOut, row, head * S.hd, q_stride, left, S.m, True, S)
-    out = _tile(Out, Out, row, head * S.hd, q_stride, left, S.m, True, S)
+def _dq_kernel(Q, K, V, K_tma, V_tma, Out, dOut, Lse, Delta, dQ, Plan, Runs, tokens, q_stride, k_stride,
+               scale, T: tl.constexpr):
+    """dq and delta of one tile of queries. Grid as in the forward."""
+    kv, head = tl.program_id(1), tl.program_id(1) * T.group + tl.program_id(0) % T.group
+    row, left, run, _ = _entry(Plan, tl.program_id(0) // T.group)
+    key, count = tl.load(Runs + run * 2), tl.load(Runs + run * 2 + 1)
+    keys = Matrix(K, K_tma, kv * T.hd, k_stride)
+    values = Matrix(V, V_tma, kv * T.hd, k_stride)
+    q = _tile(Matrix(Q, Q, head * T.hd, q_stride), row, left, T.m, True, T)              # (m, hd), like do
+    do = _tile(Matrix(dOut, dOut, head * T.hd, q_stride), row, left, T.m, True, T)       # and out
+    out = _tile(Matrix(Out, Out, head * T.hd, q_stride), row, left, T.m, True, T)
     delta = tl.sum(out.to(tl.float32) * do.to(tl.float32), 1)
+    rows = tl.arange(0, T.m)
     at = head.to(tl.int64) * tokens + row + rows
     tl.store(Delta + at, delta, rows < left)
-    lse = tl.load(Lse + at, rows < left, float("inf")) * LOG2E              # beyond the edge: e^-inf = 0
-    held = q, do, lse, delta
-    dq = _walk(_dq_tile, held, tl.zeros(q.shape, tl.float32), keys, S.n, scale * LOG2E, S)
-    _store(dQ, row, head * S.hd, q_stride, left, dq * scale, S)
+    lse = tl.load(Lse + at, rows < left, float("inf")) * LOG2E               # beyond the edge: e^-inf = 0
+    dq = tl.zeros(q.shape, tl.float32)
+    whole = count // T.n * T.n
+    for j in tl.range(0, whole, T.n):
+        dq = _dq_tile(q, do, lse, delta, dq, keys, values, key + j, T.n, scale * LOG2E, False, T)
+    for j in tl.range(whole, count, T.rest, num_stages=1):
+        dq = _dq_tile(q, do, lse, delta, dq, keys, values, key + j, count - j, scale * LOG2E, True, T)
+    _store(Matrix(dQ, dQ, head * T.hd, q_stride), row, left, dq * scale, T)
 
 
 @triton.jit
-def _dkv_tile(held, sums, queries, j, left, scale, M: tl.constexpr, EDGE: tl.constexpr, S: tl.constexpr):
-    """Add to dk and dv what M queries of one head give. Scores are held transposed: keys x queries."""
-    k, v, Lse, Delta = held
-    dk, dv = sums
-    q = _next(queries.X, queries.X_tma, queries, j, left, M, EDGE, S)
-    do = _next(queries.Y, queries.Y_tma, queries, j, left, M, EDGE, S)
+def _dkv_tile(k, v, dk, dv, queries, dos, Lse, Delta, row, left, scale, EDGE: tl.constexpr, T: tl.constexpr):
+    """Add to dk and dv what a tile of queries of one head gives. Scores are transposed: keys x queries."""
+    M: tl.constexpr = T.rest if EDGE else T.m
+    q, do = _tile(queries, row, left, M, EDGE, T), _tile(dos, row, left, M, EDGE, T)
     rows = tl.arange(0, M)
-    lse = tl.load(Lse + queries.row + j + rows, rows < left, float("inf"))   # beyond the edge: e^-inf = 0
-    delta = tl.load(Delta + queries.row + j + rows, rows < left, 0.0)
-    p = tl.exp2(tl.dot(k, q.T, input_precision=S.precision) * scale - (lse * LOG2E)[None, :])      # (n, M)
-    dv = tl.dot(p.to(do.dtype), do, dv, input_precision=S.precision)
-    ds = p * (tl.dot(v, do.T, input_precision=S.precision) - delta[None, :])
-    return tl.dot(ds.to(q.dtype), q, dk, input_precision=S.precision), dv
+    lse = tl.load(Lse + row + rows, rows < left, float("inf"))               # beyond the edge: e^-inf = 0
+    delta = tl.load(Delta + row + rows, rows < left, 0.0)
+    p = tl.exp2(tl.dot(k, q.T, input_precision=T.precision) * scale - (lse * LOG2E)[None, :])      # (n, M)
+    dv = tl.dot(p.to(do.dtype), do, dv, input_precision=T.precision)
+    ds = p * (tl.dot(v, do.T, input_precision=T.precision) - delta[None, :])
+    return tl.dot(ds.to(q.dtype), q, dk, input_precision=T.precision), dv
 
 
 @triton.jit
 def _dkv_kernel(Q, K, V, dOut, Q_tma, dOut_tma, Lse, Delta, dK, dV, Plan, Runs, tokens, q_stride, k_stride,
-                scale, S: tl.constexpr):
-    """dk and dv of one tile of n keys. Grid: (tiles, Hkv). Plan and Runs: see `key_plan`."""
-    plan, kv = Plan + tl.program_id(0) * 4, tl.program_id(1)
-    row, left = tl.load(plan), tl.load(plan + 1)
-    runs, number = Runs + tl.load(plan + 2) * 2, tl.load(plan + 3)
-    k = _tile(K, K, row, kv * S.hd, k_stride, left, S.n, True, S)            # (n, width), like v
-    v = _tile(V, V, row, kv * S.hd, k_stride, left, S.n, True, S)
+                scale, T: tl.constexpr):
+    """dk and dv of one tile of keys. Grid: (tiles, Hkv)."""
+    kv = tl.program_id(1)
+    row, left, first, number = _entry(Plan, tl.program_id(0))
+    k = _tile(Matrix(K, K, kv * T.hd, k_stride), row, left, T.n, True, T)                # (n, hd), like v
+    v = _tile(Matrix(V, V, kv * T.hd, k_stride), row, left, T.n, True, T)
     dk, dv = tl.zeros(k.shape, tl.float32), tl.zeros(k.shape, tl.float32)
-    for i in range(number * S.group):                                        # each run, each query head
-        head, run = kv * S.group + i % S.group, runs + i // S.group * 2
-        queries = Pair(Q, dOut, Q_tma, dOut_tma, tl.load(run), tl.load(run + 1), head * S.hd, q_stride)
-        at = head.to(tl.int64) * tokens
-        dk, dv = _walk(_dkv_tile, (k, v, Lse + at, Delta + at), (dk, dv), queries, S.m, scale * LOG2E, S)
-    _store(dK, row, kv * S.hd, k_stride, left, dk * scale, S)
-    _store(dV, row, kv * S.hd, k_stride, left, dv, S)
+    for i in range(number * T.group):                                        # each run, each query head
+        head, run = kv * T.group + i % T.group, Runs + (first + i // T.group) * 2
+        query, count = tl.load(run), tl.load(run + 1)
+        queries = Matrix(Q, Q_tma, head * T.hd, q_stride)
+        dos = Matrix(dOut, dOut_tma, head * T.hd, q_stride)
+        lse, delta = Lse + head.to(tl.int64) * tokens, Delta + head.to(tl.int64) * tokens
+        whole = count // T.m * T.m
+        for j in tl.range(0, whole, T.m):
+            dk, dv = _dkv_tile(k, v, dk, dv, queries, dos, lse, delta, query + j, T.m, scale * LOG2E,
+                               False, T)
+        for j in tl.range(whole, count, T.rest, num_stages=1):
+            dk, dv = _dkv_tile(k, v, dk, dv, queries, dos, lse, delta, query + j, count - j, scale * LOG2E,
+                               True, T)
+    _store(Matrix(dK, dK, kv * T.hd, k_stride), row, left, dk * scale, T)
+    _store(Matrix(dV, dV, kv * T.hd, k_stride), row, left, dv, T)
 
 
-def key_launch(q: Tensor, k: Tensor, v: Tensor, spans: tuple, tiles: Tiles, **others: Any) -> Launch:
-    """Of the dkv kernel."""
-    plan, runs = _on_device(key_plan, (spans, *q.shape[:2], k.shape[1], tiles.n), q.device)
-    args = _shared_args(q, k, v, tiles) | others | dict(
-        Plan=plan, Runs=runs, Q_tma=_descriptor(q, tiles.m, tiles),
-        dOut_tma=_descriptor(others["dOut"], tiles.m, tiles))
-    return Launch(_dkv_kernel, (len(plan), k.shape[2]), tiles, args)
+def attention_launch(kernel: Callable, q: Tensor, k: Tensor, v: Tensor, spans: tuple, tiles: Tiles,
+                     **others: Tensor | int) -> Launch:
+    """Of any of the three kernels: dkv goes along queries, the others along keys.
+
+    float32 is multiplied as the sum of two bf16 parts, in three products, which keeps 16 of its 24 bits.
+    Three TF32 products keep more, but spill hundreds of registers at head width 128; one keeps 10. Other
+    types are multiplied as they are ("ieee").
+    """
+    (B, N, Hq, hd), (M, Hkv) = q.shape, k.shape[1:3]
+    precision = "bf16x3" if q.dtype == torch.float32 and not INTERPRETED else "ieee"    # which has no bf16x3
+    tiles = tiles._replace(hd=hd, group=Hq // Hkv, precision=precision)
+    args = dict(Q=q, K=k, V=v, tokens=B * N, q_stride=q.stride(1), k_stride=k.stride(1), scale=hd**-0.5,
+                T=tiles, **others)
+    if kernel is _dkv_kernel:                                # holds keys, goes along queries
+        args["Plan"], args["Runs"] = _plan_on(q.device, spans, B, N, M, tiles.n, "keys")
+        programs, walked, step = len(args["Plan"]), ("Q", "dOut"), tiles.m
+    else:                                                    # holds queries, goes along keys
+        args["Plan"], args["Runs"] = _plan_on(q.device, spans, B, N, M, tiles.m, "queries")
+        programs, walked, step = len(args["Plan"]) * tiles.group, ("K", "V"), tiles.n
+    for name in walked:
+        matrix = args[name].flatten(2).flatten(0, 1)                         # tokens x (heads hd)
+        args[f"{name}_tma"] = TensorDescriptor.from_tensor(matrix, [step, hd]) if tiles.tma else matrix
+    return Launch(kernel, (programs, Hkv), tiles, args)
 
 
 def _forward(q: Tensor, k: Tensor, v: Tensor, spans: tuple, pick: Callable, out: Tensor) -> Tensor:
-    """Write the result to `out`, whose heads are neighbours; return the log of each row's sum."""
+    """Write the result to `out`, where a token's heads are neighbours; return the log of each row's sum."""
     lse = q.new_empty(q.shape[2], *q.shape[:2], dtype=torch.float32)
-    query_launch(_forward_kernel, q, k, v, spans, pick("forward"), Out=out, Lse=lse,
-                 out_stride=out.stride(1)).run()
+    attention_launch(_forward_kernel, q, k, v, spans, pick("forward"), Out=out, Lse=lse,
+                     out_stride=out.stride(1)).run()
     return lse
 
 
@@ -504,9 +469,9 @@ class _Attention(torch.autograd.Function):
     def backward(ctx, dout, _):
         q, k, v, out, lse = ctx.saved_tensors
         dq, dk, dv, delta = (torch.empty_like(u) for u in (q, k, v, lse))
-        rows = dict(dOut=_dense(dout), Lse=lse, Delta=delta)
-        query_launch(_dq_kernel, q, k, v, ctx.spans, ctx.pick("dq"), Out=out, dQ=dq, **rows).run()
-        key_launch(q, k, v, ctx.spans, ctx.pick("dkv"), dK=dk, dV=dv, **rows).run()
+        inputs, rows = (q, k, v, ctx.spans), dict(dOut=_dense(dout), Lse=lse, Delta=delta)
+        attention_launch(_dq_kernel, *inputs, ctx.pick("dq"), Out=out, dQ=dq, **rows).run()
+        attention_launch(_dkv_kernel, *inputs, ctx.pick("dkv"), dK=dk, dV=dv, **rows).run()
         return dq, dk, dv, None, None
 
 
@@ -526,33 +491,29 @@ def flash_attention(q: Tensor, k: Tensor, v: Tensor, spans: Tensor, out: Tensor 
     B, N, Hq, hd = q.shape
     magi.require(q.dtype in (torch.float32, torch.bfloat16, torch.float16), f"attention in {q.dtype}: use "
                  f"float32, bfloat16 or float16")
-    magi.require(hd % 16 == 0 and hd <= 128,
-                 f"head width {hd} must be a multiple of 16, at most 128: use the backend 'torch'")
-    magi.require(k.shape == v.shape, f"keys {tuple(k.shape)} and values {tuple(v.shape)} must be alike")
-    for u in (k, v):
-        magi.require(u.shape[0] == B and u.shape[3] == hd and u.shape[2] > 0 and Hq % u.shape[2] == 0
-                     and u.dtype == q.dtype and u.device == q.device,
-                     f"keys and values {tuple(u.shape)} {u.dtype} do not go with queries {tuple(q.shape)} "
-                     f"{q.dtype}")
-    magi.require(out is None or out.shape == q.shape and out.dtype == q.dtype and out.device == q.device,
-                 f"out {out if out is None else (tuple(out.shape), out.dtype)} must be as queries "
-                 f"{tuple(q.shape)} {q.dtype}")
+    magi.require(hd in (16, 32, 64, 128),
+                 f"head width {hd} must be 16, 32, 64 or 128: use the backend 'torch'")
+    magi.require(k.shape == v.shape and k.dtype == v.dtype and k.device == v.device,
+                 f"keys {_kind(k)} and values {_kind(v)} must be alike")
+    magi.require(k.shape[0] == B and k.shape[3] == hd and k.shape[2] > 0 and Hq % k.shape[2] == 0
+                 and k.dtype == q.dtype and k.device == q.device,
+                 f"keys and values {_kind(k)} do not go with queries {_kind(q)}")
+    magi.require(out is None or _kind(out) == _kind(q), f"out {'' if out is None else _kind(out)} must be as "
+                 f"queries {_kind(q)}")
     if q.numel() == 0:
         return magi.block_attention(q, k, v, spans, out), q.new_empty(Hq, B, N, dtype=torch.float32)
     rows = tuple(tuple(map(tuple, row)) for row in spans.tolist())
     table = partial(tiles_for, arch=arch_of(q.device), hd=hd, dtype=q.dtype)
     pick = (lambda kernel: tiles(kernel, table(kernel))) if tiles else table
     q, k, v = map(_dense, (q, k, v))
-    if torch.is_grad_enabled() and any(u.requires_grad for u in (q, k, v)):
+    if out is None or torch.is_grad_enabled() and any(u.requires_grad for u in (q, k, v)):
         result, lse = _Attention.apply(q, k, v, rows, pick)
         return result if out is None else out.copy_(result), lse
-    # a token's heads must be neighbours, and all tokens equally far apart
-    if out is not None and out.stride()[2:] == (hd, 1) and out.stride(1) >= Hq * hd and \
-            (B == 1 or out.stride(0) == N * out.stride(1)):
-        return out, _forward(q, k, v, rows, pick, out)
-    result = torch.empty_like(q)
-    lse = _forward(q, k, v, rows, pick, result)
-    return result if out is None else out.copy_(result), lse
+    # The kernel can write where a token's heads are neighbours, and all tokens are equally far apart.
+    even = out.stride(1) >= Hq * hd and (B == 1 or out.stride(0) == N * out.stride(1))
+    target = out if even and out.stride()[2:] == (hd, 1) else torch.empty_like(q)
+    lse = _forward(q, k, v, rows, pick, target)
+    return out if target is out else out.copy_(target), lse
 
 
 def block_attention(q: Tensor, k: Tensor, v: Tensor, spans: Tensor, out: Tensor | None = None,
@@ -599,8 +560,9 @@ def _quantise_kernel(X, Divide, X8, rows, width, T: tl.constexpr):
 
 @triton.jit
 def _fp8_kernel(X8, W8, Scale, Out, rows, cols, width, T: tl.constexpr):
-    """One tile of (x8 w8^T) * scale. Both operands are stored along the inner axis, as wgmma wants."""
-    # Programs that run together should share operands in the L2 cache: go down in bands of BAND tiles.
+    """One tile of (x8 w8^T) * scale. Both operands are stored along the inner axis, as tensor cores want."""
+    # Programs that run together should share operands in the L2 cache: go down in bands of BAND tiles, as in
+    # Triton's tutorial 3.
     pid, down, across = tl.program_id(0), tl.cdiv(rows, T.m), tl.cdiv(cols, T.n)
     band = pid // (BAND * across) * BAND
     high = tl.minimum(down - band, BAND)
@@ -631,8 +593,8 @@ def fp8_launch(x8: Tensor, weight: Tensor, scale: Tensor, out: Tensor, tiles: Ti
     (rows, width), cols = x8.shape, len(weight)
     tiles = tiles._replace(tma=tiles.tma and width % 16 == 0)                # rows must start at 16 bytes
     if tiles.tma:
-        x8, weight = (TensorDescriptor(u, list(u.shape), [width, 1], [block, tiles.k])
-                      for u, block in ((x8, tiles.m), (weight, tiles.n)))
+        x8 = TensorDescriptor.from_tensor(x8, [tiles.m, tiles.k])
+        weight = TensorDescriptor.from_tensor(weight, [tiles.n, tiles.k])
     args = dict(X8=x8, W8=weight, Scale=scale, Out=out, rows=rows, cols=cols, width=width, T=tiles)
     return Launch(_fp8_kernel, (triton.cdiv(rows, tiles.m) * triton.cdiv(cols, tiles.n),), tiles, args)
 
@@ -671,8 +633,8 @@ def fp8_matmul(x: Tensor, weight: Tensor, divide: Tensor, scale: Tensor, multipl
 # ----------------------------------------------------------------------------------------------------------
 # Norms, gates and rotations do a few operations per number, and an H100 can do some 40 (outside its tensor
 # cores) in the time it takes to fetch one from memory. Their cost is the bytes they move, and PyTorch moves
-# every intermediate twice. Per element of the activations, bf16 in and out (r read, w written; gates, angles
-# and norms are small beside x, and stay in the cache):
+# every intermediate twice. Per element, bf16 in and out (r read, w written; gates, angles and norms are small
+# beside x, and stay in the cache):
 #
 #     gated_residual   gate to all rows w4 · update to float32 r2 w4 · product r8 w4 · norm r4 w4 ·
 #                      x to float32 r2 w4 · sum r8 w4 · to bf16 r4 w2           54 bytes, in one pass  6
@@ -680,10 +642,9 @@ def fp8_matmul(x: Tensor, weight: Tensor, divide: Tensor, scale: Tensor, multipl
 #                      their sum r8 w4 · joined r4 w4 · to bf16 r4 w2           49 bytes, in one pass  4
 #     swiglu           silu r2 w2 · product r4 w2                               10 bytes, in one pass  6
 #
-# What a layer in bf16 moves outside products and attention, in bytes per token and channel of D, for four
-# chunks in flight and one in the cache (4.5B at 720x720: 48,600 tokens of 3,072; 24B at 720x1280: 86,400 of
-# 6,144). "Before": swiglu not fused, the results of both attentions joined and put in Wo's order, and the
-# cache read where it is. These are counts; the time they take has not been measured.
+# A whole layer, outside products and attention, in bytes per token and channel of D, for four chunks and one
+# in the cache (4.5B at 720x720: 48,600 tokens of 3,072; 24B at 720x1280: 86,400 of 6,144). Counts, not times.
+# "Before": swiglu not fused, both attentions' results joined and put in Wo's order, the cache read in place.
 #
 #                                                                                4.5B            24B
 #                                                                           before  after   before  after
@@ -697,10 +658,45 @@ def fp8_matmul(x: Tensor, weight: Tensor, divide: Tensor, scale: Tensor, multipl
 #     in GB                                                                   9.5    7.6     38.9   25.7
 
 
+class _Fused(torch.autograd.Function):
+    """Forward by a kernel; backward through the reference, computed again. These are memory-bound steps that
+    training spends little on, and one definition of their gradient is enough."""
+
+    @staticmethod
+    def forward(ctx, launch, reference, *tensors):
+        ctx.reference = reference
+        ctx.save_for_backward(*tensors)
+        launched = launch(*(u.contiguous() for u in tensors))
+        launched.run()
+        return launched.args["Out"]
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad):
+        tensors = [u.detach().requires_grad_(need)
+                   for u, need in zip(ctx.saved_tensors, ctx.needs_input_grad[2:], strict=True)]
+        with torch.enable_grad():
+            ctx.reference(*tensors).backward(grad)
+        return None, None, *(u.grad for u in tensors)
+
+
+def _fused(launch: Callable, reference: Callable, x: Tensor, norm: magi.LayerNorm1p, *others: Tensor
+           ) -> Tensor:
+    """launch(x, weight, bias, *others) of a kernel, in place of reference(x, norm, *others)."""
+    if x.numel() == 0:
+        return reference(x, norm, *others)
+
+    def again(x, weight, bias, *others):
+        as_norm = lambda u: F.layer_norm(u.to(weight.dtype), weight.shape, weight + 1, bias, norm.eps)
+        return reference(x, as_norm, *others)
+
+    return _Fused.apply(partial(launch, eps=norm.eps), again, x, norm.weight, norm.bias, *others)
+
+
 @triton.jit
 def _gated_residual_kernel(X, Gate, Update, Weight, Bias, Out, tokens, chunk, chunks, width, eps,
                            C: tl.constexpr):
-    """x + LN1(gate * update) of one token, in 6 bytes an element instead of 54. Grid: (B tokens,)."""
+    """x + LN1(gate * update) of one token. Grid: (B tokens,)."""
     token, cols = tl.program_id(0), tl.arange(0, C)
     mask, at = cols < width, token.to(tl.int64) * width + cols
     gate = token // tokens * chunks + token % tokens // chunk
@@ -713,11 +709,31 @@ def _gated_residual_kernel(X, Gate, Update, Weight, Bias, Out, tokens, chunk, ch
     tl.store(Out + at, (x + u).to(Out.dtype.element_ty), mask)
 
 
+def gated_residual_launch(x: Tensor, weight: Tensor, bias: Tensor, gate: Tensor, update: Tensor, eps: float
+                          ) -> Launch:
+    (B, N, D), n = x.shape, gate.shape[1]
+    args = dict(X=x, Gate=gate, Update=update, Weight=weight, Bias=bias, Out=torch.empty_like(x), tokens=N,
+                chunk=N // n, chunks=n, width=D, eps=eps, C=triton.next_power_of_2(D))
+    return Launch(_gated_residual_kernel, (B * N,), Tiles(1, D, warps=8), args)
+
+
+@torch.compiler.disable
+def gated_residual(x: Tensor, gate: Tensor, update: Tensor, norm: magi.LayerNorm1p) -> Tensor:
+    """magi.gated_residual: x + LN1(gate * update); x, update (B, N, D), gate (B, n, D), n dividing N."""
+    (B, N, D), n = x.shape, gate.shape[1]
+    magi.require(update.shape == x.shape and norm.weight.shape == (D,) and gate.shape == (B, n, D),
+                 f"gate {tuple(gate.shape)}, update {tuple(update.shape)} and norm {tuple(norm.weight.shape)}"
+                 f" do not go with x {tuple(x.shape)}")
+    magi.require(n > 0 and N % n == 0, f"{N} tokens do not divide into {n} chunks")
+    reference = lambda x, norm, gate, update: magi.gated_residual(x, gate, update, norm)
+    return _fused(gated_residual_launch, reference, x, norm, gate, update)
+
+
 @triton.jit
 def _norm_rotary_kernel(X, Weight, Bias, Angles, Out, rows, tokens, heads, eps, HD: tl.constexpr,
                         C: tl.constexpr, PAIRS: tl.constexpr, M: tl.constexpr):
-    """LN1, then rotation of the pairs (j, j + PAIRS), for all heads of M tokens, in 4 bytes an element
-    instead of 49. Without PAIRS, LN1 alone. Grid: (tiles,).
+    """LN1, then rotation of the pairs (j, j + PAIRS), for all heads of M tokens. Without PAIRS, LN1 alone.
+    Grid: (tiles,).
 
     PAIRS, 48 of 128, is no power of two, so halves cannot be cut out of a tile. Instead every column also
     loads its partner, which the first load has just brought into the cache. Norms of qx and kx are bf16: what
@@ -748,71 +764,13 @@ def _norm_rotary_kernel(X, Weight, Bias, Angles, Out, rows, tokens, heads, eps, 
         tl.store(Out + at + col, y.to(Out.dtype.element_ty), wide)
 
 
-@triton.jit
-def _swiglu_kernel(U, Out, width, C: tl.constexpr):
-    """silu(first half) * second half of a row, in 6 bytes an element. Grid: (rows, tiles of C columns)."""
-    row, col = tl.program_id(0).to(tl.int64), tl.program_id(1) * C + tl.arange(0, C)
-    a = tl.load(U + row * 2 * width + col, col < width, 0.0).to(tl.float32)
-    b = tl.load(U + row * 2 * width + width + col, col < width, 0.0).to(tl.float32)
-    a = (a * tl.sigmoid(a)).to(U.dtype.element_ty).to(tl.float32)            # PyTorch rounds here too
-    tl.store(Out + row * width + col, (a * b).to(Out.dtype.element_ty), col < width)
-
-
-def gated_residual_launch(x: Tensor, weight: Tensor, bias: Tensor, gate: Tensor, update: Tensor, eps: float
-                          ) -> Launch:
-    (B, N, D), n = x.shape, gate.shape[1]
-    args = dict(X=x, Gate=gate, Update=update, Weight=weight, Bias=bias, Out=torch.empty_like(x), tokens=N,
-                chunk=N // n, chunks=n, width=D, eps=eps, C=triton.next_power_of_2(D))
-    return Launch(_gated_residual_kernel, (B * N,), Tiles(1, D, warps=8), args)
-
-
-def norm_rotary_launch(x: Tensor, weight: Tensor, bias: Tensor, angles: Tensor | None, eps: float) -> Launch:
+def norm_rotary_launch(x: Tensor, weight: Tensor, bias: Tensor, angles: Tensor | None = None,
+                       eps: float = 1e-6) -> Launch:
     (B, N, heads, hd), tiles = x.shape, Tiles(8, x.shape[3])
     pairs, angles = (0, weight) if angles is None else (angles.shape[1], angles)         # without: never read
     args = dict(X=x, Weight=weight, Bias=bias, Angles=angles, Out=torch.empty_like(x), rows=B * N, tokens=N,
                 heads=heads, eps=eps, HD=hd, C=triton.next_power_of_2(hd), PAIRS=pairs, M=tiles.m)
     return Launch(_norm_rotary_kernel, (triton.cdiv(B * N, tiles.m),), tiles, args)
-
-
-def swiglu_launch(u: Tensor) -> Launch:
-    width, tiles = u.shape[-1] // 2, Tiles(1, 1024)
-    args = dict(U=u, Out=u.new_empty(*u.shape[:-1], width), width=width, C=tiles.n)
-    return Launch(_swiglu_kernel, (u.numel() // (2 * width), triton.cdiv(width, tiles.n)), tiles, args)
-
-
-class _Fused(torch.autograd.Function):
-    """Forward by a kernel; backward through the reference, computed again. These are memory-bound steps that
-    training spends little on, and one definition of their gradient is enough."""
-
-    @staticmethod
-    def forward(ctx, launch, reference, *tensors):
-        ctx.reference = reference
-        ctx.save_for_backward(*tensors)
-        launched = launch(*(None if u is None else u.contiguous() for u in tensors))
-        launched.run()
-        return launched.args["Out"]
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx, grad):
-        tensors = [None if u is None else u.detach().requires_grad_(need)
-                   for u, need in zip(ctx.saved_tensors, ctx.needs_input_grad[2:], strict=True)]
-        with torch.enable_grad():
-            ctx.reference(*tensors).backward(grad)
-        return None, None, *(None if u is None else u.grad for u in tensors)
-
-
-def _fused(launch: Callable, reference: Callable, norm: magi.LayerNorm1p, x: Tensor, *others: Tensor | None
-           ) -> Tensor:
-    """launch(x, weight, bias, *others) of a kernel, and reference(x, norm, *others) where it ends."""
-    if x.numel() == 0:
-        return reference(x, norm, *others)
-
-    def again(x, weight, bias, *others):
-        as_norm = lambda u: F.layer_norm(u.to(weight.dtype), weight.shape, weight + 1, bias, norm.eps)
-        return reference(x, as_norm, *others)
-
-    return _Fused.apply(partial(launch, eps=norm.eps), again, x, norm.weight, norm.bias, *others)
 
 
 @torch.compiler.disable
@@ -823,19 +781,24 @@ def norm_rotary(x: Tensor, norm: magi.LayerNorm1p, angles: Tensor | None) -> Ten
     magi.require(norm.weight.shape == x.shape[3:] and turns[0] == x.shape[1] and 2 * turns[1] <= x.shape[3],
                  f"norm {tuple(norm.weight.shape)} and angles {turns} do not go with x {tuple(x.shape)}: "
                  f"angles need a row per token")
-    return _fused(norm_rotary_launch, magi.norm_rotary, norm, x, angles)
+    reference = lambda x, norm, angles=None: magi.norm_rotary(x, norm, angles)
+    return _fused(norm_rotary_launch, reference, x, norm, *[] if angles is None else [angles])
 
 
-@torch.compiler.disable
-def gated_residual(x: Tensor, gate: Tensor, update: Tensor, norm: magi.LayerNorm1p) -> Tensor:
-    """magi.gated_residual: x + LN1(gate * update); x, update (B, N, D), gate (B, n, D), n dividing N."""
-    (B, N, D), n = x.shape, gate.shape[1]
-    magi.require(update.shape == x.shape and norm.weight.shape == (D,) and gate.shape == (B, n, D),
-                 f"gate {tuple(gate.shape)}, update {tuple(update.shape)} and norm {tuple(norm.weight.shape)}"
-                 f" do not go with x {tuple(x.shape)}")
-    magi.require(n > 0 and N % n == 0, f"{N} tokens do not divide into {n} chunks")
-    reference = lambda x, norm, gate, update: magi.gated_residual(x, gate, update, norm)
-    return _fused(gated_residual_launch, reference, norm, x, gate, update)
+@triton.jit
+def _swiglu_kernel(U, Out, width, C: tl.constexpr):
+    """silu(first half) * second half of a row. Grid: (rows, tiles of C columns)."""
+    row, col = tl.program_id(0).to(tl.int64), tl.program_id(1) * C + tl.arange(0, C)
+    a = tl.load(U + row * 2 * width + col, col < width, 0.0).to(tl.float32)
+    b = tl.load(U + row * 2 * width + width + col, col < width, 0.0).to(tl.float32)
+    a = (a * tl.sigmoid(a)).to(U.dtype.element_ty).to(tl.float32)            # PyTorch rounds here too
+    tl.store(Out + row * width + col, (a * b).to(Out.dtype.element_ty), col < width)
+
+
+def swiglu_launch(u: Tensor) -> Launch:
+    width, tiles = u.shape[-1] // 2, Tiles(1, 1024)
+    args = dict(U=u, Out=u.new_empty(*u.shape[:-1], width), width=width, C=tiles.n)
+    return Launch(_swiglu_kernel, (u.numel() // (2 * width), triton.cdiv(width, tiles.n)), tiles, args)
 
 
 @torch.compiler.disable
@@ -855,27 +818,26 @@ TRITON_OPS = magi.Ops(name="triton", attention=attention, block_attention=block_
 # A tile that stays on chip is read once however many tiles stream past it, so tiles should be large; but they
 # must fit into registers and into shared memory (227 KiB on sm_90 and sm_100, 99 KiB on sm_89 and sm_120,
 # 64 KiB on gfx942). What does not fit into registers *spills*: it goes to memory and back. Of the sizes that
-# spill nothing, by what the compiler says (--compile), these are the largest; none has been timed yet.
+# spill nothing, by what the compiler says (--compile), these are the largest; none has been timed yet, and
+# AMD's two have never been seen running.
 #
 #   forward  sm_90 and sm_100 multiply from shared memory (wgmma, tcgen05), so 128 x 128 leaves registers for
-#            the scores; a step has 64 exponentials a thread to 16 matrix instructions of a warp group. sm_89
-#            and sm_120 multiply from registers: half the keys per step, and three stages fit into 99 KiB.
+#            the scores. sm_89 and sm_120 multiply from registers: half the keys per step.
 #   dq       holds two tiles, q and do, and needs k twice: half the keys of the forward.
 #   dkv      holds four (k, v, dk, dv), two of them in float32. At head width 128 sm_90 spills if it
 #            prefetches (2 stages) with 128 keys. 64 x 128 without it takes some 2,000 cycles of matrix
 #            products a step and bares some 1,000 of latency; 32 x 64 with it is held up by its 300 other
-#            instructions, for a quarter of the work. sm_100 keeps its sums outside the registers, and
-#            prefetches with 64 x 64.
+#            instructions, for a quarter of the work. sm_100 keeps its sums outside the registers.
 #   stages   with the copy engine 2 mean one buffer each for k and v, so that a load overlaps nothing: 3.
 #   rest     half a tile in the forward and dq, or what a chunk of 12,150 leaves, 118 keys, takes 8 steps.
 #            Loads at an edge go through registers: in dkv, and with full tiles, they are what spills.
-#   float32  is split into bf16 parts (`_shared_args`), which doubles every operand: small squares.
+#   float32  is split into bf16 parts, which doubles every operand: small squares.
 #   fp8      every 128 terms a partial sum moves on sm_90 (section 5), which takes a second set of
-#            accumulators: 128 x 256 spills (50 times), 128 x 128 does not. sm_100 has memory of its own for
-#            sums, so 256 columns fit. 99 KiB: inner steps of 64.
+#            accumulators: 128 x 256 spills, 128 x 128 does not. sm_100 has memory of its own for sums, so 256
+#            columns fit. 99 KiB: inner steps of 64.
 #
-# What streams past once (section 6, quantising) needs only enough bytes in flight: its tiles are written
-# where it is launched. AMD's two are compiled, never seen running.
+# What streams past once (section 6, quantising) needs only enough bytes in flight: its tiles stand where it
+# is launched.
 
 # fmt: off
 ATTENTION_TILES = {    # kernel and head width at most: m, n, warps, stages
@@ -899,14 +861,13 @@ def tiles_for(kernel: str, arch: int, hd: int = 0, dtype: torch.dtype = torch.bf
         return Tiles(16, 16, 16)
     if kernel == "fp8":
         return FP8_TILES[COLUMN[arch]]
-    width = triton.next_power_of_2(hd)
-    table, tma = max(64, width), arch in (90, 100, 120) and hd == width
+    width, tma = max(64, hd), arch in (90, 100, 120)
     if dtype == torch.float32:
-        side = 2048 // table
-        warps = 8 if arch < 900 and (kernel == "dkv" or kernel == "dq" and table == 64) else 4
-        return Tiles(side, side, 0, warps, 1, tma)
-    m, n, warps, stages = ATTENTION_TILES[f"{kernel} {table}"][COLUMN[arch]]
-    return Tiles(m, n, 0, warps, stages, tma, 16 if kernel == "dkv" else max(16, n // 2))
+        side = 2048 // width
+        more = arch < 900 and (kernel == "dkv" or kernel == "dq" and width == 64)
+        return Tiles(side, side, warps=8 if more else 4, stages=1, tma=tma)
+    m, n, warps, stages = ATTENTION_TILES[f"{kernel} {width}"][COLUMN[arch]]
+    return Tiles(m, n, 0, warps, stages, tma, rest=16 if kernel == "dkv" else max(16, n // 2))
 
 
 def _forward_only(change: Callable[[Tiles], Tiles]) -> Callable[[str, Tiles], Tiles]:
