@@ -362,8 +362,8 @@ def _dq_kernel(Q, K, V, K_tma, V_tma, Out, dOut, Lse, Delta, dQ, Plan, Runs, tok
     key, count = tl.load(Runs + run * 2), tl.load(Runs + run * 2 + 1)
     keys = Matrix(K, K_tma, kv * T.hd, k_stride)
     values = Matrix(V, V_tma, kv * T.hd, k_stride)
-    q = _tile(Matrix(Q, Q, head * T.hd, q_stride), row, left, T.m, True, T)              # (m, hd), like do
-    do = _tile(Matrix(dOut, dOut, head * T.hd, q_stride), row, left, T.m, True, T)       # and out
+    q = _tile(Matrix(Q, Q, head * T.hd, q_stride), row, left, T.m, True, T)              # these are (m, hd)
+    do = _tile(Matrix(dOut, dOut, head * T.hd, q_stride), row, left, T.m, True, T)
     out = _tile(Matrix(Out, Out, head * T.hd, q_stride), row, left, T.m, True, T)
     delta = tl.sum(out.to(tl.float32) * do.to(tl.float32), 1)
     rows = tl.arange(0, T.m)
@@ -399,7 +399,7 @@ def _dkv_kernel(Q, K, V, dOut, Q_tma, dOut_tma, Lse, Delta, dK, dV, Plan, Runs, 
     """dk and dv of one tile of keys. Grid: (tiles, Hkv)."""
     kv = tl.program_id(1)
     row, left, first, number = _entry(Plan, tl.program_id(0))
-    k = _tile(Matrix(K, K, kv * T.hd, k_stride), row, left, T.n, True, T)                # (n, hd), like v
+    k = _tile(Matrix(K, K, kv * T.hd, k_stride), row, left, T.n, True, T)                # these are (n, hd)
     v = _tile(Matrix(V, V, kv * T.hd, k_stride), row, left, T.n, True, T)
     dk, dv = tl.zeros(k.shape, tl.float32), tl.zeros(k.shape, tl.float32)
     for i in range(number * T.group):                                        # each run, each query head
@@ -503,7 +503,7 @@ def flash_attention(q: Tensor, k: Tensor, v: Tensor, spans: Tensor, out: Tensor 
     if q.numel() == 0:
         return magi.block_attention(q, k, v, spans, out), q.new_empty(Hq, B, N, dtype=torch.float32)
     rows = tuple(tuple(map(tuple, row)) for row in spans.tolist())
-    table = partial(tiles_for, arch=arch_of(q.device), hd=hd, dtype=q.dtype)
+    table = partial(tiles_for, arch=arch_of(q.device), hd=hd, dtype=q.dtype)             # kernel -> Tiles
     pick = (lambda kernel: tiles(kernel, table(kernel))) if tiles else table
     q, k, v = map(_dense, (q, k, v))
     if out is None or torch.is_grad_enabled() and any(u.requires_grad for u in (q, k, v)):
