@@ -133,9 +133,7 @@ class Launch(NamedTuple):
 @lru_cache
 def arch_of(device: torch.device | str) -> int:
     """Which column of section 7 fits a device: 89, 90, 100, 120, 942, 950; 0 for Triton's interpreter.
-
-    Raises ValueError if there is none, with what is missing.
-    """
+    Raises ValueError if there is none, with what is missing."""
     device = torch.device(device)
     if INTERPRETED and device.type != "cuda":
         return 0
@@ -161,6 +159,12 @@ def _dense(u: Tensor) -> Tensor:
 def _kind(u: Tensor) -> str:
     """What a message says of a tensor."""
     return f"{tuple(u.shape)} {u.dtype} on {u.device}"
+
+
+def _require_head_width(hd: int) -> None:
+    """The sides of Triton's tiles are powers of two, and matrix products take 16 or more."""
+    magi.require(hd in (16, 32, 64, 128),
+                 f"head width {hd} must be 16, 32, 64 or 128: use the backend 'torch'")
 
 
 class Matrix(NamedTuple):
@@ -274,8 +278,8 @@ def _plan_on(device: torch.device, *args: Any) -> list[Tensor]:
 # head's begin: keys and values of five chunks are 31 MB for one head, 249 MB for all, and the H100's L2 has
 # 50 MB.
 #
-# The result may go straight into a given `out`: self- and cross-attention of a layer write side by side into
-# one buffer (B, N, 2 Hq hd), which the output projection reads as it is.
+# Self- and cross-attention of a layer write side by side into one buffer (B, N, 2 Hq hd), which the output
+# projection reads as it is. Hence `out`, and its own stride.
 
 LOG2E = tl.constexpr(math.log2(math.e))        # the hardware has 2^x, not e^x
 LN2 = tl.constexpr(math.log(2))
@@ -491,8 +495,7 @@ def flash_attention(q: Tensor, k: Tensor, v: Tensor, spans: Tensor, out: Tensor 
     B, N, Hq, hd = q.shape
     magi.require(q.dtype in (torch.float32, torch.bfloat16, torch.float16), f"attention in {q.dtype}: use "
                  f"float32, bfloat16 or float16")
-    magi.require(hd in (16, 32, 64, 128),
-                 f"head width {hd} must be 16, 32, 64 or 128: use the backend 'torch'")
+    _require_head_width(hd)
     magi.require(k.shape == v.shape and k.dtype == v.dtype and k.device == v.device,
                  f"keys {_kind(k)} and values {_kind(v)} must be alike")
     magi.require(k.shape[0] == B and k.shape[3] == hd and k.shape[2] > 0 and Hq % k.shape[2] == 0
@@ -731,7 +734,7 @@ def gated_residual(x: Tensor, gate: Tensor, update: Tensor, norm: magi.LayerNorm
 
 @triton.jit
 def _norm_rotary_kernel(X, Weight, Bias, Angles, Out, rows, tokens, heads, eps, HD: tl.constexpr,
-                        C: tl.constexpr, PAIRS: tl.constexpr, M: tl.constexpr):
+                        PAIRS: tl.constexpr, M: tl.constexpr):
     """LN1, then rotation of the pairs (j, j + PAIRS), for all heads of M tokens. Without PAIRS, LN1 alone.
     Grid: (tiles,).
 
@@ -739,29 +742,27 @@ def _norm_rotary_kernel(X, Weight, Bias, Angles, Out, rows, tokens, heads, eps, 
     loads its partner, which the first load has just brought into the cache. Norms of qx and kx are bf16: what
     PyTorch rounds to the type of the weights, 1 + weight and the result, is rounded here too.
     """
-    row, col = tl.program_id(0) * M + tl.arange(0, M)[:, None], tl.arange(0, C)[None, :]
-    wide = (row < rows) & (col < HD)
+    row, col = tl.program_id(0) * M + tl.arange(0, M)[:, None], tl.arange(0, HD)[None, :]
     TYPE: tl.constexpr = Weight.dtype.element_ty
-    weight = (tl.load(Weight + col, col < HD, 0.0).to(tl.float32) + 1).to(TYPE).to(tl.float32)
-    bias = tl.load(Bias + col, col < HD, 0.0).to(tl.float32)
+    weight = (tl.load(Weight + col).to(tl.float32) + 1).to(TYPE).to(tl.float32)
+    bias = tl.load(Bias + col).to(tl.float32)
     if PAIRS > 0:
         turns = (row < rows) & (col < 2 * PAIRS)
         partner = tl.where(col < PAIRS, col + PAIRS, tl.where(col < 2 * PAIRS, col - PAIRS, col))
         angle = tl.load(Angles + row % tokens * PAIRS + col % PAIRS, turns, 0.0)         # 0: no rotation
         cos, sin = tl.cos(angle), tl.where(col < PAIRS, -tl.sin(angle), tl.sin(angle))
-        weight_p = tl.load(Weight + partner, col < HD, 0.0) + 1
-        bias_p = tl.load(Bias + partner, col < HD, 0.0)
+        weight_p, bias_p = tl.load(Weight + partner) + 1, tl.load(Bias + partner)
     for head in range(heads):
         at = (row.to(tl.int64) * heads + head) * HD
-        x = tl.load(X + at + col, wide, 0.0).to(TYPE).to(tl.float32)
+        x = tl.load(X + at + col, row < rows, 0.0).to(TYPE).to(tl.float32)
         mean = tl.sum(x, 1)[:, None] / HD
-        x = tl.where(col < HD, x - mean, 0.0)
+        x -= mean
         scale = tl.rsqrt(tl.sum(x * x, 1)[:, None] / HD + eps)
         y = (x * scale * weight + bias).to(TYPE)
         if PAIRS > 0:
-            x_p = tl.load(X + at + partner, wide, 0.0).to(tl.float32) - mean
+            x_p = tl.load(X + at + partner, row < rows, 0.0).to(tl.float32) - mean
             y = y * cos + (x_p * scale * weight_p + bias_p).to(TYPE) * sin
-        tl.store(Out + at + col, y.to(Out.dtype.element_ty), wide)
+        tl.store(Out + at + col, y.to(Out.dtype.element_ty), row < rows)
 
 
 def norm_rotary_launch(x: Tensor, weight: Tensor, bias: Tensor, angles: Tensor | None = None,
@@ -769,7 +770,7 @@ def norm_rotary_launch(x: Tensor, weight: Tensor, bias: Tensor, angles: Tensor |
     (B, N, heads, hd), tiles = x.shape, Tiles(8, x.shape[3])
     pairs, angles = (0, weight) if angles is None else (angles.shape[1], angles)         # without: never read
     args = dict(X=x, Weight=weight, Bias=bias, Angles=angles, Out=torch.empty_like(x), rows=B * N, tokens=N,
-                heads=heads, eps=eps, HD=hd, C=triton.next_power_of_2(hd), PAIRS=pairs, M=tiles.m)
+                heads=heads, eps=eps, HD=hd, PAIRS=pairs, M=tiles.m)
     return Launch(_norm_rotary_kernel, (triton.cdiv(B * N, tiles.m),), tiles, args)
 
 
@@ -777,12 +778,13 @@ def norm_rotary_launch(x: Tensor, weight: Tensor, bias: Tensor, angles: Tensor |
 def norm_rotary(x: Tensor, norm: magi.LayerNorm1p, angles: Tensor | None) -> Tensor:
     """magi.norm_rotary: x (B, N, heads, hd), angles (N, 3 hd/8) float32 -> LN1, rotated, like x. Without
     angles, LN1 alone."""
+    _require_head_width(x.shape[3])
     turns = (x.shape[1], 0) if angles is None else tuple(angles.shape)
     magi.require(norm.weight.shape == x.shape[3:] and turns[0] == x.shape[1] and 2 * turns[1] <= x.shape[3],
                  f"norm {tuple(norm.weight.shape)} and angles {turns} do not go with x {tuple(x.shape)}: "
                  f"angles need a row per token")
     reference = lambda x, norm, angles=None: magi.norm_rotary(x, norm, angles)
-    return _fused(norm_rotary_launch, reference, x, norm, *[] if angles is None else [angles])
+    return _fused(norm_rotary_launch, reference, x, norm, *([] if angles is None else [angles]))
 
 
 @triton.jit
@@ -824,10 +826,8 @@ TRITON_OPS = magi.Ops(name="triton", attention=attention, block_attention=block_
 #   forward  sm_90 and sm_100 multiply from shared memory (wgmma, tcgen05), so 128 x 128 leaves registers for
 #            the scores. sm_89 and sm_120 multiply from registers: half the keys per step.
 #   dq       holds two tiles, q and do, and needs k twice: half the keys of the forward.
-#   dkv      holds four (k, v, dk, dv), two of them in float32. At head width 128 sm_90 spills if it
-#            prefetches (2 stages) with 128 keys. 64 x 128 without it takes some 2,000 cycles of matrix
-#            products a step and bares some 1,000 of latency; 32 x 64 with it is held up by its 300 other
-#            instructions, for a quarter of the work. sm_100 keeps its sums outside the registers.
+#   dkv      holds four (k, v, dk, dv), two of them in float32. At head width 128 sm_90 spills if it loads
+#            ahead with 128 keys, so it does not (1 stage). sm_100 keeps its sums outside the registers.
 #   stages   with the copy engine 2 mean one buffer each for k and v, so that a load overlaps nothing: 3.
 #   rest     half a tile in the forward and dq, or what a chunk of 12,150 leaves, 118 keys, takes 8 steps.
 #            Loads at an edge go through registers: in dkv, and with full tiles, they are what spills.

@@ -120,6 +120,7 @@ def test_fused_steps_refuse_shapes_by_name_before_a_launch(monkeypatch):
         ),
         (lambda: kernels.norm_rotary(heads, norm(16), torch.zeros(5, 9)), r"angles \(5, 9\)"),
         (lambda: kernels.norm_rotary(heads, norm(32), None), r"norm \(32,\)"),
+        (lambda: kernels.norm_rotary(torch.zeros(1, 5, 2, 48), norm(48), None), "head width 48 must be 16"),
         (
             lambda: kernels.gated_residual(x, torch.zeros(1, 4, 32), x, norm(32)),
             "6 tokens do not divide into 4",
@@ -257,10 +258,10 @@ def test_gradients_pass_through_a_shared_buffer():
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_norm_without_angles_rounds_as_the_reference(dtype):
-    norm = magi.LayerNorm1p(48, dtype=dtype)
+    norm = magi.LayerNorm1p(64, dtype=dtype)
     for p in norm.parameters():
         torch.nn.init.normal_(p, std=0.3)
-    x = tensors((2, 5, 3, 96), dtype=torch.bfloat16)[0][..., :48]  # interleaved, as keys of the text are
+    x = tensors((2, 5, 3, 128), dtype=torch.bfloat16)[0][..., :64]  # interleaved, as keys of the text are
     ours, expected = kernels.norm_rotary(x, norm, None), magi.norm_rotary(x, norm, None)
     assert ours.dtype == expected.dtype == torch.bfloat16
     assert (ours != expected).float().mean() < 0.01  # where two float32 sums fall on two sides of a tie
