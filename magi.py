@@ -730,46 +730,31 @@ def check_tokens(cfg: SamplerConfig, table: dict[str, Tensor], width: int, num_c
 
 
 class KVCache:
-    """Keys and values of clean chunks, joined in order: they are written once and read in every step, so the
-    copying is done when a chunk comes or goes, and reading is a view. The plan decides what is forgotten."""
+    """Keys and values of clean chunks. Each layer writes and reads its own; the plan says what to forget."""
 
     def __init__(self):
-        self.chunks: list[int] = []                              # what every layer holds, rising
-        self.kv: dict[int, tuple[Tensor, Tensor]] = {}           # layer -> k and v, (B, tokens, Hkv, hd)
+        self.kv: dict[int, dict[int, tuple[Tensor, Tensor]]] = {}    # chunk -> layer -> k and v
 
-    def between(self, first: float, before: float) -> list[int]:
-        """The stored chunks from `first` on that are older than `before`."""
-        return [chunk for chunk in self.chunks if first <= chunk < before]
+    @property
+    def chunks(self) -> list[int]:
+        """What is stored, in the order of the video."""
+        return list(self.kv)
 
-    def read(self, layer: int, first: float, before: float) -> tuple[Tensor, Tensor] | None:
-        """k and v of the same chunks, (B, tokens, Hkv, hd); None if there are none."""
-        count = len(self.between(first, before))
-        if count == 0:
-            return None
-        k, v = self.kv[layer]
-        size = k.shape[1] // len(self.chunks)                    # tokens of a chunk
-        start = len(self.between(-math.inf, first)) * size
-        return k[:, start : start + count * size], v[:, start : start + count * size]
+    def read(self, layer: int, chunks: Sequence[int]) -> list[tuple[Tensor, Tensor]]:
+        """k and v of these chunks, each (B, tokens of a chunk, Hkv, hd)."""
+        return [self.kv[chunk][layer] for chunk in chunks]
 
-    def write(self, layer: int, k: Tensor, v: Tensor) -> None:
-        """Append keys and values. They are copied: a view would keep those of the whole forward in memory.
-        DiT.forward adds to `chunks` when all layers have written."""
-        old = self.kv.get(layer, (k[:, :0], v[:, :0]))
-        self.kv[layer] = torch.cat([old[0], k], dim=1), torch.cat([old[1], v], dim=1)
+    def write(self, layer: int, chunk: int, k: Tensor, v: Tensor) -> None:
+        """Store a copy: a view would keep the keys of the whole forward in memory."""
+        self.kv.setdefault(chunk, {})[layer] = k.clone(), v.clone()
 
-    def evict(self, before: float) -> None:
+    def evict(self, before: int) -> None:
         """Drop the chunks older than `before`."""
-        old = len(self.between(-math.inf, before))
-        if old == 0:
-            return
-        for layer, (k, v) in self.kv.items():
-            end = old * (k.shape[1] // len(self.chunks))
-            self.kv[layer] = k[:, end:].clone(), v[:, end:].clone()
-        del self.chunks[:old]
+        self.kv = {chunk: layers for chunk, layers in self.kv.items() if chunk >= before}
 
     @property
     def bytes(self) -> int:
-        return sum(u.numel() * u.element_size() for kv in self.kv.values() for u in kv)
+        return sum(u.nbytes for layers in self.kv.values() for kv in layers.values() for u in kv)
 
 
 def key_spans(chunks: Sequence[int], first_seen: Sequence[int] | Tensor, axis: Sequence[int], size: int
@@ -811,8 +796,8 @@ class Context:
     text: Tensor                   # (all texts end to end, D)
     text_spans: Tensor             # (1, B*n, 2) which of them are each chunk's own
     chunks: list[int]              # absolute index of each chunk
-    first: int                     # the oldest chunk that any of them reads
     cache: KVCache | None
+    cached: list[int]              # chunks that are read from the cache
     store: int                     # how many leading chunks are clean: their keys go to the cache
 
 
@@ -875,15 +860,13 @@ class CachedAttention(nn.Module):
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor, ctx: Context, out: Tensor | None = None) -> Tensor:
         """q (B, N, Hq, hd), k and v (B, N, Hkv, hd) -> (B, N, Hq, hd), written to `out` if that is given."""
-        cache = ctx.cache
-        if cache is None:
-            return ctx.ops.block_attention(q, k, v, ctx.spans, out)
-        cached = cache.read(self.index, ctx.first, ctx.chunks[0])
-        if ctx.store:
-            clean = ctx.store * (k.shape[1] // len(ctx.chunks))              # their tokens
-            cache.write(self.index, k[:, :clean], v[:, :clean])
-        if cached is not None:
-            k, v = torch.cat([cached[0], k], dim=1), torch.cat([cached[1], v], dim=1)
+        size = k.shape[1] // len(ctx.chunks)                                 # tokens of a chunk
+        for i in range(ctx.store):
+            clean = slice(i * size, (i + 1) * size)
+            ctx.cache.write(self.index, ctx.chunks[i], k[:, clean], v[:, clean])
+        if ctx.cached:
+            cached_k, cached_v = zip(*ctx.cache.read(self.index, ctx.cached), strict=True)
+            k, v = torch.cat([*cached_k, k], dim=1), torch.cat([*cached_v, v], dim=1)
         return ctx.ops.block_attention(q, k, v, ctx.spans, out)
 
 
@@ -1058,10 +1041,11 @@ class DiT(nn.Module):
                 f"latent (T, H, W) = {(T, H, W)} does not divide into {n} chunks of {p}x{p} patches, "
                 f"at least 2x2")
         chunks = list(range(n)) if chunks is None else list(chunks)
+        stored = [] if cache is None else [chunk for chunk in cache.chunks if chunk < chunks[0]]
         if first_seen is None:
-            first_seen = [min(chunks if cache is None else [*cache.chunks, *chunks])] * n
+            first_seen = [min(stored + chunks)] * n
         first = int(torch.as_tensor(first_seen).min())
-        cached = cache.between(first, chunks[0]) if cache is not None else []
+        cached = [chunk for chunk in stored if chunk >= first]
         frames = [chunk * (T // n) + i for chunk in chunks for i in range(T // n)]      # of the whole video
         packed, text_spans = pack(text, text_mask)
         conditional = torch.as_tensor(conditional, device=x.device).expand(B, n)
@@ -1073,13 +1057,11 @@ class DiT(nn.Module):
             spans=key_spans(chunks, first_seen, cached + chunks, (T // n) * (H // p) * (W // p)),
             text=F.silu(self.text_proj(packed.float())).to(dtype),
             text_spans=text_spans,
-            chunks=chunks, first=first, cache=cache, store=store,
+            chunks=chunks, cache=cache, cached=cached, store=store,
         )
         tokens = self.patchify(x)
         for layer in self.layers:
             tokens = layer(tokens, ctx)
-        if store:
-            cache.chunks += chunks[:store]
         return self.unpatchify(tokens, T, H)
 
 

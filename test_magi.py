@@ -180,10 +180,9 @@ def test_block_attention_is_masked_attention():
     cached = torch.randn(2, 3, 4, 8), torch.randn(2, 3, 4, 8)
     spans = torch.tensor([[0, 6], [6, 9], [3, 12], [9, 15]])
     cache = magi.KVCache()
-    cache.write(0, *cached)
-    cache.chunks += [1]  # three tokens, of the chunk before 2..5
+    cache.write(0, 1, *cached)  # three tokens, of the chunk before 2..5
     ctx = SimpleNamespace(ops=magi.TORCH_OPS, spans=spans[None], cache=cache)
-    ctx.chunks, ctx.first, ctx.store = [2, 3, 4, 5], 1, 0
+    ctx.chunks, ctx.cached, ctx.store = [2, 3, 4, 5], [1], 0
     out = magi.CachedAttention(0)(q, k, v, ctx)
     ctx.spans = spans.expand(2, -1, -1)
     torch.testing.assert_close(magi.CachedAttention(0)(q, k, v, ctx), out)
@@ -230,7 +229,7 @@ def test_cached_equals_uncached():
     whole = dit(x, t, texts, masks, first_seen=[0, 0, 0])
     store = magi.KVCache()
     dit(x[:, :, :6], t[:, :1], texts[:, :1], masks[:, :1], chunks=[0], cache=store, store=1)
-    assert store.chunks == [0] and store.kv.keys() == {0, 1}
+    assert store.chunks == [0] and store.kv[0].keys() == {0, 1}
     rest = dit(
         x[:, :, 6:], t[:, 1:], texts[:, 1:], masks[:, 1:], chunks=[1, 2], first_seen=[0, 0], cache=store
     )
@@ -317,42 +316,41 @@ def test_cache_does_not_grow_with_the_video(ranges, window, kept):
     assert peak[6] == peak[24] == kept * one_chunk
 
 
-def write(cache: magi.KVCache, chunk: int, k: torch.Tensor, v: torch.Tensor) -> None:
-    """Store a chunk in a cache of one layer, as a forward does."""
-    cache.write(0, k, v)
-    cache.chunks.append(chunk)
+def storage(cache: magi.KVCache) -> int:
+    """Bytes that the cache keeps in memory, whatever its tensors are views of."""
+    tensors = [u for layers in cache.kv.values() for kv in layers.values() for u in kv]
+    return sum({u.untyped_storage().data_ptr(): u.untyped_storage().nbytes() for u in tensors}.values())
 
 
 def test_evicted_chunks_are_freed():
     cache = magi.KVCache()
     for i in range(3):
-        write(cache, i, torch.randn(1, 5, 2, 8), torch.randn(1, 5, 2, 8))
+        cache.write(0, i, torch.randn(1, 5, 2, 8), torch.randn(1, 5, 2, 8))
     cache.evict(2)
-    assert sum(u.untyped_storage().nbytes() for u in cache.kv[0]) == cache.bytes == 2 * 5 * 2 * 8 * 4
+    assert storage(cache) == cache.bytes == 2 * 5 * 2 * 8 * 4
 
 
-def test_the_cache_gives_views():
+def test_the_cache_gives_back_what_was_written_without_a_copy():
     torch.manual_seed(5)
     cache, chunks = magi.KVCache(), torch.randn(4, 2, 3, 1, 8)
     for i, u in enumerate(chunks):
-        write(cache, i, u, -u)
-    k, v = cache.read(0, 0, before=3)
-    assert torch.equal(k, torch.cat([*chunks[:3]], 1)) and torch.equal(v, -k)
-    assert k.data_ptr() == cache.kv[0][0].data_ptr() and cache.between(-math.inf, 3) == [0, 1, 2]
-    k, v = cache.read(0, 1, before=3)  # from the first chunk that is asked for
-    assert torch.equal(k, torch.cat([*chunks[1:3]], 1)) and torch.equal(v, -k)
-    assert k.untyped_storage().data_ptr() == cache.kv[0][0].untyped_storage().data_ptr()
+        for layer in range(2):
+            cache.write(layer, i, u + layer, -u)
+    assert cache.chunks == [0, 1, 2, 3] and cache.bytes == 2 * 2 * 4 * chunks.numel()
+    kv = cache.read(1, [1, 2])
+    assert len(kv) == 2 and all(k is cache.kv[i][1][0] for i, (k, _) in enumerate(kv, start=1))
+    assert all(torch.equal(k, chunks[i] + 1) and torch.equal(v, -chunks[i]) for i, (k, v) in enumerate(kv, 1))
     cache.evict(2)
-    assert cache.chunks == [2, 3] and cache.bytes == 2 * 4 * chunks[2:].numel()
-    assert torch.equal(cache.read(0, 0, before=3)[0], chunks[2]) and cache.read(0, 0, before=2) is None
+    assert cache.chunks == [2, 3] and cache.bytes == 2 * 2 * 4 * chunks[2:].numel()
+    assert torch.equal(cache.read(0, [2])[0][0], chunks[2])
     cache.evict(9)
-    assert cache.chunks == [] and cache.bytes == 0 and cache.read(0, 0, before=9) is None
+    assert cache.chunks == [] and cache.bytes == 0 and cache.read(0, []) == []
 
 
 def test_what_is_written_does_not_keep_the_forward_in_memory():
     cache, whole = magi.KVCache(), torch.randn(1, 60, 2, 8)
-    write(cache, 0, whole[:, :5], whole[:, :5])
-    assert [u.untyped_storage().nbytes() for u in cache.kv[0]] == [5 * 2 * 8 * 4] * 2
+    cache.write(0, 0, whole[:, :5], whole[:, :5])
+    assert storage(cache) == 2 * 5 * 2 * 8 * 4
 
 
 # ---------------------------------------------------------------------------------------------------- sampler
@@ -1222,18 +1220,18 @@ def test_keys_that_are_whole_are_read_where_they_are(kernels, monkeypatch):
 
 
 def test_the_cache_is_joined_in_front_of_new_keys(kernels):
-    # cached ones are views of a longer buffer; new ones are interleaved, as those of the text are
+    # new ones are interleaved, as those of the text are
     torch.manual_seed(4)
     q, old, kv = torch.randn(2, 8, 2, 16), torch.randn(2, 33, 1, 16), torch.randn(2, 8, 1, 32)
     k, v = kv[..., :16], kv[..., 16:]
     cache = magi.KVCache()
-    cache.write(0, old, -old)
-    cache.chunks += [0, 1, 2]  # of 11 tokens each, of which the first two are read
+    for chunk in range(3):  # of 11 tokens each, of which the first two chunks are read
+        cache.write(0, chunk, *(u[:, 11 * chunk : 11 * chunk + 11] for u in (old, -old)))
     spans = torch.tensor([[[0, 30], [7, 15]]])
     joined = torch.cat([old[:, :22], k], 1), torch.cat([-old[:, :22], v], 1)
     expected = magi.block_attention(q, *joined, spans)
     for ops in (kernels.TRITON_OPS, magi.TORCH_OPS):
-        ctx = SimpleNamespace(ops=ops, spans=spans, chunks=[2], first=0, cache=cache, store=0)
+        ctx = SimpleNamespace(ops=ops, spans=spans, chunks=[2], cached=[0, 1], cache=cache, store=0)
         ours = magi.CachedAttention(0)(q, k, v, ctx)
         torch.testing.assert_close(ours, expected, rtol=1e-5, atol=1e-6)
 
