@@ -1170,12 +1170,28 @@ class Step(NamedTuple):
     d: float                             # of a distilled model (`shortcut_d`): the same in every stage, so
                                          # one d serves all chunks
     enters: int | None                   # the chunk that is made from noise before this step
-    forget: float                        # chunks before this one are never read again
+    forget: int                          # chunks before this one are never read again
     done: int | None                     # the chunk that is clean after this step
 
     @property
     def noisy(self) -> list[ChunkInput]:
         return [c for c in self.chunks if not c.clean]
+
+
+def clean_input(cfg: SamplerConfig, chunk: int, prefix: bool = False) -> ChunkInput:
+    """A clean chunk in the forward that stores its keys."""
+    first_seen = max(0, chunk + 1 - clean_kv_range(cfg, prefix))
+    return ChunkInput(chunk, cfg.clean_t, 0.0, int(first_seen), clean=True)
+
+
+def life(cfg: SamplerConfig, chunk: int, prefix_chunks: int) -> list[ChunkInput]:
+    """A generated chunk in all its forwards: num_steps times noisy, then once clean."""
+    inputs = []
+    grid = timestep_grid(cfg.num_steps, cfg.shortcut_mode).tolist()
+    for i, (t, after) in enumerate(itertools.pairwise(grid)):
+        first_seen = max(0, chunk + 1 - kv_range(cfg, i, chunk - prefix_chunks))
+        inputs.append(ChunkInput(chunk, t, after - t, int(first_seen)))
+    return [*inputs, clean_input(cfg, chunk)]
 
 
 def needed(wanted: Sequence[int], inputs: Sequence[ChunkInput]) -> list[ChunkInput]:
@@ -1194,9 +1210,9 @@ def plan(cfg: SamplerConfig, chunks: int | None, prefix_chunks: int = 0,
 
     A chunk enters at every stage, until all have. When one has done its steps, it is in one more forward, in
     front and at t = 0.9999, to store its clean keys and values; prefix chunks are stored by a step of their
-    own before all others. config_of(chunk): the config of a generated chunk, whose ranges may be its own; it
-    is called first when the chunk enters. Default: cfg for all. If it returns None there is no such chunk,
-    and the video ends with those in flight.
+    own before all others. config_of(chunk): the config of a generated chunk, whose ranges may be its own,
+    asked when it enters; default: cfg for all. If it returns None there is no such chunk, and the video ends
+    with those in flight.
 
     >>> for step in itertools.islice(plan(SamplerConfig(num_steps=4), 3), 5):
     ...     print(*(f"{c.chunk}: t {c.t:.2f}, sees {c.first_seen}.." for c in step.chunks), sep="; ")
@@ -1206,73 +1222,40 @@ def plan(cfg: SamplerConfig, chunks: int | None, prefix_chunks: int = 0,
     0: t 0.30, sees 0..; 1: t 0.10, sees 0..; 2: t 0.02, sees 0..
     0: t 1.00, sees 0..; 1: t 0.30, sees 0..; 2: t 0.10, sees 0..
     """
-    P, window = prefix_chunks, cfg.window
+    P, per_stage = prefix_chunks, cfg.num_steps // cfg.window
     K: float = math.inf if chunks is None else chunks
-    configs: dict[int, SamplerConfig] = {}               # of the chunks in flight
-    per_stage = cfg.num_steps // window
-    grid = timestep_grid(cfg.num_steps, cfg.shortcut_mode).tolist()
+    config_of = config_of or (lambda chunk: cfg)
     d = shortcut_d(cfg.num_steps, cfg.shortcut_mode)
-
-    def grid_index(chunk: int, stage: int) -> int:
-        """Where on its own time grid a chunk begins a stage."""
-        return (stage - (chunk - P)) * per_stage
-
-    def first_seen(chunk: int, count: float) -> int:
-        return int(max(0, chunk + 1 - count))
-
-    def noisy(chunk: int, i: int) -> ChunkInput:
-        seen = first_seen(chunk, kv_range(configs[chunk], i, chunk - P))
-        return ChunkInput(chunk, grid[i], grid[i + 1] - grid[i], seen)
-
-    def clean(chunk: int) -> ChunkInput:
-        seen = first_seen(chunk, clean_kv_range(cfg, prefix=chunk < P))
-        return ChunkInput(chunk, cfg.clean_t, 0.0, seen, clean=True)
-
-    def oldest_seen(config: SamplerConfig, chunk: int, i: int = 0) -> float:
-        """The oldest chunk that a chunk sees from its step i until it is stored."""
-        ahead = [kv_range(config, k, chunk - P) for k in range(i, cfg.num_steps)]
-        return chunk + 1 - max(*ahead, clean_kv_range(cfg))
-
-    def oldest_needed(stage: int, active: Sequence[int], just_left: int | None) -> float:
-        """The oldest chunk that this stage or a later one reads. With ranges 5, 4, 3, 2 and a window of 4 all
-        chunks see back to the same one, so one clean chunk is kept; with a window of 1 it is four."""
-        reads = [oldest_seen(configs[c], c, grid_index(c, stage)) for c in active]
-        if just_left is not None:
-            reads.append(just_left + 1 - clean_kv_range(cfg))
-        # Chunks to come: those with ranges of their own, and the next one without, which sees furthest back
-        # of all without. It is among the next len(kv_ranges_at) + 1.
-        newest = active[-1]
-        to_come = [*range(newest + 1, newest + 2 + len(cfg.kv_ranges_at))]
-        to_come += [P + chunk for chunk, _ in cfg.kv_ranges_at]
-        reads += [oldest_seen(cfg, c) for c in to_come if newest < c < K]
-        return min(reads)
-
+    exceptions = [P + chunk for chunk, _ in cfg.kv_ranges_at]
+    ahead: dict[int, list[ChunkInput]] = {}              # chunk -> what is left of its life
     for stage in itertools.count():
-        entering = P + stage
-        if entering < K:
-            config = config_of(entering) if config_of else cfg
-            if config is None:
-                K = entering
-            else:
-                configs[entering] = config
-        active = range(max(P, P + stage - window + 1), int(min(P + stage + 1, K)))
-        if not active:
-            return
-        configs = {c: configs[c] for c in active}
-        oldest, newest = active[0], active[-1]
-        just_left = oldest - 1 if stage >= window else None
-        forget = oldest_needed(stage, active, just_left)
-        if stage == 0 and P > 0:
-            prefix = needed([c for c in range(P) if c >= forget], [clean(c) for c in range(P)])
+        newest = P + stage
+        config = config_of(newest) if newest < K else None
+        if config is None:
+            K = min(K, newest)
+        else:
+            ahead[newest] = life(config, newest, P)
+        if all(len(inputs) == 1 for inputs in ahead.values()):
+            return                                       # all are done, and nobody will read the last keys
+
+        # What will still be read: by the chunks in flight, and by those to come. Of these, the next one whose
+        # ranges are no exception sees further back than all others of its kind.
+        plain = next(chunk for chunk in itertools.count(newest + 1) if chunk not in exceptions)
+        to_come = [life(cfg, chunk, P) for chunk in (plain, *exceptions) if newest < chunk < K]
+        forget = min(c.first_seen for inputs in (*ahead.values(), *to_come) for c in inputs)
+
+        if stage == 0:
+            prefix = needed(range(forget, P), [clean_input(cfg, chunk, prefix=True) for chunk in range(P)])
             if prefix:
                 yield Step(tuple(prefix), d[0], None, forget, None)
+        finishing = [chunk for chunk, inputs in ahead.items() if len(inputs) == per_stage + 1]
         for j in range(per_stage):
-            inputs = [noisy(c, grid_index(c, stage) + j) for c in active]
-            if j == 0 and just_left is not None:
-                inputs.insert(0, clean(just_left))
-            enters = newest if j == 0 and newest == P + stage else None
-            done = oldest if j == per_stage - 1 and oldest == P + stage - window + 1 else None
-            yield Step(tuple(inputs), d[j], enters, forget, done)
+            yield Step(chunks=tuple(inputs[j] for inputs in ahead.values() if j < len(inputs)),
+                       d=d[j],
+                       enters=newest if config is not None and j == 0 else None,
+                       forget=forget,
+                       done=finishing[0] if finishing and j == per_stage - 1 else None)
+        ahead = {chunk: inputs[per_stage:] for chunk, inputs in ahead.items() if len(inputs) > per_stage}
 
 
 # ----------------------------------------------------------------------------------------------------------

@@ -554,7 +554,7 @@ def test_what_may_be_forgotten_by_hand():
     assert stage_8(cfg).forget == 3
     first = next(magi.plan(cfg, None, 6))  # after 6 prefix chunks: 6 alone sees 2..6
     assert first.forget == 2 and [c.chunk for c in first.chunks] == [2, 3, 4, 5]
-    assert stage_8(dataclasses.replace(cfg, kv_ranges=())).forget == -math.inf
+    assert stage_8(dataclasses.replace(cfg, kv_ranges=())).forget == 0
     cuts = dataclasses.replace(
         cfg, kv_ranges=(8, 4, 3, 2), kv_ranges_at=((7, (1, 1, 3, 2)), (8, (1, 1, 3, 2)))
     )
