@@ -1144,6 +1144,15 @@ def shot_transition(cfg: SamplerConfig, chunk: int, kind: str = "cut") -> Sample
     return dataclasses.replace(cfg, kv_ranges_at=(*cfg.kv_ranges_at, (chunk, ranges)))
 
 
+def round_frames(num_frames: int | None, image: bool = False) -> int | None:
+    """The num_frames of `sample` with which at least so many video frames come out: in whole latent frames,
+    and without an image, which `sample` does not count but yields as the first latent frame."""
+    if num_frames is None:
+        return None
+    latents = math.ceil(num_frames / FRAMES_PER_LATENT) - image
+    return max(1, latents * FRAMES_PER_LATENT)
+
+
 def count_chunks(num_frames: int | None, prefix_latents: int) -> tuple[int | None, int]:
     """K chunks in all (None: endless) and P whole prefix chunks of a run that generates num_frames (rounded
     down to a multiple of 4) after so many latent frames of prefix."""
@@ -1369,8 +1378,8 @@ def sample(dit: DiT, text: Tensor | Iterator[tuple], text_mask: Tensor | None, s
         require(u is None or u.dim() == 4 and len(u) == channels and u.shape[1] >= 1,
                 f"{name} must be ({channels}, T, H, W), not {None if u is None else tuple(u.shape)}")
     if prefix is None:
-        size = (cfg.height // 8, cfg.width // 8) if noise is None else noise.shape[2:]
-        prefix = torch.zeros(channels, 0, *size)
+        H, W = (cfg.height // 8, cfg.width // 8) if noise is None else noise.shape[2:]
+        prefix = torch.zeros(channels, 0, H, W)
     K, P = count_chunks(cfg.num_frames, prefix.shape[1])
     require(K is None or K > P, f"num_frames {cfg.num_frames} leaves nothing to generate: give at least 4")
     if noise is not None:
@@ -1385,15 +1394,14 @@ def sample(dit: DiT, text: Tensor | Iterator[tuple], text_mask: Tensor | None, s
     return _Run(dit, cfg, K, P, text, table, prefix, noise, skip).stream(progress or (lambda _: None))
 
 
-def _one_by_one(text: Tensor, mask: Tensor | None, expected: tuple[int, ...]) -> Iterator[tuple]:
+def _one_by_one(text: Tensor, mask: Any, shape: tuple[int, ...]) -> Iterator[tuple]:
     """Text (L, C) or (chunks, L, C), and its mask, checked -> an iterator over chunks."""
     require(isinstance(mask, Tensor), "text needs its text_mask, which says which rows are not padding")
-    assert mask is not None
     texts, masks = (text[None], mask[None]) if text.dim() == 2 else (text, mask)
-    require(texts.shape[1:] == expected and masks.shape == texts.shape[:2] and len(texts) > 0,
-            f"text {tuple(text.shape)} and text_mask {tuple(mask.shape)} must be {expected} and "
-            f"({expected[0]},), or that for each chunk")
-    return iter(list(zip(texts, masks, strict=True)))
+    require(texts.shape[1:] == shape and masks.shape == texts.shape[:2] and len(texts) > 0,
+            f"text {tuple(text.shape)} and text_mask {tuple(mask.shape)} must be {shape} and ({shape[0]},), "
+            f"or that for each chunk")
+    return zip(texts, masks, strict=True)
 
 
 class Entry(NamedTuple):
@@ -1648,31 +1656,22 @@ class MAGI:
         FloatingPointError if frames are not finite.
         """
         cfg = with_settings(sampler or self.sampler, settings)
-        num_frames = math.inf if cfg.num_frames is None else cfg.num_frames
+        wanted = math.inf if cfg.num_frames is None else cfg.num_frames
+        cfg = dataclasses.replace(cfg, num_frames=round_frames(cfg.num_frames, image is not None))
         pixels = None
         if image is not None or video is not None:
             import media
 
             pixels = media.prefix_pixels(image, video, prefix_frames, (cfg.height, cfg.width), fit)
-        if cfg.num_frames is not None:       # in whole latent frames, of which an image is one
-            latents = math.ceil(num_frames / FRAMES_PER_LATENT) - (image is not None)
-            cfg = dataclasses.replace(cfg, num_frames=max(1, latents * FRAMES_PER_LATENT))
         text, mask = self._texts(prompt, cfg)
+        prefix = None if pixels is None else self.encode(pixels)
+        chunks = sample(self.dit, text, mask, cfg, special_tokens=self.special_tokens, prefix=prefix,
+                        progress=progress)
+        # `sample` takes a prefix of 4 video frames for an image, and would yield it once more.
+        again = video is not None and prefix is not None and prefix.shape[1] == 1
+        return self._frames(chunks, wanted, skip=int(again))
 
-        def run(prefix: Tensor | None) -> Iterator[tuple[int, Tensor]]:
-            return sample(self.dit, text, mask, cfg, special_tokens=self.special_tokens, prefix=prefix,
-                          progress=progress)
-
-        # A call of `sample` checks its inputs, but computes nothing before its first item is asked for: this
-        # one, with a prefix of the right shape, is only for the checks.
-        like = None
-        if pixels is not None:
-            T = math.ceil(pixels.shape[2] / FRAMES_PER_LATENT)
-            like = torch.zeros(self.dit.cfg.latent_channels, T, cfg.height // 8, cfg.width // 8)
-        run(like)
-        return self._frames(run, pixels, image is not None, num_frames)
-
-    def _texts(self, prompt: Any, cfg: SamplerConfig) -> Any:
+    def _texts(self, prompt: Any, cfg: SamplerConfig) -> tuple[Any, Any]:
         """What `sample` takes as text and text_mask."""
         if isinstance(prompt, str | Prompt):
             prompt = [prompt]
@@ -1681,39 +1680,39 @@ class MAGI:
             require(len(prompt) > 0,
                     "the prompt is an empty list: give at least one caption, which may be ''")
             if len(prompt) == 2 and all(isinstance(u, Tensor) for u in prompt):
-                return prompt
+                return prompt[0], prompt[1]
             if all(isinstance(caption, str) for caption in prompt):
                 return self.encode_text(list(prompt))        # all at once: T5 is read once
             prompt = [item if item is None else as_prompt(item) for item in prompt]
+        return self._late_texts(prompt, cfg), None
 
-        def encoded(config: SamplerConfig) -> Iterator[tuple[Tensor, Tensor, SamplerConfig] | None]:
-            encode = functools.lru_cache(8)(lambda caption: self.encode_text([caption]))
-            for chunk, item in enumerate(prompt):
-                if item is None:
-                    yield None
-                    return
-                item = as_prompt(item)
-                config = dataclasses.replace(config, **item.settings)
-                own = shot_transition(config, chunk, item.transition) if item.transition else config
-                text, mask = encode(item.text)
-                yield text[0], mask[0], own
-
-        return encoded(cfg), None
+    def _late_texts(self, prompts: Iterable, cfg: SamplerConfig
+                    ) -> Iterator[tuple[Tensor, Tensor, SamplerConfig] | None]:
+        """Text, mask and config of each chunk, made when it asks for them."""
+        encode = functools.lru_cache(8)(lambda caption: self.encode_text([caption]))
+        for chunk, item in enumerate(prompts):
+            if item is None:
+                yield None
+                return
+            prompt = as_prompt(item)
+            cfg = dataclasses.replace(cfg, **prompt.settings)            # from now on
+            own = shot_transition(cfg, chunk, prompt.transition) if prompt.transition else cfg
+            (text,), (mask,) = encode(prompt.text)
+            yield text, mask, own
 
     @torch.inference_mode()
-    def _frames(self, run: Callable, pixels: Tensor | None, is_image: bool, left: float
-                ) -> Iterator[np.ndarray]:
-        prefix = None
-        if pixels is not None:
-            pixels = pixels.to(self.device, self.vae.dtype)
-            prefix = self.vae.encode(pixels)[0].float() * SCALE_FACTOR
-        for i, latent in run(prefix):
-            if i == 0 and prefix is not None and prefix.shape[1] == 1 and not is_image:
-                latent = latent[:, 1:]       # a prefix of 4 video frames, which `sample` takes for an image
-            frames = self.decode(latent)
-            frames = frames[: int(min(left, len(frames)))]
-            left -= len(frames)
+    def _frames(self, chunks: Iterator[tuple[int, Tensor]], wanted: float, skip: int) -> Iterator[np.ndarray]:
+        """Decode chunks, less `skip` latent frames of the first, to `wanted` video frames in all."""
+        for i, latent in chunks:
+            frames = self.decode(latent[:, skip if i == 0 else 0 :])
+            frames = frames[: int(min(wanted, len(frames)))]
+            wanted -= len(frames)
             yield frames
+
+    @torch.no_grad()
+    def encode(self, pixels: Tensor) -> Tensor:
+        """Video (1, 3, frames, height, width) in [-1, 1] -> scaled latents (16, T, H, W)."""
+        return self.vae.encode(pixels.to(self.device, self.vae.dtype))[0].float() * SCALE_FACTOR
 
     def decode(self, latent: Tensor) -> np.ndarray:
         """Scaled latents (16, T, H, W) -> uint8 (4T, height, width, 3)."""
