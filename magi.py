@@ -1405,7 +1405,7 @@ def _one_by_one(text: Tensor, mask: Any, shape: tuple[int, ...]) -> Iterator[tup
 
 
 class Entry(NamedTuple):
-    """What a chunk brings with it when it enters."""
+    """What a chunk is shown with: its own when it enters, or null text."""
 
     text: Tensor                         # (L, C) special tokens and caption, or null text
     mask: Tensor                         # (L,)
@@ -1421,12 +1421,15 @@ class _Run:
         self.noise = noise
         null = dit.null_text.detach().float()                                # (L, C)
         self.table = {name: v.to(null) for name, v in table.items()}
-        self.null_text = self.make_null_text(null)
         self.prefix = prefix[None].to(null.device, torch.float32)            # (1, 16, T, H, W)
         self.branches = DISTILLED_BRANCHES if cfg.distilled else BASE_BRANCHES
         self.cache = KVCache()
         self.entries: dict[int, Entry] = {}                                  # of the chunks in flight
-        self.last: tuple = ()                                                # the newest item of the texts
+        self.item: tuple | None = ()                                         # the newest of the texts
+        # Null text, the learned text that stands for no caption: negative tokens are among its unmasked rows.
+        mask = (torch.arange(len(null), device=null.device) < dit.cfg.null_length).long()
+        names = token_names(cfg.negative_tokens, NEGATIVE_TOKENS)
+        self.null = Entry(self.with_tokens(names, null, mask)[0], mask, cfg)
 
     @torch.no_grad()
     def stream(self, progress: Callable[[Progress], None]) -> Iterator[tuple[int, Tensor]]:
@@ -1475,9 +1478,9 @@ class _Run:
         if not inputs:
             return {}
         chunks = [c.chunk for c in inputs]
-        texts = [self.entries[c.chunk][:2] if branch.captioned and not c.clean else self.null_text
-                 for c in inputs]
-        text, mask = (torch.stack(u)[None] for u in zip(*texts, strict=True))
+        shown = [self.null if c.clean or not branch.captioned else self.entries[c.chunk] for c in inputs]
+        text = torch.stack([entry.text for entry in shown])[None]            # (1, n, L, C)
+        mask = torch.stack([entry.mask for entry in shown])[None]
         latents = torch.cat([x[chunk] for chunk in chunks], dim=2)           # (1, 16, 6 n, H, W)
         t = torch.tensor([[c.t for c in inputs]], device=latents.device)     # (1, n)
         v = self.dit(latents, t, text, mask, chunks=chunks, first_seen=[c.first_seen for c in inputs],
@@ -1493,38 +1496,30 @@ class _Run:
     def entry(self, chunk: int) -> Entry | None:
         """What a generated chunk brings; None if the video ends before it. Called for the first time, it
         takes the next item of the texts; after the last one, that item again."""
-        if chunk not in self.entries:
-            item = next(self.texts, self.last)
-            if item is None:
-                return None
-            require(item, "there is no prompt: give at least one, which may be empty")
-            text, mask, *own = item
-            null = self.null_text[0]
-            require(text.shape == null.shape and mask.shape == text.shape[:1],
-                    f"text {tuple(text.shape)} and text_mask {tuple(mask.shape)} of chunk {chunk - self.P} "
-                    f"must be {tuple(null.shape)} and ({len(null)},)")
-            for cfg in own:
-                check_own_config(cfg, self.cfg)
-            self.last = item
-            text, mask = self.with_tokens(chunk, text.to(null), mask.to(null.device).bool().long())
-            self.entries[chunk] = Entry(text, mask, *(own or [self.cfg]))
+        if chunk in self.entries:
+            return self.entries[chunk]
+        self.item = next(self.texts, self.item)
+        if self.item is None:
+            return None
+        require(self.item, "there is no prompt: give at least one, which may be empty")
+        text, mask, *own = self.item
+        require(text.shape == self.null.text.shape and mask.shape == self.null.mask.shape,
+                f"text {tuple(text.shape)} and text_mask {tuple(mask.shape)} of chunk {chunk - self.P} "
+                f"must be {tuple(self.null.text.shape)} and {tuple(self.null.mask.shape)}")
+        cfg = own[0] if own else self.cfg
+        check_own_config(cfg, self.cfg)
+        if mask.any():
+            remaining = math.inf if self.K is None else self.K - chunk
+            names = token_names(self.cfg.special_tokens, SPECIAL_TOKENS, remaining)
+            mask = mask.to(self.null.mask.device).bool().long()
+            text, mask = self.with_tokens(names, text.to(self.null.text), mask)
+        else:                                # an empty caption
+            text, mask = self.null.text, self.null.mask
+        self.entries[chunk] = Entry(text, mask, cfg)
         return self.entries[chunk]
 
-    def with_tokens(self, chunk: int, text: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
-        """Special tokens and caption, (L, C) and (L,); for an empty caption null text."""
-        if not mask.any():
-            return self.null_text
-        remaining = math.inf if self.K is None else self.K - chunk
-        names = token_names(self.cfg.special_tokens, SPECIAL_TOKENS, remaining)
+    def with_tokens(self, names: Sequence[str], text: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
         return prepend_tokens(text, mask, [self.table[name] for name in names])
-
-    def make_null_text(self, null: Tensor) -> tuple[Tensor, Tensor]:
-        """The learned text that stands for no caption, (L, C) and (L,). Negative tokens are among its
-        unmasked rows."""
-        mask = (torch.arange(len(null), device=null.device) < self.dit.cfg.null_length).long()
-        names = token_names(self.cfg.negative_tokens, NEGATIVE_TOKENS)
-        text, _ = prepend_tokens(null, mask, [self.table[name] for name in names])
-        return text, mask
 
     def given(self, chunk: int) -> Tensor:
         """The prefix frames that fall into a chunk: (1, 16, 0 to 6, H, W)."""

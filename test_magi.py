@@ -770,7 +770,7 @@ def test_special_tokens_stand_in_the_official_order():
 def test_negative_tokens_stand_in_front_of_the_null_text():
     dit, *_, tokens = small()
     cfg = dataclasses.replace(QUICK, negative_tokens=("logo", "caption"))
-    rows, valid = run_of_three(cfg).null_text
+    rows, valid, _ = run_of_three(cfg).null
     assert torch.equal(rows, torch.cat([tokens["logo_token"], tokens["caption_token"], dit.null_text[:12]]))
     assert valid.sum() == SMALL.null_length
     assert not torch.allclose(run_small(cfg)[0], run_small(QUICK)[0])
