@@ -23,10 +23,10 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
-__all__ = ["GUIDANCE", "build", "check_device", "check_dit_config", "check_own_config",
-           "check_sampler_config", "check_vae_config", "compare_headers", "fill", "headers_of", "load_module",
-           "make_config", "read_config", "read_headers", "read_json", "read_tensors", "reading", "require",
-           "save", "weight_files", "with_settings"]
+__all__ = ["GUIDANCE", "NEGATIVE_TOKENS", "SPECIAL_TOKENS", "build", "check_device", "check_dit_config",
+           "check_own_config", "check_sampler_config", "check_tokens", "check_vae_config", "compare_headers",
+           "fill", "headers_of", "load_module", "make_config", "read_config", "read_headers", "read_json",
+           "read_tensors", "reading", "require", "save", "token_names", "weight_files", "with_settings"]
 
 Module = TypeVar("Module", bound=nn.Module)
 
@@ -129,7 +129,7 @@ def check_dit_config(cfg: Any) -> None:
             f"null_length {cfg.null_length} must be in [2, {cfg.text_length}]")
 
 
-def check_sampler_config(cfg: Any, special_tokens: Iterable[str], negative_tokens: Iterable[str]) -> None:
+def check_sampler_config(cfg: Any) -> None:
     for name in ("num_steps", "window", "clean_kv_range", "num_frames", "height", "width", "fps", "seed"):
         value = getattr(cfg, name)
         require(hasattr(value, "__index__") or (name, value) == ("num_frames", None),
@@ -147,7 +147,7 @@ def check_sampler_config(cfg: Any, special_tokens: Iterable[str], negative_token
                 f"{name} {value} must be a multiple of 16, 32 to 16384: the nearest is {nearest}")
     require(cfg.fps > 0, f"fps {cfg.fps} must be positive")
     require(0 <= cfg.seed < 2**63, f"seed {cfg.seed} must be in [0, 2**63)")
-    for kind, known in (("special", special_tokens), ("negative", negative_tokens)):
+    for kind, known in (("special", SPECIAL_TOKENS), ("negative", NEGATIVE_TOKENS)):
         for name in getattr(cfg, f"{kind}_tokens"):
             require(name in known, f"unknown {kind} token {name!r}: choose from {', '.join(known)}")
 
@@ -208,6 +208,49 @@ def with_settings(cfg: Any, settings: dict[str, Any]) -> Any:
     unknown = ", ".join(settings.keys() - set(known))
     require(not unknown, f"unknown setting {unknown}: choose from {', '.join(known)}")
     return dataclasses.replace(cfg, **settings)
+
+
+# Learned vectors in the width of the text, put in front of it, control what captions cannot: quality, a still
+# or lively start, how much of the video is left. The name in a config -> the name of the tensor in
+# special_tokens.safetensors, in the order of prepending.
+SPECIAL_TOKENS = {
+    "static": "static_first_frames_token",
+    "dynamic": "dynamic_first_frames_token",
+    "borderness": "borderness_token",
+    "hq": "hq_token",
+    "3d": "three_d_model_token",
+    "2d": "two_d_anime_token",
+    "duration": "duration_token_{}",      # 1 to 8: how many chunks are left, this one included
+}
+NEGATIVE_TOKENS = {
+    "caption": "caption_token",
+    "logo": "logo_token",
+    "trans": "trans_token",
+    "borderness": "borderness_token",
+}
+
+
+def token_names(names: Iterable[str], order: dict[str, str], remaining: float = 1) -> list[str]:
+    """The tensors of the named tokens, in the order of prepending (SPECIAL_TOKENS or NEGATIVE_TOKENS).
+
+    remaining: how many chunks are left, this one included; at most 8 are counted. It selects the duration
+    token: duration_token_1 marks the last chunk.
+    """
+    return [tensor.format(int(min(remaining, 8))) for name, tensor in order.items() if name in set(names)]
+
+
+def check_tokens(cfg: Any, table: dict[str, Tensor], width: int, num_chunks: float) -> None:
+    """Raise ValueError if a run of so many generated chunks needs a token that the table lacks, or has in
+    another shape than (1, width)."""
+    needed_names = token_names(cfg.negative_tokens, NEGATIVE_TOKENS)
+    for remaining in range(1, int(min(8, num_chunks)) + 1):
+        needed_names += token_names(cfg.special_tokens, SPECIAL_TOKENS, remaining)
+    for name in needed_names:
+        require(name in table, f"this run needs the special token {name!r}, but this model's table has only "
+                f"{', '.join(sorted(table)) or 'nothing'}: choose among them, or none")
+        shape = tuple(table[name].shape)
+        require(shape == (1, width),
+                f"a special token has shape {shape}, not {(1, width)}: the table is for another model")
 
 
 def weight_files(folder: str | Path, name: str = "model.safetensors") -> list[Path]:

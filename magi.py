@@ -67,20 +67,16 @@ import torch.nn.functional as F
 from einops import rearrange, repeat
 from torch import Tensor, nn
 
-from captions import clean_caption, tokenize
+import checkpoints
+from captions import Prompt, as_prompt, clean_caption, tokenize
 from checkpoints import (
-    GUIDANCE,
-    build,
-    check_dit_config,
-    check_own_config,
-    check_sampler_config,
-    check_vae_config,
-    fill,
+    NEGATIVE_TOKENS,
+    SPECIAL_TOKENS,
+    check_tokens,
     load_module,
     read_config,
-    read_tensors,
     require,
-    with_settings,
+    token_names,
 )
 
 __all__ = ["DiT", "DiTConfig", "KVCache", "MAGI", "PRESETS", "Prompt", "SamplerConfig", "T5", "VAE",
@@ -99,25 +95,6 @@ Device = str | torch.device
 SCALE_FACTOR = 0.18215     # brings latents to unit variance, as in latent diffusion
 CHUNK = 6                  # latent frames in a chunk: 24 video frames, one second
 FRAMES_PER_LATENT = 4      # the VAE's temporal compression
-
-# Learned vectors in the width of the text control what captions cannot: quality, a still or lively start, how
-# much of the video is left. The name in a config -> the name of the tensor, in the order of prepending.
-SPECIAL_TOKENS = {
-    "static": "static_first_frames_token",
-    "dynamic": "dynamic_first_frames_token",
-    "borderness": "borderness_token",
-    "hq": "hq_token",
-    "3d": "three_d_model_token",
-    "2d": "two_d_anime_token",
-    "duration": "duration_token_{}",      # 1 to 8: how many chunks are left, this one included
-}
-NEGATIVE_TOKENS = {
-    "caption": "caption_token",
-    "logo": "logo_token",
-    "trans": "trans_token",
-    "borderness": "borderness_token",
-}
-
 
 @dataclass(frozen=True)
 class VAEConfig:
@@ -138,7 +115,7 @@ class VAEConfig:
     use_final_proj: bool = False  # extra Linear + LayerNorm before the pixel shuffle: narrow models need it
 
     def __post_init__(self):
-        check_vae_config(self)
+        checkpoints.check_vae_config(self)
 
     @property
     def patch_volume(self) -> int:
@@ -174,7 +151,7 @@ class DiTConfig:
     fp8: bool = False             # e4m3 weights in every layer but the first and last
 
     def __post_init__(self):
-        check_dit_config(self)
+        checkpoints.check_dit_config(self)
 
     @property
     def cond_size(self) -> int:
@@ -218,7 +195,7 @@ class SamplerConfig:
     seed: int = 1234
 
     def __post_init__(self):
-        check_sampler_config(self, SPECIAL_TOKENS, NEGATIVE_TOKENS)
+        checkpoints.check_sampler_config(self)
 
 
 class Preset(NamedTuple):
@@ -237,7 +214,6 @@ _BASE_24B: dict[str, Any] = dict(num_steps=32, height=720, width=1280)
 # both: 64, 32, 16 and 8 steps are all trained budgets, and 16 take a quarter of the time.
 _DISTILL: dict[str, Any] = dict(num_steps=16, distilled=True)
 _DISTILL_24B = _DISTILL | dict(width=1280)
-# fmt: off
 PRESETS = {                                        # the model zoo (model card)
     "4.5B-base":        Preset(DiTConfig(),                 SamplerConfig(num_steps=64)),
     "4.5B-distill":     Preset(DiTConfig(),                 SamplerConfig(**_DISTILL)),
@@ -251,7 +227,6 @@ VAE_PRESETS = {
     "magi": VAEConfig(),
     "tiny": VAEConfig(video_size=64, embed_dim=256, depth=2, num_heads=4, use_final_proj=True),
 }
-# fmt: on
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -697,29 +672,6 @@ def prepend_tokens(text: Tensor, mask: Tensor, tokens: Sequence[Tensor]) -> tupl
     """Put each (1, C) token in front in turn, so the last comes first; cut to the length text (L, C) had."""
     L = len(text)
     return torch.cat([*reversed(tokens), text])[:L], torch.cat([mask.new_ones(len(tokens)), mask])[:L]
-
-
-def token_names(names: Iterable[str], order: dict[str, str], remaining: float = 1) -> list[str]:
-    """The tensors of the named tokens, in the order of prepending (SPECIAL_TOKENS or NEGATIVE_TOKENS).
-
-    remaining: how many chunks are left, this one included; at most 8 are counted. It selects the duration
-    token: duration_token_1 marks the last chunk.
-    """
-    return [tensor.format(int(min(remaining, 8))) for name, tensor in order.items() if name in set(names)]
-
-
-def check_tokens(cfg: SamplerConfig, table: dict[str, Tensor], width: int, num_chunks: float) -> None:
-    """Raise ValueError if a run of so many generated chunks needs a token that the table lacks, or has in
-    another shape than (1, width)."""
-    needed_names = token_names(cfg.negative_tokens, NEGATIVE_TOKENS)
-    for remaining in range(1, int(min(8, num_chunks)) + 1):
-        needed_names += token_names(cfg.special_tokens, SPECIAL_TOKENS, remaining)
-    for name in needed_names:
-        require(name in table, f"this run needs the special token {name!r}, but this model's table has only "
-                f"{', '.join(sorted(table)) or 'nothing'}: choose among them, or none")
-        shape = tuple(table[name].shape)
-        require(shape == (1, width),
-                f"a special token has shape {shape}, not {(1, width)}: the table is for another model")
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -1507,7 +1459,7 @@ class _Run:
                 f"text {tuple(text.shape)} and text_mask {tuple(mask.shape)} of chunk {chunk - self.P} "
                 f"must be {tuple(self.null.text.shape)} and {tuple(self.null.mask.shape)}")
         cfg = own[0] if own else self.cfg
-        check_own_config(cfg, self.cfg)
+        checkpoints.check_own_config(cfg, self.cfg)
         if mask.any():
             remaining = math.inf if self.K is None else self.K - chunk
             names = token_names(self.cfg.special_tokens, SPECIAL_TOKENS, remaining)
@@ -1562,7 +1514,7 @@ def load_dit(folder: str | Path, device: Device = "cpu", dtype: str | None = Non
     """A DiT alone; dtype overrides that of its blocks."""
     cfg = read_config(folder, "dit", DiTConfig)
     cfg = dataclasses.replace(cfg, dtype=dtype or cfg.dtype)
-    dit = fill(build(lambda: DiT(cfg), folder), folder, device)
+    dit = checkpoints.fill(checkpoints.build(lambda: DiT(cfg), folder), folder, device)
     dit.ops = get_ops(backend, device)
     return dit
 
@@ -1571,7 +1523,7 @@ def load_vae(folder: str | Path, device: Device = "cpu", dtype: torch.dtype | No
              backend: str = "torch") -> VAE:
     """A VAE alone, in float32 or `dtype`."""
     cfg = read_config(folder, "vae", VAEConfig)
-    vae = fill(build(lambda: VAE(cfg), folder), folder, device, dtype)
+    vae = checkpoints.fill(checkpoints.build(lambda: VAE(cfg), folder), folder, device, dtype)
     vae.ops = get_ops(backend, device)
     return vae
 
@@ -1591,31 +1543,13 @@ def load(folder: str | Path, *, vae: str | Path | None = None, t5: str | Path | 
     vae, t5 = Path(vae or folder.parent / "vae"), Path(t5 or folder.parent / "t5")
     cfg, sampler = read_config(folder, "dit", DiTConfig), read_config(folder, "sampler", SamplerConfig)
     vae_cfg = read_config(vae, "vae", VAEConfig)
-    build(lambda: VAE(vae_cfg), vae)                     # only to check it before the large DiT is read
+    checkpoints.build(lambda: VAE(vae_cfg), vae)         # only to check it before the large DiT is read
     tokens = folder / "special_tokens.safetensors"
-    table = read_tensors(tokens, "special tokens") if tokens.is_file() else {}
+    table = checkpoints.read_tensors(tokens, "special tokens") if tokens.is_file() else {}
     read_dit, read_vae, encoder = parts
     dit = read_dit(folder, device, dtype, backend)
     return MAGI(dit, read_vae(vae, device, vae_dtype, backend), sampler, table,
                 encoder(t5, cfg.text_length, device, keep=keep_t5))
-
-
-class Prompt(NamedTuple):
-    """What may stand in place of a plain caption; settings are those of this chunk and all later ones."""
-
-    text: str
-    transition: str | None = None        # "cut" or "restyle", at this chunk
-    settings: dict = {}                  # only of GUIDANCE, the fields that may change within a run
-
-
-def as_prompt(item: Any) -> Prompt:
-    """A caption or a Prompt -> Prompt; ValueError for what a chunk cannot be given."""
-    prompt = item if isinstance(item, Prompt) else Prompt(item)
-    require(isinstance(prompt.text, str), f"a prompt is of type {type(item).__name__}: give captions, "
-            f"Prompts, or the (text, mask) of encode_text")
-    wrong = ", ".join(map(repr, prompt.settings.keys() - set(GUIDANCE)))
-    require(not wrong, f"{wrong} cannot change while a video is made, only {', '.join(GUIDANCE)}")
-    return prompt
 
 
 class MAGI:
@@ -1650,7 +1584,7 @@ class MAGI:
         num_steps, height, width. Raises ValueError for bad ones before anything is computed, and later
         FloatingPointError if frames are not finite.
         """
-        cfg = with_settings(sampler or self.sampler, settings)
+        cfg = checkpoints.with_settings(sampler or self.sampler, settings)
         wanted = math.inf if cfg.num_frames is None else cfg.num_frames
         cfg = dataclasses.replace(cfg, num_frames=round_frames(cfg.num_frames, image is not None))
         pixels = None
