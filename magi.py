@@ -36,7 +36,7 @@ Contents
     1  Configs and presets      the model zoo as one literal table
     2  Shared parts             norms, timestep features, rotary positions, attention: the readable reference
     3  VAE                      ViT encoder and decoder, tiling
-    4  Text                     special tokens in front of a caption
+    4  Text                     T5, and learned tokens in front of what it gives
     5  KV cache                 keys and values of clean chunks, and which of them a chunk reads
     6  DiT                      fp8 linear, parallel self- and cross-attention, layer, model
     7  Plan                     time grid, attention ranges, and what each forward holds: pure functions
@@ -44,10 +44,10 @@ Contents
     9  Sampler                  the loop over the plan
     10 Loading and the pipeline folders on disk; the one object that a user needs
 
-What lies beside it: captions.py (caption rules), checkpoints.py (configs and files on disk), training.py
-(objectives, LoRA), parallel.py (several GPUs, streamed weights), kernels.py (Triton versions of section 2),
-media.py (pictures and video files). CPU offload of the cache is left out, because it holds only a few chunks,
-and so are CUDA graphs.
+What lies beside it: captions.py (prompts, caption rules), checkpoints.py (files on disk, checks of configs),
+training.py (objectives, LoRA), parallel.py (several GPUs, streamed weights), kernels.py (Triton versions of
+section 2), media.py (pictures and video files). CPU offload of the cache is left out, because it holds only a
+few chunks, and so are CUDA graphs.
 """
 
 from __future__ import annotations
@@ -95,6 +95,7 @@ Device = str | torch.device
 SCALE_FACTOR = 0.18215     # brings latents to unit variance, as in latent diffusion
 CHUNK = 6                  # latent frames in a chunk: 24 video frames, one second
 FRAMES_PER_LATENT = 4      # the VAE's temporal compression
+
 
 @dataclass(frozen=True)
 class VAEConfig:
@@ -203,25 +204,24 @@ class Preset(NamedTuple):
     sampler: SamplerConfig
 
 
-_24B: dict[str, Any] = dict(
+_24B = DiTConfig(
     num_layers=48, hidden_size=6144, num_heads=48, ffn_size=16384, gated_ffn=True, in_channels=32,
     out_channels=32, x_scale=0.1)
-_TINY: dict[str, Any] = dict(
+_TINY = DiTConfig(
     num_layers=6, hidden_size=192, num_heads=6, num_kv_heads=2, head_dim=32, ffn_size=768,
     text_dim=128, text_length=64, null_length=8, dtype="float32")
-_BASE_24B: dict[str, Any] = dict(num_steps=32, height=720, width=1280)
 # Official configs say 16 steps for the distilled 24B and 64 for the distilled 4.5B. Here it is 16 for
 # both: 64, 32, 16 and 8 steps are all trained budgets, and 16 take a quarter of the time.
-_DISTILL: dict[str, Any] = dict(num_steps=16, distilled=True)
-_DISTILL_24B = _DISTILL | dict(width=1280)
-PRESETS = {                                        # the model zoo (model card)
-    "4.5B-base":        Preset(DiTConfig(),                 SamplerConfig(num_steps=64)),
-    "4.5B-distill":     Preset(DiTConfig(),                 SamplerConfig(**_DISTILL)),
-    "4.5B-distill-fp8": Preset(DiTConfig(fp8=True),         SamplerConfig(**_DISTILL)),
-    "24B-base":         Preset(DiTConfig(**_24B),           SamplerConfig(**_BASE_24B)),
-    "24B-distill":      Preset(DiTConfig(**_24B),           SamplerConfig(**_DISTILL_24B)),
-    "24B-distill-fp8":  Preset(DiTConfig(**_24B, fp8=True), SamplerConfig(**_DISTILL_24B)),
-    "tiny":             Preset(DiTConfig(**_TINY),          SamplerConfig(num_steps=16, height=64, width=64)),
+_DISTILL = SamplerConfig(num_steps=16, distilled=True)
+_DISTILL_24B = dataclasses.replace(_DISTILL, width=1280)
+PRESETS = {                      # the model zoo (model card)
+    "4.5B-base":        Preset(DiTConfig(), SamplerConfig(num_steps=64)),
+    "4.5B-distill":     Preset(DiTConfig(), _DISTILL),
+    "4.5B-distill-fp8": Preset(DiTConfig(fp8=True), _DISTILL),
+    "24B-base":         Preset(_24B, SamplerConfig(num_steps=32, width=1280)),
+    "24B-distill":      Preset(_24B, _DISTILL_24B),
+    "24B-distill-fp8":  Preset(dataclasses.replace(_24B, fp8=True), _DISTILL_24B),
+    "tiny":             Preset(_TINY, SamplerConfig(num_steps=16, height=64, width=64)),
 }
 VAE_PRESETS = {
     "magi": VAEConfig(),
@@ -1022,12 +1022,7 @@ class DiT(nn.Module):
 # ----------------------------------------------------------------------------------------------------------
 # Report section 2.4. `plan` lists the chunks of every forward of a run. It needs no tensors, so it can be
 # printed, plotted and tested alone. A stage is num_steps / window steps; in a window of 4 it takes a chunk
-# through a quarter of its time grid. Here are 3 chunks; the numbers are t at the start of a stage:
-#
-#     stage       0     1     2     3     4     5
-#     chunk 0    .00   .02   .10   .30   clean
-#     chunk 1          .00   .02   .10   .30   clean
-#     chunk 2                .00   .02   .10   .30
+# through a quarter of its time grid.
 
 
 def shift_time(u: Tensor, shift: float = 1 / 3) -> Tensor:
@@ -1128,8 +1123,7 @@ class Step(NamedTuple):
     """What one step of a run does."""
 
     chunks: tuple[ChunkInput, ...]       # what its forwards hold, oldest first; clean ones lead
-    d: float                             # of a distilled model (`shortcut_d`): the same in every stage, so
-                                         # one d serves all chunks
+    d: float                             # of a distilled model: the same in every stage, so for all chunks
     enters: int | None                   # the chunk that is made from noise before this step
     forget: int                          # chunks before this one are never read again
     done: int | None                     # the chunk that is clean after this step
@@ -1175,13 +1169,14 @@ def plan(cfg: SamplerConfig, chunks: int | None, prefix_chunks: int = 0,
     asked when it enters; default: cfg for all. If it returns None there is no such chunk, and the video ends
     with those in flight.
 
-    >>> for step in itertools.islice(plan(SamplerConfig(num_steps=4), 3), 5):
-    ...     print(*(f"{c.chunk}: t {c.t:.2f}, sees {c.first_seen}.." for c in step.chunks), sep="; ")
-    0: t 0.00, sees 0..
-    0: t 0.02, sees 0..; 1: t 0.00, sees 0..
-    0: t 0.10, sees 0..; 1: t 0.02, sees 0..; 2: t 0.00, sees 0..
-    0: t 0.30, sees 0..; 1: t 0.10, sees 0..; 2: t 0.02, sees 0..
-    0: t 1.00, sees 0..; 1: t 0.30, sees 0..; 2: t 0.10, sees 0..
+    >>> for step in plan(SamplerConfig(num_steps=4), chunks=3):              # a stage is one step here
+    ...     print("   ".join(f"chunk {c.chunk} t {c.t:.2f}" for c in step.chunks))
+    chunk 0 t 0.00
+    chunk 0 t 0.02   chunk 1 t 0.00
+    chunk 0 t 0.10   chunk 1 t 0.02   chunk 2 t 0.00
+    chunk 0 t 0.30   chunk 1 t 0.10   chunk 2 t 0.02
+    chunk 0 t 1.00   chunk 1 t 0.30   chunk 2 t 0.10
+    chunk 1 t 1.00   chunk 2 t 0.30
     """
     P, per_stage = prefix_chunks, cfg.num_steps // cfg.window
     K: float = math.inf if chunks is None else chunks
@@ -1310,12 +1305,11 @@ def sample(dit: DiT, text: Tensor | Iterator[tuple], text_mask: Tensor | None, s
            progress: Callable[[Progress], None] | None = None) -> Iterator[tuple[int, Tensor]]:
     """Generate a video chunk by chunk; yields (generated chunk's index, its latents) as each becomes clean.
 
-    text            (L, C) with text_mask (L,), or one for each chunk, (chunks, L, C) with (chunks, L); the
-                    last is used for all further chunks. Or, with text_mask None, an iterator of (text, mask)
-                    or (text, mask, SamplerConfig), the config for a chunk's own ranges and guidance.
-                    Chunk c takes one item when it enters: num_steps steps before it is clean, when chunk
-                    c - window has been yielded and the next is asked for. After the iterator's end the last
-                    item is used again. The item None ends the video with the chunks in flight
+    text            (L, C) with text_mask (L,), or one for each chunk, (chunks, L, C) with (chunks, L). Or,
+                    with text_mask None, an iterator, from which a chunk takes (text, mask) or (text, mask,
+                    SamplerConfig) when it enters, that is when the chunk `window` before it has been yielded
+                    and the next is asked for; the config is for its own ranges and guidance. The last text
+                    is used for all further chunks. The item None ends the video with the chunks in flight
     special_tokens  name -> (1, C)
     prefix          (16, T, H, W), clean latents that come first
     noise           (16, 6 K, H, W), in place of the seeded noise; prefix chunks count. H and W of the video
@@ -1357,7 +1351,7 @@ def _one_by_one(text: Tensor, mask: Any, shape: tuple[int, ...]) -> Iterator[tup
 
 
 class Entry(NamedTuple):
-    """What a chunk is shown with: its own when it enters, or null text."""
+    """What a chunk brings with it when it enters."""
 
     text: Tensor                         # (L, C) special tokens and caption, or null text
     mask: Tensor                         # (L,)
@@ -1381,7 +1375,8 @@ class _Run:
         # Null text, the learned text that stands for no caption: negative tokens are among its unmasked rows.
         mask = (torch.arange(len(null), device=null.device) < dit.cfg.null_length).long()
         names = token_names(cfg.negative_tokens, NEGATIVE_TOKENS)
-        self.null = Entry(self.with_tokens(names, null, mask)[0], mask, cfg)
+        text, _ = prepend_tokens(null, mask, [self.table[name] for name in names])
+        self.null = Entry(text, mask, cfg)
 
     @torch.no_grad()
     def stream(self, progress: Callable[[Progress], None]) -> Iterator[tuple[int, Tensor]]:
@@ -1463,15 +1458,12 @@ class _Run:
         if mask.any():
             remaining = math.inf if self.K is None else self.K - chunk
             names = token_names(self.cfg.special_tokens, SPECIAL_TOKENS, remaining)
-            mask = mask.to(self.null.mask.device).bool().long()
-            text, mask = self.with_tokens(names, text.to(self.null.text), mask)
+            text, mask = text.to(self.null.text), mask.to(self.null.mask.device).bool().long()
+            text, mask = prepend_tokens(text, mask, [self.table[name] for name in names])
         else:                                # an empty caption
             text, mask = self.null.text, self.null.mask
         self.entries[chunk] = Entry(text, mask, cfg)
         return self.entries[chunk]
-
-    def with_tokens(self, names: Sequence[str], text: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
-        return prepend_tokens(text, mask, [self.table[name] for name in names])
 
     def given(self, chunk: int) -> Tensor:
         """The prefix frames that fall into a chunk: (1, 16, 0 to 6, H, W)."""
@@ -1541,7 +1533,7 @@ def load(folder: str | Path, *, vae: str | Path | None = None, t5: str | Path | 
     """
     folder = Path(folder)
     vae, t5 = Path(vae or folder.parent / "vae"), Path(t5 or folder.parent / "t5")
-    cfg, sampler = read_config(folder, "dit", DiTConfig), read_config(folder, "sampler", SamplerConfig)
+    sampler = read_config(folder, "sampler", SamplerConfig)
     vae_cfg = read_config(vae, "vae", VAEConfig)
     checkpoints.build(lambda: VAE(vae_cfg), vae)         # only to check it before the large DiT is read
     tokens = folder / "special_tokens.safetensors"
@@ -1549,7 +1541,7 @@ def load(folder: str | Path, *, vae: str | Path | None = None, t5: str | Path | 
     read_dit, read_vae, encoder = parts
     dit = read_dit(folder, device, dtype, backend)
     return MAGI(dit, read_vae(vae, device, vae_dtype, backend), sampler, table,
-                encoder(t5, cfg.text_length, device, keep=keep_t5))
+                encoder(t5, dit.cfg.text_length, device, keep=keep_t5))
 
 
 class MAGI:
@@ -1564,10 +1556,6 @@ class MAGI:
                  encode_text: Callable[[Sequence[str]], tuple[Tensor, Tensor]]):
         self.dit, self.vae, self.sampler, self.special_tokens = dit, vae, sampler, special_tokens
         self.encode_text = encode_text                   # captions -> text (n, L, C), mask (n, L)
-
-    @property
-    def device(self) -> torch.device:
-        return self.dit.null_text.device
 
     def __call__(self, prompt: str | Iterable[str | Prompt] | tuple[Tensor, Tensor], *, image: Any = None,
                  video: Any = None, prefix_frames: int = 32, fit: str = "crop",
@@ -1596,9 +1584,9 @@ class MAGI:
         prefix = None if pixels is None else self.encode(pixels)
         chunks = sample(self.dit, text, mask, cfg, special_tokens=self.special_tokens, prefix=prefix,
                         progress=progress)
-        # `sample` takes a prefix of 4 video frames for an image, and would yield it once more.
-        again = video is not None and prefix is not None and prefix.shape[1] == 1
-        return self._frames(chunks, wanted, skip=int(again))
+        # `sample` takes one latent frame of a video for an image, and yields it again.
+        skip = 1 if video is not None and prefix.shape[1] == 1 else 0
+        return self._frames(chunks, wanted, skip)
 
     def _texts(self, prompt: Any, cfg: SamplerConfig) -> tuple[Any, Any]:
         """What `sample` takes as text and text_mask."""
@@ -1641,7 +1629,8 @@ class MAGI:
     @torch.no_grad()
     def encode(self, pixels: Tensor) -> Tensor:
         """Video (1, 3, frames, height, width) in [-1, 1] -> scaled latents (16, T, H, W)."""
-        return self.vae.encode(pixels.to(self.device, self.vae.dtype))[0].float() * SCALE_FACTOR
+        pixels = pixels.to(self.dit.null_text.device, self.vae.dtype)
+        return self.vae.encode(pixels)[0].float() * SCALE_FACTOR
 
     def decode(self, latent: Tensor) -> np.ndarray:
         """Scaled latents (16, T, H, W) -> uint8 (4T, height, width, 3)."""
