@@ -1,4 +1,4 @@
-"""Captions: what the official code does to a prompt before T5 reads it.
+"""Prompts: what each chunk may be told, and what the official code does to a caption before T5 reads it.
 
 The rules are not part of the model, but they decide which tokens T5 sees, so all of them are kept, the odd
 ones too. The recorded results of the official code are in goldens/captions.json.
@@ -19,6 +19,25 @@ from torch import Tensor
 from checkpoints import GUIDANCE, require
 
 __all__ = ["Prompt", "as_prompt", "clean_caption", "tokenize"]
+
+
+class Prompt(NamedTuple):
+    """What may stand in place of a plain caption; settings are those of this chunk and all later ones."""
+
+    text: str
+    transition: str | None = None        # "cut" or "restyle", at this chunk
+    settings: dict = {}                  # only of GUIDANCE, the fields that may change within a run
+
+
+def as_prompt(item: Any) -> Prompt:
+    """A caption or a Prompt -> Prompt; ValueError for what a chunk cannot be given."""
+    prompt = item if isinstance(item, Prompt) else Prompt(item)
+    require(isinstance(prompt.text, str), f"a prompt is of type {type(item).__name__}: give captions, "
+            f"Prompts, or the (text, mask) of encode_text")
+    wrong = ", ".join(map(repr, prompt.settings.keys() - set(GUIDANCE)))
+    require(not wrong, f"{wrong} cannot change while a video is made, only {', '.join(GUIDANCE)}")
+    return prompt
+
 
 # The order of the rules is part of the definition:
 #   - Lower case comes first, so most mojibake is already beyond ftfy's repair ("Ã¶" has become "ã¶").
@@ -94,24 +113,6 @@ _FINAL_RULES = [(re.compile(pattern), new) for pattern, new in [
     (r"^\.\S+$",                                 ""),        # the whole caption is a file ending
 ]]
 # fmt: on
-
-
-class Prompt(NamedTuple):
-    """What may stand in place of a plain caption; settings are those of this chunk and all later ones."""
-
-    text: str
-    transition: str | None = None        # "cut" or "restyle", at this chunk
-    settings: dict = {}                  # only of GUIDANCE, the fields that may change within a run
-
-
-def as_prompt(item: Any) -> Prompt:
-    """A caption or a Prompt -> Prompt; ValueError for what a chunk cannot be given."""
-    prompt = item if isinstance(item, Prompt) else Prompt(item)
-    require(isinstance(prompt.text, str), f"a prompt is of type {type(item).__name__}: give captions, "
-            f"Prompts, or the (text, mask) of encode_text")
-    wrong = ", ".join(map(repr, prompt.settings.keys() - set(GUIDANCE)))
-    require(not wrong, f"{wrong} cannot change while a video is made, only {', '.join(GUIDANCE)}")
-    return prompt
 
 
 def clean_caption(caption: str) -> str:

@@ -1,4 +1,4 @@
-"""Model folders: configs, headers and weights, and one clear line for whatever is wrong with them.
+"""Model folders: configs, headers, special tokens, weights, and one clear line for whatever is wrong.
 
 Used by magi.py, convert_weights.py, training.py, parallel.py and sample.py. Everything here works on headers
 until `fill` is called, so a wrong file is refused before any weight is read.

@@ -749,8 +749,8 @@ class Context:
     text_spans: Tensor             # (1, B*n, 2) which of them are each chunk's own
     chunks: list[int]              # absolute index of each chunk
     cache: KVCache | None
-    cached: list[int]              # chunks that are read from the cache
-    store: int                     # how many leading chunks are clean: their keys go to the cache
+    cached: list[int]              # the chunks that are read from it
+    store: int                     # how many leading chunks are clean: their keys are written to it
 
 
 class Linear(nn.Linear):
@@ -998,7 +998,8 @@ class DiT(nn.Module):
             first_seen = [min(stored + chunks)] * n
         first = int(torch.as_tensor(first_seen).min())
         cached = [chunk for chunk in stored if chunk >= first]
-        frames = [chunk * (T // n) + i for chunk in chunks for i in range(T // n)]      # of the whole video
+        length = T // n                                                      # latent frames of a chunk
+        frames = [chunk * length + i for chunk in chunks for i in range(length)]         # of the whole video
         packed, text_spans = pack(text, text_mask)
         conditional = torch.as_tensor(conditional, device=x.device).expand(B, n)
         dtype = self.cfg.torch_dtype
@@ -1006,7 +1007,7 @@ class DiT(nn.Module):
             ops=self.ops,
             cond=self.condition(t, conditional, d).to(dtype),
             angles=rotary_angles(self.rope_bands, torch.tensor(frames, device=x.device), H // p, W // p),
-            spans=key_spans(chunks, first_seen, cached + chunks, (T // n) * (H // p) * (W // p)),
+            spans=key_spans(chunks, first_seen, cached + chunks, length * (H // p) * (W // p)),
             text=F.silu(self.text_proj(packed.float())).to(dtype),
             text_spans=text_spans,
             chunks=chunks, cache=cache, cached=cached, store=store,
@@ -1096,8 +1097,8 @@ def round_frames(num_frames: int | None, image: bool = False) -> int | None:
     and without an image, which `sample` does not count but yields as the first latent frame."""
     if num_frames is None:
         return None
-    latents = math.ceil(num_frames / FRAMES_PER_LATENT) - image
-    return max(1, latents * FRAMES_PER_LATENT)
+    latents = math.ceil(num_frames / FRAMES_PER_LATENT) - int(image)
+    return max(1, latents * FRAMES_PER_LATENT)           # a config has at least 1
 
 
 def count_chunks(num_frames: int | None, prefix_latents: int) -> tuple[int | None, int]:
@@ -1140,7 +1141,7 @@ def clean_input(cfg: SamplerConfig, chunk: int, prefix: bool = False) -> ChunkIn
 
 
 def life(cfg: SamplerConfig, chunk: int, prefix_chunks: int) -> list[ChunkInput]:
-    """A generated chunk in all its forwards: num_steps times noisy, then once clean."""
+    """What forwards show of a generated chunk, step by step: num_steps times noisy, then once clean."""
     inputs = []
     grid = timestep_grid(cfg.num_steps, cfg.shortcut_mode).tolist()
     for i, (t, after) in enumerate(itertools.pairwise(grid)):
@@ -1194,8 +1195,8 @@ def plan(cfg: SamplerConfig, chunks: int | None, prefix_chunks: int = 0,
         if all(len(inputs) == 1 for inputs in ahead.values()):
             return                                       # all are done, and nobody will read the last keys
 
-        # What will still be read: by the chunks in flight, and by those to come. Of these, the next one whose
-        # ranges are no exception sees further back than all others of its kind.
+        # What is still read, by the chunks in flight and by those to come? Of the latter it is enough to ask
+        # those with ranges of their own, and the next one without: it sees further back than all after it.
         plain = next(chunk for chunk in itertools.count(newest + 1) if chunk not in exceptions)
         to_come = [life(cfg, chunk, P) for chunk in (plain, *exceptions) if newest < chunk < K]
         forget = min(c.first_seen for inputs in (*ahead.values(), *to_come) for c in inputs)
@@ -1204,13 +1205,13 @@ def plan(cfg: SamplerConfig, chunks: int | None, prefix_chunks: int = 0,
             prefix = needed(range(forget, P), [clean_input(cfg, chunk, prefix=True) for chunk in range(P)])
             if prefix:
                 yield Step(tuple(prefix), d[0], None, forget, None)
-        finishing = [chunk for chunk, inputs in ahead.items() if len(inputs) == per_stage + 1]
+        done = next((chunk for chunk, inputs in ahead.items() if len(inputs) == per_stage + 1), None)
         for j in range(per_stage):
             yield Step(chunks=tuple(inputs[j] for inputs in ahead.values() if j < len(inputs)),
                        d=d[j],
                        enters=newest if config is not None and j == 0 else None,
                        forget=forget,
-                       done=finishing[0] if finishing and j == per_stage - 1 else None)
+                       done=done if j == per_stage - 1 else None)
         ahead = {chunk: inputs[per_stage:] for chunk, inputs in ahead.items() if len(inputs) > per_stage}
 
 
@@ -1569,8 +1570,9 @@ class MAGI:
         image: the video starts with it. video: the result continues it, and its last `prefix_frames` are the
         prefix. Both may be arrays, tensors, PIL images or paths (media.to_image, media.to_video).
         sampler replaces the model's config; settings replace fields of it, such as num_frames, seed,
-        num_steps, height, width. Raises ValueError for bad ones before anything is computed, and later
-        FloatingPointError if frames are not finite.
+        num_steps, height, width. The call checks all of them and encodes captions and prefix; frames are
+        computed when they are asked for. Raises ValueError for what does not fit, and FloatingPointError if
+        frames are not finite.
         """
         cfg = checkpoints.with_settings(sampler or self.sampler, settings)
         wanted = math.inf if cfg.num_frames is None else cfg.num_frames
