@@ -579,8 +579,7 @@ class VAE(nn.Module):
                 f"and overlap {overlap} in [0, 1)")
         tile = [t // p for t, p in zip(tile, self.patch, strict=True)]
         stride = [tile[0], *(max(1, int(s * (1 - overlap) + 1e-6)) for s in tile[1:])]
-        frames, rows, columns = ([slice(start, min(start + t, length)) for start in range(0, length, step)]
-                                 for length, t, step in zip(size, tile, stride, strict=True))
+        frames, rows, columns = map(_windows, size, tile, stride)
         keep_h, keep_w = stride[1] * scale, stride[2] * scale                # what each tile contributes
         overlap_h, overlap_w = (tile[1] - stride[1]) * scale, (tile[2] - stride[2]) * scale
         pieces = []
@@ -603,6 +602,11 @@ class VAE(nn.Module):
                 above = current
             pieces.append(torch.cat(joined, dim=-2))
         return torch.cat(pieces, dim=2)
+
+
+def _windows(length: int, tile: int, stride: int) -> list[slice]:
+    """The tiles along one axis."""
+    return [slice(start, min(start + tile, length)) for start in range(0, length, stride)]
 
 
 def _blend(old: Tensor, new: Tensor, width: int, dim: int) -> Tensor:
@@ -648,7 +652,7 @@ class T5:
         model, info = read(self.folder, dtype=self.dtype, local_files_only=True, output_loading_info=True)
         missing = sorted(set(info["missing_keys"]) - {"encoder.embed_tokens.weight"})  # it is shared.weight
         require(not missing, f"the text encoder in {str(self.folder)!r} lacks {len(missing)} tensor(s), such "
-                f"as {missing[:1]}: convert it again")                       # transformers would draw them
+                f"as {missing[:1]}: convert it again")               # transformers would make them random
         return model.to(self.device).eval()
 
     @torch.no_grad()
