@@ -72,7 +72,9 @@ from captions import Prompt, as_prompt, clean_caption, tokenize
 from checkpoints import (
     NEGATIVE_TOKENS,
     SPECIAL_TOKENS,
+    build,
     check_tokens,
+    fill,
     load_module,
     read_config,
     require,
@@ -1511,7 +1513,7 @@ def load_dit(folder: str | Path, device: Device = "cpu", dtype: str | None = Non
     """A DiT alone; dtype overrides that of its blocks."""
     cfg = read_config(folder, "dit", DiTConfig)
     cfg = dataclasses.replace(cfg, dtype=dtype or cfg.dtype)
-    dit = checkpoints.fill(checkpoints.build(lambda: DiT(cfg), folder), folder, device)
+    dit = fill(build(lambda: DiT(cfg), folder), folder, device)
     dit.ops = get_ops(backend, device)
     return dit
 
@@ -1520,7 +1522,7 @@ def load_vae(folder: str | Path, device: Device = "cpu", dtype: torch.dtype | No
              backend: str = "torch") -> VAE:
     """A VAE alone, in float32 or `dtype`."""
     cfg = read_config(folder, "vae", VAEConfig)
-    vae = checkpoints.fill(checkpoints.build(lambda: VAE(cfg), folder), folder, device, dtype)
+    vae = fill(build(lambda: VAE(cfg), folder), folder, device, dtype)
     vae.ops = get_ops(backend, device)
     return vae
 
@@ -1540,7 +1542,7 @@ def load(folder: str | Path, *, vae: str | Path | None = None, t5: str | Path | 
     vae, t5 = Path(vae or folder.parent / "vae"), Path(t5 or folder.parent / "t5")
     sampler = read_config(folder, "sampler", SamplerConfig)
     vae_cfg = read_config(vae, "vae", VAEConfig)
-    checkpoints.build(lambda: VAE(vae_cfg), vae)         # only to check it before the large DiT is read
+    build(lambda: VAE(vae_cfg), vae)                     # only to check it before the large DiT is read
     tokens = folder / "special_tokens.safetensors"
     table = checkpoints.read_tensors(tokens, "special tokens") if tokens.is_file() else {}
     read_dit, read_vae, encoder = parts
