@@ -1035,11 +1035,21 @@ class DiT(nn.Module):
         out = rearrange(out, "b (t h w) (ph pw c) -> b c t (h ph) (w pw)", t=T, h=H // p, ph=p, pw=p)
         return out[:, : cfg.latent_channels].float() / cfg.x_scale
 
-    def forward(self, x: Tensor, t: Tensor, text: Tensor, text_mask: Tensor, *,
-                chunks: Sequence[int] | None = None, first_seen: Sequence[int] | Tensor | None = None,
-                conditional: bool | Tensor = True, d: float | None = None, cache: KVCache | None = None,
-                store: int = 0) -> Tensor:
-        """One evaluation of the velocity for n chunks at once.
+    def forward(self, *inputs: Any, **settings: Any) -> Tensor:
+        """The velocity (B, 16, T, H, W), float32. `walk` says what the arguments are."""
+        *_, velocity = self.walk(*inputs, **settings)
+        return velocity
+
+    def evaluate(self, calls: Sequence[tuple[tuple, dict]]) -> Sequence[Tensor]:
+        """The velocities of several evaluations, given by their arguments, one after another. parallel.py
+        walks the layers once for all of them where weights are streamed."""
+        return [self(*inputs, **settings) for inputs, settings in calls]
+
+    def walk(self, x: Tensor, t: Tensor, text: Tensor, text_mask: Tensor, *,
+             chunks: Sequence[int] | None = None, first_seen: Sequence[int] | Tensor | None = None,
+             conditional: bool | Tensor = True, d: float | None = None, cache: KVCache | None = None,
+             store: int = 0) -> Iterator[Any]:
+        """One evaluation of the velocity for n chunks at once, which pauses after each layer.
 
         x            (B, 16, T, H, W)  noisy latents, T a multiple of n
         t            (B, n)            time of each chunk
@@ -1050,8 +1060,8 @@ class DiT(nn.Module):
         d            number            for distilled models only
         cache        clean chunks to read; the first `store` chunks of this forward are added to it
 
-        Returns the velocity (B, 16, T, H, W), float32. Raises ValueError if sizes do not divide, or if a
-        chunk attends to one that is neither in this forward nor in the cache.
+        Yields None after each layer, then the velocity (B, 16, T, H, W), float32. Raises ValueError if sizes
+        do not divide, or if a chunk attends to one that is neither in this forward nor in the cache.
         """
         (B, n), (T, H, W), p = t.shape, x.shape[2:], self.cfg.patch_size
         require(T % n == 0 and H % p == 0 and W % p == 0 and min(H, W) >= 2 * p,
@@ -1078,9 +1088,10 @@ class DiT(nn.Module):
         tokens = self.patchify(x)
         for layer in self.layers:
             tokens = layer(tokens, ctx)
+            yield None
         if store:
             cache.chunks += chunks[:store]
-        return self.unpatchify(tokens, T, H)
+        yield self.unpatchify(tokens, T, H)
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -1481,7 +1492,7 @@ class _Run:
         """Guided velocity of every noisy chunk; the keys of clean ones are stored on the way."""
         noisy = step.noisy
         shares = {c.chunk: branch_shares(self.entry(c.chunk).cfg, c, is_oldest=c == noisy[0]) for c in noisy}
-        v = {}
+        calls = {}                                       # of each branch that is needed
         for name, branch in self.branches.items():
             wanted = [chunk for chunk, share in shares.items() if share[name] != 0 or not self.skip]
             if branch.stores:
@@ -1490,27 +1501,30 @@ class _Run:
                 inputs = [c._replace(first_seen=c.chunk) for c in noisy if c.chunk in wanted]
             else:
                 inputs = needed(wanted, step.chunks)
-            v[name] = self.forward(inputs, branch, step.d, x)
+            if inputs:
+                calls[name] = self.call(inputs, branch, step.d, x)
+        v = {}
+        for name, out in zip(calls, self.dit.evaluate(list(calls.values())), strict=True):
+            chunks = calls[name][1]["chunks"]
+            v[name] = dict(zip(chunks, out.chunk(len(chunks), dim=2), strict=True))
         guided: dict[int, Any] = {}
         for chunk, share in shares.items():              # shares sum to 1, so one of them is not zero
             guided[chunk] = sum(weight * v[name][chunk] for name, weight in share.items() if weight != 0)
         return guided
 
-    def forward(self, inputs: Sequence[ChunkInput], branch: Branch, d: float, x: dict[int, Tensor]
-                ) -> dict[int, Tensor]:
-        """One forward of the DiT -> velocity of each chunk, (1, 16, 6, H, W)."""
-        if not inputs:
-            return {}
+    def call(self, inputs: Sequence[ChunkInput], branch: Branch, d: float, x: dict[int, Tensor]
+             ) -> tuple[tuple, dict[str, Any]]:
+        """The arguments of the DiT for one branch."""
         chunks = [c.chunk for c in inputs]
         texts = [self.entries[c.chunk][:2] if branch.captioned and not c.clean else self.null_text
                  for c in inputs]
         text, mask = (torch.stack(u)[None] for u in zip(*texts, strict=True))
         latents = torch.cat([x[chunk] for chunk in chunks], dim=2)           # (1, 16, 6 n, H, W)
         t = torch.tensor([[c.t for c in inputs]], device=latents.device)     # (1, n)
-        v = self.dit(latents, t, text, mask, chunks=chunks, first_seen=[c.first_seen for c in inputs],
-                     conditional=branch.captioned or self.cfg.distilled, d=d if self.cfg.distilled else None,
-                     cache=self.cache, store=sum(c.clean for c in inputs) if branch.stores else 0)
-        return dict(zip(chunks, v.chunk(len(chunks), dim=2), strict=True))
+        return (latents, t, text, mask), dict(
+            chunks=chunks, first_seen=[c.first_seen for c in inputs],
+            conditional=branch.captioned or self.cfg.distilled, d=d if self.cfg.distilled else None,
+            cache=self.cache, store=sum(c.clean for c in inputs) if branch.stores else 0)
 
     def config(self, chunk: int) -> SamplerConfig | None:
         """Of a generated chunk; None if the video ends before it."""
