@@ -385,8 +385,10 @@ def fp8_matmul(x: Tensor, weight: Tensor, divide: Tensor, scale: Tensor) -> Tens
     Runs anywhere, on e4m3 numbers held in wider types, and returns bf16: the reference for the fp8 kernels.
     """
     x8 = (x / divide.float()).clamp_(-448, 448).to(torch.bfloat16).to(torch.float8_e4m3fn)  # 448: e4m3's max
-    x8, weight = x8.bfloat16(), weight.bfloat16()
-    product = matmul_float32(x8, weight) if x.is_cuda else F.linear(x8.float(), weight.float())
+    if x.is_cuda:
+        product = matmul_float32(x8.bfloat16(), weight.bfloat16())
+    else:
+        product = F.linear(x8.float(), weight.float())
     return (product * scale).to(torch.bfloat16)
 
 
