@@ -362,8 +362,10 @@ def fp8_matmul(x: Tensor, weight: Tensor, divide: Tensor, scale: Tensor) -> Tens
     Runs anywhere, on e4m3 numbers held in wider types, and returns bf16: the reference for the fp8 kernels.
     """
     x8 = (x / divide.float()).clamp_(-448, 448).to(torch.bfloat16).to(torch.float8_e4m3fn)  # 448: e4m3's max
-    x8, weight = x8.bfloat16(), weight.bfloat16()
-    product = matmul_float32(x8, weight) if x.is_cuda else F.linear(x8.float(), weight.float())
+    if x.is_cuda:
+        product = matmul_float32(x8.bfloat16(), weight.bfloat16())
+    else:
+        product = F.linear(x8.float(), weight.float())
     return (product * scale).to(torch.bfloat16)
 
 
@@ -994,6 +996,20 @@ class DiT(nn.Module):
         Returns the velocity (B, 16, T, H, W), float32. Raises ValueError if sizes do not divide, or if a
         chunk attends to one that is neither in this forward nor in the cache.
         """
+        tokens, ctx = self.begin(x, t, text, text_mask, chunks, first_seen, conditional, d, cache, store)
+        for layer in self.layers:
+            tokens = layer(tokens, ctx)
+        return self.unpatchify(tokens, *x.shape[2:4])
+
+    def forward_all(self, calls: Sequence[dict[str, Any]]) -> list[Tensor]:
+        """Several forwards, given by their arguments, one after another. Where weights are streamed,
+        parallel.py takes all of them through a layer while it is there."""
+        return [self(**call) for call in calls]
+
+    def begin(self, x: Tensor, t: Tensor, text: Tensor, text_mask: Tensor, chunks: Sequence[int] | None,
+              first_seen: Sequence[int] | Tensor | None, conditional: bool | Tensor, d: float | None,
+              cache: KVCache | None, store: int) -> tuple[Tensor, Context]:
+        """The arguments of `forward` -> tokens (B, N, D), and what all layers share."""
         (B, n), (T, H, W), p = t.shape, x.shape[2:], self.cfg.patch_size
         require(T % n == 0 and H % p == 0 and W % p == 0 and min(H, W) >= 2 * p,
                 f"latent (T, H, W) = {(T, H, W)} does not divide into {n} chunks of {p}x{p} patches, "
@@ -1018,10 +1034,7 @@ class DiT(nn.Module):
             text_spans=text_spans,
             chunks=chunks, cache=cache, cached=cached, store=store,
         )
-        tokens = self.patchify(x)
-        for layer in self.layers:
-            tokens = layer(tokens, ctx)
-        return self.unpatchify(tokens, T, H)
+        return self.patchify(x), ctx
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -1411,7 +1424,7 @@ class _Run:
         """Guided velocity of every noisy chunk; the keys of clean ones are stored on the way."""
         noisy = step.noisy
         shares = {c.chunk: branch_shares(self.entry(c.chunk).cfg, c, is_oldest=c == noisy[0]) for c in noisy}
-        v = {}
+        calls = {}                                       # of each branch that is needed
         for name, branch in self.branches.items():
             wanted = [chunk for chunk, share in shares.items() if share[name] != 0 or not self.skip]
             if branch.stores:
@@ -1420,27 +1433,31 @@ class _Run:
                 inputs = [c._replace(first_seen=c.chunk) for c in noisy if c.chunk in wanted]
             else:
                 inputs = needed(wanted, step.chunks)
-            v[name] = self.forward(inputs, branch, step.d, x)
+            if inputs:
+                calls[name] = self.call(inputs, branch, step.d, x)
+        v = {}
+        for name, out in zip(calls, self.dit.forward_all([*calls.values()]), strict=True):
+            chunks = calls[name]["chunks"]
+            v[name] = dict(zip(chunks, out.chunk(len(chunks), dim=2), strict=True))
         guided: dict[int, Any] = {}
         for chunk, share in shares.items():              # shares sum to 1, so one of them is not zero
             guided[chunk] = sum(weight * v[name][chunk] for name, weight in share.items() if weight != 0)
         return guided
 
-    def forward(self, inputs: Sequence[ChunkInput], branch: Branch, d: float, x: dict[int, Tensor]
-                ) -> dict[int, Tensor]:
-        """One forward of the DiT -> velocity of each chunk, (1, 16, 6, H, W)."""
-        if not inputs:
-            return {}
+    def call(self, inputs: Sequence[ChunkInput], branch: Branch, d: float, x: dict[int, Tensor]
+             ) -> dict[str, Any]:
+        """The arguments of the DiT for one branch."""
         chunks = [c.chunk for c in inputs]
         shown = [self.null if c.clean or not branch.captioned else self.entries[c.chunk] for c in inputs]
         text = torch.stack([entry.text for entry in shown])[None]            # (1, n, L, C)
         mask = torch.stack([entry.mask for entry in shown])[None]
         latents = torch.cat([x[chunk] for chunk in chunks], dim=2)           # (1, 16, 6 n, H, W)
         t = torch.tensor([[c.t for c in inputs]], device=latents.device)     # (1, n)
-        v = self.dit(latents, t, text, mask, chunks=chunks, first_seen=[c.first_seen for c in inputs],
-                     conditional=branch.captioned or self.cfg.distilled, d=d if self.cfg.distilled else None,
-                     cache=self.cache, store=sum(c.clean for c in inputs) if branch.stores else 0)
-        return dict(zip(chunks, v.chunk(len(chunks), dim=2), strict=True))
+        return dict(
+            x=latents, t=t, text=text, text_mask=mask,
+            chunks=chunks, first_seen=[c.first_seen for c in inputs],
+            conditional=branch.captioned or self.cfg.distilled, d=d if self.cfg.distilled else None,
+            cache=self.cache, store=sum(c.clean for c in inputs) if branch.stores else 0)
 
     def config(self, chunk: int) -> SamplerConfig | None:
         """Of a generated chunk; None if the video ends before it."""

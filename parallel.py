@@ -21,28 +21,30 @@ Every rank walks the same plan and draws the same noise from (seed, chunk), so n
 them. T5 runs on rank 0, which sends the text; rank 0 writes. For more than one machine torchrun's own flags
 do (--nnodes, --rdzv-endpoint).
 
-Streaming: one layer computes while a thread brings the next; two are held. Each forward reads all layers, so
-a base model reads them up to three times a step.
+Streaming: one layer computes while a thread brings the next; two are held. All branches of a step (text,
+previous, nothing) go through a layer while it is there, so a step reads the weights once.
 
-Measured on CPUs, with random weights of the released sizes, one chunk of 64x64 (CUDA has not been tried yet):
+Measured on CPUs, with random weights of the released sizes, one chunk (CUDA has not been tried yet):
 
-    4.5B base, 2 processes     4.21 of 8.35 GiB of weights each, peak 6.5 GiB; in a step (2 forwards) each
-                               takes 39 s of a core and sends 27 MB of tokens and heads, 8.9 GB of weights
-    24B fp8, from disk         peak 3.5 GiB with the VAE; a step reads the 24.7 GiB of weights, more than that
-                               machine's memory, and takes 265 s of a core: a CPU widens fp8 numbers
+    4.5B base, 2 processes     64x64: 4.21 of 8.35 GiB of weights each, peak 6.5 GiB; in a step (2 forwards)
+                               39 CPU s on each, which sends 27 MB of tokens and heads, and 8.9 GB of weights
+    24B fp8, from disk         32x32: peak 3.5 GiB with the VAE; a step (1 forward) reads 24.5 GiB of layers,
+                               more than that machine's memory, and takes 172 CPU s: fp8 numbers are widened
 
 Contents: 1 Ranks, 2 Tokens and heads, 3 Weights, 4 Slices, 5 Loading, 6 Planning. Left out on purpose:
-training on several GPUs, and running the branches of a step layer by layer together.
+training on several GPUs; and, where weights are shared among ranks, one gathering for all branches of a step,
+since FSDP's hooks gather and free a layer at each of its calls.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import gc
 import itertools
 import math
 import os
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -50,7 +52,6 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
@@ -68,12 +69,12 @@ def start(device: str | None = None) -> str | None:
     if int(os.environ.get("WORLD_SIZE", 1)) == 1 or dist.is_initialized():
         return device
     if device == "cuda" or device is None and torch.cuda.is_available():
-        device = f"cuda:{os.environ['LOCAL_RANK']}"
-        require(int(os.environ["LOCAL_RANK"]) < torch.cuda.device_count(),
+        gpu = int(os.environ["LOCAL_RANK"])
+        require(gpu < torch.cuda.device_count(),
                 f"there are {torch.cuda.device_count()} GPUs here: start that many processes at most")
-        torch.cuda.set_device(device)
-    gpu = str(device).startswith("cuda")
-    dist.init_process_group("cpu:gloo,cuda:nccl" if gpu else "gloo")
+        torch.cuda.set_device(gpu)
+        device = f"cuda:{gpu}"
+    dist.init_process_group()                                # gloo for CPUs, and NCCL for GPUs
     return device
 
 
@@ -85,25 +86,6 @@ def rank() -> int:
     return dist.get_rank() if dist.is_initialized() else 0
 
 
-def from_first(make: Callable[..., Any]) -> Callable[..., Any]:
-    """The same function, but rank 0 alone runs it and sends the result, or its ValueError, to the others."""
-    def run(*args: Any, **kwargs: Any) -> Any:
-        if ranks() == 1:
-            return make(*args, **kwargs)
-        made: list[Any] = [None]
-        if rank() == 0:
-            try:
-                made = [make(*args, **kwargs)]
-            except (ValueError, OSError) as error:
-                made = [error]
-        dist.broadcast_object_list(made)
-        if isinstance(made[0], Exception):
-            raise made[0]
-        return made[0]
-
-    return run
-
-
 def agreed(make: Callable[..., Any]) -> Callable[..., Any]:
     """The same function on every rank; where it fails on one, it fails on all, with the same error."""
     def run(*args: Any, **kwargs: Any) -> Any:
@@ -112,9 +94,8 @@ def agreed(make: Callable[..., Any]) -> Callable[..., Any]:
             made = make(*args, **kwargs)
         except (ValueError, OSError, ImportError) as e:
             error = e
-        errors: list = [error]
+        errors: list = [error] * ranks()
         if ranks() > 1:
-            errors = [None] * ranks()
             dist.all_gather_object(errors, error)
         for i, e in enumerate(errors):
             if e is not None:
@@ -137,106 +118,78 @@ def lost_another(error: BaseException) -> bool:
 # and each chunk is equal work for all. Where the tokens do not divide, the last ranks' shares end in zeros.
 
 
+def split(u: Tensor, n: int) -> Tensor:
+    """All tokens of n chunks, (B, n s, ...) -> every rank's share of them, (R, B, n s/R, ...)."""
+    u = u.unflatten(1, (n, -1))
+    zeros = u.new_zeros(*u.shape[:2], -u.shape[2] % ranks(), *u.shape[3:])
+    return rearrange(torch.cat([u, zeros], dim=2), "b n (r s) ... -> r b (n s) ...", r=ranks())
+
+
+def join(shares: Tensor, n: int, size: int) -> Tensor:
+    """The way back, to chunks of `size` tokens."""
+    return rearrange(shares, "r b (n s) ... -> b n (r s) ...", n=n)[:, :, :size].flatten(1, 2)
+
+
+def exchange(u: Tensor) -> Tensor:
+    """(R, ...), of which part r is for rank r -> (R, ...), of which part r is from rank r."""
+    got = u.new_empty(u.shape)
+    dist.all_to_all_single(got, u.contiguous())
+    return got
+
+
 class Share:
-    """Shares a DiT's tokens among the ranks. sent: bytes that this rank has sent so far."""
+    """Shares a DiT's tokens among the ranks."""
 
     def __init__(self, dit: magi.DiT):
         Hkv, R = dit.cfg.num_kv_heads, ranks()
         counts = [str(r) for r in range(1, Hkv + 1) if Hkv % r == 0]
         require(str(R) in counts, f"{R} processes cannot share {Hkv} key/value heads: start "
                 f"{', '.join(counts[:-1])} or {counts[-1]}")
-        self.n, self.size, self.sent = 0, 0, 0               # chunks in this forward, tokens of one, bytes
-        self.dit, self.patchify = dit, dit.patchify
+        self.patchify, self.size = dit.patchify, 0                           # size: tokens of a chunk
         dit.patchify = self.first_tokens
-        dit.register_forward_pre_hook(self.begin)
-        dit.layers[0].register_forward_pre_hook(self.cut_angles)
+        dit.layers[0].register_forward_pre_hook(self.first_angles)
         for layer in dit.layers:
-            layer.attn.core = SharedAttention(layer.attn.core, self)
-        dit.final_linear.register_forward_hook(lambda linear, args, out: self.gather(out))
-
-    def begin(self, dit: nn.Module, args: tuple) -> None:
-        x, t = args[:2]
-        self.n = t.shape[1]
-        self.size = math.prod(x.shape[2:]) // (self.n * dit.cfg.patch_size**2)
+            layer.attn.core.forward = partial(self.attend, layer.attn.core.forward)
+        dit.final_linear.register_forward_hook(self.gather)
 
     def first_tokens(self, x: Tensor) -> Tensor:
-        """In the place of DiT.patchify: this rank's tokens. All of them, in float32, are never there."""
-        chunks = x.chunk(self.n, dim=2)
-        return torch.cat([self.cut(self.patchify(chunk), 1) for chunk in chunks], dim=1)
+        """In the place of DiT.patchify, chunk by chunk: all tokens, in float32, are never there."""
+        shares = []
+        for chunk in x.split(magi.CHUNK, dim=2):
+            tokens = self.patchify(chunk)
+            self.size = tokens.shape[1]
+            shares.append(split(tokens, 1)[rank()])
+        return torch.cat(shares, dim=1)
 
-    def cut_angles(self, layer: nn.Module, args: tuple) -> None:
+    def first_angles(self, layer: nn.Module, args: tuple) -> None:
         ctx = args[1]
-        ctx.angles = self.cut(ctx.angles[None], self.n)[0]
+        ctx.angles = split(ctx.angles[None], len(ctx.chunks))[rank(), 0]
 
-    def cut(self, u: Tensor, n: int) -> Tensor:
-        """All (B, n s, ...) -> this rank's (B, n s/R, ...)."""
-        return self.padded(u, n)[:, :, rank()].flatten(1, 2)
-
-    def padded(self, u: Tensor, n: int) -> Tensor:
-        """(B, n s, ...) -> (B, n, R, s/R, ...), zeros where s does not divide."""
-        u, missing = u.unflatten(1, (n, -1)), -self.size % ranks()
-        if missing:
-            u = F.pad(u, (*[0, 0] * (u.dim() - 3), 0, missing))
-        return u.unflatten(2, (ranks(), -1))
-
-    def whole(self, every: Tensor) -> Tensor:
-        """All ranks' (R, B, n s/R, ...) -> (B, n s, ...), without the padding."""
-        every = rearrange(every, "r b (n s) ... -> b n (r s) ...", n=self.n)
-        return every[:, :, : self.size].flatten(1, 2)
-
-    def gather(self, u: Tensor) -> Tensor:
-        """This rank's (B, n s/R, ...) -> all (B, n s, ...)."""
-        every = u.new_empty(ranks(), *u.shape)
-        dist.all_gather_single(every.flatten(0, 1), u.contiguous())
-        self.sent += u.nbytes * (ranks() - 1)
-        return self.whole(every)
-
-    def exchange(self, u: Tensor) -> Tensor:
-        """(R, ...), of which part r is for rank r -> (R, ...), of which part r is from rank r."""
-        got = torch.empty_like(u)
-        dist.all_to_all_single(got, u)
-        self.sent += u.nbytes // ranks() * (ranks() - 1)
-        return got
-
-
-class SharedAttention(nn.Module):
-    """In the place of a layer's CachedAttention, to which it gives all tokens of this rank's heads."""
-
-    def __init__(self, core: nn.Module, share: Share):
-        super().__init__()
-        self.core, self.share = core, share
-
-    def forward(self, q: Tensor, k: Tensor, v: Tensor, ctx: magi.Context, out: Tensor) -> Tensor:
-        R, share = ranks(), self.share                                       # q (B, n s/R, Hq, hd)
-        for_each = [rearrange(u, "b n (r h) d -> r b n h d", r=R) for u in (q, k, v)]
-        mine = share.whole(share.exchange(torch.cat(for_each, dim=3)))       # (B, n s, heads/R, hd)
-        del for_each
-        qh, kh, vh = mine.split([u.shape[2] // R for u in (q, k, v)], dim=2)
-        result = self.core(qh, kh, vh, ctx)                                  # (B, n s, Hq/R, hd)
-        del mine, qh, kh, vh
-        result = rearrange(share.padded(result, share.n), "b n r s h d -> r b (n s) h d").contiguous()
-        result = share.exchange(result)                                      # (R, B, n s/R, Hq/R, hd)
+    def attend(self, core: Callable, q: Tensor, k: Tensor, v: Tensor, ctx: magi.Context, out: Tensor) -> None:
+        """In the place of CachedAttention.forward, which gets all tokens of this rank's heads."""
+        n, R = len(ctx.chunks), ranks()                                      # q (B, n s/R, Hq, hd)
+        parts = [rearrange(u, "b n (r h) d -> r b n h d", r=R) for u in (q, k, v)]
+        heads = join(exchange(torch.cat(parts, dim=3)), n, self.size)        # (B, n s, Hq/R + 2 Hkv/R, hd)
+        qkv = heads.split([u.shape[2] // R for u in (q, k, v)], dim=2)
+        result = core(*qkv, ctx)                                             # (B, n s, Hq/R, hd)
+        del heads, qkv
+        result = exchange(split(result, n))                                  # (R, B, n s/R, Hq/R, hd)
         out.unflatten(2, (R, -1)).copy_(rearrange(result, "r b n h d -> b n r h d"))
-        return out                                                           # (B, n s/R, Hq, hd)
+
+    def gather(self, linear: nn.Module, args: tuple, share: Tensor) -> Tensor:
+        """This rank's velocities (B, n s/R, ...) -> all (B, n s, ...)."""
+        every = share.new_empty(ranks(), *share.shape)
+        dist.all_gather_single(every.flatten(0, 1), share.contiguous())
+        return join(every, share.shape[1] // math.ceil(self.size / ranks()), self.size)
 
 
-def share_tiles(vae: magi.VAE) -> magi.VAE:
-    """Deal the tiles of the VAE out to the ranks, in rounds; each gets every tile in the end."""
-    def deal(fn: Callable, windows: Sequence) -> Iterator[Tensor]:
-        for first in range(0, len(windows), ranks()):
-            here = windows[first : first + ranks()]
-            tile = fn(here[rank()]).contiguous() if rank() < len(here) else None
-            shapes: list = [None] * ranks()                  # tiles at the edges are smaller
-            dist.all_gather_object(shapes, None if tile is None else tuple(tile.shape))
-            for i in range(len(here)):
-                got = tile if i == rank() else torch.empty(shapes[i], dtype=vae.dtype, device=vae_device)
-                dist.broadcast(got, i)
-                yield got
-
-    vae_device = vae.encoder.pos_embed.device
-    if ranks() > 1:
-        vae.map_tiles = deal
-    return vae
+def deal(device: str, fn: Callable, windows: Sequence) -> Iterator[Tensor]:
+    """In the place of `map` for the tiles of a VAE: dealt out in rounds; each rank gets all of them."""
+    for first in range(0, len(windows), ranks()):
+        mine = [fn(window).cpu() for window in windows[first : first + ranks()][rank() : rank() + 1]]
+        tiles: list = [None] * ranks()
+        dist.all_gather_object(tiles, mine)
+        yield from (tile.to(device) for tile in itertools.chain(*tiles))
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -266,84 +219,75 @@ def layer_reader(module: nn.Module, folder: str | Path, prefix: str) -> Callable
     from safetensors import safe_open
 
     dtypes = {name: u.dtype for name, u in module.state_dict().items()}
-    files = weight_files(folder)
-    held = [safe_open(file, "pt").keys() for file in files]
+    files: dict[str, Path] = {}                              # of each weight
+    for file in weight_files(folder):
+        files |= dict.fromkeys(safe_open(file, "pt").keys(), file)
 
     def read(i: int) -> dict[str, Tensor]:
         start, weights = f"{prefix}{i}.", {}
-        for file, names in zip(files, held, strict=True):
-            here = [name for name in names if name.startswith(start)]
-            if here:
-                with safe_open(file, "pt") as f:             # opened anew: its pages are let go after
-                    for name in here:
-                        u = f.get_tensor(name).to(dtypes[name], copy=True)
-                        weights[name.removeprefix(start)] = u
+        for name in files:
+            if name.startswith(start):
+                with safe_open(files[name], "pt") as f:      # opened anew: its pages are let go after
+                    weights[name.removeprefix(start)] = f.get_tensor(name).to(dtypes[name], copy=True)
         return weights
 
     return read
 
 
 class Streamed:
-    """Hooks on layers without weights that bring those of a layer when it is entered, and drop them after.
+    """Hooks on layers without weights, which bring them: while one layer computes, a thread brings the next.
 
-    fetch(i) gives the weights of layer i in CPU memory. A thread calls it for the next layer while one
-    computes; on a GPU it copies on a stream of its own, once the layer before has been computed, so that
-    there are never more than two.
+    source: "disk", the files of the folder, or "cpu": they are read once and kept there, pinned for a GPU.
+    (PyTorch rounds what it pins up to a power of two: 71 GB for the 24B in bf16.) A layer keeps its weights
+    until another one is entered, so that all branches of a step can pass through it (`side_by_side`).
     """
 
-    def __init__(self, layers: Sequence[nn.Module], fetch: Callable[[int], dict[str, Tensor]], device: str):
-        self.fetch, self.device, self.count = fetch, device, len(layers)
-        self.thread, self.coming = ThreadPoolExecutor(1), {}
-        self.held: set[int] = set()                          # layers that take memory now
+    def __init__(self, model: nn.Module, layers: Sequence[nn.Module], folder: str | Path, prefix: str,
+                 device: str, source: str):
+        require(source in ("cpu", "disk"), f"stream {source!r} is not 'cpu' or 'disk'")
+        self.layers, self.device, self.read = list(layers), device, layer_reader(model, folder, prefix)
+        self.thread, self.coming, self.here = ThreadPoolExecutor(1), {}, -1
         gpu = torch.device(device).type == "cuda"
-        self.stream = torch.cuda.Stream(device) if gpu else None
-        self.computed: torch.cuda.Event | None = None        # the layer before
+        self.copying = torch.cuda.Stream(device) if gpu else None            # beside the one that computes
+        if source == "cpu":
+            keep = Tensor.pin_memory if gpu else Tensor.contiguous
+            kept = [{name: keep(u) for name, u in self.read(i).items()} for i in range(len(layers))]
+            self.read = kept.__getitem__
+        # What stands for a weight that is not there has its shape, type and device, and no memory: a LoRA
+        # that is added later finds what it needs to know.
+        self.nothing = [{name: torch.zeros(1, dtype=u.dtype, device=device).expand(u.shape)
+                         for name, u in layer.state_dict().items()} for layer in layers]
         for i, layer in enumerate(layers):
-            # What stands for a weight that is not there has its shape, type and device, and no memory: a
-            # LoRA that is added later finds what it needs to know.
-            empty = {name: torch.zeros(1, dtype=u.dtype, device=device).expand(u.shape)
-                     for name, u in layer.state_dict().items()}
-            layer.load_state_dict(empty, assign=True)
+            self.put(i, self.nothing[i])
             layer.register_forward_pre_hook(partial(self.enter, i))
-            layer.register_forward_hook(partial(self.leave, i, empty))
 
-    def bring(self, i: int, after: torch.cuda.Event | None = None) -> dict[str, Tensor]:
-        self.held.add(i)
-        weights = self.fetch(i)
-        if self.stream is None:
-            return weights
-        if after is not None:
-            after.synchronize()
-        with torch.cuda.stream(self.stream):
-            weights = {name: u.to(self.device, non_blocking=True) for name, u in weights.items()}
-            self.stream.synchronize()
-        return weights
+    def put(self, i: int, weights: dict[str, Tensor]) -> None:
+        self.layers[i].load_state_dict(weights, strict=False, assign=True)   # not strict: it may have a LoRA
+
+    def bring(self, i: int) -> dict[str, Tensor]:
+        with torch.cuda.stream(self.copying):
+            return {name: u.to(self.device) for name, u in self.read(i).items()}
 
     def enter(self, i: int, layer: nn.Module, args: tuple) -> None:
-        coming: Future | None = self.coming.pop(i, None)
-        weights = self.bring(i) if coming is None else coming.result()
-        layer.load_state_dict(weights, strict=False, assign=True)            # not strict: it may have a LoRA
-        following = (i + 1) % self.count
-        self.coming = {following: self.thread.submit(self.bring, following, self.computed)}
-
-    def leave(self, i: int, empty: dict[str, Tensor], layer: nn.Module, args: tuple, out: Any) -> None:
-        if self.stream is not None:
-            self.computed = torch.cuda.current_stream(self.device).record_event()
-        layer.load_state_dict(empty, strict=False, assign=True)
-        self.held.discard(i)
+        if i == self.here:                                   # another branch has just been here
+            return
+        if self.copying is not None:
+            torch.cuda.current_stream(self.device).synchronize()             # the layer before is computed
+        self.put(self.here, self.nothing[self.here])
+        weights = self.coming.pop(i, None) or self.thread.submit(self.bring, i)
+        self.put(i, weights.result())
+        following = (i + 1) % len(self.layers)
+        self.here, self.coming = i, {following: self.thread.submit(self.bring, following)}
 
 
-def stream_layers(module: nn.Module, layers: Sequence[nn.Module], folder: str | Path, prefix: str,
-                  device: str, source: str) -> Streamed:
-    """Stream layers from "disk", the files of a folder, or from "cpu": they are read once and kept there,
-    pinned for a GPU. (PyTorch rounds what it pins up to a power of two: 71 GB for the 24B in bf16.)"""
-    require(source in ("cpu", "disk"), f"stream {source!r} is not 'cpu' or 'disk'")
-    fetch = layer_reader(module, folder, prefix)
-    if source == "cpu":
-        pin = (lambda u: u.pin_memory()) if torch.device(device).type == "cuda" else (lambda u: u)
-        kept = [{name: pin(u) for name, u in fetch(i).items()} for i in range(len(layers))]
-        fetch = kept.__getitem__
-    return Streamed(layers, fetch, device)
+def side_by_side(dit: magi.DiT, calls: Sequence[dict[str, Any]]) -> list[Tensor]:
+    """In the place of DiT.forward_all: all calls go through one layer, then all through the next, so that
+    each layer is brought once. (Within a layer they keep their order: keys are read before they are added
+    to.)"""
+    tokens, contexts = zip(*(dit.begin(**call) for call in calls), strict=True)
+    for layer in dit.layers:
+        tokens = [layer(one, ctx) for one, ctx in zip(tokens, contexts, strict=True)]
+    return [dit.unpatchify(one, *call["x"].shape[2:4]) for one, call in zip(tokens, calls, strict=True)]
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -355,51 +299,47 @@ def stream_layers(module: nn.Module, layers: Sequence[nn.Module], folder: str | 
 SLICE = 4096                     # tokens: enough to keep a GPU busy
 
 
-def in_slices(fn: Callable, x: Tensor, dim: int, n: int = 1) -> Tensor:
-    """fn(slice of x, where, i) for slices of at most SLICE along dim that do not cross its n equal parts."""
-    size, out = x.shape[dim] // n, None
-    if size <= SLICE and n == 1:
-        return fn(x, slice(None), 0)
-    for start in range(0, n * size, size):
-        for first in range(start, start + size, SLICE):
-            where = slice(first, min(first + SLICE, start + size))
-            part = fn(x.narrow(dim, first, where.stop - first), where, start // size)
-            if out is None:
-                shape = list(part.shape)
-                shape[dim] = n * size
-                out = part.new_empty(shape)
-            out.narrow(dim, first, where.stop - first).copy_(part)
+def in_slices(fn: Callable, *inputs: Tensor) -> Tensor:
+    """fn(*inputs) of tensors (rows, tokens, ...), for at most SLICE tokens at a time."""
+    rows, tokens = inputs[0].shape[:2]
+    size = max(1, SLICE // rows)
+    if tokens <= size:
+        return fn(*inputs)
+    out: Any = None
+    slices = zip(*(u.split(size, dim=1) for u in inputs), strict=True)
+    for first, part in zip(range(0, tokens, size), slices, strict=True):
+        result = fn(*part)
+        if out is None:
+            out = result.new_empty(rows, tokens, *result.shape[2:])
+        out[:, first : first + size] = result
     return out
 
 
-def slice_ops(ops: magi.Ops) -> magi.Ops:
-    """The torch backend's operations, in slices. Those of kernels.py make no wide copies."""
-    if ops.name != "torch":
-        return ops
-
-    def norm_rotary(x, norm, angles):
-        of = lambda where: None if angles is None else angles[where]
-        return in_slices(lambda u, where, i: ops.norm_rotary(u, norm, of(where)), x, dim=1)
-
-    def gated_residual(x, gate, update, norm):
-        def part(u, where, i):
-            return ops.gated_residual(u, gate[:, i : i + 1], update[:, where], norm)
-        return in_slices(part, x, dim=1, n=gate.shape[1])
-
-    def of_tokens(fn):
-        return lambda x, *rest: in_slices(lambda u, where, i: fn(u, *rest), x, dim=x.dim() - 2)
-
-    return dataclasses.replace(ops, norm_rotary=norm_rotary, gated_residual=gated_residual,
-                               matmul_float32=of_tokens(ops.matmul_float32),
-                               fp8_matmul=of_tokens(ops.fp8_matmul))
+def sliced(fn: Callable) -> Callable:
+    """A function of tokens, and of more that is the same for all of them."""
+    return lambda x, *rest: in_slices(lambda u: fn(u, *rest), x)
 
 
 def slice_widest(dit: magi.DiT) -> magi.DiT:
-    """Compute what is widest in slices of tokens."""
-    dit.ops = slice_ops(dit.ops)
+    """Compute what is widest in slices of tokens. (The operations of kernels.py make no wide copies.)"""
+    ops = dit.ops
+
+    def norm_rotary(x, norm, angles):
+        if angles is None:
+            return in_slices(lambda u: ops.norm_rotary(u, norm, None), x)
+        return in_slices(lambda u, a: ops.norm_rotary(u, norm, a[0]), x, angles[None])
+
+    def gated_residual(x, gate, update, norm):
+        chunks = lambda u: u.unflatten(1, (gate.shape[1], -1)).flatten(0, 1)            # (B n, s, D)
+        part = lambda x, update: ops.gated_residual(x, chunks(gate), update, norm)
+        return in_slices(part, chunks(x), chunks(update)).view_as(x)
+
+    if ops.name == "torch":
+        dit.ops = dataclasses.replace(
+            ops, norm_rotary=norm_rotary, gated_residual=gated_residual,
+            matmul_float32=sliced(ops.matmul_float32), fp8_matmul=sliced(ops.fp8_matmul))
     for layer in dit.layers:
-        whole = layer.ffn.forward
-        layer.ffn.forward = lambda x, ctx, whole=whole: in_slices(lambda u, *_: whole(u, ctx), x, dim=1)
+        layer.ffn.forward = sliced(layer.ffn.forward)
     return dit
 
 
@@ -414,26 +354,27 @@ def load_dit(folder: str | Path, device: str = "cpu", dtype: str | None = None, 
     cfg = read_config(folder, "dit", magi.DiTConfig)
     cfg = dataclasses.replace(cfg, dtype=dtype or cfg.dtype)
     dit = build(lambda: magi.DiT(cfg), folder)
-
-    def load(start: str, others: bool = False) -> None:
-        fill(dit, folder, device, only=lambda name: name.startswith(start) != others)
-
-    load("layers.", others=True)
+    if ranks() > 1:
+        Share(dit)
+    fill(dit, folder, device, only=lambda name: not name.startswith("layers."))
+    load = lambda start: fill(dit, folder, device, only=lambda name: name.startswith(start))
     if stream:
-        dit.streamed = stream_layers(dit, dit.layers, folder, "layers.", device, stream)
+        dit.streamed = Streamed(dit, dit.layers, folder, "layers.", device, stream)
+        dit.forward_all = partial(side_by_side, dit)
     elif ranks() > 1:
         shard_layers(dit, lambda i: load(f"layers.{i}."), device)
     else:
         load("layers.")
-    if ranks() > 1:
-        Share(dit)
     dit.ops = magi.get_ops(backend, device)
     return slice_widest(dit)
 
 
-def load_vae(*args: Any, **kwargs: Any) -> magi.VAE:
+def load_vae(folder: str | Path, device: str = "cpu", *args: Any, **kwargs: Any) -> magi.VAE:
     """magi.load_vae, whose tiles are dealt out to the ranks."""
-    return share_tiles(magi.load_vae(*args, **kwargs))
+    vae = magi.load_vae(folder, device, *args, **kwargs)
+    if ranks() > 1:
+        vae.map_tiles = partial(deal, device)
+    return vae
 
 
 class T5(magi.T5):
@@ -444,7 +385,12 @@ class T5(magi.T5):
         self.stream = stream
 
     def __call__(self, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
-        return from_first(super().__call__)(*args, **kwargs)
+        encode = super().__call__ if rank() == 0 else lambda *_, **__: None
+        text: list = [agreed(encode)(*args, **kwargs)]
+        if ranks() > 1:
+            dist.broadcast_object_list(text)
+        gc.collect()                                         # streamed blocks and their hooks hold each other
+        return text[0]
 
     def read(self) -> Any:
         if self.stream is None:
@@ -460,7 +406,7 @@ class T5(magi.T5):
                 f"as {missing[:1]}: convert it again")
         fill(model, self.folder, self.device, only=lambda name: ".block." not in name)
         model.encoder.embed_tokens = model.shared
-        stream_layers(model, model.encoder.block, self.folder, "encoder.block.", self.device, "disk")
+        Streamed(model, model.encoder.block, self.folder, "encoder.block.", str(self.device), "disk")
         return model
 
 
@@ -475,7 +421,7 @@ def parts(stream: str | None = None) -> tuple[Callable, Callable, Callable]:
 # What a rank needs, from the shapes alone. tests/test_parallel.py holds it against what is really allocated.
 
 GIB = 2**30
-T5_XXL = (4096, 24, 32128, 10240)            # width, blocks, words, feed-forward
+T5_XXL = dict(d_model=4096, num_layers=24, vocab_size=32128, d_ff=10240)     # of its config.json
 
 
 @dataclass(frozen=True)
@@ -496,70 +442,60 @@ class Memory:
         return max(self.t5, both + max(self.activations, self.decoding))
 
 
-def needs(dit: magi.DiTConfig, run: magi.SamplerConfig, vae: magi.VAEConfig = magi.VAE_PRESETS["magi"], *,
-          R: int = 1, stream: bool = False, vae_bytes: int = 4, text: int | None = None, cpu: bool = False,
-          t5: tuple[int, int, int, int] = T5_XXL) -> Memory:
-    """Memory of a run on each of R ranks, with the torch backend. text: tokens of a caption, default: as many
-    as there can be. cpu: with the copies that only the CPU needs."""
-    size_of = lambda module: sum(u.numel() * u.element_size() for u in module.state_dict().values())
+def needs(dit: magi.DiTConfig, run: magi.SamplerConfig, vae: magi.VAEConfig = magi.VAE_PRESETS["magi"],
+          t5: dict = T5_XXL, *, R: int = 1, stream: bool = False) -> Memory:
+    """Memory of a long run on each of R ranks, with the torch backend."""
+    bytes_of = lambda module: sum(u.nbytes for u in module.state_dict().values())
     with torch.device("meta"):
         model, tiler = magi.DiT(dit), magi.VAE(vae)
-    layers = [size_of(layer) for layer in model.layers]
-    rest = size_of(model) - sum(layers)
-    pairs = [a + b for a, b in itertools.pairwise([*layers, layers[0]] if stream else layers)]
-    weights = rest + (0 if stream else sum(layers) // R)
-    passing = max(pairs) if stream or R > 1 else 0
+    layers = [bytes_of(layer) for layer in model.layers]
+    weights = bytes_of(model) - sum(layers) + (0 if stream else sum(layers) // R)
 
-    # How many chunks the plan keeps in the cache, and how many a forward holds, once the video is long.
-    long = dataclasses.replace(run, num_frames=None)
-    steps = list(itertools.takewhile(lambda step: step.chunks[0].chunk < 24, magi.plan(long, 40)))
-    kept, cached, n = 0, set(), max(len(step.chunks) for step in steps)
-    for step in steps:
-        cached = {chunk for chunk in cached if chunk >= step.forget}
-        cached |= {c.chunk for c in step.chunks if c.clean}
-        kept = max(kept, len(cached))
-
-    b, D, F, T = dit.torch_dtype.itemsize, dit.hidden_size, dit.ffn_size, text or dit.text_length
-    A, G = dit.num_heads * dit.head_dim, dit.num_kv_heads * dit.head_dim
-    H = F * (1 + dit.gated_ffn)
+    steps = list(magi.plan(run, 24))
+    n = max(len(step.chunks) for step in steps)                              # chunks in a forward
+    cached = max(int(step.noisy[0].chunk - max(0, step.forget)) for step in steps)
     s = magi.CHUNK * (run.height // 16) * (run.width // 16)                  # tokens of a chunk
     N = n * math.ceil(s / R)                                                 # of a forward on this rank
     S = min(N, SLICE)
-    cache = kept * s * dit.num_layers * 2 * (G // R) * b
+    texts = n * dit.text_length
+    b, D, F = dit.torch_dtype.itemsize, dit.hidden_size, dit.ffn_size
+    A, G = dit.num_heads * dit.head_dim, dit.num_kv_heads * dit.head_dim     # widths of q, and of k or v
+    H = F * (1 + dit.gated_ffn)
 
-    joined = 2 * G * (1 + kept / n)                                          # keys and values with the cached
-    talk = max(2 * (A + 2 * G), A + 2 * G + joined + A, 2 * A) if R > 1 else joined + A / n
-    slices = [S * b * (D + H), S * b * (4 if dit.gated_ffn else 2) * F, S * b * (F + D)]  # of feed-forward
-    small = 0
-    if dit.fp8:                                                              # rounded numbers in wider types
-        wide = 2 + 4 * cpu
-        slices += [S * (b * D + wide * D + 4 * H) + wide * D * H, S * (b * D + 2 * D + 8 * H) + 2 * D * H,
-                   S * (b * F + wide * F + 4 * D) + wide * D * F]
-        small = passing and max(pairs) - max(pairs[1:-1])                    # fp8 layers: less passes
-    moments = [                                                              # bytes beside x
-        N * b * (D + 3 * A + 2 * G + max(2 * A, talk)) + S * 8 * A,          # attention to chunks or to text
-        N * (b * 2 * A + 4 * D) + cpu * (b < 4) * (S * 8 * A + 8 * A * D),   # Wo
-        N * (4 + b) * D + S * 16 * D,                                        # gated residual
-        N * b * 2 * D + max(slices) - small,                                 # feed-forward
-    ]
+    # What lives at one time in attention: h, q, k, v and both results; besides, at first keys and values with
+    # the cached ones and a chunk's result, on several ranks also q, k, v and the result of this rank's heads;
+    # later qx, twice, the second time in slices in float32.
+    first = 2 * G * (1 + cached / n) + A / n + (R > 1) * (2 * A + 2 * G)
+    attention = N * b * (D + 3 * A + 2 * G) + max(N * b * first, N * b * 2 * A + S * 8 * A)
+    middle = S * b * 2 * H                                                   # before and after GELU, SwiGLU
+    middle8 = S * (4 * D + 8 * H) + 2 * D * H                                # fp8: the sums, weight in bf16
+    tokens = N * (b * D + dit.head_dim * 3 // 2) + texts * b * D             # x, angles, texts of a branch
+    branches = 3 if stream and not run.distilled else 1                      # that wait for each other
     latents = 4 * 16 * magi.CHUNK * (run.height // 8) * (run.width // 8)     # of a chunk
-    others = 4 * n * latents + N * dit.head_dim * 3 // 2 + n * T * (8 * dit.text_dim + b * (D + 4 * G))
-    activations = int(N * b * D + max(moments)) + others
+    shared = branches * tokens + 4 * n * latents + texts * (8 * dit.text_dim + b * 4 * G)
 
-    tile = (12, 256, 256)
-    t, h, w = (min(a, of) for a, of in zip(tile, (24, run.height, run.width), strict=True))
-    tokens = 1 + t // 4 * (h // 8) * (w // 8)
-    block = tokens * vae_bytes * max(11 * vae.embed_dim, 4 * vae.out_features)
-    second = 3 * 24 * run.height * run.width * vae_bytes                     # a chunk in pixels
-    decoding = block + 3 * second
-    vae_size = size_of(tiler) * vae_bytes // 4
-    return Memory(weights, passing, vae_size, cache, activations, decoding, t5_bytes(t5, stream))
+    def activations(i: int) -> int:
+        fp8 = dit.fp8 and 0 < i < dit.num_layers - 1
+        return int(shared + max(attention, N * b * 2 * D + (middle8 if fp8 else middle)))
 
+    coming = [*layers[1:], layers[0]] if stream else layers                  # FSDP gathers, then copies
+    passing = [sum(pair) if stream or R > 1 else 0 for pair in zip(layers, coming, strict=True)]
+    worst = max(range(dit.num_layers), key=lambda i: passing[i] + activations(i))
 
-def t5_bytes(t5: tuple[int, int, int, int], stream: bool) -> int:
-    width, blocks, words, hidden = t5
-    block = 2 * (4 * width * width + 3 * width * hidden)                     # bfloat16
-    return 2 * words * width + block * (2 if stream else blocks)
+    patches = 3 * (min(256, run.height) // 8) * (min(256, run.width) // 8)   # of a tile of the VAE
+    tile = 4 * (1 + patches) * max(11 * vae.embed_dim, 4 * vae.out_features)
+    second = 4 * 3 * 24 * run.height * run.width                             # a chunk in pixels
+    words = 2 * t5["vocab_size"] * t5["d_model"]                             # of T5, in bfloat16
+    block = 2 * (4 * t5["d_model"] ** 2 + 3 * t5["d_model"] * t5["d_ff"])
+    return Memory(
+        weights=weights,
+        passing=passing[worst],
+        vae=bytes_of(tiler),
+        cache=cached * s * dit.num_layers * 2 * (G // R) * b,
+        activations=activations(worst),
+        decoding=2 * second + max(second, tile),
+        t5=words + block * (2 if stream else t5["num_layers"]),
+    )
 
 
 def fits(memory: Memory, card: float) -> bool:
@@ -573,32 +509,36 @@ CHANGES = {                      # what takes less memory, the gentlest first
     "--window 1 --kv_range 2": dict(window=1, kv_ranges=(2,)),
     "--stream cpu --window 1 --kv_range 2": dict(stream=True, window=1, kv_ranges=(2,)),
     "--stream cpu --height 480 --width 832": dict(stream=True, height=480, width=832),
+    "--stream cpu --window 1 --kv_range 2 --height 480 --width 832":
+        dict(stream=True, window=1, kv_ranges=(2,), height=480, width=832),
 }
 
 
-def smallest_change(dit: magi.DiTConfig, run: magi.SamplerConfig, card: float, R: int = 1
+def smallest_change(dit: magi.DiTConfig, run: magi.SamplerConfig, card: float, R: int = 1, **more: Any
                     ) -> tuple[str, Memory]:
     """The first of CHANGES with which R cards of so many GB will do, or "nothing here", and what it takes."""
     for name, change in CHANGES.items():
         settings = {k: v for k, v in change.items() if k != "stream"}
-        memory = needs(dit, dataclasses.replace(run, **settings), R=R, stream="stream" in change)
+        memory = needs(dit, dataclasses.replace(run, **settings), R=R, stream="stream" in change, **more)
         if fits(memory, card):
             return name, memory
     return "nothing here", memory
 
 
-def plan(dit: magi.DiTConfig, run: magi.SamplerConfig, cards: Sequence[float] = (12, 24, 80)) -> str:
-    """What a run takes, in ways to run it, and what makes it fit: the text of sample.py --plan."""
-    parts = [field.name for field in dataclasses.fields(Memory)]
+def plan(dit: magi.DiTConfig, run: magi.SamplerConfig, cards: Sequence[float] = (12, 24, 80), **more: Any
+         ) -> str:
+    """What a run takes, in ways to run it, and what makes it fit: the text of sample.py --plan. more: vae and
+    t5 of `needs`."""
+    parts = [field.name for field in dataclasses.fields(Memory)] + ["total"]
     lines = [f"GiB on each GPU, {run.height}x{run.width}, window {run.window} (T5 comes first and goes):",
-             " ".join(["processes  stream", *(f"{part:>11}" for part in [*parts, "total"])])]
+             "processes  stream " + " ".join(f"{part:>11}" for part in parts)]
     counts = [r for r in (1, 2, 4, 8) if dit.num_kv_heads % r == 0]
     for R, stream in [(1, False), (1, True), *((r, False) for r in counts[1:])]:
-        memory = needs(dit, run, R=R, stream=stream)
-        values = [getattr(memory, part) / GIB for part in parts] + [memory.total / GIB]
-        lines.append(" ".join([f"{R:9}  {'cpu' if stream else '-':>6}", *(f"{v:11.2f}" for v in values)]))
-    lines.append(f"\nA card of    {'one':40}eight (torchrun --nproc_per_node 8 sample.py ...)")
+        memory = needs(dit, run, R=R, stream=stream, **more)
+        sizes = " ".join(f"{getattr(memory, part) / GIB:11.2f}" for part in parts)
+        lines.append(f"{R:9}  {'cpu' if stream else '-':>6} {sizes}")
+    lines.append(f"\nA card of    {'one':63}eight (torchrun --nproc_per_node 8 sample.py ...)")
     for card in cards:
-        ways = [smallest_change(dit, run, card, R)[0] for R in (1, 8) if R in counts]
-        lines.append(f"{card:6} GB    " + "".join(f"{way:40}" for way in ways).rstrip())
+        ways = [smallest_change(dit, run, card, R, **more)[0] for R in (1, 8) if R in counts]
+        lines.append(f"{card:6} GB    " + "".join(f"{way:63}" for way in ways).rstrip())
     return "\n".join(lines)

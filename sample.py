@@ -506,7 +506,13 @@ def plan(args: argparse.Namespace) -> str:
     known = magi.PRESETS.get(str(args.model))
     dit = known.dit if known else read_config(args.model, "dit", magi.DiTConfig)
     native = known.sampler if known else read_config(args.model, "sampler", magi.SamplerConfig)
-    return parallel.plan(dit, settings(args, dit, native, []))
+    vae, t5 = args.vae or args.model.parent / "vae", args.t5 or args.model.parent / "t5"
+    beside = {}                                                              # if left out: the released ones
+    if (vae / "config.json").is_file():
+        beside["vae"] = read_config(vae, "vae", magi.VAEConfig)
+    if (t5 / "config.json").is_file():
+        beside["t5"] = read_json(t5 / "config.json")
+    return parallel.plan(dit, settings(args, dit, native, []), **beside)
 
 
 def prepare(argv: list[str] | None, locks: contextlib.ExitStack) -> list[dict]:

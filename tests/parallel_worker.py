@@ -1,11 +1,16 @@
-"""One process of tests/test_parallel.py: parallel_worker.py JOB RANK RANKS FOLDER.
+"""The processes of tests/test_parallel.py: parallel_worker.py JOB FOLDER.
 
-cases    every run of CASES and more; what came out and what it took -> FOLDER/cases.RANKS.RANK.pt
-forever  says "running" after each second of video until it is stopped
+cases    groups of 2 and of 4 processes: every run of CASES and more; what came out and what it took ->
+         FOLDER/cases.RANKS.RANK.pt
+forever  2 processes that sample without end; says the id of the second one, and the first one says "running"
+         after each second of video
+
+What takes seconds to import is imported once: the processes are forks of one that has computed nothing.
 """
 
 import dataclasses
 import json
+import multiprocessing
 import sys
 import weakref
 from pathlib import Path
@@ -13,7 +18,6 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
 import magi
 import parallel
@@ -53,7 +57,7 @@ MODELS = {
     "middle": MIDDLE,
     "middle_fp8": dataclasses.replace(MIDDLE, dtype="bfloat16", fp8=True, gated_ffn=True),
 }  # fmt: skip
-MIDDLES = ("middle", "middle_fp8")
+MEASURED = ("base", "middle", "middle_fp8")
 VAE = magi.VAEConfig(video_size=32, video_length=8, embed_dim=64, depth=1, num_heads=2, use_final_proj=True)
 
 RUN = magi.SamplerConfig(num_steps=4, num_frames=48, height=32, width=32, special_tokens=())
@@ -140,59 +144,63 @@ def tiles(folder: Path) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 class Allocations(TorchDispatchMode):
-    """The most bytes of tensors that lived at one time in a `with` block, but for ignored ones."""
+    """The most bytes of tensors that lived at one time: those made in a `with` block, and given ones."""
 
-    def __init__(self, extra=lambda: 0):
+    def __init__(self):
         super().__init__()
-        self.ignored, self.live, self.peak, self.extra = {}, {}, 0, extra
+        self.live, self.peak = {}, 0
 
-    def watch(self, where: dict, tensor: torch.Tensor) -> None:
+    def watch(self, tensor: torch.Tensor) -> bool:
+        """Is it new?"""
         storage = tensor.untyped_storage()
         key = storage._cdata  # its address: used again when it is gone
-        where[key] = weakref.ref(storage, lambda _: where.pop(key, None))
+        if key in self.live:
+            return False
+        self.live[key] = weakref.ref(storage, lambda _: self.live.pop(key, None))
+        return True
 
-    def ignore(self, tensors) -> int:
-        for u in tensors:
-            self.watch(self.ignored, u)
-        return sum(ref().nbytes() for ref in self.ignored.values())
+    def now(self) -> int:
+        # asked anew each time: FSDP lets its buffers grow and shrink
+        return sum(storage.nbytes() for ref in list(self.live.values()) if (storage := ref()) is not None)
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         out = func(*args, **(kwargs or {}))
-        for u in tree_leaves(out):
-            if isinstance(u, torch.Tensor) and u.device.type != "meta":
-                key = u.untyped_storage()._cdata
-                if key not in self.ignored and key not in self.live:
-                    self.watch(self.live, u)
-        # asked anew each time: FSDP lets its buffers grow and shrink
-        now = sum(storage.nbytes() for ref in list(self.live.values()) if (storage := ref()) is not None)
-        self.peak = max(self.peak, now + self.extra())
+        tensors = out if isinstance(out, list | tuple) else [out]
+        new = [self.watch(u) for u in tensors if isinstance(u, torch.Tensor) and u.device.type != "meta"]
+        if any(new):
+            self.peak = max(self.peak, self.now())
         return out
 
 
 def measure(folder: Path, model: str, stream: str | None = None) -> dict:
     """What a long run takes, and what was foretold."""
-    parallel.SLICE = 256
+    parallel.SLICE = 512
+    seen, make_reader = Allocations(), parallel.layer_reader
+
+    def watched_reader(*args):
+        read = make_reader(*args)
+
+        def watched(i):
+            weights = read(i)  # by a thread, whose operations nobody watches
+            for u in weights.values():
+                seen.watch(u)
+            return weights
+
+        return watched
+
+    parallel.layer_reader = watched_reader
     dit = parallel.load_dit(folder / model, stream=stream)
-    cache, seen = [], Allocations()
-    held = [u.detach() for u in (*dit.parameters(), *dit.buffers())]
-    weights = seen.ignore(u.to_local() if hasattr(u, "to_local") else u for u in held)
-    if stream:
-        sizes = [sum(u.nbytes for u in layer.state_dict().values()) for layer in dit.layers]
-        seen.extra = lambda: sum(sizes[i] for i in list(dit.streamed.held))
-        fetch = dit.streamed.fetch
-
-        def fetched(i):
-            got = fetch(i)
-            seen.ignore(got.values())
-            return got
-
-        dit.streamed.fetch = fetched
+    parallel.layer_reader = make_reader
+    for u in (*dit.parameters(), *dit.buffers()):
+        seen.watch(u.detach().to_local() if hasattr(u, "to_local") else u.detach())
+    weights, cache = seen.now(), []
     given = drawn(dit.cfg, 0, BIG) | dict(text_mask=torch.ones(dit.cfg.text_length, dtype=torch.long))
     with torch.no_grad(), seen:
-        for _ in magi.sample(dit, **given, progress=lambda p: cache.append(p.cache_bytes)):
-            pass
-    plan = parallel.needs(dit.cfg, BIG, R=parallel.ranks(), stream=bool(stream), cpu=True)
-    return dict(weights=weights, cache=max(cache), all=weights + seen.peak, plan=dataclasses.asdict(plan))
+        run = magi.sample(dit, **given, progress=lambda p: cache.append(p.cache_bytes))
+        for _ in range(3):  # then a forward has been as large as they get
+            next(run)
+    plan = parallel.needs(dit.cfg, BIG, R=parallel.ranks(), stream=bool(stream))
+    return dict(weights=weights, cache=max(cache), all=seen.peak, plan=dataclasses.asdict(plan))
 
 
 def fails_on_last(rank: int, size: int) -> None:
@@ -208,32 +216,74 @@ def refusal(call) -> str:
     return "not refused"
 
 
-def main() -> None:
-    job, rank, size, folder = sys.argv[1], int(sys.argv[2]), int(sys.argv[3]), Path(sys.argv[4])
-    torch.set_num_threads(1)
-    store = f"file://{folder}/store.{job}.{size}"
-    dist.init_process_group("gloo", init_method=store, rank=rank, world_size=size)
-    if job == "cases":
-        out = {name: run_case(folder, name) for name in (CASES if size == 2 else OF_FOUR)}
-        out["tiles"] = tiles(folder)
-        calls = []
-        out["text"] = parallel.from_first(lambda text: calls.append(text) or torch.ones(3))("a ball")
-        out["calls"] = calls
-        if size == 2:
-            out["memory"] = {name: measure(folder, name) for name in MIDDLES}
-        out["errors"] = [refusal(lambda: parallel.load_dit(folder / "three"))]
-        out["errors"] += [refusal(lambda: parallel.agreed(fails_on_last)(rank, size))]
-        torch.save(out, folder / f"cases.{size}.{rank}.pt")
-    if job == "forever":
-        dit = parallel.load_dit(folder / "base")
-        run = dataclasses.replace(RUN, num_frames=None)
-        try:
-            for _ in magi.sample(dit, **drawn(dit.cfg, 0, run)):
-                print("running", flush=True)
-        except RuntimeError as error:
-            print("another process is gone" if parallel.lost_another(error) else repr(error), flush=True)
-            return
+class FirstEncodes(parallel.T5):
+    """T5 is not read: what it is asked for is kept."""
+
+    def __init__(self):
+        self.asked = []
+
+
+def encode(self, captions) -> torch.Tensor:
+    self.asked.append(captions)
+    return torch.ones(3)
+
+
+def cases(rank: int, size: int, folder: Path) -> None:
+    join(rank, size, folder)
+    out = {name: run_case(folder, name) for name in (CASES if size == 2 else OF_FOUR)}
+    out["tiles"] = tiles(folder)
+    magi.T5.__call__ = encode
+    t5 = FirstEncodes()
+    out["text"], out["asked"] = t5("a ball"), t5.asked
+    if size == 2:
+        out["memory"] = {name: measure(folder, name) for name in MEASURED}
+    out["errors"] = [refusal(lambda: parallel.load_dit(folder / "three"))]
+    out["errors"] += [refusal(lambda: parallel.agreed(fails_on_last)(rank, size))]
+    torch.save(out, folder / f"cases.{size}.{rank}.pt")
     dist.destroy_process_group()
+
+
+def forever(rank: int, size: int, folder: Path) -> None:
+    join(rank, size, folder)
+    dit = parallel.load_dit(folder / "base")
+    run = dataclasses.replace(RUN, num_frames=None)
+    say = print if rank == 0 else lambda *_, **__: None
+    try:
+        for _ in magi.sample(dit, **drawn(dit.cfg, 0, run)):
+            say("running", flush=True)
+    except RuntimeError as error:
+        say("another process is gone" if parallel.lost_another(error) else repr(error), flush=True)
+
+
+def join(rank: int, size: int, folder: Path) -> None:
+    store = f"file://{folder}/store.{multiprocessing.parent_process().pid}.{size}"
+    dist.init_process_group("gloo", init_method=store, rank=rank, world_size=size)
+
+
+def fork(job, size: int, folder: Path) -> list:
+    context = multiprocessing.get_context("fork")
+    processes = [context.Process(target=job, args=(rank, size, folder)) for rank in range(size)]
+    for process in processes:
+        process.start()
+    return processes
+
+
+def main() -> None:
+    import torch._dynamo  # noqa: F401  (these take each process a second otherwise)
+    import torch.distributed.fsdp  # noqa: F401
+
+    job, folder = sys.argv[1], Path(sys.argv[2])
+    torch.set_num_threads(1)
+    if job == "forever":
+        first, second = fork(forever, 2, folder)
+        print(second.pid, flush=True)
+        first.join()
+        return
+    for size in (2, 4):
+        processes = fork(cases, size, folder)
+        for process in processes:
+            process.join()
+        assert [process.exitcode for process in processes] == [0] * size
 
 
 if __name__ == "__main__":

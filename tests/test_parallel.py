@@ -3,10 +3,13 @@
 The processes talk over gloo and are started once for all cases: see parallel_worker.py.
 """
 
+import contextlib
 import dataclasses
 import os
+import signal
 import subprocess
 import sys
+import weakref
 
 import parallel_worker as worker
 import pytest
@@ -15,15 +18,14 @@ from common import HERE, bad, relative
 
 import magi
 import parallel
+import sample
+from checkpoints import read_json
 
 
-def start(job: str, size: int, folder, **more) -> list[subprocess.Popen]:
+def start(job: str, folder, **more) -> subprocess.Popen:
     env = os.environ | dict(OMP_NUM_THREADS="1", PYTHONPATH=f"{HERE}:{HERE / 'tests'}")
-    command = [sys.executable, str(HERE / "tests" / "parallel_worker.py"), job]
-    return [
-        subprocess.Popen([*command, str(rank), str(size), str(folder)], env=env, text=True, **more)
-        for rank in range(size)
-    ]
+    command = [sys.executable, str(HERE / "tests" / "parallel_worker.py"), job, str(folder)]
+    return subprocess.Popen(command, env=env, text=True, **more)
 
 
 @pytest.fixture(scope="module")
@@ -36,13 +38,8 @@ def models(tmp_path_factory):
 @pytest.fixture(scope="module")
 def results(models):
     """Ranks -> what each of them found."""
-    running = {size: start("cases", size, models) for size in (2, 4)}
-    for processes in running.values():
-        for process in processes:
-            assert process.wait(timeout=300) == 0
-    return {
-        size: [torch.load(models / f"cases.{size}.{rank}.pt") for rank in range(size)] for size in running
-    }
+    assert start("cases", models).wait(timeout=300) == 0
+    return {size: [torch.load(models / f"cases.{size}.{rank}.pt") for rank in range(size)] for size in (2, 4)}
 
 
 @pytest.fixture(scope="module")
@@ -65,7 +62,7 @@ def test_tiles_are_dealt_out(results, models, size):
 
 
 def test_only_the_first_process_encodes_the_text(results):
-    assert [found["calls"] for found in results[4]] == [["a ball"], [], [], []]
+    assert [found["asked"] for found in results[4]] == [["a ball"], [], [], []]
     assert all(found["text"].equal(torch.ones(3)) for found in results[4])
 
 
@@ -86,20 +83,44 @@ def test_streamed_weights_change_not_one_bit(models, name):
         assert torch.equal(worker.run_case(models, name, source), whole)
 
 
-def test_at_most_two_layers_are_held(models):
+def watch_layers(monkeypatch) -> list[tuple[int, int]]:
+    """-> for each layer that is read from now on: its index, and how many are held with it."""
+    seen, held, make_reader = [], {}, parallel.layer_reader
+
+    def watched_reader(*args):
+        read = make_reader(*args)
+
+        def watched(i):
+            seen.append((i, 1 + sum(ref() is not None for ref in held.values())))
+            weights = read(i)
+            held[len(seen)] = weakref.ref(weights["attn.q.weight"].untyped_storage())
+            return weights
+
+        return watched
+
+    monkeypatch.setattr(parallel, "layer_reader", watched_reader)
+    return seen
+
+
+def test_at_most_two_layers_are_held(models, monkeypatch):
+    seen = watch_layers(monkeypatch)
     dit = parallel.load_dit(models / "base", stream="disk")
-    fetch, counts = dit.streamed.fetch, []
-
-    def counted(i):
-        counts.append(len(dit.streamed.held))  # with this one
-        return fetch(i)
-
-    dit.streamed.fetch = counted
     x, t = torch.randn(1, 16, 6, 4, 4), torch.zeros(1, 1)
     for _ in range(3):
         dit(x, t, torch.randn(1, 1, 14, 12), torch.ones(1, 1, 14))
-    assert len(counts) >= 12 and set(counts) <= {1, 2}  # the next forward's first may be on its way
+    assert len(seen) >= 12 and {count for _, count in seen} <= {1, 2}  # the next one's first may be coming
     assert all(u.untyped_storage().nbytes() <= 4 for u in dit.layers[2].state_dict().values())
+
+
+def test_the_branches_of_a_step_read_each_layer_once(models, monkeypatch):
+    seen, steps = watch_layers(monkeypatch), []
+    dit = parallel.load_dit(models / "base", stream="disk")
+    run = dataclasses.replace(worker.RUN, num_frames=72)
+    for _ in magi.sample(dit, **worker.drawn(dit.cfg, 0, run), progress=steps.append):
+        pass
+    dit.streamed.thread.shutdown()  # what is on its way arrives
+    layers = [i for i, _ in seen]
+    assert layers == list(range(4)) * len(steps) + [0]
 
 
 def test_streamed_t5_is_t5():
@@ -130,7 +151,7 @@ def assert_as_planned(found: dict) -> None:
 
 
 @pytest.mark.parametrize("stream", [None, "disk"])
-@pytest.mark.parametrize("model", worker.MIDDLES)
+@pytest.mark.parametrize("model", worker.MEASURED)
 def test_one_process_takes_what_is_planned(models, monkeypatch, model, stream):
     monkeypatch.setattr(parallel, "SLICE", parallel.SLICE)  # which measure changes
     found = worker.measure(models, model, stream)
@@ -146,6 +167,14 @@ def test_two_processes_take_what_is_planned(results):
             assert memory["weights"] == pytest.approx(memory["plan"]["weights"], rel=0.02)
 
 
+def test_a_small_model_is_planned_with_its_own_vae_and_t5():
+    t5, vae = HERE / "tiny" / "t5", parallel.load_vae(HERE / "tiny" / "vae")
+    planned = parallel.needs(*magi.PRESETS["tiny"], vae.cfg, read_json(t5 / "config.json"))
+    assert planned.vae == sum(u.nbytes for u in vae.state_dict().values())
+    assert planned.t5 == pytest.approx((t5 / "model.safetensors").stat().st_size, rel=0.01)
+    assert planned.total < parallel.GIB / 10
+
+
 def test_the_goals_fit():
     presets = magi.PRESETS
     ways = lambda name, card, R=1: parallel.smallest_change(*presets[name], card, R)[0]
@@ -155,13 +184,21 @@ def test_the_goals_fit():
     assert parallel.fits(parallel.needs(presets["4.5B-distill-fp8"].dit, one), 12)
 
 
+def test_the_flag_prints_the_plan(capsys):
+    with contextlib.suppress(SystemExit):
+        sample.main(["--plan", "--model", "24B-base"])
+    middle, large = (line.split() for line in capsys.readouterr().out.splitlines()[-2:])
+    assert middle == "24 GB --stream cpu as it is".split()
+    assert large == "80 GB as it is as it is".split()
+
+
 # --------------------------------------------------------------------------------------------------- failures
 
 
 def test_a_killed_process_takes_the_others_with_it(models):
-    first, second = start("forever", 2, models, stdout=subprocess.PIPE)
+    first = start("forever", models, stdout=subprocess.PIPE)
+    second = int(first.stdout.readline())
     assert first.stdout.readline() == "running\n"
-    second.kill()
+    os.kill(second, signal.SIGKILL)
     said, _ = first.communicate(timeout=20)
     assert said.splitlines()[-1] == "another process is gone"
-    second.communicate()
