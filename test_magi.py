@@ -386,7 +386,7 @@ def samplers(draw) -> tuple[magi.SamplerConfig, int]:
     return cfg, draw(st.sampled_from([0, 0, 1, 5, 6, 8, 13]))
 
 
-@settings(max_examples=25)
+@settings(max_examples=12)
 @given(samplers())
 def test_any_run_emits_what_it_should_and_skipping_changes_nothing(drawn):
     cfg, frames = drawn
@@ -406,7 +406,7 @@ def test_any_run_emits_what_it_should_and_skipping_changes_nothing(drawn):
         assert sum(fast) <= sum(slow) and steps[-1].step == steps[-1].total == len(steps)
 
 
-@settings(max_examples=15)
+@settings(max_examples=8)
 @given(samplers())
 def test_the_ring_forgets_only_what_is_never_read_again(drawn):
     cfg, frames = drawn
@@ -917,24 +917,26 @@ def tiny_vae() -> magi.VAE:
     return magi.VAE(cfg).eval().requires_grad_(False)
 
 
-@pytest.mark.parametrize("height", [184, 192, 200, 248, 256, 264])
-def test_sizes_on_both_sides_of_stride_and_tile(height):
+@pytest.mark.parametrize(
+    "height, width",
+    [(184, 184), (192, 192), (184, 200), (200, 192), (248, 184), (184, 256), (256, 256), (264, 200)],
+)
+def test_sizes_on_both_sides_of_stride_and_tile(height, width):
     """Tiles of 256 start at 0, 192, ...: beyond 192 there is a second one, though the first holds it all."""
     vae = tiny_vae()
-    for width in (184, 200, 256):
-        assert_tiled_by_hand(vae, [1, height // 8, width // 8], [3, 32, 32], 0.25)
-        video, latent = torch.randn(1, 3, 4, height, width), torch.randn(1, 16, 1, height // 8, width // 8)
-        size = max(height, width)
-        off = relative(vae.decode(latent), vae.decode(latent, tile=None))
-        assert off < 1e-6 if size <= 192 else off > 1e-4
-        # At 200 the second tile is one latent long, and that one latent has weight 0.
-        off = relative(vae.encode(video), vae.encode(video, tile=None))
-        assert off < 1e-6 if size <= 200 else off > 1e-4
+    assert_tiled_by_hand(vae, [1, height // 8, width // 8], [3, 32, 32], 0.25)
+    video, latent = torch.randn(1, 3, 4, height, width), torch.randn(1, 16, 1, height // 8, width // 8)
+    size = max(height, width)
+    off = relative(vae.decode(latent), vae.decode(latent, tile=None))
+    assert off < 1e-6 if size <= 192 else off > 1e-4
+    # At 200 the second tile is one latent long, and that one latent has weight 0.
+    off = relative(vae.encode(video), vae.encode(video, tile=None))
+    assert off < 1e-6 if size <= 200 else off > 1e-4
 
 
-@settings(max_examples=30)
+@settings(max_examples=20)
 @given(
-    st.tuples(st.integers(1, 5), st.integers(1, 17), st.integers(1, 17)),
+    st.tuples(st.integers(1, 5), st.integers(1, 13), st.integers(1, 13)),
     st.tuples(st.integers(1, 3), st.sampled_from([1, 2, 4, 5, 8]), st.sampled_from([1, 3, 4, 8])),
     st.sampled_from([0.0, 0.2, 0.25, 0.5, 0.75]),
 )
@@ -990,7 +992,7 @@ def test_final_projection_gives_narrow_models_spare_channels():
 # The interpreter is slow: few examples, each with all there is to check.
 # Without shrinking: in the interpreter it would take minutes until a failure is shown.
 kernel_settings = settings(
-    max_examples=12, suppress_health_check=list(HealthCheck), phases=[Phase.explicit, Phase.generate]
+    max_examples=8, suppress_health_check=list(HealthCheck), phases=[Phase.explicit, Phase.generate]
 )
 
 
@@ -1126,7 +1128,7 @@ def test_fused_steps_and_their_gradients_are_the_references(kernels, shape, widt
 
 def test_a_whole_dit_and_a_run_through_the_kernels_equal_the_torch_path(kernels):
     torch.manual_seed(0)
-    plain = magi.DiT(dataclasses.replace(SMALL, num_layers=1, head_dim=16))
+    plain = magi.DiT(dataclasses.replace(SMALL, num_layers=1, num_heads=2, num_kv_heads=1, head_dim=16))
     for name, p in plain.named_parameters():
         if "norm" in name:
             torch.nn.init.normal_(p, std=0.1)
@@ -1314,7 +1316,9 @@ def test_fp8_matmul_passes_gradients_on(kernels):
 
 def test_an_fp8_model_and_a_vae_through_the_kernels_equal_the_torch_path(kernels):
     torch.manual_seed(0)
-    cfg = dataclasses.replace(SMALL, num_layers=3, head_dim=16, dtype="bfloat16", fp8=True)
+    cfg = dataclasses.replace(
+        SMALL, num_layers=3, num_heads=2, num_kv_heads=1, head_dim=16, dtype="bfloat16", fp8=True
+    )
     plain = magi.DiT(cfg).requires_grad_(False)
     fp8 = [(name, p) for name, p in plain.named_parameters() if p.dtype == torch.float8_e4m3fn]
     assert len(fp8) == 7  # q, k, v, qx, proj, fc1 and fc2 of the middle layer
@@ -1336,7 +1340,7 @@ def test_an_fp8_model_and_a_vae_through_the_kernels_equal_the_torch_path(kernels
     fast.load_state_dict(plain.state_dict())
     fast.ops = kernels.TRITON_OPS
     with torch.no_grad():
-        video = torch.rand(1, 3, 4, 16, 32)
+        video = torch.rand(1, 3, 4, 16, 24)
         assert relative(fast.encode(video), plain.encode(video)) < 1e-5
 
 
