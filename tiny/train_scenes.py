@@ -335,7 +335,7 @@ def train_dit(args) -> None:
         return loss, {"chunks": n}
 
     prompts, scale = scenes.sample_prompts(24, seed=5, heldout=None), scenes.SIZE // args.size
-    judge = lambda frames: scenes.judge(frames.repeat(scale, 1).repeat(scale, 2))
+    judge = lambda frames, colours: scenes.judge(frames.repeat(scale, 1).repeat(scale, 2), colours)
 
     def report() -> str:
         scores = judge_prompts(model.pipeline(vae), prompts, 24, judge=judge)
