@@ -338,7 +338,8 @@ def train_dit(args) -> None:
     judge = lambda frames, colours: scenes.judge(frames.repeat(scale, 1).repeat(scale, 2), colours)
 
     def report() -> str:
-        scores = judge_prompts(model.pipeline(vae), prompts, 24, judge=judge)
+        with torch.compiler.set_stance("force_eager"):  # each new shape would be compiled
+            scores = judge_prompts(model.pipeline(vae), prompts, 24, judge=judge)
         return f"{time.strftime('%H:%M')} " + ", ".join(f"{k} {v:.0%}" for k, v in scores.items())
 
     train.fit(
