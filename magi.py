@@ -1001,10 +1001,10 @@ class DiT(nn.Module):
             tokens = layer(tokens, ctx)
         return self.unpatchify(tokens, *x.shape[2:4])
 
-    def forward_all(self, calls: Sequence[dict[str, Any]]) -> list[Tensor]:
+    def forward_all(self, calls: Sequence[tuple[tuple, dict]]) -> list[Tensor]:
         """Several forwards, given by their arguments, one after another. Where weights are streamed,
         parallel.py takes all of them through a layer while it is there."""
-        return [self(**call) for call in calls]
+        return [self(*inputs, **settings) for inputs, settings in calls]
 
     def begin(self, x: Tensor, t: Tensor, text: Tensor, text_mask: Tensor, chunks: Sequence[int] | None,
               first_seen: Sequence[int] | Tensor | None, conditional: bool | Tensor, d: float | None,
@@ -1437,7 +1437,7 @@ class _Run:
                 calls[name] = self.call(inputs, branch, step.d, x)
         v = {}
         for name, out in zip(calls, self.dit.forward_all([*calls.values()]), strict=True):
-            chunks = calls[name]["chunks"]
+            chunks = calls[name][1]["chunks"]
             v[name] = dict(zip(chunks, out.chunk(len(chunks), dim=2), strict=True))
         guided: dict[int, Any] = {}
         for chunk, share in shares.items():              # shares sum to 1, so one of them is not zero
@@ -1445,7 +1445,7 @@ class _Run:
         return guided
 
     def call(self, inputs: Sequence[ChunkInput], branch: Branch, d: float, x: dict[int, Tensor]
-             ) -> dict[str, Any]:
+             ) -> tuple[tuple, dict[str, Any]]:
         """The arguments of the DiT for one branch."""
         chunks = [c.chunk for c in inputs]
         shown = [self.null if c.clean or not branch.captioned else self.entries[c.chunk] for c in inputs]
@@ -1453,8 +1453,7 @@ class _Run:
         mask = torch.stack([entry.mask for entry in shown])[None]
         latents = torch.cat([x[chunk] for chunk in chunks], dim=2)           # (1, 16, 6 n, H, W)
         t = torch.tensor([[c.t for c in inputs]], device=latents.device)     # (1, n)
-        return dict(
-            x=latents, t=t, text=text, text_mask=mask,
+        return (latents, t, text, mask), dict(
             chunks=chunks, first_seen=[c.first_seen for c in inputs],
             conditional=branch.captioned or self.cfg.distilled, d=d if self.cfg.distilled else None,
             cache=self.cache, store=sum(c.clean for c in inputs) if branch.stores else 0)

@@ -280,14 +280,15 @@ class Streamed:
         self.here, self.coming = i, {following: self.thread.submit(self.bring, following)}
 
 
-def side_by_side(dit: magi.DiT, calls: Sequence[dict[str, Any]]) -> list[Tensor]:
+def side_by_side(dit: magi.DiT, calls: Sequence[tuple[tuple, dict]]) -> list[Tensor]:
     """In the place of DiT.forward_all: all calls go through one layer, then all through the next, so that
     each layer is brought once. (Within a layer they keep their order: keys are read before they are added
     to.)"""
-    tokens, contexts = zip(*(dit.begin(**call) for call in calls), strict=True)
+    tokens, contexts = zip(*(dit.begin(*inputs, **settings) for inputs, settings in calls), strict=True)
     for layer in dit.layers:
         tokens = [layer(one, ctx) for one, ctx in zip(tokens, contexts, strict=True)]
-    return [dit.unpatchify(one, *call["x"].shape[2:4]) for one, call in zip(tokens, calls, strict=True)]
+    sizes = [inputs[0].shape[2:4] for inputs, _ in calls]                    # T, H
+    return [dit.unpatchify(one, *size) for one, size in zip(tokens, sizes, strict=True)]
 
 
 # ------------------------------------------------------------------------------------------------------------

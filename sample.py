@@ -427,8 +427,7 @@ def notes_on_prompts(args: argparse.Namespace, cfg, native, chunks: float) -> li
 
 def count_chunks(num_frames: int | None, prefix_frames: int) -> float:
     """How many chunks a run generates after so many frames of video; those they fill are not generated."""
-    fours = None if num_frames is None else math.ceil(num_frames / 4) * 4
-    total, given = magi.count_chunks(fours, prefix_frames // 4)
+    total, given = magi.count_chunks(magi.round_frames(num_frames), prefix_frames // 4)
     return math.inf if total is None else total - given
 
 

@@ -31,7 +31,7 @@ def psnr(a: Tensor, b: Tensor) -> float:
 
 
 def film(pipe: magi.MAGI, prompt, frames: int, seed: int, **settings) -> np.ndarray:
-    """A whole video, uint8 (frames, 64, 64, 3)."""
+    """A whole video, uint8 (frames, height, width, 3)."""
     return np.concatenate(list(pipe(prompt, num_frames=frames, seed=seed, **settings)))
 
 
@@ -40,11 +40,16 @@ def right(verdict, wanted: world.Triple) -> list[bool]:
 
 
 def judge_prompts(
-    pipe: magi.MAGI, prompts: list, num_frames: int = 48, colours: dict = world.COLOURS, **settings
+    pipe: magi.MAGI,
+    prompts: list,
+    num_frames: int = 48,
+    colours: dict = world.COLOURS,
+    judge=world.judge,
+    **settings,
 ) -> dict[str, float]:
     """Share of prompts whose video shows the right colour, shape and motion, as the judge reads them."""
     hits = [
-        right(world.judge(film(pipe, text, num_frames, seed, **settings), colours), wanted)
+        right(judge(film(pipe, text, num_frames, seed, **settings), colours), wanted)
         for seed, (text, wanted) in enumerate(prompts)
     ]
     return dict(zip(NAMES, np.mean(hits, axis=0).tolist(), strict=True))

@@ -28,9 +28,10 @@ import sys
 import time
 from dataclasses import asdict
 from pathlib import Path
-from types import SimpleNamespace
+from types import ModuleType, SimpleNamespace
 
 HERE = Path(__file__).resolve().parent
+SPIECE = HERE / "t5" / "spiece.model"
 sys.path[:0] = [str(HERE.parent), str(HERE)]
 
 import numpy as np  # noqa: E402
@@ -53,18 +54,22 @@ import training  # noqa: E402
 # there are two faster ways, both with the signature of magi.py, section 2.
 
 
+LONGEST = 64  # tokens of a caption, with its special tokens: DiTConfig.text_length of the small models
+
+
 def block_attention(q: Tensor, k: Tensor, v: Tensor, spans: Tensor, out: Tensor | None = None) -> Tensor:
-    """magi.block_attention for all chunks at once. Where most keys are read by most chunks, as in self-
-    attention, one call with a mask; where each reads a few, as in cross-attention, these are gathered."""
+    """magi.block_attention for all chunks at once. Self-attention, where most chunks read most keys, is one
+    call with a mask. In cross-attention, where keys are fewer than queries, each chunk reads a few: its
+    own are gathered, at most LONGEST. No step depends on the numbers in spans, so torch.compile can take it.
+    """
     (B, N), M, n = q.shape[:2], k.shape[1], spans.shape[1]
-    start, end = spans[..., :1], spans[..., 1:]  # (B or 1, n, 1)
-    longest = int((end - start).max())
-    index = torch.arange(M)
-    if 2 * longest < M:  # (B, n * longest) keys; every chunk becomes a row of the batch
-        index = start + torch.arange(longest)
-        valid = (index < end).expand(B, -1, -1).reshape(B * n, 1, 1, longest)
-        index = (index.clamp(max=M - 1) + torch.arange(B)[:, None, None] * M).flatten()
-        k, v = (u.flatten(0, 1).index_select(0, index).unflatten(0, (B * n, longest)) for u in (k, v))
+    start, end = spans.to(q.device).split(1, dim=-1)  # (B or 1, n, 1)
+    index = torch.arange(M, device=q.device)
+    if M < N:  # every chunk becomes a row of the batch, with (B, n * LONGEST) keys
+        index = start + torch.arange(LONGEST, device=q.device)
+        valid = (index < end).expand(B, -1, -1).reshape(B * n, 1, 1, LONGEST)
+        index = index.clamp(max=M - 1) + torch.arange(B, device=q.device)[:, None, None] * M
+        k, v = (u.flatten(0, 1).index_select(0, index.flatten()).unflatten(0, (-1, LONGEST)) for u in (k, v))
         rows = q.unflatten(1, (n, N // n)).flatten(0, 1)
     else:
         valid = ((index >= start) & (index < end)).repeat_interleave(N // n, dim=1)[:, None]  # (B, 1, N, M)
@@ -74,8 +79,7 @@ def block_attention(q: Tensor, k: Tensor, v: Tensor, spans: Tensor, out: Tensor 
     rows = rows.unflatten(2, (kv, group)).permute(0, 2, 3, 1, 4)  # (b, kv, group, rows, d)
     scores = rows.flatten(2, 3) * q.shape[-1] ** -0.5 @ k.permute(0, 2, 3, 1)  # (b, kv, group * rows, keys)
     scores = scores.unflatten(2, (group, -1))
-    if not valid.all():
-        scores = scores.masked_fill(~valid[:, None], float("-inf"))
+    scores = scores.masked_fill(~valid[:, None], float("-inf"))
     result = scores.softmax(-1).to(v).flatten(2, 3) @ v.transpose(1, 2)
     result = result.unflatten(2, (group, -1)).permute(0, 3, 1, 2, 4).reshape(q.shape)
     return result if out is None else out.copy_(result)
@@ -115,7 +119,9 @@ class Muon(torch.optim.Optimizer):
 
 def orthogonal(matrix: Tensor, steps: int = 5) -> Tensor:
     """About U V^T of matrix = U S V^T, by a quintic Newton-Schulz iteration that drives S towards 1."""
-    x = (matrix / (matrix.norm() + 1e-7)).to(torch.bfloat16 if autocast_is_faster() else torch.float32)
+    x = (matrix / (matrix.norm() + 1e-7)).to(
+        torch.bfloat16 if matrix.is_cuda or autocast_is_faster() else torch.float32
+    )
     x = x.T if matrix.shape[0] > matrix.shape[1] else x  # the small side makes the Gram matrix
     for _ in range(steps):
         gram = x @ x.T
@@ -154,8 +160,8 @@ def autocast_is_faster() -> bool:
     return min(seconds(torch.bfloat16) for _ in range(3)) < min(seconds(torch.float32) for _ in range(3))
 
 
-def autocast() -> torch.autocast:
-    return torch.autocast("cpu", torch.bfloat16, enabled=autocast_is_faster())
+def autocast(device: str = "cpu") -> torch.autocast:
+    return torch.autocast(device, torch.bfloat16, enabled=device != "cpu" or autocast_is_faster())
 
 
 # ------------------------------------------------------------------------------------------------ VAE
@@ -262,18 +268,19 @@ def save_model(folder: Path, model: nn.Module, config: dict, **extra: dict[str, 
 class Tiny(nn.Module):
     """What is trained together: the DiT, the T5 encoder that feeds it, and the special tokens."""
 
-    def __init__(self):
+    def __init__(self, preset: magi.Preset = magi.PRESETS["tiny"], of: ModuleType = world, pieces=SPIECE):
+        """of: the world whose words it learns; pieces: the file of its tokenizer."""
         super().__init__()
         from transformers import T5Config, T5EncoderModel
 
-        preset = magi.PRESETS["tiny"]
+        self.words, self.pieces = of.words(), pieces
         self.sampler = dataclasses.replace(preset.sampler, text_scales=(2.5, 2.5, 2.5, 1.0, 1.0))
         self.dit = magi.DiT(preset.dit)
         self.dit.ops = CPU_OPS
         width = preset.dit.text_dim
         self.t5 = T5EncoderModel(
             T5Config(
-                vocab_size=tokenizer().vocab_size(),
+                vocab_size=tokenizer(pieces).vocab_size(),
                 d_model=width,
                 d_kv=32,
                 num_heads=4,
@@ -308,13 +315,14 @@ class Tiny(nn.Module):
         save_model(folder / "base", self.dit, config, special_tokens=tokens)
         copy.deepcopy(self.t5).to(torch.bfloat16).save_pretrained(folder / "t5")
         if not (folder / "t5" / "spiece.model").exists():
-            shutil.copy(HERE / "t5" / "spiece.model", folder / "t5")
-        (folder / "t5" / "words.json").write_text(json.dumps(world.words(), indent=1) + "\n")
+            shutil.copy(self.pieces, folder / "t5" / "spiece.model")
+        (folder / "t5" / "words.json").write_text(json.dumps(self.words, indent=1) + "\n")
 
     def encode(self, captions: list[str]) -> tuple[Tensor, Tensor]:
         """Captions -> text (n, L, C) and mask (n, L), as magi.T5 gives them."""
-        ids, mask = magi.tokenize(tokenizer(), captions, self.dit.cfg.text_length)
+        ids, mask = magi.tokenize(tokenizer(self.pieces), captions, self.dit.cfg.text_length)
         used = max(1, int(mask.sum(1).max()))
+        ids, mask = ids.to(self.t5.device), mask.to(self.t5.device)
         hidden = self.t5(ids[:, :used], attention_mask=mask[:, :used]).last_hidden_state.float()
         return F.pad(hidden, (0, 0, 0, mask.shape[1] - used)), mask
 
@@ -342,10 +350,10 @@ class Tiny(nn.Module):
 
 
 @functools.cache
-def tokenizer():
+def tokenizer(pieces: Path):
     from sentencepiece import SentencePieceProcessor
 
-    return SentencePieceProcessor(model_file=str(HERE / "t5" / "spiece.model"))
+    return SentencePieceProcessor(model_file=str(pieces))
 
 
 @torch.no_grad()

@@ -1,6 +1,9 @@
 """Train the small model on the richer world of scenes.py, stage by stage, as train.py does on world.py.
 
-    vae    the video autoencoder, on crops first, then on whole frames -> OUT/scenes_vae/
+    vae    the video autoencoder, on crops first, then on whole frames  -> OUT/vae/
+    dit    text encoder and DiT together, on the latents of many clips  -> OUT/t5/, OUT/base/
+    distill  three branches and many steps into one branch and few       -> OUT/distill/
+    eval   what the judge says of OUT/base, of prompts never trained on
 
 A stage can be killed and goes on from --work; the data of a step depend on its number alone. To export a
 checkpoint as it is, give the number of its step as --steps.
@@ -13,20 +16,27 @@ faint fringe at 4x zoom. The goal is 38, so no weights are kept.
 from __future__ import annotations
 
 import argparse
+import copy
 import time
+from collections.abc import Iterable, Iterator
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, replace
+from functools import partial
+from itertools import islice
 from pathlib import Path
 from types import MethodType
+from typing import NamedTuple
 
 import numpy as np
 import scenes
 import torch
 import torch.nn.functional as F
 import train
-from measure import psnr, to_video
+from measure import encode_once, judge_prompts, psnr, right, to_video
 from torch import Tensor, nn
 
 import magi
+import training
 
 GRID = scenes.SIZE // 8  # latents in a row of the frame
 
@@ -163,13 +173,237 @@ def train_vae(args) -> None:
     train.fit("vae", vae, loss_of_step, args.steps, args.lr, args.work, every=args.every, report=report)
     vae.encoder.corners = vae.decoder.corners = None
     train.standardise(vae, video)
-    train.save_model(args.out / "scenes_vae", vae, {"vae": asdict(vae.cfg)})
+    train.save_model(args.out / "vae", vae, {"vae": asdict(vae.cfg)})
+
+
+# ------------------------------------------------------------------------------------------------ text + DiT
+
+
+def preset(size: int) -> magi.Preset:
+    tiny = magi.PRESETS["tiny"]
+    shape = dict(num_layers=6, hidden_size=256, num_heads=4, num_kv_heads=2, head_dim=64, ffn_size=1024)
+    return magi.Preset(replace(tiny.dit, **shape), replace(tiny.sampler, height=size, width=size))
+
+
+def tokenizer(folder: Path) -> Path:
+    """The tokenizer's file, made if it is not there."""
+    file = folder / "t5" / "spiece.model"
+    if not file.exists():
+        file.parent.mkdir(parents=True, exist_ok=True)
+        captions = sum((scenes.make_clip(seed, heldout=None).captions for seed in range(1000)), ())
+        train.world.train_tokenizer(str(file), 288, scenes.vocabulary(), captions)
+    return file
+
+
+class Film(NamedTuple):
+    frames: np.ndarray  # (24 n, size, size, 3) uint8
+    things: np.ndarray  # (24 n, size, size), how much of each pixel shows a thing
+    captions: tuple[str, ...]  # n
+
+
+def film(seed: int, chunks: int, size: int) -> Film:
+    """The first chunks of a clip; of one clip in six they are followed, after a cut, by those of another."""
+    clip, n = scenes.make_clip(seed), chunks
+    if chunks > 1 and seed % 6 == 0:
+        n = 1 + seed // 6 % (chunks - 1)
+    frames, things = scenes.render(clip, 0, 24 * n), clip.masks(0, 24 * n).max(0)
+    if size < scenes.SIZE:
+        frames = np.rint(halved(frames)).astype(np.uint8)
+        things = halved(things)
+    first = Film(frames, things, clip.captions[:n])
+    if n == chunks:
+        return first
+    then = film(seed + 10**8 + 1, chunks - n, size)
+    both = [np.concatenate(pair) for pair in zip(first[:2], then[:2], strict=True)]
+    return Film(*both, first.captions + then.captions)
+
+
+def halved(images: np.ndarray) -> np.ndarray:
+    """(n, 2 h, 2 w, ...) -> (n, h, w, ...): the mean of two by two pixels, float."""
+    n, h, w = images.shape[:3]
+    return images.reshape(n, h // 2, 2, w // 2, 2, *images.shape[3:]).mean((2, 4), dtype=np.float32)
+
+
+def see_size(vae: magi.VAE, size: int) -> None:
+    """Let the VAE take frames of this size: smaller ones have the positions of the frame's middle."""
+    middle = (scenes.SIZE - size) // 16
+    for part in (vae.encoder, vae.decoder):
+        see_crops(part)
+        part.corners = torch.full((1, 2), middle) if middle else None
+
+
+class Films:
+    """Latents of the films 0, 1, 2, ..., made as they are first needed and kept in files of --work."""
+
+    def __init__(self, vae: magi.VAE, chunks: int, per_file: int, args):
+        self.vae, self.per_file, self.work = vae, per_file, args.work / f"films{args.size}_{chunks}"
+        self.make, workers = partial(film, chunks=chunks, size=args.size), args.workers
+        self.pool = ProcessPoolExecutor(workers) if workers else None
+        self.files: list[dict] = []
+        self.work.mkdir(parents=True, exist_ok=True)
+
+    def draw(self, rng: np.random.Generator, count: int, of: int) -> dict:
+        """`count` of the first `of` films: latents (count, 16, 6 n, h, w); images, the fourth frame alone as
+        an image is encoded (count, 16, 1, h, w); where things are (count, 1, 6 n, h, w); captions."""
+        while len(self.files) * self.per_file < of:
+            self.files.append(self.read(len(self.files)))
+        picks = [divmod(i, self.per_file) for i in rng.integers(0, len(self.files) * self.per_file, count)]
+        pick = lambda name: [self.files[i][name][k] for i, k in picks]
+        stack = lambda name: torch.stack(pick(name)).float()
+        names = ("latents", "images", "things")
+        return {name: stack(name) for name in names} | {"captions": pick("captions")}
+
+    def read(self, index: int) -> dict:
+        file = self.work / f"{index:04d}.pt"
+        if not file.exists():
+            seeds = range(index * self.per_file, (index + 1) * self.per_file)
+            films = (self.pool.map if self.pool else map)(self.make, seeds)
+            torch.save(self.encode(films), file.with_suffix(".tmp"))
+            file.with_suffix(".tmp").rename(file)
+        return torch.load(file, weights_only=True)
+
+    @torch.no_grad()
+    def encode(self, films: Iterable[Film]) -> dict:
+        latents, images, things, captions = [], [], [], []
+        device = next(self.vae.parameters()).device
+        for some in batched(films, 8):
+            video = to_video(np.stack([f.frames for f in some])).to(device)
+            with train.autocast(device.type):
+                latents.append((self.vae.encode(video) * magi.SCALE_FACTOR).bfloat16().cpu())
+                images.append((self.vae.encode(video[:, :, 3:4]) * magi.SCALE_FACTOR).bfloat16().cpu())
+            masks = torch.from_numpy(np.stack([f.things for f in some])).float()
+            things.append(F.max_pool3d(masks[:, None], (4, 8, 8)) > 0.5)
+            captions += [list(f.captions) for f in some]
+        latents, images, things = (torch.cat(u) for u in (latents, images, things))
+        return {"latents": latents, "images": images, "things": things, "captions": captions}
+
+
+def batched(items: Iterable, size: int) -> Iterator[list]:
+    items = iter(items)
+    while some := list(islice(items, size)):
+        yield some
+
+
+def draw(films: Films, rng: np.random.Generator, n: int, count: int, of: int, model: train.Tiny) -> dict:
+    """The first n chunks of `count` films, as the losses of training.py take them."""
+    data, part = films.draw(rng, count, of), slice(n * magi.CHUNK)
+    device = model.dit.null_text.device
+    # The films have no end of their own, so how much is left is drawn: every duration token gets trained.
+    text, mask = model.text([c[:n] for c in data["captions"]], rng.integers(n, 12, count).tolist())
+    return {
+        "latents": data["latents"][:, :, part].to(device),
+        "text": text,
+        "text_mask": mask,
+        "images": data["images"].to(device),
+        "weight": 1 + 2 * data["things"][:, :, part].to(device),
+    }
+
+
+def train_dit(args) -> None:
+    """Half the size first (--size 64), where a step shows four times as many clips, then the whole (--init).
+
+    Chunks alone first: with a history to copy from, captions are learned four times slower. Later more and
+    more often two or four in a row, which teach histories, continuations and changes at a boundary.
+    """
+    torch.manual_seed(1)
+    vae = magi.load_vae(args.out / "vae").to(args.device)
+    see_size(vae, args.size)
+    model = train.Tiny(preset(args.size), scenes, tokenizer(args.out)).to(args.device)
+    if args.init:
+        model.load(args.init)
+    if args.compile:
+        torch._dynamo.config.recompile_limit = 64  # a shape for each number of chunks
+        for layer in model.dit.layers:
+            layer.compile()
+    singles, films = Films(vae, 1, 256, args), Films(vae, 4, 64, args)
+    alone, together = training.TrainingConfig(video_share=0.0), training.TrainingConfig()
+
+    def loss_of_step(step: int):
+        rng, done = np.random.default_rng([step, 11]), step / args.steps
+        shown = args.batch * step  # chunks so far; each is seen about eight times
+        if args.init or rng.random() < np.clip(2 * done - 0.2, 0, 0.6):
+            n = int(rng.choice([2, 4]))
+            batch = draw(films, rng, n, args.batch // n, min(args.films, 128 + shown // 32), model)
+        else:
+            n, batch = 1, draw(singles, rng, 1, args.batch, min(args.singles, 512 + shown // 8), model)
+        generator = torch.Generator().manual_seed(step)
+        cfg = alone if n == 1 else together
+        with train.autocast(args.device):
+            loss = training.flow_matching_loss(
+                model.dit, **batch, cfg=cfg, sampler=model.sampler, generator=generator
+            )
+        return loss, {"chunks": n}
+
+    prompts, scale = scenes.sample_prompts(24, seed=5, heldout=None), scenes.SIZE // args.size
+    judge = lambda frames, colours: scenes.judge(frames.repeat(scale, 1).repeat(scale, 2), colours)
+
+    def report() -> str:
+        with torch.compiler.set_stance("force_eager"):  # each new shape would be compiled
+            scores = judge_prompts(model.pipeline(vae), prompts, 24, judge=judge)
+        return f"{time.strftime('%H:%M')} " + ", ".join(f"{k} {v:.0%}" for k, v in scores.items())
+
+    train.fit(
+        f"dit{args.size}",
+        model,
+        loss_of_step,
+        args.steps,
+        args.lr,
+        args.work,
+        every=args.every,
+        report=report,
+    )
+    model.save(args.out)
+
+
+def distill(args) -> None:
+    """The base model teaches a copy of itself, as in train.py: one branch, few steps instead of many.
+    Text encoder, special tokens and VAE stay as they are."""
+    torch.manual_seed(2)
+    vae = magi.load_vae(args.out / "vae").to(args.device)
+    see_size(vae, args.size)
+    model = train.Tiny(preset(args.size), scenes, tokenizer(args.out))
+    model.load(args.out)
+    model.requires_grad_(False).to(args.device)
+    student = copy.deepcopy(model.dit).requires_grad_()
+    sampler = replace(model.sampler, distilled=True, num_steps=8)
+    films = Films(vae, 4, 64, args)
+
+    def loss_of_step(step: int):
+        rng, num_steps = np.random.default_rng([step, 13]), training.shortcut_steps(step)
+        n = int(rng.choice([1, 2, 3, 4], p=[0.3, 0.15, 0.15, 0.4]))
+        batch = draw(films, rng, n, args.batch // n, args.films, model)
+        generator = torch.Generator().manual_seed(step)
+        with train.autocast(args.device):
+            loss = training.shortcut_loss(
+                student, model.dit, **batch, num_steps=num_steps, sampler=model.sampler, generator=generator
+            )
+        return loss, {"steps": num_steps}
+
+    train.fit("distill", student, loss_of_step, args.steps, args.lr, args.work, every=args.every)
+    config = {"dit": asdict(student.cfg), "sampler": asdict(sampler)}
+    tokens = {name: token.detach() for name, token in model.tokens.items()}
+    train.save_model(args.out / "distill", student, config, special_tokens=tokens)
+
+
+def evaluate(args) -> None:
+    """What the judge says of a model in OUT: captions followed, and how rigid the things are."""
+    pipe = magi.load(args.out / args.model)
+    encode_once(pipe, args.out / "t5")
+    rows = []
+    for seed, (text, wanted) in enumerate(scenes.sample_prompts(args.prompts, seed=1)):
+        video = np.concatenate(list(pipe(text, num_frames=48, seed=seed)))
+        rows.append([*right(scenes.judge(video), wanted), *scenes.rigidity(video)])
+    shares = np.nanmean(np.array(rows, float), 0)
+    print("colour {:.0%}, shape {:.0%}, motion {:.0%}; rigid IoU {:.3f}, area {:.1%}".format(*shares))
+
+
+STAGES = {"vae": train_vae, "dit": train_dit, "distill": distill, "eval": evaluate}
 
 
 def main() -> None:
     how = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=how)
-    parser.add_argument("stage", choices=["vae"])
+    parser.add_argument("stage", choices=[*STAGES])
     parser.add_argument("--work", type=Path, required=True, help="checkpoints and loss curves")
     parser.add_argument("--out", type=Path, required=True, help="where the finished model goes")
     parser.add_argument("--steps", type=int, default=20000, help="rates fall in the last third of them")
@@ -182,10 +416,19 @@ def main() -> None:
     parser.add_argument("--whole", type=float, default=0.9, help="share of the steps that see crops only")
     parser.add_argument("--dim", type=int, default=256)
     parser.add_argument("--depth", type=int, default=3)
+    parser.add_argument("--batch", type=int, default=32, help="of the DiT, in chunks")
+    parser.add_argument("--size", type=int, default=scenes.SIZE, choices=[64, 128], help="of frames, for dit")
+    parser.add_argument("--init", type=Path, help="dit: go on from the weights in this folder")
+    parser.add_argument("--singles", type=int, default=40000, help="clips of one chunk, at most")
+    parser.add_argument("--films", type=int, default=4000, help="clips of four chunks, at most")
+    parser.add_argument("--prompts", type=int, default=100, help="of eval")
+    parser.add_argument("--model", default="base", help="of eval: base or distill")
+    parser.add_argument("--device", default="cpu", help="of the DiT's training")
+    parser.add_argument("--workers", type=int, default=0, help="processes that paint clips; 0: this one")
     parser.add_argument("--compile", action="store_true", help="a quarter faster; takes a minute and g++")
     args = parser.parse_args()
     args.work.mkdir(parents=True, exist_ok=True)
-    train_vae(args)
+    STAGES[args.stage](args)
 
 
 if __name__ == "__main__":

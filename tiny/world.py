@@ -541,21 +541,27 @@ jump, spin, shake, roll, drop, rise, fall, grow, shrink, start, stop, turn, fade
 """
 
 
-def train_tokenizer(file: str, size: int = 256) -> None:
+def sample_captions() -> list[str]:
+    """Captions with every combination of words, for the tokenizer."""
+    rng, texts = np.random.default_rng(0), []
+    for triple in TRIPLES * 2:
+        other = TRIPLES[rng.integers(len(TRIPLES))]
+        texts.append(caption([triple], [other], [*PLACES][rng.integers(4)], rng))
+        texts.append(caption([triple, other], rng=rng))
+    return texts
+
+
+def train_tokenizer(file: str, size: int = 256, words: list[str] | None = None, captions=None) -> None:
     """Writes a sentencepiece unigram model with T5's ids: pad 0, eos 1, unk 2, no bos. Always the same bytes.
 
     Captions outnumber the English, so that their words become single pieces; all of ascii is in, so that no
-    English prompt meets unk.
+    English prompt meets unk. words and captions: of another world.
     """
     import sentencepiece  # here, since the world itself needs numpy alone
 
-    rng = np.random.default_rng(0)
     # a piece must occur in two different words, and "red," is another word than "red"
-    text = [*ENGLISH.strip().splitlines(), ", ".join(vocabulary()) + ","] * 4
-    for triple in TRIPLES * 2:
-        other = TRIPLES[rng.integers(len(TRIPLES))]
-        text.append(caption([triple], [other], [*PLACES][rng.integers(4)], rng))
-        text.append(caption([triple, other], rng=rng))
+    text = [*ENGLISH.strip().splitlines(), ", ".join(words or vocabulary()) + ","] * 4
+    text += captions or sample_captions()
     with open(file, "wb") as out:
         sentencepiece.SentencePieceTrainer.train(
             sentence_iterator=iter(text), model_writer=out, model_type="unigram", vocab_size=size,
