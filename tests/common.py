@@ -180,8 +180,7 @@ def distillation(n: int = 3, **cfg):
 def counted_tokens(dit: torch.nn.Module) -> Iterator[list[int]]:
     """Within the block, the list gets the number of tokens of each forward of a DiT."""
     tokens, area = [], dit.cfg.patch_size**2
-    count = lambda m, a, k, out: tokens.append((a[0] if a else k["x"])[0, 0].numel() // area)
-    handle = dit.register_forward_hook(count, with_kwargs=True)
+    handle = dit.register_forward_hook(lambda m, a, out: tokens.append(a[0][0, 0].numel() // area))
     try:
         yield tokens
     finally:
