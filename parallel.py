@@ -46,7 +46,7 @@ import os
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from functools import partial
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -443,14 +443,21 @@ class Memory:
         return max(self.t5, both + max(self.activations, self.decoding))
 
 
-def needs(dit: magi.DiTConfig, run: magi.SamplerConfig, vae: magi.VAEConfig = magi.VAE_PRESETS["magi"],
-          t5: dict = T5_XXL, *, R: int = 1, stream: bool = False) -> Memory:
-    """Memory of a long run on each of R ranks, with the torch backend."""
+@lru_cache(16)                   # a plan asks some thirty times, and the 24B takes its time to build
+def sizes(dit: magi.DiTConfig, vae: magi.VAEConfig) -> tuple[tuple[int, ...], int, int]:
+    """Bytes of the weights: of each layer of the DiT, of all its others, of the VAE."""
     bytes_of = lambda module: sum(u.nbytes for u in module.state_dict().values())
     with torch.device("meta"):
         model, tiler = magi.DiT(dit), magi.VAE(vae)
-    layers = [bytes_of(layer) for layer in model.layers]
-    weights = bytes_of(model) - sum(layers) + (0 if stream else sum(layers) // R)
+    layers = tuple(bytes_of(layer) for layer in model.layers)
+    return layers, bytes_of(model) - sum(layers), bytes_of(tiler)
+
+
+def needs(dit: magi.DiTConfig, run: magi.SamplerConfig, vae: magi.VAEConfig = magi.VAE_PRESETS["magi"],
+          t5: dict = T5_XXL, *, R: int = 1, stream: bool = False) -> Memory:
+    """Memory of a long run on each of R ranks, with the torch backend."""
+    layers, others, tiler = sizes(dit, vae)
+    weights = others + (0 if stream else sum(layers) // R)
 
     steps = list(magi.plan(run, 24))
     n = max(len(step.chunks) for step in steps)                              # chunks in a forward
@@ -491,7 +498,7 @@ def needs(dit: magi.DiTConfig, run: magi.SamplerConfig, vae: magi.VAEConfig = ma
     return Memory(
         weights=weights,
         passing=passing[worst],
-        vae=bytes_of(tiler),
+        vae=tiler,
         cache=cached * s * dit.num_layers * 2 * (G // R) * b,
         activations=activations(worst),
         decoding=2 * second + max(second, tile),
