@@ -3,7 +3,8 @@
 This is the whole system of "MAGI-1: Autoregressive Video Generation at Scale" (Sand AI, arXiv 2505.13211):
 a transformer VAE, the text of T5, a diffusion transformer (DiT) with block-causal attention, and the sampler
 that keeps up to four one-second chunks in flight at different noise levels. It loads the official checkpoints
-(through convert_weights.py) and equals the official code on every recorded run.
+(through convert_weights.py) and equals the official code on every recorded run (within 2e-4, fp8 within
+3e-2), but for the first frame of an image run, which here stays the image.
 
     prompt --T5--> text (L, 4096) ----------------------------+
                                                               v
@@ -30,6 +31,8 @@ Symbols, the same everywhere:
     K chunks in the video   P whole prefix chunks   d what tells a distilled model how fine its steps are
     kv_range: how many chunks a chunk sees, itself included.   first_seen: the oldest of them.
     spans: the same in key tokens, [start, end).
+    clean: a finished chunk.   stage: num_steps / window steps.   branch: a forward that guidance combines.
+    null text: the learned text that stands for no caption.   LN1: LayerNorm with weight + 1 (LayerNorm1p).
     Video is (B, 3, frames, height, width) in [-1, 1], latents (B, 16, T, H, W); tokens are ordered t, h, w.
 
 Contents
@@ -46,8 +49,8 @@ Contents
 
 What lies beside it: captions.py (prompts, caption rules), checkpoints.py (files on disk, checks of configs),
 training.py (objectives, LoRA), parallel.py (several GPUs, streamed weights), kernels.py (Triton versions of
-section 2), media.py (pictures and video files). CPU offload of the cache is left out, because it holds only a
-few chunks, and so are CUDA graphs.
+section 2), media.py (pictures and video files). Left out: CPU offload of the cache, which holds only a few
+chunks, and CUDA graphs.
 """
 
 from __future__ import annotations
@@ -181,14 +184,14 @@ class SamplerConfig:
     clean_t: float = 0.9999       # the t of clean chunks: in training they carry a little noise
     distilled: bool = False       # one branch, guidance distilled in
     # Guidance by t: each number of cfg_t begins a bucket. The first four are where the quarters of the steps
-    # begin (`timestep_grid`); the last bucket is the official one, in which no step begins.
+    # begin (`timestep_grid`); the last is kept from the official configs, no step begins in it.
     cfg_t: tuple[float, ...] = (0.0, 0.0217, 0.1, 0.3, 0.999)
     prev_scales: tuple[float, ...] = (1.5, 1.5, 1.5, 1.0, 1.0)  # w_prev of each bucket: towards the history
     text_scales: tuple[float, ...] = (7.5, 7.5, 7.5, 0.0, 0.0)  # w_text of each bucket: towards the caption
     # Distilled models: beyond this t, the velocity of the oldest chunk is 0.7 * with history + 0.3 * without.
     nearly_clean_t: float = 0.3
     nearly_clean_blend: float = 0.7
-    shortcut_mode: str = "8,16,16"                        # or "16,16,8": how 12 steps are ordered
+    shortcut_mode: str = "8,16,16"       # 12 steps: the long one of each quarter comes first; "16,16,8": last
     special_tokens: tuple[str, ...] = ("hq", "duration")  # put in front of every caption
     negative_tokens: tuple[str, ...] = ()                 # put in front of the null text
     num_frames: int | None = 96   # video frames to generate; None: until stopped
@@ -234,8 +237,9 @@ VAE_PRESETS = {
 # ----------------------------------------------------------------------------------------------------------
 # 2  Shared parts
 # ----------------------------------------------------------------------------------------------------------
-# What both transformers are made of. The functions gathered in TORCH_OPS are the specification: they run
-# anywhere, and kernels.py offers the same names with the same signatures in Triton.
+# Small parts; most are the DiT's, the VAE uses `attention` and `small_normal`. The functions gathered in
+# TORCH_OPS are the specification: they run anywhere, and kernels.py offers the same names with the same
+# signatures in Triton.
 
 
 class LayerNorm1p(nn.LayerNorm):
@@ -297,7 +301,8 @@ def apply_rotary(x: Tensor, angles: Tensor) -> Tensor:
 def attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     """softmax(q k^T / sqrt(hd)) v with grouped-query heads: query head i reads kv head i // (Hq / Hkv).
 
-    q (B, N, Hq, hd), k and v (B, M, Hkv, hd) -> (B, N, Hq, hd). The N x M scores are never held.
+    q (B, N, Hq, hd), k and v (B, M, Hkv, hd) -> (B, N, Hq, hd). The N x M scores are not
+    held where PyTorch has a fused kernel for these inputs.
     """
     q, k, v = (u.transpose(1, 2) for u in (q, k, v))
     return F.scaled_dot_product_attention(q, k, v, enable_gqa=q.shape[1] != k.shape[1]).transpose(1, 2)
@@ -311,10 +316,10 @@ def block_attention(q: Tensor, k: Tensor, v: Tensor, spans: Tensor, out: Tensor 
     A span is contiguous and everything in it may be read, so there is no mask: one dense attention per chunk.
     """
     out = torch.empty_like(q) if out is None else out
-    share = len(q) // len(spans)                                  # batch entries that have the same spans
+    entries = len(q) // len(spans)                                # of the batch, that have the same spans
     size = q.shape[1] // spans.shape[1]                           # tokens of a chunk
     for row, spans_of_row in enumerate(spans.tolist()):
-        batch = slice(row * share, (row + 1) * share)
+        batch = slice(row * entries, (row + 1) * entries)
         for i, (start, end) in enumerate(spans_of_row):
             chunk = slice(i * size, (i + 1) * size)
             out[batch, chunk] = attention(q[batch, chunk], k[batch, start:end], v[batch, start:end])
@@ -341,11 +346,11 @@ def swiglu(u: Tensor) -> Tensor:
 
 
 def matmul_float32(x: Tensor, weight: Tensor) -> Tensor:
-    """x weight^T in float32: (..., in), (out, in) -> (..., out).
+    """x weight^T, returned in float32: (..., in), (out, in) -> (..., out).
 
     The product of two bf16 (or e4m3) numbers is exact in float32, so bf16 instructions that sum in float32
-    give the same result at several times the speed. On the CPU PyTorch offers them only with the sum rounded
-    to bf16, as after every other linear layer.
+    give the same result at several times the speed. On a CPU that has them PyTorch offers them only with the
+    sum rounded to bf16, as after every other linear layer. Neither way is taken for training.
     """
     if x.dtype == weight.dtype == torch.bfloat16 and not torch.is_grad_enabled():
         if x.is_cuda:
@@ -365,7 +370,7 @@ def fp8_matmul(x: Tensor, weight: Tensor, divide: Tensor, scale: Tensor) -> Tens
     if x.is_cuda:
         product = matmul_float32(x8.bfloat16(), weight.bfloat16())
     else:
-        product = F.linear(x8.float(), weight.float())
+        product = F.linear(x8.float(), weight.float())       # nothing is rounded before it is scaled
     return (product * scale).to(torch.bfloat16)
 
 
@@ -438,7 +443,8 @@ class VAEBlock(nn.Module):
 
     @staticmethod
     def normalise(u: Tensor) -> Tensor:
-        """To mean 0 and deviation 1 per head. F.layer_norm adds its 1e-5 to the variance, not to this."""
+        """To mean 0 and deviation 1 per head. 1e-5 is added to the deviation; F.layer_norm adds it to the
+        variance."""
         centred = u - u.mean(-1, keepdim=True)
         deviation = centred.square().mean(-1, keepdim=True).sqrt()
         return centred / (deviation + 1e-5)
@@ -572,7 +578,8 @@ class VAE(nn.Module):
     def _tiled(self, fn: Callable, size: Sequence[int], tile: Sequence[int], overlap: float, scale: int,
                neighbour: str) -> Tensor:
         """Apply fn tile by tile and blend the seams. fn gets a tile's place in latents, (t, h, w) slices;
-        size counts latents, too. scale: pixels of the result for each latent in height and width.
+        size counts latents, too. scale: pixels of the result for each latent in height and width (encoding:
+        latents, so 1).
 
         Two rules of the official code are unexpected: a tile starts at every stride, even where the one
         before already reaches the edge, and a tile is blended with its neighbour as that was before
@@ -747,7 +754,7 @@ def key_spans(chunks: Sequence[int], first_seen: Sequence[int] | Tensor, axis: S
 
 @dataclass
 class Context:
-    """What every layer of one forward shares; made by DiT.forward."""
+    """What every layer of one forward shares; made by DiT.begin."""
 
     ops: Ops                       # the backend
     cond: Tensor                   # (B, n, D/4) time and flag of each chunk
@@ -772,7 +779,7 @@ class Linear(nn.Linear):
 
 
 class Float32Linear(Linear):
-    """Sums and returns float32, whatever the type of its input and weight."""
+    """Returns float32, whatever the type of its input and weight; see `matmul_float32`."""
 
     def forward(self, x: Tensor, ops: Ops = TORCH_OPS) -> Tensor:
         return ops.matmul_float32(x, self.weight)
@@ -863,6 +870,7 @@ class ParallelAttention(nn.Module):
         q = ops.norm_rotary(heads(self.q), self.q_norm, ctx.angles)
         k = ops.norm_rotary(heads(self.k), self.k_norm, ctx.angles)
         v = heads(self.v)
+        # Both attentions write their results into views of one tensor.
         both = q.new_empty(*q.shape[:2], 2, *q.shape[2:])                    # (B, N, 2, Hq, hd)
         self.core(q, k, v, ctx, out=both[:, :, 0])
 
@@ -968,7 +976,7 @@ class DiT(nn.Module):
         if cfg.in_channels == 2 * cfg.latent_channels:
             x = torch.cat([x, x], dim=1)                                     # (B, 32, T, H, W)
         # A convolution whose stride is its kernel is a linear layer on patches, and faster as one.
-        patches = rearrange(x.float() * cfg.x_scale, "b c t (h p) (w q) -> b (t h w) (c p q)", p=p, q=p)
+        patches = rearrange(x.float() * cfg.x_scale, "b c t (h ph) (w pw) -> b (t h w) (c ph pw)", ph=p, pw=p)
         return F.linear(patches, self.patch_embed.weight.flatten(1)).to(cfg.torch_dtype)
 
     def unpatchify(self, tokens: Tensor, T: int, H: int) -> Tensor:
@@ -1112,8 +1120,8 @@ def shot_transition(cfg: SamplerConfig, chunk: int, kind: str = "cut") -> Sample
 
 
 def round_frames(num_frames: int | None, image: bool = False) -> int | None:
-    """The num_frames of `sample` with which at least so many video frames come out: in whole latent frames,
-    and without an image, which `sample` does not count but yields as the first latent frame."""
+    """The num_frames to ask of `sample` so that at least this many video frames come out: rounded up to
+    latent frames, less the image's own, which `sample` yields on top of those asked for."""
     if num_frames is None:
         return None
     latents = math.ceil(num_frames / FRAMES_PER_LATENT) - int(image)
@@ -1172,8 +1180,10 @@ def life(cfg: SamplerConfig, chunk: int, prefix_chunks: int) -> list[ChunkInput]
 def needed(wanted: Sequence[int], inputs: Sequence[ChunkInput]) -> list[ChunkInput]:
     """The inputs on which the `wanted` chunks depend: themselves, the chunks whose keys they read, the chunks
     whose keys those read in the layer before, and so on."""
-    low, high = min(wanted, default=0), max(wanted, default=-1)
-    for c in reversed(inputs):
+    if not wanted:
+        return []
+    low, high = min(wanted), max(wanted)
+    for c in reversed(inputs):                               # from the newest chunk to the oldest
         if low <= c.chunk <= high:
             low = min(low, c.first_seen)
     return [c for c in inputs if low <= c.chunk <= high]
@@ -1204,7 +1214,7 @@ def plan(cfg: SamplerConfig, chunks: int | None, prefix_chunks: int = 0,
     d = shortcut_d(cfg.num_steps, cfg.shortcut_mode)
     exceptions = [P + chunk for chunk, _ in cfg.kv_ranges_at]
     ahead: dict[int, list[ChunkInput]] = {}              # chunk -> what is left of its life
-    for stage in itertools.count():
+    for stage in itertools.count():                          # chunk P + stage enters
         newest = P + stage
         config = config_of(newest) if newest < K else None
         if config is None:
@@ -1216,6 +1226,7 @@ def plan(cfg: SamplerConfig, chunks: int | None, prefix_chunks: int = 0,
 
         # What is still read, by the chunks in flight and by those to come? Of the latter it is enough to ask
         # those with ranges of their own, and the next one without: it sees further back than all after it.
+        # (A config of a chunk's own may not look further back than the run's: `check_own_config`.)
         plain = next(chunk for chunk in itertools.count(newest + 1) if chunk not in exceptions)
         to_come = [life(cfg, chunk, P) for chunk in (plain, *exceptions) if newest < chunk < K]
         forget = min(c.first_seen for inputs in (*ahead.values(), *to_come) for c in inputs)
@@ -1224,6 +1235,8 @@ def plan(cfg: SamplerConfig, chunks: int | None, prefix_chunks: int = 0,
             prefix = needed(range(forget, P), [clean_input(cfg, chunk, prefix=True) for chunk in range(P)])
             if prefix:
                 yield Step(tuple(prefix), d[0], None, forget, None)
+        # Of a chunk in its last stage, its noisy inputs and the clean one are left; the clean one alone then
+        # stands in the first step of the next stage.
         done = next((chunk for chunk, inputs in ahead.items() if len(inputs) == per_stage + 1), None)
         for j in range(per_stage):
             yield Step(chunks=tuple(inputs[j] for inputs in ahead.values() if j < len(inputs)),
@@ -1243,13 +1256,13 @@ def plan(cfg: SamplerConfig, chunks: int | None, prefix_chunks: int = 0,
 #
 # w_prev pulls towards the history, w_text towards the caption; both depend on the chunk's own t. A distilled
 # model needs one branch; only for its oldest chunk, when nearly clean, a second one without history is mixed
-# in, because errors that come from the history would accumulate. A chunk is left out of a branch that has no
-# share in its velocity, unless another chunk reads its keys: this saves a tenth of the work, more in short
-# videos.
+# in, because errors that come from the history would accumulate. A chunk whose velocity takes nothing from a
+# branch is left out of it, unless another chunk there reads its keys: this saves a tenth of the work, more in
+# short videos.
 
 
 class Branch(NamedTuple):
-    captioned: bool                      # noisy chunks have their captions, else null text
+    captioned: bool                      # noisy chunks have their captions and the flag; else null text
     alone: bool = False                  # each chunk sees only itself
     stores: bool = False                 # this branch's keys of clean chunks go to the cache
 
@@ -1276,6 +1289,7 @@ def branch_shares(cfg: SamplerConfig, c: ChunkInput, is_oldest: bool) -> dict[st
     """How much of each branch goes into the velocity of a chunk: the formula above."""
     has_past = c.first_seen < c.chunk
     if cfg.distilled:
+        # The last quarter begins at 0.3 in float32, which is just beyond 0.3: its first step is blended too.
         blended = is_oldest and c.t > cfg.nearly_clean_t and has_past
         alone = 1 - cfg.nearly_clean_blend if blended else 0.0
         return {"text": 1 - alone, "alone": alone}
@@ -1293,7 +1307,7 @@ def branch_shares(cfg: SamplerConfig, c: ChunkInput, is_oldest: bool) -> dict[st
 
 @dataclass(frozen=True)
 class Progress:
-    """Reported after every step: for progress bars and previews."""
+    """Reported after every step but that of the prefix: for progress bars and previews."""
 
     step: int                            # steps done
     total: int | None                    # steps in all, None: endless
@@ -1391,7 +1405,7 @@ class _Run:
         self.branches = DISTILLED_BRANCHES if cfg.distilled else BASE_BRANCHES
         self.cache = KVCache()
         self.entries: dict[int, Entry] = {}                                  # of the chunks in flight
-        self.item: tuple | None = ()                                         # the newest of the texts
+        self.item: tuple | None = ()             # the newest of the texts; (): none yet; None: the end
         # Null text, the learned text that stands for no caption: negative tokens are among its unmasked rows.
         mask = (torch.arange(len(null), device=null.device) < dit.cfg.null_length).long()
         names = token_names(cfg.negative_tokens, NEGATIVE_TOKENS)
@@ -1404,8 +1418,8 @@ class _Run:
         per_stage = self.cfg.num_steps // self.cfg.window
         total = None if self.K is None else (self.K - self.P + self.cfg.window - 1) * per_stage
         steps = itertools.count(1)
-        x = {c: self.given(c) for c in range(self.P)}                        # chunk -> (1, 16, 6, H, W)
-        for step in plan(self.cfg, self.K, self.P, self.config):
+        x = {chunk: self.given(chunk) for chunk in range(self.P)}            # chunk -> (1, 16, 6, H, W)
+        for step in plan(self.cfg, self.K, self.P, self.enter):
             self.cache.evict(step.forget)
             if step.enters is not None:
                 x[step.enters] = self.paste(step.enters, self.fresh(step.enters))
@@ -1423,7 +1437,7 @@ class _Run:
     def velocity(self, step: Step, x: dict[int, Tensor]) -> dict[int, Tensor]:
         """Guided velocity of every noisy chunk; the keys of clean ones are stored on the way."""
         noisy = step.noisy
-        shares = {c.chunk: branch_shares(self.entry(c.chunk).cfg, c, is_oldest=c == noisy[0]) for c in noisy}
+        shares = {c.chunk: branch_shares(self.entries[c.chunk].cfg, c, c == noisy[0]) for c in noisy}
         calls = {}                                       # of each branch that is needed
         for name, branch in self.branches.items():
             wanted = [chunk for chunk, share in shares.items() if share[name] != 0 or not self.skip]
@@ -1455,19 +1469,12 @@ class _Run:
         t = torch.tensor([[c.t for c in inputs]], device=latents.device)     # (1, n)
         return (latents, t, text, mask), dict(
             chunks=chunks, first_seen=[c.first_seen for c in inputs],
-            conditional=branch.captioned or self.cfg.distilled, d=d if self.cfg.distilled else None,
+            conditional=branch.captioned, d=d if self.cfg.distilled else None,
             cache=self.cache, store=sum(c.clean for c in inputs) if branch.stores else 0)
 
-    def config(self, chunk: int) -> SamplerConfig | None:
-        """Of a generated chunk; None if the video ends before it."""
-        entry = self.entry(chunk)
-        return None if entry is None else entry.cfg
-
-    def entry(self, chunk: int) -> Entry | None:
-        """What a generated chunk brings; None if the video ends before it. Called for the first time, it
-        takes the next item of the texts; after the last one, that item again."""
-        if chunk in self.entries:
-            return self.entries[chunk]
+    def enter(self, chunk: int) -> SamplerConfig | None:
+        """Take the next of the texts for a generated chunk (after the last one, that one again) and give the
+        chunk's config; None if the video ends before it."""
         self.item = next(self.texts, self.item)
         if self.item is None:
             return None
@@ -1486,7 +1493,7 @@ class _Run:
         else:                                # an empty caption
             text, mask = self.null.text, self.null.mask
         self.entries[chunk] = Entry(text, mask, cfg)
-        return self.entries[chunk]
+        return cfg
 
     def given(self, chunk: int) -> Tensor:
         """The prefix frames that fall into a chunk: (1, 16, 0 to 6, H, W)."""
@@ -1549,10 +1556,10 @@ def load(folder: str | Path, *, vae: str | Path | None = None, t5: str | Path | 
          parts: Sequence[Callable] = (load_dit, load_vae, T5)) -> MAGI:
     """Load a model folder; vae and t5 default to its neighbours. dtype overrides that of the DiT's blocks.
 
-    Files are checked against their configs before any weight is read. T5 is read when a prompt comes and
-    then freed unless keep_t5 is set, so a model without T5 can be used with encoded text. parts: what loads
-    the three of them; parallel.parts() shares them among GPUs or streams their weights. ValueError for what
-    does not fit.
+    The files of DiT and VAE are checked against their configs before any weight is read. T5 is read when a
+    prompt comes and then freed unless keep_t5 is set, so a model without T5 can be used with encoded text.
+    parts: what loads the three of them; parallel.parts() shares them among GPUs or streams their weights.
+    ValueError for what does not fit.
     """
     folder = Path(folder)
     vae, t5 = Path(vae or folder.parent / "vae"), Path(t5 or folder.parent / "t5")
@@ -1630,6 +1637,7 @@ class MAGI:
     def _late_texts(self, prompts: Iterable, cfg: SamplerConfig
                     ) -> Iterator[tuple[Tensor, Tensor, SamplerConfig] | None]:
         """Text, mask and config of each chunk, made when it asks for them."""
+        # T5 is freed after each call, so the captions that come again must not need it again.
         encode = functools.lru_cache(8)(lambda caption: self.encode_text([caption]))
         for chunk, item in enumerate(prompts):
             if item is None:
@@ -1641,7 +1649,6 @@ class MAGI:
             (text,), (mask,) = encode(prompt.text)
             yield text, mask, own
 
-    @torch.inference_mode()
     def _frames(self, chunks: Iterator[tuple[int, Tensor]], wanted: float, skip: int) -> Iterator[np.ndarray]:
         """Decode chunks, less `skip` latent frames of the first, to `wanted` video frames in all."""
         for i, latent in chunks:
@@ -1656,6 +1663,7 @@ class MAGI:
         pixels = pixels.to(self.dit.null_text.device, self.vae.dtype)
         return self.vae.encode(pixels)[0].float() * SCALE_FACTOR
 
+    @torch.no_grad()
     def decode(self, latent: Tensor) -> np.ndarray:
         """Scaled latents (16, T, H, W) -> uint8 (4T, height, width, 3)."""
         frames = self.vae.decode((latent[None] / SCALE_FACTOR).to(self.vae.dtype))[0].float()

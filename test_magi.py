@@ -653,6 +653,14 @@ def run_of_three(cfg: magi.SamplerConfig, prefix_chunks: int = 0) -> magi._Run:
     return magi._Run(dit, cfg, 3, prefix_chunks, iter([(text, mask)]), tokens, prefix, None, skip=True)
 
 
+def entries(cfg: magi.SamplerConfig, chunks, prefix_chunks: int = 0) -> dict:
+    """What these chunks of that run bring."""
+    run = run_of_three(cfg, prefix_chunks)
+    for chunk in chunks:
+        run.enter(chunk)
+    return run.entries
+
+
 def test_late_prompts_equal_a_list():
     """An iterator is asked by each chunk when it enters; its last item goes on."""
     _, text, mask, _ = small()
@@ -749,12 +757,12 @@ def test_special_tokens_are_fields_and_on_by_default():
         assert not torch.allclose(run_small(dataclasses.replace(QUICK, special_tokens=names))[0], default[0])
     # the last chunk carries duration_1, the one before duration_2
     text, mask, tokens = small()[1:]
-    run = run_of_three(QUICK)
-    assert torch.equal(run.entry(2).text[0], tokens["duration_token_1"][0])
-    assert torch.equal(run.entry(1).text[0], tokens["duration_token_2"][0])
-    assert torch.equal(run.entry(2).text[1], tokens["hq_token"][0])
-    assert torch.equal(run.entry(2).text[2:], text[:-2]) and run.entry(2).mask.sum() == mask.sum() + 2
-    after_prefix = run_of_three(QUICK, prefix_chunks=1).entry(2)
+    shown = entries(QUICK, (1, 2))
+    assert torch.equal(shown[2].text[0], tokens["duration_token_1"][0])
+    assert torch.equal(shown[1].text[0], tokens["duration_token_2"][0])
+    assert torch.equal(shown[2].text[1], tokens["hq_token"][0])
+    assert torch.equal(shown[2].text[2:], text[:-2]) and shown[2].mask.sum() == mask.sum() + 2
+    after_prefix = entries(QUICK, (2,), prefix_chunks=1)[2]
     assert torch.equal(after_prefix.text[0], tokens["duration_token_1"][0])
 
 
@@ -764,7 +772,7 @@ def test_special_tokens_stand_in_the_official_order():
     assert magi.token_names({*magi.SPECIAL_TOKENS}, magi.SPECIAL_TOKENS, remaining=3) == names
     assert magi.token_names(["duration"], magi.SPECIAL_TOKENS, remaining=math.inf) == ["duration_token_8"]
     table = small()[3]
-    rows = run_of_three(dataclasses.replace(QUICK, special_tokens=(*magi.SPECIAL_TOKENS,))).entry(0).text
+    rows = entries(dataclasses.replace(QUICK, special_tokens=(*magi.SPECIAL_TOKENS,)), (0,))[0].text
     assert torch.equal(rows[:7], torch.cat([table[name] for name in reversed(names)]))
 
 
