@@ -131,6 +131,7 @@ def in_the_sampler(dit, cfg: magi.SamplerConfig, text, mask, x, t, d) -> dict[in
     for c in range(P, n):
         i = int((grid == t[0, c]).nonzero())
         first_seen = int(max(0, c + 1 - magi.kv_range(cfg, i)))
+        run.enter(c)
         noisy.append(magi.ChunkInput(c, grid[i].item(), grid[i + 1].item() - grid[i].item(), first_seen))
     # this very moment is in the plan of a run whose prefix are the clean chunks
     assert noisy in [step.noisy for step in magi.plan(cfg, n, P)]
