@@ -67,7 +67,9 @@ def test_training_stages_run_and_write_what_load_reads(tmp_path, monkeypatch):
     monkeypatch.setattr(train, "judge_prompts", lambda *_, **__: {"colour": 0.0})
     once = {f"{stage}_steps": 1 for stage in ("vae", "dit", "distill", "lora")}
     small_run = dict(clips=4, batch=4, rank=2, lr=1e-4, distill_lr=1e-4)
-    args = SimpleNamespace(out=tmp_path, work=tmp_path / "work", init=tmp_path, **small_run, **once)
+    args = SimpleNamespace(
+        out=tmp_path, work=tmp_path / "work", init=tmp_path, teach="cyan", **small_run, **once
+    )
     for stage in ("vae", "dit", "distill", "lora"):
         train.STAGES[stage](args)
     base, distilled = (
@@ -78,6 +80,21 @@ def test_training_stages_run_and_write_what_load_reads(tmp_path, monkeypatch):
     training.load_lora(pipe.dit, tmp_path / "lora" / "cyan.safetensors")
     frames = np.concatenate(list(pipe("a red ball bounces", num_frames=24)))
     assert world.judge(frames).colour == "red"  # one small step has not spoilt it
+
+
+@pytest.mark.parametrize("new", ["cyan", "cross"])
+def test_clips_that_teach_are_half_new_and_half_old(tmp_path, new, monkeypatch):
+    monkeypatch.setattr(
+        "sys.argv", ["train.py", "clips", "--teach", new, "--clips", "3", "--out", str(tmp_path)]
+    )
+    train.main()
+    captions = {file.stem: file.read_text().splitlines() for file in tmp_path.glob("*.txt")}
+    assert captions.keys() == {file.stem for file in tmp_path.glob("*.mp4")} and len(captions) == 6
+    for stem, told in captions.items():
+        assert len(told) == 2 and all((f" {new} " in line) == stem.startswith(new) for line in told)
+    shown, asked = train.lesson(new, heldout=False), train.lesson(new, heldout=True)
+    assert all(new in triple for triple in shown + asked) and not {*shown} & {*asked}
+    assert {m for *_, m in shown} == {*world.MOTIONS} and asked
 
 
 def test_standardised_latents_have_mean_0_and_deviation_1():
@@ -117,6 +134,17 @@ def test_world_is_deterministic_and_its_judge_reads_it_back():
         assert not any(
             world.held_out(*t) for thing in world.make_clip(seed, chunks=2).things for t in thing.triples
         )
+
+
+def test_world_judge_knows_a_new_shape_if_asked():
+    known = world.SHAPES + world.NEW_SHAPES
+    for i, motion in enumerate(world.MOTIONS):
+        frames = world.scene([*world.COLOURS][i % 8], "cross", motion, [*world.PLACES][i % 4], 1, i).frames
+        verdict = world.judge(frames, shapes=known)
+        assert (verdict.shape, verdict.motion) == ("cross", motion)
+        assert world.judge(frames).shape != "cross"
+    for shape in world.SHAPES:
+        assert world.judge(world.scene(shape=shape, chunks=1).frames, shapes=known).shape == shape
 
 
 def test_world_captions_follow_the_grammar():

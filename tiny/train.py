@@ -3,8 +3,8 @@
     vae    the video autoencoder, on 12-frame pieces                      -> tiny/vae/
     dit    latents of many clips, then text encoder + DiT together        -> tiny/t5/, tiny/base/
     distill  three branches and many steps into one branch and few        -> tiny/distill/
-    clips  a folder of mp4 files with captions that teach a new colour    -> --out
-    lora   the same colour, by `training.py lora`, and what the judge says -> tiny/lora/cyan.safetensors
+    clips  mp4 files with captions that teach a new colour or shape (--teach cyan, cross)  -> --out
+    lora   the same, by `training.py lora`, and what the judge says       -> tiny/lora/cyan.safetensors
     eval   what the judge says of prompts that were never trained on
     steps  base and distilled at 64 to 4 steps: a table and a plot        -> tiny/examples/steps.*
 
@@ -495,19 +495,32 @@ def distill(args) -> None:
     save_model(args.out / "distill", student, config, special_tokens=dict(model.tokens.items()))
 
 
+def lesson(new: str, heldout: bool) -> list[world.Triple]:
+    """All combinations with a new colour or shape: those to ask for afterwards, or those to teach it with."""
+    if new in world.NEW_COLOURS:
+        triples = [(new, shape, motion) for shape in world.SHAPES for motion in world.MOTIONS]
+    else:  # the first few have all motions and colours too
+        colours = [*world.COLOURS]
+        triples = [
+            (colours[(i + k) % len(colours)], new, motion)
+            for i in range(len(colours))
+            for k, motion in enumerate(world.MOTIONS)
+        ]
+    return [triple for triple in triples if world.held_out(*triple) == heldout]
+
+
 def write_clips(args) -> None:
-    """A folder for `training.py lora`: mp4 files, each with a caption a second, half of them in a colour that
-    no training clip had, half in the old ones. Without these the model would forget what it is not shown.
-    Clips that are there already are left alone."""
-    (colour,) = world.NEW_COLOURS
-    names = [(s, m) for s in world.SHAPES for m in world.MOTIONS if not world.held_out(colour, s, m)]
-    shown = [(*name, [*world.PLACES][(i + k) % 4]) for i, name in enumerate(names) for k in range(2)][
+    """A folder for `training.py lora`: mp4 files, each with a caption a second, half of them in a colour or
+    shape that no training clip had, half in the old ones. Without these the model would forget what it is not
+    shown. Clips that are there already are left alone."""
+    triples = lesson(args.teach, heldout=False)
+    shown = [(*triple, [*world.PLACES][(i + k) % 4]) for i, triple in enumerate(triples) for k in range(2)][
         : args.clips
     ]
     args.out.mkdir(parents=True, exist_ok=True)
-    for i, (shape, motion, place) in enumerate(tqdm(shown, desc="write clips", unit_scale=2)):
-        new = world.scene(colour, shape, motion, place, chunks=2, seed=i // 2)
-        for kind, clip in ((colour, new), ("old", world.make_clip(i, chunks=2))):
+    for i, names in enumerate(tqdm(shown, desc="write clips", unit_scale=2)):
+        new = world.scene(*names, chunks=2, seed=i // 2)
+        for kind, clip in ((args.teach, new), ("old", world.make_clip(i, chunks=2))):
             video, captions = (args.out / f"{kind}{i:03}.{suffix}" for suffix in ("mp4", "txt"))
             if not captions.exists():
                 video.unlink(missing_ok=True)
@@ -518,15 +531,15 @@ def write_clips(args) -> None:
 
 
 def train_lora(args) -> None:
-    """A LoRA teaches the base model a colour that none of its clips had, in minutes on a CPU: from a folder
-    of clips, by the program that trains on anybody's clips."""
-    (colour,) = world.NEW_COLOURS
-    work, file = args.work / "lora", args.out / "lora" / f"{colour}.safetensors"
-    write_clips(SimpleNamespace(out=args.work / "clips", clips=args.clips))
+    """A LoRA teaches the base model a colour or shape that none of its clips had, in minutes on a CPU: from a
+    folder of clips, by the program that trains on anybody's clips."""
+    work, file = args.work / f"lora_{args.teach}", args.out / "lora" / f"{args.teach}.safetensors"
+    clips = args.work / f"clips_{args.teach}"
+    write_clips(SimpleNamespace(out=clips, clips=args.clips, teach=args.teach))
     file.parent.mkdir(exist_ok=True)
     if not (work / "settings.json").exists():  # a new run replaces the shipped file
         file.unlink(missing_ok=True)
-    flags = {"model": args.out / "base", "data": args.work / "clips", "out": file, "work": work,
+    flags = {"model": args.out / "base", "data": clips, "out": file, "work": work,
              "rank": args.rank, "steps": args.lora_steps, "lr": 2e-3, "seconds": 2, "tokens": 96 * args.batch,
              "sample-every": 0}  # fmt: skip
     words = [word for name, value in flags.items() for word in (f"--{name}", str(value))]
@@ -535,12 +548,11 @@ def train_lora(args) -> None:
 
 
 def judge_lora(args, file: Path) -> None:
-    """Prompts in the new colour, in combinations that the LoRA was not shown, and in the old ones; without
-    the LoRA and with it."""
-    (colour,) = world.NEW_COLOURS
-    names = [(s, m) for s in world.SHAPES for m in world.MOTIONS if world.held_out(colour, s, m)]
-    prompts = [(world.caption([(colour, *n)]), (colour, *n)) for n in names]
+    """Prompts with the new colour or shape, in combinations that the LoRA was not shown, and with the old
+    ones; without the LoRA and with it."""
+    prompts = [(world.caption([triple]), triple) for triple in lesson(args.teach, heldout=True)]
     others = world.sample_prompts(len(prompts), seed=1)
+    judge = functools.partial(world.judge, shapes=world.SHAPES + world.NEW_SHAPES)
     for folder in ("base", "distill"):
         if not (args.out / folder).is_dir():
             continue
@@ -548,8 +560,8 @@ def judge_lora(args, file: Path) -> None:
             pipe = magi.load(args.out / folder)
             encode_once(pipe, args.out / "t5")
             training.load_lora(pipe.dit, file, scale)
-            for kind, wanted in ((f"{colour}, held out", prompts), ("old colours", others)):
-                scores = judge_prompts(pipe, wanted, 24, world.COLOURS | world.NEW_COLOURS)
+            for kind, wanted in ((f"{args.teach}, held out", prompts), ("old", others)):
+                scores = judge_prompts(pipe, wanted, 24, world.COLOURS | world.NEW_COLOURS, judge)
                 scores = ", ".join(f"{k} {v:.0%}" for k, v in scores.items())
                 print(f"{folder}, LoRA x {scale:g}, {kind} ({len(wanted)} prompts): {scores}", flush=True)
 
@@ -591,6 +603,8 @@ def main() -> None:
     parser.add_argument("--dit-steps", type=count, default=10000)
     parser.add_argument("--distill-steps", type=count, default=3000)
     parser.add_argument("--distill-lr", type=float, default=1e-3)
+    new = [*world.NEW_COLOURS, *world.NEW_SHAPES]
+    parser.add_argument("--teach", choices=new, default=new[0], help="clips, lora: what is new")
     parser.add_argument("--lora-steps", type=count, default=600)
     parser.add_argument("--rank", type=count, default=4, help="of the LoRA")
     parser.add_argument("--batch", type=count, default=32, help="in chunks, at least 16")

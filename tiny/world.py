@@ -45,6 +45,7 @@ COLOURS = {
 }
 NEW_COLOURS = {"cyan": (30, 225, 235)}  # never drawn by make_clip: for a LoRA to learn, by `scene`
 SHAPES = ("ball", "square", "triangle", "star", "ring")
+NEW_SHAPES = ("cross",)  # never drawn by make_clip either
 MOTIONS = {
     "bounce":        ("bounces", "bounces on the floor", "keeps bouncing"),
     "left":          ("slides to the left", "slides left", "moves to the left"),
@@ -192,6 +193,9 @@ OUTLINE = {  # signed distance of (x, y) from the centre to the outline, negativ
     "triangle": lambda x, y, r: np.maximum(y - r, (2 * np.abs(x) - y - r) / 5**0.5),
     "star": _star,
     "ring": lambda x, y, r: np.abs(np.hypot(x, y) - 0.7 * r) - 0.3 * r,
+    "cross": lambda x, y, r: np.maximum(
+        np.maximum(np.abs(x), np.abs(y)) - r, np.minimum(np.abs(x), np.abs(y)) - 0.35 * r
+    ),
 }
 PATCH = 32  # side of the window that is drawn: an object of 29 px with its antialiased rim
 
@@ -298,7 +302,8 @@ def scene(colour="red", shape="ball", motion="bounce", place="day", chunks: int 
     the others what must follow. ValueError: an unknown name, a list not `chunks` long, motions without room.
     """
     plan = [[names] * chunks if isinstance(names, str) else names for names in (colour, shape, motion)]
-    for names, known in zip([*plan, [place]], (COLOURS | NEW_COLOURS, SHAPES, MOTIONS, PLACES), strict=True):
+    choices = (COLOURS | NEW_COLOURS, SHAPES + NEW_SHAPES, MOTIONS, PLACES)
+    for names, known in zip([*plan, [place]], choices, strict=True):
         if unknown := set(names) - set(known):
             raise ValueError(f"unknown {unknown}; choose from {', '.join(known)}")
     if any(len(names) != chunks for names in plan):
@@ -378,11 +383,11 @@ def _locate(alpha: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 
 
 @lru_cache
-def _silhouettes():
+def _silhouettes(shapes: tuple[str, ...]):
     """Each shape at each size as `_locate` finds it: name, size, (36, 36), centre less centre of mass (2)."""
     path = np.random.default_rng(0).uniform(28, 36, (16, 2))  # to average over fractions of a pixel
     names, sizes, images, offsets = [], [], [], []
-    for shape, size in product(SHAPES, np.arange(17, 29.1, 0.5)):
+    for shape, size in product(shapes, np.arange(17, 29.1, 0.5)):
         alpha, (window, where) = np.zeros((16, SIZE, SIZE)), coverage(shape, size, path)
         alpha[where] = window
         centre, image = _locate(_soften(alpha))
@@ -447,7 +452,7 @@ class Sight(NamedTuple):
     best: int  # which of `_silhouettes` it looks like
 
 
-def _find(frames: np.ndarray) -> Sight | None:
+def _find(frames: np.ndarray, shapes: tuple[str, ...] = SHAPES) -> Sight | None:
     """Softened frames (n, 64, 64, 3) in 0..255 -> the object in them, None if there is none."""
     known = [_soften(background(place)[None].astype(np.float32))[0] for place in PLACES]
     wall = min(known, key=lambda b: np.minimum(np.abs(frames - b), 60).mean())
@@ -461,7 +466,7 @@ def _find(frames: np.ndarray) -> Sight | None:
     centre, image = _locate(alpha)
     if peak < 40 or np.isnan(centre[:, 0]).mean() > 0.5:
         return None
-    _, _, images, offsets = _silhouettes()
+    _, _, images, offsets = _silhouettes(shapes)
     overlap = np.minimum(images, image).sum((1, 2)) / np.maximum(images, image).sum((1, 2))
     best = overlap.argmax()
     if overlap[best] < 0.5:  # noise alone reaches 0.4, a shape under strong blur still 0.7
@@ -469,24 +474,24 @@ def _find(frames: np.ndarray) -> Sight | None:
     return Sight(paint, alpha, centre + offsets[best], best)
 
 
-def _judge_chunk(frames: np.ndarray, colours: dict):
+def _judge_chunk(frames: np.ndarray, colours: dict, shapes: tuple[str, ...]):
     """Softened frames (n, 64, 64, 3) in 0..255 -> (colour, shape, motion) and centres (n, 2)."""
-    if (sight := _find(frames)) is None:
+    if (sight := _find(frames, shapes)) is None:
         return (None, None, None), np.full((len(frames), 2), np.nan)
     # brightness, red - green, yellow - blue; brightness counts little, as generated colours fade
     opponent = np.array([[0.2, 0.7, 0.4], [0.2, -0.7, 0.4], [0.2, 0, -0.8]])
     colour = min(colours, key=lambda name: np.linalg.norm((sight.paint - colours[name]) @ opponent))
-    return (colour, _silhouettes()[0][sight.best], _motion(sight.centres)), sight.centres
+    return (colour, _silhouettes(shapes)[0][sight.best], _motion(sight.centres)), sight.centres
 
 
-def judge(frames: np.ndarray, colours: dict = COLOURS) -> Verdict:
+def judge(frames: np.ndarray, colours: dict = COLOURS, shapes: tuple[str, ...] = SHAPES) -> Verdict:
     """Reads the one object in frames (n, 64, 64, 3), uint8 or float in [0, 1]. ValueError for another size.
 
     Each 24 frames are judged alone, then they vote; a clip is "still" only if all chunks are, as slides end.
-    colours: those to choose from, such as COLOURS | NEW_COLOURS.
+    colours, shapes: those to choose from, such as COLOURS | NEW_COLOURS and SHAPES + NEW_SHAPES.
     """
     frames = _readable(frames)
-    parts = [_judge_chunk(frames[i : i + CHUNK], colours) for i in range(0, len(frames), CHUNK)]
+    parts = [_judge_chunk(frames[i : i + CHUNK], colours, shapes) for i in range(0, len(frames), CHUNK)]
     chunks, centres = zip(*parts, strict=True)
     votes = [Counter(name for name in names if name) for names in zip(*chunks, strict=True)]
     if len(votes[2]) > 1:
@@ -512,7 +517,7 @@ def flaws(frames: np.ndarray) -> tuple[float, float]:
     """
     frames, errors = _readable(frames), []
     for sight in filter(None, (_find(frames[i : i + CHUNK]) for i in range(0, len(frames), CHUNK))):
-        shapes, sizes, _, _ = _silhouettes()
+        shapes, sizes, _, _ = _silhouettes(SHAPES)
         seen = ~np.isnan(sight.centres[:, 0])
         ideal = np.zeros((seen.sum(), SIZE, SIZE))
         window, where = coverage(shapes[sight.best], sizes[sight.best], sight.centres[seen])
