@@ -37,8 +37,8 @@ SMALL = magi.DiTConfig(
     dtype="float32",
 )
 WIDE = dict(gated_ffn=True, in_channels=32, out_channels=32, x_scale=0.1)
-MIDDLE = magi.DiTConfig(
-    num_layers=4,
+MIDDLE = dataclasses.replace(
+    SMALL,
     hidden_size=384,
     num_heads=6,
     num_kv_heads=2,
@@ -47,7 +47,6 @@ MIDDLE = magi.DiTConfig(
     text_dim=64,
     text_length=40,
     null_length=8,
-    dtype="float32",
 )
 MODELS = {
     "base": SMALL,

@@ -73,11 +73,6 @@ def words() -> dict[str, list[str]]:
     return found | {"motions": [*plain], "other": [*found["other"], *sum(others, ()), *more]}
 
 
-def vocabulary() -> list[str]:
-    """Every word a caption can hold, sorted."""
-    return sorted({word for phrases in words().values() for phrase in phrases for word in phrase.split()})
-
-
 # --------------------------------------------------------------------------------------------------- 2 motion
 
 GRAVITY, RESTITUTION, FRICTION = 0.2, 0.6, 0.05  # px / frame^2; share of speed kept; px / frame^2
@@ -483,9 +478,8 @@ def caption(kind: str, triples, before, place: str | None, pan: str, rng: np.ran
 def sample_prompts(n: int, seed: int = 0, heldout: bool | None = True) -> list[tuple[str, Triple]]:
     """n prompts of one thing each, with the (colour, shape, motion) to expect; as world.sample_prompts."""
     rng = np.random.default_rng([seed, 2])
-    triples = [t for t in product(COLOURS, SHAPES, MOTIONS) if heldout in (None, world.held_out(*t))]
-    order = np.concatenate([rng.permutation(len(triples)) for _ in range(-(-n // len(triples)))])[:n]
-    return [(caption("alone", [triples[i]], None, None, "", rng), triples[i]) for i in order]
+    triples = world.draw_triples(product(COLOURS, SHAPES, MOTIONS), n, rng, heldout)
+    return [(caption("alone", [triple], None, None, "", rng), triple) for triple in triples]
 
 
 def _xy(path: np.ndarray) -> np.ndarray:

@@ -103,9 +103,10 @@ def words() -> dict[str, list[str]]:
     return {"colours": [*COLOURS], "shapes": [*SHAPES], "motions": [*plain], "places": places, "other": other}
 
 
-def vocabulary() -> list[str]:
-    """Every word a caption can hold, sorted."""
-    return sorted({word for phrases in words().values() for phrase in phrases for word in phrase.split()})
+def vocabulary(known: dict[str, list[str]] | None = None) -> list[str]:
+    """Every word a caption can hold, sorted; known: the `words` of another world."""
+    known = known or words()
+    return sorted({word for phrases in known.values() for phrase in phrases for word in phrase.split()})
 
 
 def sample_prompts(n: int, seed: int = 0, heldout: bool | None = True) -> list[tuple[str, Triple]]:
@@ -114,9 +115,14 @@ def sample_prompts(n: int, seed: int = 0, heldout: bool | None = True) -> list[t
     heldout: True for triples that training never shows, False for those it does, None for any.
     """
     rng = np.random.default_rng([seed, 2])
-    triples = [t for t in TRIPLES if heldout in (None, held_out(*t))]
+    return [(caption([triple], rng=rng), triple) for triple in draw_triples(TRIPLES, n, rng, heldout)]
+
+
+def draw_triples(triples, n: int, rng: np.random.Generator, heldout: bool | None) -> list[Triple]:
+    """n of the triples, held out or not (None: any), in a random order; none twice while they last."""
+    triples = [t for t in triples if heldout in (None, held_out(*t))]
     order = np.concatenate([rng.permutation(len(triples)) for _ in range(-(-n // len(triples)))])[:n]
-    return [(caption([triples[i]], rng=rng), triples[i]) for i in order]
+    return [triples[i] for i in order]
 
 
 # --------------------------------------------------------------------------------------------------- 2 motion
