@@ -24,18 +24,8 @@ FIVE = [RED, RED, BLUE, "", RED]  # an empty caption is a prompt, too
 @functools.cache
 def pipe(name: str) -> magi.MAGI:
     """A DiT of random weights, so that each prompt counts; it hands over its latents in place of frames."""
-    cfg = magi.DiTConfig(
-        num_layers=2,
-        hidden_size=64,
-        num_heads=4,
-        num_kv_heads=2,
-        head_dim=16,
-        ffn_size=64,
-        text_dim=128,
-        text_length=64,
-        null_length=8,
-        dtype="float32",
-    )
+    small = dict(num_layers=2, hidden_size=64, num_heads=4, num_kv_heads=2, head_dim=16, ffn_size=64)
+    cfg = dataclasses.replace(magi.PRESETS["tiny"].dit, **small)
     dit, generator = magi.DiT(cfg).eval().requires_grad_(False), torch.Generator().manual_seed(7)
     for p in dit.parameters():
         p.add_(0.1 * torch.randn(p.shape, generator=generator))

@@ -90,14 +90,13 @@ def slide(t: np.ndarray, speed: float, room: float) -> np.ndarray:
 
 def fall(t: np.ndarray, height: float) -> np.ndarray:
     """Height above the ground t frames after it was let go: each bounce keeps RESTITUTION of the speed."""
-    out, start = np.zeros_like(t, float), 0.0
-    speed, flight = 0.0, (2 * height / GRAVITY) ** 0.5  # of the first leg, which starts at the top
-    impact = GRAVITY * flight
-    first = t < flight
+    out = np.zeros_like(t, float)
+    start = (2 * height / GRAVITY) ** 0.5  # of the first bounce: the end of the first leg, from the top
+    speed = GRAVITY * start
+    first = t < start
     out[first] = height - GRAVITY / 2 * t[first] ** 2
-    start = flight
     for _ in range(7):
-        speed = impact = RESTITUTION * impact
+        speed *= RESTITUTION
         length = 2 * speed / GRAVITY
         now = (t >= start) & (t < start + length)
         u = t[now] - start

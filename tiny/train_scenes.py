@@ -10,7 +10,8 @@ checkpoint as it is, give the number of its step as --steps.
 
 So far: 4,600 steps of the VAE reach 38.1 dB on 60 unseen clips and 36.4 dB on the 24 harder ones of its
 report; fast rings show a faint fringe at 3x zoom. Of the DiT 2,798 of 12,000 steps at half size are done. At
-step 2,400 all of 24 videos had the right colour, 62 % the shape, 25 % the motion; it needs the rest, so no weights are kept.
+step 2,400 all of 24 videos had the right colour, 62 % the shape, 25 % the motion. It needs the other steps,
+so no weights are kept.
 """
 
 from __future__ import annotations
