@@ -745,12 +745,14 @@ def sum_of_all(value: float) -> float:
     return total.item()
 
 
-def finish_gradients(params: Iterable[nn.Parameter]) -> None:
+def finish_gradients(params: Sequence[nn.Parameter]) -> None:
     """Average the gradients over all processes, and shorten them to a norm of at most 1 together."""
     if parallel.ranks() == 1:
         nn.utils.clip_grad_norm_(params, 1.0)
         return
-    grads: list[Any] = [p.grad for p in params if p.grad is not None]
+    for p in params:                                     # unused here, it may have been used elsewhere
+        p.grad = torch.zeros_like(p) if p.grad is None else p.grad
+    grads: list[Any] = [p.grad for p in params]
     parts = [grad.to_local() for grad in grads if is_part(grad)]
     whole = [grad for grad in grads if not is_part(grad)]
     mean = torch.cat([grad.flatten().float() for grad in whole])             # one message for all of them
@@ -920,7 +922,7 @@ def fit(name: str, model: nn.Module, loss_of_step: Callable[[int], tuple[Tensor,
             if not math.isfinite(mean_loss):
                 raise FloatingPointError(f"the loss of step {step} is {mean_loss}: try a lower rate; the "
                                          f"last checkpoint ({file}) is kept")
-            finish_gradients(trained.values())
+            finish_gradients([*trained.values()])
             for optimizer in optimizers:
                 optimizer.step()
             with torch.no_grad():

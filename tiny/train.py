@@ -36,6 +36,7 @@ sys.path[:0] = [str(HERE.parent), str(HERE)]
 
 import numpy as np  # noqa: E402
 import torch  # noqa: E402
+import torch.distributed as dist  # noqa: E402
 import torch.nn.functional as F  # noqa: E402
 import world  # noqa: E402
 from measure import encode_once, evaluate, judge_prompts, psnr, step_counts, to_video  # noqa: E402
@@ -47,6 +48,7 @@ import checkpoints  # noqa: E402
 import finetune  # noqa: E402
 import magi  # noqa: E402
 import media  # noqa: E402
+import parallel  # noqa: E402
 import training  # noqa: E402
 
 # ------------------------------------------------------------------------------------ attention on a CPU
@@ -101,6 +103,7 @@ class Muon(torch.optim.Optimizer):
     which many CPUs only emulate: this does it in what is faster.
 
     The update of an (out, in) matrix has the root mean square 0.2 lr, as AdamW's has, so rates carry over.
+    Several processes share the matrices.
     """
 
     def __init__(self, params, lr: float, momentum: float = 0.95, weight_decay: float = 0.0):
@@ -108,13 +111,20 @@ class Muon(torch.optim.Optimizer):
 
     @torch.no_grad()
     def step(self) -> None:
+        changed = []
         for group in self.param_groups:
-            for p in (p for p in group["params"] if p.grad is not None):
+            for i, p in enumerate(p for p in group["params"] if p.grad is not None):
                 average = self.state[p].setdefault("average", torch.zeros_like(p))
                 average.lerp_(p.grad, 1 - group["momentum"])
-                update = orthogonal(p.grad.lerp(average, group["momentum"]))  # Nesterov
-                p.mul_(1 - group["lr"] * group["weight_decay"])
-                p.add_(update, alpha=-0.2 * group["lr"] * max(p.shape) ** 0.5)
+                maker = i % parallel.ranks()
+                if maker == parallel.rank():
+                    update = orthogonal(p.grad.lerp(average, group["momentum"]))  # Nesterov
+                    p.mul_(1 - group["lr"] * group["weight_decay"])
+                    p.add_(update, alpha=-0.2 * group["lr"] * max(p.shape) ** 0.5)
+                changed.append((p, maker))
+        if parallel.ranks() > 1:
+            for p, maker in changed:
+                dist.broadcast(p, maker)
 
 
 def orthogonal(matrix: Tensor, steps: int = 5) -> Tensor:
@@ -133,7 +143,8 @@ def fit(name: str, model: nn.Module, loss_of_step, steps: int, lr: float, work: 
         ema_decay: float = 0.999, warmup: int = 100, weight_decay: float = 0.02, report=None
         ) -> nn.Module:  # fmt: skip
     """`training.fit` with Muon at rate lr and decay for the matrices of the blocks, AdamW at lr, but at most
-    1e-3, for all else, and the moving average of the weights as its result."""
+    1e-3, for all else, and the moving average of the weights as its result. Of n processes each computes one
+    of every n losses."""
     named = [(k, p) for k, p in model.named_parameters() if p.requires_grad]
     inner = {k for k, p in named if p.ndim == 2 and ("layers." in k or "block" in k) and "bias" not in k}
     matrices, others = ([p for k, p in named if (k in inner) == which] for which in (True, False))
@@ -142,7 +153,7 @@ def fit(name: str, model: nn.Module, loss_of_step, steps: int, lr: float, work: 
         torch.optim.AdamW(others, min(lr, 1e-3), (0.9, 0.95), weight_decay=0),
     ]
     return training.fit(name, model, loss_of_step, steps, optimizers, work, every=every, warmup=warmup,
-                        ema_decay=ema_decay, report=report)  # fmt: skip
+                        accumulate=parallel.ranks(), ema_decay=ema_decay, report=report)  # fmt: skip
 
 
 @functools.cache

@@ -37,6 +37,7 @@ from measure import encode_once, judge_prompts, psnr, right, to_video
 from torch import Tensor, nn
 
 import magi
+import parallel
 import training
 
 GRID = scenes.SIZE // 8  # latents in a row of the frame
@@ -135,17 +136,18 @@ def train_vae(args) -> None:
     fast = torch.compile(reconstruction, dynamic=False) if args.compile else reconstruction
     whole_from = args.whole * args.steps
 
-    def loss_of_step(step: int):
-        rng = np.random.default_rng([step, 8])
+    def loss_of_step(i: int):
+        step = i // parallel.ranks()
+        rng = np.random.default_rng([step, 8])  # alike in all processes, so that none waits for another
         if step < whole_from:
             length, loss = 12, fast  # one shape, compiled once
-            video, mask, corners = pieces(step, args.clips, 3, args.crop, length)
+            video, mask, corners = pieces(i, args.clips, 3, args.crop, length)
             vae.encoder.corners = vae.decoder.corners = torch.from_numpy(corners)
         else:
             length, loss = int(rng.choice([12] * 6 + [8, 1])), reconstruction
-            video, mask, _ = pieces(step, max(1, args.clips // 2), 1, scenes.SIZE, length)
+            video, mask, _ = pieces(i, max(1, args.clips // 2), 1, scenes.SIZE, length)
             vae.encoder.corners = vae.decoder.corners = None
-        generator = torch.Generator().manual_seed(step)
+        generator = torch.Generator().manual_seed(i)
         noise = (args.noise if step < whole_from else 0.4 * args.noise) * torch.rand(
             len(video), generator=generator
         ) ** 2
@@ -234,7 +236,8 @@ def see_size(vae: magi.VAE, size: int) -> None:
 
 
 class Films:
-    """Latents of the films 0, 1, 2, ..., made as they are first needed and kept in files of --work."""
+    """Latents of the films 0, 1, 2, ..., made as they are first needed and kept in files of --work.
+    Of n processes each makes and draws every n-th file."""
 
     def __init__(self, vae: magi.VAE, chunks: int, per_file: int, args):
         self.vae, self.per_file, self.work = vae, per_file, args.work / f"films{args.size}_{chunks}"
@@ -244,10 +247,11 @@ class Films:
         self.work.mkdir(parents=True, exist_ok=True)
 
     def draw(self, rng: np.random.Generator, count: int, of: int) -> dict:
-        """`count` of the first `of` films: latents (count, 16, 6 n, h, w); images, the fourth frame alone as
-        an image is encoded (count, 16, 1, h, w); where things are (count, 1, 6 n, h, w); captions."""
+        """`count` of this process's first `of` films: latents (count, 16, 6 n, h, w); images, the fourth
+        frame alone as an image is encoded (count, 16, 1, h, w); where things are (count, 1, 6 n, h, w);
+        captions."""
         while len(self.files) * self.per_file < of:
-            self.files.append(self.read(len(self.files)))
+            self.files.append(self.read(parallel.rank() + len(self.files) * parallel.ranks()))
         picks = [divmod(i, self.per_file) for i in rng.integers(0, len(self.files) * self.per_file, count)]
         pick = lambda name: [self.files[i][name][k] for i, k in picks]
         stack = lambda name: torch.stack(pick(name)).float()
@@ -317,17 +321,22 @@ def train_dit(args) -> None:
         for layer in model.dit.layers:
             layer.compile()
     singles, films = Films(vae, 1, 256, args), Films(vae, 4, 64, args)
+    batch_size = args.batch // parallel.ranks()
     alone, together = training.TrainingConfig(video_share=0.0), training.TrainingConfig()
 
-    def loss_of_step(step: int):
-        rng, done = np.random.default_rng([step, 11]), step / args.steps
-        shown = args.batch * step  # chunks so far; each is seen about eight times
+    def loss_of_step(i: int):
+        step = i // parallel.ranks()
+        rng, done = np.random.default_rng([step, 10]), step / args.steps  # alike in all processes
+        n = 1
         if args.init or rng.random() < np.clip(2 * done - 0.2, 0, 0.6):
             n = int(rng.choice([2, 4]))
-            batch = draw(films, rng, n, args.batch // n, min(args.films, 128 + shown // 32), model)
+        rng = np.random.default_rng([i, 11])
+        shown = batch_size * step  # chunks so far, each about eight times
+        if n > 1:
+            batch = draw(films, rng, n, batch_size // n, min(args.films, 128 + shown // 32), model)
         else:
-            n, batch = 1, draw(singles, rng, 1, args.batch, min(args.singles, 512 + shown // 8), model)
-        generator = torch.Generator().manual_seed(step)
+            batch = draw(singles, rng, 1, batch_size, min(args.singles, 512 + shown // 8), model)
+        generator = torch.Generator().manual_seed(i)
         cfg = alone if n == 1 else together
         with train.autocast(args.device):
             loss = training.flow_matching_loss(
@@ -369,11 +378,13 @@ def distill(args) -> None:
     sampler = replace(model.sampler, distilled=True, num_steps=8)
     films = Films(vae, 4, 64, args)
 
-    def loss_of_step(step: int):
-        rng, num_steps = np.random.default_rng([step, 13]), training.shortcut_steps(step)
-        n = int(rng.choice([1, 2, 3, 4], p=[0.3, 0.15, 0.15, 0.4]))
-        batch = draw(films, rng, n, args.batch // n, args.films, model)
-        generator = torch.Generator().manual_seed(step)
+    def loss_of_step(i: int):
+        step = i // parallel.ranks()
+        num_steps = training.shortcut_steps(step)
+        n = int(np.random.default_rng([step, 12]).choice([1, 2, 3, 4], p=[0.3, 0.15, 0.15, 0.4]))
+        rng = np.random.default_rng([i, 13])
+        batch = draw(films, rng, n, args.batch // parallel.ranks() // n, args.films, model)
+        generator = torch.Generator().manual_seed(i)
         with train.autocast(args.device):
             loss = training.shortcut_loss(
                 student, model.dit, **batch, num_steps=num_steps, sampler=model.sampler, generator=generator
@@ -429,6 +440,7 @@ def main() -> None:
     parser.add_argument("--compile", action="store_true", help="a quarter faster; takes a minute and g++")
     args = parser.parse_args()
     args.work.mkdir(parents=True, exist_ok=True)
+    parallel.start(args.device)
     STAGES[args.stage](args)
 
 
