@@ -331,11 +331,11 @@ def train_dit(args) -> None:
         if args.init or rng.random() < np.clip(2 * done - 0.2, 0, 0.6):
             n = int(rng.choice([2, 4]))
         rng = np.random.default_rng([i, 11])
-        shown = batch_size * step  # chunks so far, each about eight times
+        shown = batch_size * step  # chunks so far, each about sixteen times
         if n > 1:
-            batch = draw(films, rng, n, batch_size // n, min(args.films, 128 + shown // 32), model)
+            batch = draw(films, rng, n, batch_size // n, min(args.films, 128 + shown // 64), model)
         else:
-            batch = draw(singles, rng, 1, batch_size, min(args.singles, 512 + shown // 8), model)
+            batch = draw(singles, rng, 1, batch_size, min(args.singles, 512 + shown // 16), model)
         generator = torch.Generator().manual_seed(i)
         cfg = alone if n == 1 else together
         with train.autocast(args.device):
