@@ -60,31 +60,38 @@ LONGEST = 64  # tokens of a caption, with its special tokens: DiTConfig.text_len
 
 
 def block_attention(q: Tensor, k: Tensor, v: Tensor, spans: Tensor, out: Tensor | None = None) -> Tensor:
-    """magi.block_attention for all chunks at once. Self-attention, where most chunks read most keys, is one
-    call with a mask. In cross-attention, where keys are fewer than queries, each chunk reads a few: its
-    own are gathered, at most LONGEST. No step depends on the numbers in spans, so torch.compile can take it.
+    """magi.block_attention, by dense products with a mask. In self-attention a chunk is compared with all keys
+    up to its own, which are those of the last chunks. In cross-attention, where keys are fewer than queries,
+    each chunk reads a few: its own are gathered, at most LONGEST. No shape depends on the numbers in spans,
+    so torch.compile can take it.
     """
-    (B, N), M, n = q.shape[:2], k.shape[1], spans.shape[1]
+    (B, N), M, n, kv = q.shape[:2], k.shape[1], spans.shape[1], k.shape[2]
+    size, group = N // n, q.shape[2] // kv
     start, end = spans.to(q.device).split(1, dim=-1)  # (B or 1, n, 1)
-    index = torch.arange(M, device=q.device)
-    if M < N:  # every chunk becomes a row of the batch, with (B, n * LONGEST) keys
+    rows = q.unflatten(2, (kv, group)).unflatten(1, (n, size)).permute(0, 1, 3, 4, 2, 5)
+    rows = rows.flatten(3, 4) * q.shape[-1] ** -0.5  # (B, n, kv, group * size, d)
+    if M < N:
         index = start + torch.arange(LONGEST, device=q.device)
         valid = (index < end).expand(B, -1, -1).reshape(B * n, 1, 1, LONGEST)
         index = index.clamp(max=M - 1) + torch.arange(B, device=q.device)[:, None, None] * M
         k, v = (u.flatten(0, 1).index_select(0, index.flatten()).unflatten(0, (-1, LONGEST)) for u in (k, v))
-        rows = q.unflatten(1, (n, N // n)).flatten(0, 1)
+        parts = [weighted_mean(rows.flatten(0, 1), k, v, valid).unflatten(0, (B, n))]
     else:
-        valid = ((index >= start) & (index < end)).repeat_interleave(N // n, dim=1)[:, None]  # (B, 1, N, M)
-        rows = q
-    # Written out: at these sizes PyTorch's fused CPU attention takes longer, its backward ten times so.
-    kv, group = k.shape[2], q.shape[2] // k.shape[2]
-    rows = rows.unflatten(2, (kv, group)).permute(0, 2, 3, 1, 4)  # (b, kv, group, rows, d)
-    scores = rows.flatten(2, 3) * q.shape[-1] ** -0.5 @ k.permute(0, 2, 3, 1)  # (b, kv, group * rows, keys)
-    scores = scores.unflatten(2, (group, -1))
-    scores = scores.masked_fill(~valid[:, None], float("-inf"))
-    result = scores.softmax(-1).to(v).flatten(2, 3) @ v.transpose(1, 2)
-    result = result.unflatten(2, (group, -1)).permute(0, 3, 1, 2, 4).reshape(q.shape)
+        parts = []
+        for i in range(n):
+            keys = M - N + (i + 1) * size
+            index = torch.arange(keys, device=q.device)
+            valid = ((index >= start[:, i]) & (index < end[:, i]))[:, None, None]  # (B or 1, 1, 1, keys)
+            parts.append(weighted_mean(rows[:, i], k[:, :keys], v[:, :keys], valid)[:, None])
+    result = torch.cat(parts, 1).unflatten(3, (group, size)).permute(0, 1, 4, 2, 3, 5).reshape(q.shape)
     return result if out is None else out.copy_(result)
+
+
+def weighted_mean(q: Tensor, k: Tensor, v: Tensor, valid: Tensor) -> Tensor:
+    """Attention written out: at these sizes PyTorch's fused CPU attention takes longer, its backward ten
+    times so. q (b, kv, rows, d), k and v (b, keys, kv, d), valid (b or 1, 1, 1, keys) -> q's shape."""
+    scores = (q @ k.permute(0, 2, 3, 1)).masked_fill(~valid, float("-inf"))
+    return scores.softmax(-1).to(v) @ v.transpose(1, 2)
 
 
 def attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
