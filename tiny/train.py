@@ -60,10 +60,11 @@ LONGEST = 64  # tokens of a caption, with its special tokens: DiTConfig.text_len
 
 
 def block_attention(q: Tensor, k: Tensor, v: Tensor, spans: Tensor, out: Tensor | None = None) -> Tensor:
-    """magi.block_attention, by dense products with a mask. In self-attention a chunk is compared with all keys
-    up to its own, which are those of the last chunks. In cross-attention, where keys are fewer than queries,
-    each chunk reads a few: its own are gathered, at most LONGEST. No shape depends on the numbers in spans,
-    so torch.compile can take it.
+    """magi.block_attention, by dense products with a mask.
+
+    In self-attention a chunk is compared with all keys up to its own, which are those of the last chunks. In
+    cross-attention, where keys are fewer than queries, each chunk reads a few: its own are gathered, at most
+    LONGEST. No shape depends on the numbers in spans, so torch.compile can take it.
     """
     (B, N), M, n, kv = q.shape[:2], k.shape[1], spans.shape[1], k.shape[2]
     size, group = N // n, q.shape[2] // kv
