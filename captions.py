@@ -6,11 +6,13 @@ ones too. The recorded results of the official code are in goldens/captions.json
 
 from __future__ import annotations
 
+import dataclasses
+import functools
 import html
 import re
 import urllib.parse
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -18,7 +20,9 @@ from torch import Tensor
 
 from checkpoints import GUIDANCE, require
 
-__all__ = ["Prompt", "as_prompt", "clean_caption", "tokenize"]
+__all__ = ["Prompt", "as_prompt", "clean_caption", "texts_of", "tokenize"]
+
+Encode = Callable[[Sequence[str]], tuple[Tensor, Tensor]]     # captions -> text (n, L, C), mask (n, L)
 
 
 class Prompt(NamedTuple):
@@ -37,6 +41,40 @@ def as_prompt(item: Any) -> Prompt:
     wrong = ", ".join(map(repr, prompt.settings.keys() - set(GUIDANCE)))
     require(not wrong, f"{wrong} cannot change while a video is made, only {', '.join(GUIDANCE)}")
     return prompt
+
+
+def texts_of(prompt: Any, cfg: Any, encode: Encode, transition: Callable) -> tuple[Any, Any]:
+    """The prompt of magi.MAGI -> what magi.sample takes as text and text_mask.
+
+    cfg: the run's SamplerConfig; encode: MAGI.encode_text; transition: magi.shot_transition.
+    """
+    if isinstance(prompt, str | Prompt):
+        prompt = [prompt]
+    require(isinstance(prompt, Iterable), f"the prompt {prompt!r} is neither a caption nor several")
+    if isinstance(prompt, Sequence):
+        require(len(prompt) > 0, "the prompt is an empty list: give at least one caption, which may be ''")
+        if len(prompt) == 2 and all(isinstance(u, Tensor) for u in prompt):
+            return prompt[0], prompt[1]
+        if all(isinstance(caption, str) for caption in prompt):
+            return encode(list(prompt))                      # all at once: T5 is read once
+        prompt = [item if item is None else as_prompt(item) for item in prompt]
+    return late_texts(prompt, cfg, encode, transition), None
+
+
+def late_texts(prompts: Iterable, cfg: Any, encode: Encode, transition: Callable
+               ) -> Iterator[tuple[Tensor, Tensor, Any] | None]:
+    """Text, mask and config of each chunk, made when it asks for them."""
+    # T5 is freed after each call, so the captions that come again must not need it again.
+    remembered = functools.lru_cache(8)(lambda caption: encode([caption]))
+    for chunk, item in enumerate(prompts):
+        if item is None:
+            yield None
+            return
+        prompt = as_prompt(item)
+        cfg = dataclasses.replace(cfg, **prompt.settings)                    # from now on
+        own = transition(cfg, chunk, prompt.transition) if prompt.transition else cfg
+        (text,), (mask,) = remembered(prompt.text)
+        yield text, mask, own
 
 
 # The order of the rules is part of the definition:

@@ -56,7 +56,6 @@ chunks, and CUDA graphs.
 from __future__ import annotations
 
 import dataclasses
-import functools
 import itertools
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -71,7 +70,7 @@ from einops import rearrange, repeat
 from torch import Tensor, nn
 
 import checkpoints
-from captions import Prompt, as_prompt, clean_caption, tokenize
+from captions import Prompt, clean_caption, texts_of, tokenize
 from checkpoints import (
     NEGATIVE_TOKENS,
     SPECIAL_TOKENS,
@@ -1611,43 +1610,13 @@ class MAGI:
             import media
 
             pixels = media.prefix_pixels(image, video, prefix_frames, (cfg.height, cfg.width), fit)
-        text, mask = self._texts(prompt, cfg)
+        text, mask = texts_of(prompt, cfg, self.encode_text, shot_transition)
         prefix = None if pixels is None else self.encode(pixels)
         chunks = sample(self.dit, text, mask, cfg, special_tokens=self.special_tokens, prefix=prefix,
                         progress=progress)
         # `sample` takes one latent frame of a video for an image, and yields it again.
         skip = 1 if video is not None and prefix.shape[1] == 1 else 0
         return self._frames(chunks, wanted, skip)
-
-    def _texts(self, prompt: Any, cfg: SamplerConfig) -> tuple[Any, Any]:
-        """What `sample` takes as text and text_mask."""
-        if isinstance(prompt, str | Prompt):
-            prompt = [prompt]
-        require(isinstance(prompt, Iterable), f"the prompt {prompt!r} is neither a caption nor several")
-        if isinstance(prompt, Sequence):
-            require(len(prompt) > 0,
-                    "the prompt is an empty list: give at least one caption, which may be ''")
-            if len(prompt) == 2 and all(isinstance(u, Tensor) for u in prompt):
-                return prompt[0], prompt[1]
-            if all(isinstance(caption, str) for caption in prompt):
-                return self.encode_text(list(prompt))        # all at once: T5 is read once
-            prompt = [item if item is None else as_prompt(item) for item in prompt]
-        return self._late_texts(prompt, cfg), None
-
-    def _late_texts(self, prompts: Iterable, cfg: SamplerConfig
-                    ) -> Iterator[tuple[Tensor, Tensor, SamplerConfig] | None]:
-        """Text, mask and config of each chunk, made when it asks for them."""
-        # T5 is freed after each call, so the captions that come again must not need it again.
-        encode = functools.lru_cache(8)(lambda caption: self.encode_text([caption]))
-        for chunk, item in enumerate(prompts):
-            if item is None:
-                yield None
-                return
-            prompt = as_prompt(item)
-            cfg = dataclasses.replace(cfg, **prompt.settings)            # from now on
-            own = shot_transition(cfg, chunk, prompt.transition) if prompt.transition else cfg
-            (text,), (mask,) = encode(prompt.text)
-            yield text, mask, own
 
     def _frames(self, chunks: Iterator[tuple[int, Tensor]], wanted: float, skip: int) -> Iterator[np.ndarray]:
         """Decode chunks, less `skip` latent frames of the first, to `wanted` video frames in all."""
