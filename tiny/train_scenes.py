@@ -327,9 +327,8 @@ def train_dit(args) -> None:
     def loss_of_step(i: int):
         step = i // parallel.ranks()
         rng, done = np.random.default_rng([step, 10]), step / args.steps  # alike in all processes
-        n = 1
-        if args.init or rng.random() < np.clip(2 * done - 0.2, 0, 0.6):
-            n = int(rng.choice([2, 4]))
+        several = 0.6 if args.init else np.clip(2 * done - 0.2, 0, 0.6)
+        n = int(rng.choice([2, 4])) if rng.random() < several else 1
         rng = np.random.default_rng([i, 11])
         shown = batch_size * step  # chunks so far, each about sixteen times
         if n > 1:
