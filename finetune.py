@@ -44,7 +44,6 @@ import re
 import shutil
 import sys
 from collections.abc import Callable, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
@@ -52,7 +51,6 @@ from typing import Any
 
 import numpy as np
 import torch
-import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
@@ -62,6 +60,7 @@ import checkpoints
 import magi
 import media
 import parallel
+import planner
 import training
 from captions import clean_caption
 from checkpoints import build, read_config, read_json, read_tensors, reading, require, save, weight_files
@@ -258,7 +257,6 @@ class Cache:
     folder: Path
     vae: Path
     t5: Path
-    device: str = "cpu"
     vae_dtype: torch.dtype | None = None
 
     @functools.cached_property
@@ -277,13 +275,13 @@ class Cache:
     def text_file(self, caption: str) -> Path:
         return self.folder / "text" / f"{short_hash(f'{caption} {self.t5_key}')}.safetensors"
 
-    def encode_pieces(self, pieces: Sequence[Piece], skip_bad: bool, warn: Say) -> list[Piece]:
+    def encode_pieces(self, pieces: Sequence[Piece], device: str, skip_bad: bool, warn: Say) -> list[Piece]:
         """Encode what is missing; the pieces that could be read."""
         missing = [piece for piece in pieces if not self.latent_file(piece).is_file()]
         if not missing:
             return list(pieces)
         (self.folder / "latents").mkdir(parents=True, exist_ok=True)
-        vae, bad = magi.load_vae(self.vae, self.device, self.vae_dtype), set()
+        vae, bad = magi.load_vae(self.vae, device, self.vae_dtype), set()
         for piece in tqdm(missing, desc="encode clips", unit="piece", disable=None):
             try:
                 save(encode_piece(vae, piece), self.latent_file(piece), {"piece": str(piece)})
@@ -293,13 +291,13 @@ class Cache:
                 bad.add(piece)
         return [piece for piece in pieces if piece not in bad]
 
-    def encode_captions(self, captions: Sequence[str], length: int) -> None:
+    def encode_captions(self, captions: Sequence[str], device: str, length: int) -> None:
         """Encode the captions that are missing."""
         missing = sorted({caption for caption in captions if not self.text_file(caption).is_file()})
         if not missing:
             return
         (self.folder / "text").mkdir(parents=True, exist_ok=True)
-        t5 = magi.T5(self.t5, length, self.device, keep=True)
+        t5 = magi.T5(self.t5, length, device, keep=True)
         for i in tqdm(range(0, len(missing), 8), desc="encode captions", unit_scale=8, disable=None):
             for caption, text, mask in zip(missing[i : i + 8], *t5(missing[i : i + 8]), strict=True):
                 kept = text[: int(mask.sum())].bfloat16()                    # without the padding
@@ -430,149 +428,13 @@ def checkpoint_layers(dit: DiT) -> None:
         layer.forward = partial(checkpoint, layer.forward, use_reentrant=False)
 
 
-class Streamed:
-    """Layers of a frozen DiT that are checkpointed, and whose weights come for their turn and go after it:
-    for the forward, and in the backward, when a layer is computed again. A thread reads the next layer
-    meanwhile, so two are in memory.
-
-    read(i) gives the weights of layer i on the CPU, by their names in the layer.
-    """
-
-    def __init__(self, dit: DiT, read: Callable[[int], dict[str, Tensor]], device: str):
-        self.read, self.device, self.last = read, device, len(dit.layers) - 1
-        self.thread = ThreadPoolExecutor(1)
-        self.taken, self.wanted = -1, -1                     # layers: the latest, and the one that is read
-        self.coming: Future = Future()
-        for i, layer in enumerate(dit.layers):
-            # What stands for a weight has its shape, type and device, and no memory: all a LoRA must know.
-            empty = {name: torch.zeros(1, dtype=u.dtype, device=device).expand(u.shape)
-                     for name, u in layer.state_dict().items()}
-            layer.load_state_dict(empty, assign=True)
-            layer.forward = partial(self.turn, i, layer, layer.forward, empty)
-        dit.requires_grad_(False)
-        checkpoint_layers(dit)
-
-    def turn(self, i: int, layer: nn.Module, forward: Callable, empty: dict[str, Tensor], *args: Any) -> Any:
-        weights = {name: u.to(self.device, non_blocking=True) for name, u in self.take(i).items()}
-        layer.load_state_dict(weights, strict=False, assign=True)            # not strict: it has a LoRA
-        try:
-            return forward(*args)
-        finally:                                             # for the backward, autograd holds the weights
-            layer.load_state_dict(empty, strict=False, assign=True)
-
-    def take(self, i: int) -> dict[str, Tensor]:
-        """The weights of layer i; and the next is asked for. A forward goes up from layer 0, and a backward
-        comes down from the last one."""
-        weights = self.coming.result() if i == self.wanted else self.read(i)
-        goes_up = i > self.taken or i == self.taken == 0
-        self.taken, self.wanted = i, min(max(i + (1 if goes_up else -1), 0), self.last)
-        self.coming = self.thread.submit(self.read, self.wanted)
-        return weights
-
-
-def stream_layers(dit: DiT, folder: Path, source: str, device: str) -> Streamed:
-    """Stream layers from "disk", the model's files, or from "cpu": they are read once and kept there."""
-    read = parallel.layer_reader(dit, folder, "layers.")
-    if source == "cpu":
-        pin = "cuda" in device                               # for a GPU to fetch them fast
-        kept = [{name: u.pin_memory() if pin else u for name, u in read(i).items()}
-                for i in range(len(dit.layers))]
-        read = kept.__getitem__
-    return Streamed(dit, read, device)
-
-
-def share_layers(dit: DiT, load: Callable[[int], None], device: str) -> None:
-    """Load a layer, keep this process's part of its weights, load the next. PyTorch's FSDP puts a layer
-    together before its turn and averages gradients.
-
-    It takes one type of weights in a layer. The few of other types, and those outside the layers, stay whole
-    in each process, as do LoRAs, which are added later: training.fit averages the gradients of these.
-    """
-    from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
-
-    mesh = dist.init_device_mesh(torch.device(device).type, (parallel.ranks(),))
-    share = partial(fully_shard, mesh=mesh, mp_policy=MixedPrecisionPolicy(reduce_dtype=torch.float32))
-    for i, layer in enumerate(dit.layers):
-        load(i)
-        share(layer, ignored_params={p for p in layer.parameters() if p.dtype != dit.cfg.torch_dtype})
-    share(dit, ignored_params={p for p in dit.parameters() if not training.is_part(p)})
-
-
-def load_part(args: argparse.Namespace) -> DiT:
+def load_base(args: argparse.Namespace) -> DiT:
     """The base model: whole; or this process's part of it; or without its layers, which are streamed."""
-    if parallel.ranks() == 1 and not args.stream:
-        return magi.load_dit(args.model, args.device, backend=args.backend)
     cfg = read_config(args.model, "dit", DiTConfig)
     dit = build(lambda: DiT(cfg), args.model)
-    read = lambda wanted: checkpoints.fill(dit, args.model, args.device, only=wanted)
-    read(lambda name: not name.startswith("layers."))
-    if args.stream:
-        stream_layers(dit, args.model, args.stream, args.device)
-    else:
-        share_layers(dit, lambda i: read(lambda name: name.startswith(f"layers.{i}.")), args.device)
+    parallel.load_weights(dit, args.model, args.device, args.stream)
     dit.ops = magi.get_ops(args.backend, args.device)
     return dit
-
-
-def memory_plan(dit: DiT, command: str, rank: int, tokens: int, text_tokens: int, optimizer: str = "adamw",
-                keep_activations: bool = False, processes: int = 1, stream: bool = False) -> dict[str, float]:
-    """Bytes of a training step of a DiT (on the meta device) in each process, by what they are for.
-
-    tokens and text_tokens: of one forward. Activations are the inputs of all layers and what the matrices and
-    norms of one layer save (`checkpoint_layers`), or of all. It is an estimate: allocators take some more.
-    """
-    cfg, shared = dit.cfg, dit.cfg.torch_dtype
-    layer = sum(p.nbytes for p in dit.layers[0].parameters())
-    counts = []                          # of each weight: how many numbers are kept here, and bytes of one
-    for name, p in dit.named_parameters():
-        in_layer = name.startswith("layers.")
-        parts = processes if in_layer and p.dtype == shared else 1
-        counts.append((0 if stream and in_layer else p.numel() / parts, p.element_size()))
-    weights = sum(n * size for n, size in counts)
-    plan: dict[str, float] = {"weights": weights}
-    if stream or processes > 1:          # a layer that is trained brings gradients, in float32 too
-        plan["layers that pass"] = (2 if rank else 5) * layer
-    if rank:
-        lora = sum(rank * sum(linear.weight.shape) for linear in training.lora_targets(dit).values())
-        plan |= {"LoRA": 4 * lora, "gradients": 4 * lora, "optimiser": 8 * lora}
-    else:
-        rounded = sum(2 * n for n, size in counts if size == 2)              # what bf16 has lost
-        states = 8 * sum(n for n, _ in counts) + rounded
-        plan |= {"gradients": weights, "optimiser": states if optimizer == "adamw" else states / 4}
-        if command == "distill":
-            plan["teacher"] = weights
-
-    D, FFN, width = cfg.hidden_size, cfg.ffn_size, cfg.torch_dtype.itemsize
-    q, kv = cfg.num_heads * cfg.head_dim, cfg.num_kv_heads * cfg.head_dim
-    in_blocks = 3 * D + 6 * q + 4 * kv + (5 if cfg.gated_ffn else 3) * FFN   # numbers a token, as the weights
-    in_float32 = 6 * D + 2 * q
-    if rank and width < 4:               # what a linear takes is kept in float32, for the LoRA, and only so
-        in_blocks -= 2 * D + 2 * q + FFN
-        in_float32 += 5 * D + FFN
-    one_layer = tokens * (width * in_blocks + 4 * in_float32)
-    one_layer += text_tokens * (4 * cfg.text_dim + 8 * D + 4 * width * kv)
-    branches = 3 if command == "distill" else 1                              # of a teacher, without gradients
-    inputs = width * tokens * D * cfg.num_layers
-    layers = one_layer * cfg.num_layers if keep_activations else one_layer + inputs
-    plan["activations"] = layers + one_layer * (branches - 1) / 2
-    return plan
-
-
-def show_plan(plan: dict[str, float], here: float | None) -> str:
-    """The plan in GB (10^9 bytes), what it adds up to, and on which cards that fits."""
-    total = sum(plan.values())
-    fits = lambda memory: "yes" if total < 0.92 * memory else "no"           # some is not counted
-    parts = ", ".join(f"{name} {size / 1e9:.2f}" for name, size in plan.items())
-    cards = ", ".join(f"{gb} GB: {fits(gb * 1e9)}" for gb in (12, 24, 48, 80))
-    machine = "" if here is None else f"; this machine, {here / 1e9:.1f} GB: {fits(here)}"
-    return f"a step needs about {total / 1e9:.2f} GB: {parts}\nfits on a card of {cards}{machine}"
-
-
-def memory_of(device: str) -> float | None:
-    """Bytes of memory of a device, if it can be told."""
-    if "cuda" in device:
-        return torch.cuda.mem_get_info(device)[1]
-    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") if hasattr(os, "sysconf") else None
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -596,26 +458,14 @@ def finetune(args: argparse.Namespace) -> None:
             stack.enter_context(contextlib.redirect_stdout(nowhere))
             stack.enter_context(contextlib.redirect_stderr(nowhere))
         base = parallel.agreed(check_model)(args)
-        batches = from_first(look_at_data)(args, base)
-        batches.cache.device = args.device
+        batches = parallel.from_first(look_at_data)(args, base)
         if args.plan:
             describe(args, base, batches)
             return
-        from_first(claim_work)(args, batches.pieces, stack)
+        parallel.from_first(claim_work)(args, batches.pieces, stack)
         describe(args, base, batches)
         prompt = encode(args, batches)
         Training(args, batches, prompt, *make_models(args)).train()
-
-
-def from_first(make: Callable[..., Any]) -> Callable[..., Any]:
-    """The same function, but the first process alone runs it, and sends what it made, or its error."""
-    def run(*args: Any) -> Any:
-        made = [parallel.agreed(lambda: make(*args) if parallel.rank() == 0 else None)()]
-        if parallel.ranks() > 1:
-            dist.broadcast_object_list(made)
-        return made[0]
-
-    return run
 
 
 def check_model(args: argparse.Namespace) -> DiT:
@@ -666,7 +516,7 @@ def look_at_data(args: argparse.Namespace, base: DiT) -> Batches:
     magi.check_tokens(sampler, table, base.cfg.text_dim, math.inf)
     folder = args.cache or args.data.absolute().with_name(f"{args.data.absolute().name}.cache")
     dtype = torch.bfloat16 if "cuda" in args.device else None
-    cache = Cache(folder, args.vae, args.t5, args.device, dtype)
+    cache = Cache(folder, args.vae, args.t5, dtype)
     height, width = args.size or (sampler.height, sampler.width)
     most_tokens = args.tokens or args.seconds * tokens_of_chunk(height, width)
     videos = find_videos(args.data, folder, args.skip_bad, say)
@@ -706,18 +556,18 @@ def encode(args: argparse.Namespace, batches: Batches) -> str:
     cache, pieces = batches.cache, batches.pieces
     if parallel.ranks() > 1:             # a share each; then nothing is missing but what cannot be read
         share = pieces[parallel.rank() :: parallel.ranks()]
-        parallel.agreed(cache.encode_pieces)(share, args.skip_bad, lambda text: None)
-    batches.pieces = parallel.agreed(cache.encode_pieces)(pieces, args.skip_bad, say)
+        parallel.agreed(cache.encode_pieces)(share, args.device, args.skip_bad, lambda text: None)
+    batches.pieces = parallel.agreed(cache.encode_pieces)(pieces, args.device, args.skip_bad, say)
     require(batches.pieces, "no clip can be used")
     captions = [caption for piece in batches.pieces for caption in piece.captions]
     prompt = captions[0] if args.sample_prompt is None else args.sample_prompt
-    from_first(cache.encode_captions)([*captions, prompt], batches.length)
+    parallel.from_first(cache.encode_captions)([*captions, prompt], args.device, batches.length)
     return prompt
 
 
 def make_models(args: argparse.Namespace) -> tuple[DiT, DiT]:
     """The model to train, and its teacher if it is distilled: itself without its LoRA, or a second one."""
-    models = [load_part(args) for _ in range(2 if args.command == "distill" and not args.rank else 1)]
+    models = [load_base(args) for _ in range(2 if args.command == "distill" and not args.rank else 1)]
     for dit in models:
         for file in args.lora:
             training.merge_lora(training.load_lora(dit, file))
@@ -727,7 +577,7 @@ def make_models(args: argparse.Namespace) -> tuple[DiT, DiT]:
         training.add_lora(dit, args.rank)
     else:
         dit.requires_grad_()
-    if not args.keep_activations and not args.stream:
+    if not args.keep_activations:
         checkpoint_layers(dit)
     return dit, models[-1]
 
@@ -845,9 +695,10 @@ def describe(args: argparse.Namespace, base: DiT, batches: Batches) -> None:
         text_tokens = max(text_tokens, count * chunks * batches.length)
         say(f"  {len(members):5} of {chunks} s at {height}x{width}: {members[0].tokens} tokens each, {count} "
             f"at once")
-    plan = memory_plan(base, args.command, args.rank, batches.most_tokens, text_tokens, args.optimizer,
-                       args.keep_activations, parallel.ranks(), bool(args.stream))
-    say(show_plan(plan, memory_of(args.device)))
+    needs = planner.training_needs(
+        base, args.command, args.rank, batches.most_tokens, text_tokens, args.optimizer,
+        args.keep_activations, parallel.ranks(), bool(args.stream))
+    say(planner.show_training(needs, planner.memory_of(args.device)))
     for name, folder in (("VAE", args.vae), ("T5", args.t5)):
         weights = [file for file in folder.glob("*") if file.suffix in (".safetensors", ".bin")]
         size = sum(file.stat().st_size for file in weights)

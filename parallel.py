@@ -3,7 +3,6 @@ this hangs on its modules from outside, and the results are the same.
 
     torchrun --nproc_per_node 8 sample.py --model models/24B-base ...       the same flags as without torchrun
     python sample.py --model models/24B-base --stream cpu ...               or: --stream disk
-    python sample.py --model models/24B-base --plan                         what fits where, without computing
 
 Who holds what, with R ranks (a rank is a process with a GPU of its own; here R = 4 and a chunk is a row):
 
@@ -31,9 +30,10 @@ Measured on CPUs, with random weights of the released sizes, one chunk (CUDA has
     24B fp8, from disk         32x32: peak 3.5 GiB with the VAE; a step (1 forward) reads 24.5 GiB of layers,
                                more than that machine's memory, and takes 172 CPU s: fp8 numbers are widened
 
-Contents: 1 Ranks, 2 Tokens and heads, 3 Weights, 4 Slices, 5 Loading, 6 Planning. Left out on purpose:
-training on several GPUs; and, where weights are shared among ranks, one gathering for all branches of a step,
-since FSDP's hooks gather and free a layer at each of its calls.
+Contents: 1 Ranks, 2 Tokens and heads, 3 Weights, 4 Slices, 5 Loading. What fits where is told by planner.py;
+training on several GPUs, by finetune.py, needs only 1 and 3. Left out on purpose: where weights are shared
+among ranks, one gathering for all branches of a step, since FSDP's hooks gather and free a layer at each of
+its calls.
 """
 
 from __future__ import annotations
@@ -45,8 +45,7 @@ import math
 import os
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
-from functools import lru_cache, partial
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -101,6 +100,17 @@ def agreed(make: Callable[..., Any]) -> Callable[..., Any]:
             if e is not None:
                 raise e if i == 0 else ValueError(f"process {i} of {ranks()}: {e}")
         return made
+
+    return run
+
+
+def from_first(make: Callable[..., Any]) -> Callable[..., Any]:
+    """The same function, but the first rank alone runs it, and sends what it made, or its error."""
+    def run(*args: Any, **kwargs: Any) -> Any:
+        made = [agreed(lambda: make(*args, **kwargs) if rank() == 0 else None)()]
+        if ranks() > 1:
+            dist.broadcast_object_list(made)
+        return made[0]
 
     return run
 
@@ -197,21 +207,39 @@ def deal(device: str, fn: Callable, windows: Sequence) -> Iterator[Tensor]:
 # ------------------------------------------------------------------------------------------------------------
 
 
-def shard_layers(dit: magi.DiT, load: Callable[[int], None], device: str) -> None:
+def load_weights(dit: magi.DiT, folder: str | Path, device: str, stream: str | None = None) -> None:
+    """Give a DiT of the meta device its weights. Of the layers these are all, or this rank's share, or none
+    where they are streamed; what is not in a layer is small, and every rank has all of it."""
+    load = lambda start: fill(dit, folder, device, only=lambda name: name.startswith(start))
+    fill(dit, folder, device, only=lambda name: not name.startswith("layers."))
+    if stream:
+        dit.streamed = Streamed(dit, dit.layers, folder, "layers.", device, stream)
+        dit.forward_all = partial(side_by_side, dit)
+    elif ranks() > 1:
+        shard_layers(dit, load, device)
+    else:
+        load("layers.")
+
+
+def shard_layers(dit: magi.DiT, load: Callable[[str], Any], device: str) -> None:
     """Load a layer, keep 1/R of each of its weights, load the next: no rank ever holds all of them.
 
-    PyTorch's FSDP puts a layer together before its turn and frees it after. The rest of the model is left
-    whole: it is small, and the sampler reads null_text outside of forward. The DiT itself is registered with
-    none of its own weights, since a common root lets the next layer come while one computes.
+    PyTorch's FSDP puts a layer together before its turn and frees it after; in training it averages the
+    gradients. It trains one type of weights in a layer, so the few in float32 of a layer in bf16 stay whole,
+    like a LoRA, which is added later: the gradients of these are averaged by training.finish_gradients.
+    The DiT itself is registered with none of its own weights (the sampler reads null_text outside of its
+    forward), since a common root lets the next layer come while one computes.
     """
-    from torch.distributed.fsdp import fully_shard
+    from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+    from torch.distributed.tensor import DTensor
 
     mesh = dist.init_device_mesh(torch.device(device).type, (ranks(),))
+    shard = partial(fully_shard, mesh=mesh, mp_policy=MixedPrecisionPolicy(reduce_dtype=torch.float32))
+    is_mixed = dit.cfg.torch_dtype != torch.float32
     for i, layer in enumerate(dit.layers):
-        load(i)
-        fully_shard(layer, mesh=mesh, reshard_after_forward=True)
-    rest = {p for name, p in dit.named_parameters() if not name.startswith("layers.")}
-    fully_shard(dit, mesh=mesh, reshard_after_forward=True, ignored_params=rest)
+        load(f"layers.{i}.")
+        shard(layer, ignored_params={p for p in layer.parameters() if is_mixed and p.dtype == torch.float32})
+    shard(dit, ignored_params={p for p in dit.parameters() if not isinstance(p, DTensor)})
 
 
 def layer_reader(module: nn.Module, folder: str | Path, prefix: str) -> Callable[[int], dict[str, Tensor]]:
@@ -235,11 +263,12 @@ def layer_reader(module: nn.Module, folder: str | Path, prefix: str) -> Callable
 
 
 class Streamed:
-    """Hooks on layers without weights, which bring them: while one layer computes, a thread brings the next.
+    """Layers whose weights come for their turn: while one layer computes, a thread brings the next.
 
     source: "disk", the files of the folder, or "cpu": they are read once and kept there, pinned for a GPU.
     (PyTorch rounds what it pins up to a power of two: 71 GB for the 24B in bf16.) A layer keeps its weights
-    until another one is entered, so that all branches of a step can pass through it (`side_by_side`).
+    until the turn of another one: so all branches of a step can pass through it (`side_by_side`), and a
+    backward finds the last layer still there.
     """
 
     def __init__(self, model: nn.Module, layers: Sequence[nn.Module], folder: str | Path, prefix: str,
@@ -259,7 +288,7 @@ class Streamed:
                          for name, u in layer.state_dict().items()} for layer in layers]
         for i, layer in enumerate(layers):
             self.put(i, self.nothing[i])
-            layer.register_forward_pre_hook(partial(self.enter, i))
+            layer.forward = partial(self.turn, i, layer.forward)
 
     def put(self, i: int, weights: dict[str, Tensor]) -> None:
         self.layers[i].load_state_dict(weights, strict=False, assign=True)   # not strict: it may have a LoRA
@@ -268,16 +297,31 @@ class Streamed:
         with torch.cuda.stream(self.copying):
             return {name: u.to(self.device) for name, u in self.read(i).items()}
 
-    def enter(self, i: int, layer: nn.Module, args: tuple) -> None:
-        if i == self.here:                                   # another branch has just been here
-            return
-        if self.copying is not None:
-            torch.cuda.current_stream(self.device).synchronize()             # the layer before is computed
+    def turn(self, i: int, forward: Callable, *args: Any, **kwargs: Any) -> Any:
+        """In the place of a layer's forward. (A hook would not be called when a checkpointed layer is
+        computed again.)"""
+        if i != self.here:                                   # else another branch has just been here
+            self.enter(i)
+        return forward(*args, **kwargs)
+
+    def enter(self, i: int) -> None:
+        if i not in self.coming:
+            self.coming = {i: self.thread.submit(self.bring, i)}
+        weights = self.coming.pop(i).result()
+        if self.copying is not None:                         # the thread will use the layer's memory again
+            torch.cuda.current_stream(self.device).synchronize()             # so it must be computed by now
         self.put(self.here, self.nothing[self.here])
-        weights = self.coming.pop(i, None) or self.thread.submit(self.bring, i)
-        self.put(i, weights.result())
-        following = (i + 1) % len(self.layers)
-        self.here, self.coming = i, {following: self.thread.submit(self.bring, following)}
+        self.put(i, weights)
+        following = self.after(i)
+        self.coming = {following: self.thread.submit(self.bring, following)}
+        self.here = i
+
+    def after(self, i: int) -> int:
+        """The layer whose turn comes after that of layer i. A forward goes up and the next one begins with
+        layer 0; the backward, where checkpointed layers are computed again, goes down from the last one."""
+        is_last = i == len(self.layers) - 1
+        goes_down = 0 < i < self.here or is_last and torch.is_grad_enabled()
+        return (i - 1 if goes_down else i + 1) % len(self.layers)
 
 
 def side_by_side(dit: magi.DiT, calls: Sequence[tuple[tuple, dict]]) -> list[Tensor]:
@@ -357,15 +401,7 @@ def load_dit(folder: str | Path, device: str = "cpu", dtype: str | None = None, 
     dit = build(lambda: magi.DiT(cfg), folder)
     if ranks() > 1:
         Share(dit)
-    fill(dit, folder, device, only=lambda name: not name.startswith("layers."))
-    load = lambda start: fill(dit, folder, device, only=lambda name: name.startswith(start))
-    if stream:
-        dit.streamed = Streamed(dit, dit.layers, folder, "layers.", device, stream)
-        dit.forward_all = partial(side_by_side, dit)
-    elif ranks() > 1:
-        shard_layers(dit, lambda i: load(f"layers.{i}."), device)
-    else:
-        load("layers.")
+    load_weights(dit, folder, device, stream)
     dit.ops = magi.get_ops(backend, device)
     return slice_widest(dit)
 
@@ -386,12 +422,9 @@ class T5(magi.T5):
         self.stream = stream
 
     def __call__(self, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
-        encode = super().__call__ if rank() == 0 else lambda *_, **__: None
-        text: list = [agreed(encode)(*args, **kwargs)]
-        if ranks() > 1:
-            dist.broadcast_object_list(text)
-        gc.collect()                                         # streamed blocks and their hooks hold each other
-        return text[0]
+        text = from_first(super().__call__)(*args, **kwargs)
+        gc.collect()                                         # streamed blocks and Streamed hold each other
+        return text
 
     def read(self) -> Any:
         if self.stream is None:
@@ -414,139 +447,3 @@ class T5(magi.T5):
 def parts(stream: str | None = None) -> tuple[Callable, Callable, Callable]:
     """What magi.load is given to load a model for this rank; stream: None, "cpu" or "disk"."""
     return partial(load_dit, stream=stream), load_vae, partial(T5, stream=stream)
-
-
-# ------------------------------------------------------------------------------------------------------------
-# 6  Planning
-# ------------------------------------------------------------------------------------------------------------
-# What a rank needs, from the shapes alone. tests/test_parallel.py holds it against what is really allocated.
-
-GIB = 2**30
-T5_XXL = dict(d_model=4096, num_layers=24, vocab_size=32128, d_ff=10240)     # of its config.json
-
-
-@dataclass(frozen=True)
-class Memory:
-    """Bytes on one rank."""
-
-    weights: int                 # of the DiT, kept all the time
-    passing: int                 # layers that are put together, or streamed: one computes, the next comes
-    vae: int
-    cache: int                   # keys and values of clean chunks
-    activations: int             # the worst moment of a layer
-    decoding: int                # that of the VAE, while it decodes a chunk: in turn with the DiT
-    t5: int                      # before all others are loaded
-
-    @property
-    def total(self) -> int:
-        both = self.weights + self.passing + self.vae + self.cache
-        return max(self.t5, both + max(self.activations, self.decoding))
-
-
-@lru_cache(16)                   # a plan asks some thirty times, and the 24B takes its time to build
-def sizes(dit: magi.DiTConfig, vae: magi.VAEConfig) -> tuple[tuple[int, ...], int, int]:
-    """Bytes of the weights: of each layer of the DiT, of all its others, of the VAE."""
-    bytes_of = lambda module: sum(u.nbytes for u in module.state_dict().values())
-    with torch.device("meta"):
-        model, tiler = magi.DiT(dit), magi.VAE(vae)
-    layers = tuple(bytes_of(layer) for layer in model.layers)
-    return layers, bytes_of(model) - sum(layers), bytes_of(tiler)
-
-
-def needs(dit: magi.DiTConfig, run: magi.SamplerConfig, vae: magi.VAEConfig = magi.VAE_PRESETS["magi"],
-          t5: dict = T5_XXL, *, R: int = 1, stream: bool = False) -> Memory:
-    """Memory of a long run on each of R ranks, with the torch backend."""
-    layers, others, tiler = sizes(dit, vae)
-    weights = others + (0 if stream else sum(layers) // R)
-
-    steps = list(magi.plan(run, 24))
-    n = max(len(step.chunks) for step in steps)                              # chunks in a forward
-    cached = max(int(step.noisy[0].chunk - max(0, step.forget)) for step in steps)
-    s = magi.CHUNK * (run.height // 16) * (run.width // 16)                  # tokens of a chunk
-    N = n * math.ceil(s / R)                                                 # of a forward on this rank
-    S = min(N, SLICE)
-    texts = n * dit.text_length
-    b, D, F = dit.torch_dtype.itemsize, dit.hidden_size, dit.ffn_size
-    A, G = dit.num_heads * dit.head_dim, dit.num_kv_heads * dit.head_dim     # widths of q, and of k or v
-    H = F * (1 + dit.gated_ffn)
-
-    # What lives at one time in attention: h, q, k, v and both results; besides, at first keys and values with
-    # the cached ones and a chunk's result, on several ranks also q, k, v and the result of this rank's heads;
-    # later qx, twice, the second time in slices in float32.
-    first = 2 * G * (1 + cached / n) + A / n + (R > 1) * (2 * A + 2 * G)
-    attention = N * b * (D + 3 * A + 2 * G) + max(N * b * first, N * b * 2 * A + S * 8 * A)
-    middle = S * b * 2 * H                                                   # before and after GELU, SwiGLU
-    middle8 = S * (4 * D + 8 * H) + 2 * D * H                                # fp8: the sums, weight in bf16
-    tokens = N * (b * D + dit.head_dim * 3 // 2) + texts * b * D             # x, angles, texts of a branch
-    branches = 3 if stream and not run.distilled else 1                      # that wait for each other
-    latents = 4 * 16 * magi.CHUNK * (run.height // 8) * (run.width // 8)     # of a chunk
-    shared = branches * tokens + 4 * n * latents + texts * (8 * dit.text_dim + b * 4 * G)
-
-    def activations(i: int) -> int:
-        fp8 = dit.fp8 and 0 < i < dit.num_layers - 1
-        return int(shared + max(attention, N * b * 2 * D + (middle8 if fp8 else middle)))
-
-    coming = [*layers[1:], layers[0]] if stream else layers                  # FSDP gathers, then copies
-    passing = [sum(pair) if stream or R > 1 else 0 for pair in zip(layers, coming, strict=True)]
-    worst = max(range(dit.num_layers), key=lambda i: passing[i] + activations(i))
-
-    patches = 3 * (min(256, run.height) // 8) * (min(256, run.width) // 8)   # of a tile of the VAE
-    tile = 4 * (1 + patches) * max(11 * vae.embed_dim, 4 * vae.out_features)
-    second = 4 * 3 * 24 * run.height * run.width                             # a chunk in pixels
-    words = 2 * t5["vocab_size"] * t5["d_model"]                             # of T5, in bfloat16
-    block = 2 * (4 * t5["d_model"] ** 2 + 3 * t5["d_model"] * t5["d_ff"])
-    return Memory(
-        weights=weights,
-        passing=passing[worst],
-        vae=tiler,
-        cache=cached * s * dit.num_layers * 2 * (G // R) * b,
-        activations=activations(worst),
-        decoding=2 * second + max(second, tile),
-        t5=words + block * (2 if stream else t5["num_layers"]),
-    )
-
-
-def fits(memory: Memory, card: float) -> bool:
-    """On a card of so many GB, as cards are called; a tenth is left for CUDA and fragmentation."""
-    return memory.total < 0.9 * card * GIB
-
-
-CHANGES = {                      # what takes less memory, the gentlest first
-    "as it is": {},
-    "--stream cpu": dict(stream=True),
-    "--window 1 --kv_range 2": dict(window=1, kv_ranges=(2,)),
-    "--stream cpu --window 1 --kv_range 2": dict(stream=True, window=1, kv_ranges=(2,)),
-    "--stream cpu --height 480 --width 832": dict(stream=True, height=480, width=832),
-    "--stream cpu --window 1 --kv_range 2 --height 480 --width 832":
-        dict(stream=True, window=1, kv_ranges=(2,), height=480, width=832),
-}
-
-
-def smallest_change(dit: magi.DiTConfig, run: magi.SamplerConfig, card: float, R: int = 1, **more: Any
-                    ) -> tuple[str, Memory]:
-    """The first of CHANGES with which R cards of so many GB will do, or "nothing here", and what it takes."""
-    for name, change in CHANGES.items():
-        settings = {k: v for k, v in change.items() if k != "stream"}
-        memory = needs(dit, dataclasses.replace(run, **settings), R=R, stream="stream" in change, **more)
-        if fits(memory, card):
-            return name, memory
-    return "nothing here", memory
-
-
-def plan(dit: magi.DiTConfig, run: magi.SamplerConfig, cards: Sequence[float] = (12, 24, 80), **more: Any
-         ) -> str:
-    """What a run takes, in ways to run it, and what makes it fit: the text of sample.py --plan. more: vae and
-    t5 of `needs`."""
-    parts = [field.name for field in dataclasses.fields(Memory)] + ["total"]
-    lines = [f"GiB on each GPU, {run.height}x{run.width}, window {run.window} (T5 comes first and goes):",
-             "processes  stream " + " ".join(f"{part:>11}" for part in parts)]
-    counts = [r for r in (1, 2, 4, 8) if dit.num_kv_heads % r == 0]
-    for R, stream in [(1, False), (1, True), *((r, False) for r in counts[1:])]:
-        memory = needs(dit, run, R=R, stream=stream, **more)
-        sizes = " ".join(f"{getattr(memory, part) / GIB:11.2f}" for part in parts)
-        lines.append(f"{R:9}  {'cpu' if stream else '-':>6} {sizes}")
-    lines.append(f"\nA card of    {'one':63}eight (torchrun --nproc_per_node 8 sample.py ...)")
-    for card in cards:
-        ways = [smallest_change(dit, run, card, R, **more)[0] for R in (1, 8) if R in counts]
-        lines.append(f"{card:6} GB    " + "".join(f"{way:63}" for way in ways).rstrip())
-    return "\n".join(lines)

@@ -221,6 +221,7 @@ import convert_weights
 import magi
 import media
 import parallel
+import planner
 import training
 from checkpoints import build, check_device, read_config, read_headers, read_json, reading, require
 
@@ -511,7 +512,7 @@ def plan(args: argparse.Namespace) -> str:
         beside["vae"] = read_config(vae, "vae", magi.VAEConfig)
     if (t5 / "config.json").is_file():
         beside["t5"] = read_json(t5 / "config.json")
-    return parallel.plan(dit, settings(args, dit, native, []), **beside)
+    return planner.plan(dit, settings(args, dit, native, []), **beside)
 
 
 def prepare(argv: list[str] | None, locks: contextlib.ExitStack) -> list[dict]:

@@ -12,7 +12,9 @@ import dataclasses
 import json
 import multiprocessing
 import sys
+import unittest.mock
 import weakref
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -21,6 +23,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import magi
 import parallel
+import planner
 import training
 from checkpoints import save
 
@@ -172,25 +175,46 @@ class Allocations(TorchDispatchMode):
         return out
 
 
-def measure(folder: Path, model: str, stream: str | None = None) -> dict:
-    """What a long run takes, and what was foretold."""
-    parallel.SLICE = 512
-    seen, make_reader = Allocations(), parallel.layer_reader
+def watched_reader(see: Callable[[int, dict], None]) -> Callable:
+    """What can stand for parallel.layer_reader: its readers call see(i, weights) after each layer, too."""
+    make_reader = parallel.layer_reader
 
-    def watched_reader(*args):
+    def make_watched(*args):
         read = make_reader(*args)
 
         def watched(i):
-            weights = read(i)  # by a thread, whose operations nobody watches
-            for u in weights.values():
-                seen.watch(u)
+            weights = read(i)
+            see(i, weights)
             return weights
 
         return watched
 
-    parallel.layer_reader = watched_reader
-    dit = parallel.load_dit(folder / model, stream=stream)
-    parallel.layer_reader = make_reader
+    return make_watched
+
+
+def watch_layers(monkeypatch) -> list[tuple[int, int]]:
+    """-> for each layer that is read from now on: its index, and how many are held with it."""
+    seen, storages = [], []
+
+    def see(i: int, weights: dict) -> None:
+        storages.append(weakref.ref(weights["attn.q.weight"].untyped_storage()))
+        seen.append((i, sum(ref() is not None for ref in storages)))
+
+    monkeypatch.setattr(parallel, "layer_reader", watched_reader(see))
+    return seen
+
+
+def measure(folder: Path, model: str, stream: str | None = None) -> dict:
+    """What a long run takes, and what was foretold."""
+    parallel.SLICE = 512
+    seen = Allocations()
+
+    def see(i: int, weights: dict) -> None:  # a thread has read them, whose operations nobody watches
+        for u in weights.values():
+            seen.watch(u)
+
+    with unittest.mock.patch.object(parallel, "layer_reader", watched_reader(see)):
+        dit = parallel.load_dit(folder / model, stream=stream)
     for u in (*dit.parameters(), *dit.buffers()):
         seen.watch(u.detach().to_local() if hasattr(u, "to_local") else u.detach())
     weights, cache = seen.now(), []
@@ -199,7 +223,7 @@ def measure(folder: Path, model: str, stream: str | None = None) -> dict:
         run = magi.sample(dit, **given, progress=lambda p: cache.append(p.cache_bytes))
         for _ in range(3):  # then a forward has been as large as they get
             next(run)
-    plan = parallel.needs(dit.cfg, BIG, R=parallel.ranks(), stream=bool(stream))
+    plan = planner.needs(dit.cfg, BIG, R=parallel.ranks(), stream=bool(stream))
     return dict(weights=weights, cache=max(cache), all=seen.peak, plan=dataclasses.asdict(plan))
 
 

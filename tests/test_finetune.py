@@ -5,9 +5,7 @@ import json
 import math
 import os
 import signal
-import threading
 import types
-import weakref
 
 import numpy as np
 import pytest
@@ -23,12 +21,14 @@ from common import (
     shades,
     write_model,
 )
+from parallel_worker import watch_layers
 from safetensors.torch import load_file, save_file
 
 import finetune
 import magi
 import media
 import parallel
+import planner
 import training
 
 CAPTIONS = {"one.mp4": "a red", "two.mp4": "a blue\na red"}
@@ -199,8 +199,8 @@ def test_texts_carry_their_special_tokens(model_folder):
 
 @pytest.fixture
 def no_weights(monkeypatch):
-    for name in ("load_dit", "load_vae", "T5"):
-        monkeypatch.setattr(magi, name, lambda *_, **__: pytest.fail("weights are loaded"))
+    for module, name in ((parallel, "load_weights"), (magi, "load_vae"), (magi, "T5")):
+        monkeypatch.setattr(module, name, lambda *_, **__: pytest.fail("weights are loaded"))
 
 
 def test_bad_clips_are_named_before_anything_is_loaded(model_folder, tmp_path, no_weights):
@@ -403,14 +403,15 @@ def assert_same_run(out, other) -> None:
 def test_streamed_layers_train_the_same_lora_to_the_last_bit(cached, model_folder, tmp_path, monkeypatch):
     """Layers that are there lie in a mapped file, streamed ones in memory of their own: a product of few rows
     rounds by how its numbers are aligned, so here both have memory of their own."""
-    load = magi.load_dit
+    load = parallel.load_weights
 
-    def load_copied(*args, **kwargs):
-        dit = load(*args, **kwargs)
-        dit.layers.load_state_dict({k: u.clone() for k, u in dit.layers.state_dict().items()}, assign=True)
-        return dit
+    def load_copied(dit, folder, device, stream):
+        load(dit, folder, device, stream)
+        if not stream:
+            copies = {k: u.clone() for k, u in dit.layers.state_dict().items()}
+            dit.layers.load_state_dict(copies, assign=True)
 
-    monkeypatch.setattr(magi, "load_dit", load_copied)
+    monkeypatch.setattr(parallel, "load_weights", load_copied)
     outs = {source: tmp_path / f"{source}.safetensors" for source in ("none", "cpu", "disk")}
     for source, out in outs.items():
         flags = () if source == "none" else ("--stream", source, "--sample-every", 2, "--sample-seconds", 1)
@@ -420,30 +421,24 @@ def test_streamed_layers_train_the_same_lora_to_the_last_bit(cached, model_folde
     assert_same_run(outs["none"], outs["disk"])
 
 
-def test_at_most_two_streamed_layers_are_held_and_most_are_read_ahead(model_folder):
+def test_streamed_training_holds_two_layers_and_reads_each_once_a_way(model_folder, monkeypatch):
+    """Up and down: the last layer is still there when the backward begins with it, and the first one when the
+    next forward does. All that is read is used, so every layer but the first was foreseen."""
+    seen = watch_layers(monkeypatch)
     dit = magi.load_dit(model_folder)
-    alive, most, calls = [], [], []
-    read = parallel.layer_reader(dit, model_folder, "layers.")
-
-    def watched(i):
-        weights = read(i)
-        calls.append((i, threading.current_thread() is threading.main_thread()))
-        alive.append([weakref.ref(u) for u in weights.values()])
-        most.append(sum(any(ref() is not None for ref in layer) for layer in alive))
-        return weights
-
-    dit = magi.load_dit(model_folder)
-    streamed = finetune.Streamed(dit, watched, "cpu")
+    streamed = parallel.Streamed(dit, dit.layers, model_folder, "layers.", "cpu", "disk")
     training.add_lora(dit, 2)
+    finetune.checkpoint_layers(dit)
     clip = torch.randn(1, 16, 6, 4, 4), torch.randn(1, 1, 16, 32), torch.ones(1, 1, 16).long()
     for _ in range(2):
         training.flow_matching_loss(dit, *clip).backward()
     streamed.thread.shutdown()
-    assert max(most) <= 2, most
-    assert [i for i, _ in calls] == [0, 1, 2, 2, 1, 0] * 2 + [0]
-    assert sum(waited for _, waited in calls) == 1  # for the very first, which nobody could foresee
+    assert [i for i, _ in seen] == [0, 1, 2, 1, 0] + [1, 2, 1, 0] + [1]
+    assert {held for _, held in seen} == {1, 2}
     assert all(
-        u.untyped_storage().nbytes() <= 4 for name, u in dit.layers.state_dict().items() if "lora" not in name
+        u.untyped_storage().nbytes() <= 4
+        for name, u in dit.layers[1:].state_dict().items()
+        if "lora" not in name
     )
 
 
@@ -564,23 +559,23 @@ def test_checkpointed_layers_have_the_same_gradients(model_folder):
 def test_plans_of_real_models():
     with torch.device("meta"):
         dit = magi.DiT(magi.PRESETS["4.5B-base"].dit)
-    plan = lambda command, rank, tokens: finetune.memory_plan(dit, command, rank, tokens, 800)
+    plan = lambda command, rank, tokens: planner.training_needs(dit, command, rank, tokens, 800)
     small, large = plan("lora", 16, 6 * 16 * 16), plan("lora", 16, 4 * 6 * 45 * 45)
     exact = sum(p.numel() * (4 if p.dtype == torch.float32 else 2) for p in dit.parameters())
     assert small["weights"] == exact and 8.9e9 < exact < 9e9
     assert small["activations"] < large["activations"] / 20
     assert sum(small.values()) < 14e9 and sum(plan("full", 0, 1536).values()) > 60e9
     assert plan("distill", 0, 1536)["teacher"] == exact and "teacher" not in plan("distill", 16, 1536)
-    with_stream = finetune.memory_plan(dit, "lora", 16, 1536, 800, stream=True)
+    with_stream = planner.training_needs(dit, "lora", 16, 1536, 800, stream=True)
     layers = sum(p.nbytes for p in dit.layers.parameters())
     assert with_stream["weights"] == exact - layers and with_stream["layers that pass"] < layers / 10
     assert sum(with_stream.values()) < sum(small.values()) - 8e9
-    alone, together = (finetune.memory_plan(dit, "full", 0, 1536, 800, processes=n) for n in (1, 8))
+    alone, together = (planner.training_needs(dit, "full", 0, 1536, 800, processes=n) for n in (1, 8))
     assert alone["optimiser"] > 7 * together["optimiser"] and alone["gradients"] > 7 * together["gradients"]
     assert (
         together["activations"] == alone["activations"] == large["activations"] or together["weights"] < 2e9
     )
-    said = finetune.show_plan({"weights": 20e9, "activations": 3e9}, 30e9)
+    said = planner.show_training({"weights": 20e9, "activations": 3e9}, 30e9)
     assert "24 GB: no, 48 GB: yes" in said and "30.0 GB: yes" in said
 
 
@@ -605,7 +600,7 @@ def test_planned_activations_are_what_autograd_keeps(rank, dtype):
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda u: u):
         training.flow_matching_loss(dit, *clip)
     command, tokens, text = "lora" if rank else "full", 2 * 2 * 6 * 64, 2 * 2 * 16
-    plan = finetune.memory_plan(magi.DiT(cfg), command, rank, tokens, text, keep_activations=True)
+    plan = planner.training_needs(magi.DiT(cfg), command, rank, tokens, text, keep_activations=True)
     assert 0.9 < plan["activations"] / sum(sizes.values()) < 1.3
 
 

@@ -9,7 +9,6 @@ import os
 import signal
 import subprocess
 import sys
-import weakref
 
 import parallel_worker as worker
 import pytest
@@ -18,6 +17,7 @@ from common import HERE, bad, relative
 
 import magi
 import parallel
+import planner
 import sample
 from checkpoints import read_json
 
@@ -83,37 +83,19 @@ def test_streamed_weights_change_not_one_bit(models, name):
         assert torch.equal(worker.run_case(models, name, source), whole)
 
 
-def watch_layers(monkeypatch) -> list[tuple[int, int]]:
-    """-> for each layer that is read from now on: its index, and how many are held with it."""
-    seen, held, make_reader = [], {}, parallel.layer_reader
-
-    def watched_reader(*args):
-        read = make_reader(*args)
-
-        def watched(i):
-            seen.append((i, 1 + sum(ref() is not None for ref in held.values())))
-            weights = read(i)
-            held[len(seen)] = weakref.ref(weights["attn.q.weight"].untyped_storage())
-            return weights
-
-        return watched
-
-    monkeypatch.setattr(parallel, "layer_reader", watched_reader)
-    return seen
-
-
 def test_at_most_two_layers_are_held(models, monkeypatch):
-    seen = watch_layers(monkeypatch)
+    seen = worker.watch_layers(monkeypatch)
     dit = parallel.load_dit(models / "base", stream="disk")
     x, t = torch.randn(1, 16, 6, 4, 4), torch.zeros(1, 1)
-    for _ in range(3):
-        dit(x, t, torch.randn(1, 1, 14, 12), torch.ones(1, 1, 14))
+    with torch.no_grad():
+        for _ in range(3):
+            dit(x, t, torch.randn(1, 1, 14, 12), torch.ones(1, 1, 14))
     assert len(seen) >= 12 and {count for _, count in seen} <= {1, 2}  # the next one's first may be coming
     assert all(u.untyped_storage().nbytes() <= 4 for u in dit.layers[2].state_dict().values())
 
 
 def test_the_branches_of_a_step_read_each_layer_once(models, monkeypatch):
-    seen, steps = watch_layers(monkeypatch), []
+    seen, steps = worker.watch_layers(monkeypatch), []
     dit = parallel.load_dit(models / "base", stream="disk")
     run = dataclasses.replace(worker.RUN, num_frames=72)
     for _ in magi.sample(dit, **worker.drawn(dit.cfg, 0, run), progress=steps.append):
@@ -170,19 +152,19 @@ def test_two_processes_take_what_is_planned(results):
 
 def test_a_small_model_is_planned_with_its_own_vae_and_t5():
     t5, vae = HERE / "tiny" / "t5", parallel.load_vae(HERE / "tiny" / "vae")
-    planned = parallel.needs(*magi.PRESETS["tiny"], vae.cfg, read_json(t5 / "config.json"))
+    planned = planner.needs(*magi.PRESETS["tiny"], vae.cfg, read_json(t5 / "config.json"))
     assert planned.vae == sum(u.nbytes for u in vae.state_dict().values())
     assert planned.t5 == pytest.approx((t5 / "model.safetensors").stat().st_size, rel=0.01)
-    assert planned.total < parallel.GIB / 10
+    assert planned.total < planner.GIB / 10
 
 
 def test_the_goals_fit():
     presets = magi.PRESETS
-    ways = lambda name, card, R=1: parallel.smallest_change(*presets[name], card, R)[0]
+    ways = lambda name, card, R=1: planner.smallest_change(*presets[name], card, R)[0]
     assert ways("24B-distill-fp8", 24, 8) == ways("24B-base", 80, 8) == ways("4.5B-base", 24) == "as it is"
     assert ways("24B-base", 24) == "--stream cpu"
     one = dataclasses.replace(presets["4.5B-distill-fp8"].sampler, window=1, kv_ranges=(2,))
-    assert parallel.fits(parallel.needs(presets["4.5B-distill-fp8"].dit, one), 12)
+    assert planner.fits(planner.needs(presets["4.5B-distill-fp8"].dit, one), 12)
 
 
 def test_the_flag_prints_the_plan(capsys):
