@@ -13,8 +13,8 @@ clips/ holds videos, each with a text file of its name (a.mp4, a.txt), or metada
 second each, and the last goes on.
 
 The order is made for small machines: VAE and T5 run once and are freed before the DiT is loaded; of all
-layers but one only the inputs are kept for the backward pass; with --stream a LoRA's frozen layers are in
-memory one at a time. Mistakes are told before any weight is loaded. Several processes share the forwards of
+layers but one only the inputs are kept for the backward pass; with --stream two of a LoRA's frozen layers are
+in memory at a time. Mistakes are told before any weight is loaded. Several processes share the forwards of
 a step and, by PyTorch's FSDP, the weights; they leave what one process leaves, so that it can go on.
 
 Measured on a CPU: CPU seconds a step and peak memory of a LoRA of rank 16, for random weights in the layout
@@ -24,8 +24,8 @@ of the 4.5B (CUDA has not been tried yet):
     the same, with --stream disk                  33 s     2.6 GiB, and the same losses
     two seconds of 128x128, --stream disk        168 s     4.4 GiB
 
-Contents: 1 A folder of videos, 2 Pieces and sizes, 3 Encoded once, 4 Batches, 5 Memory, 6 A run, 7 Command
-line. Left out on purpose: training in fp8, and streamed layers on several GPUs.
+Contents: 1 A folder of videos, 2 Pieces and sizes, 3 Encoded once, 4 Batches, 5 A run, 6 Command line. Left
+out on purpose: training in fp8, and streamed layers on several GPUs.
 """
 
 from __future__ import annotations
@@ -216,16 +216,14 @@ def bucket_size(height: int, width: int, area: int) -> tuple[int, int]:
     return tuple(max(32, int(side / 16 + 0.5) * 16) for side in sides)
 
 
-def cut(videos: Sequence[Video], area: int, most_chunks: int, most_tokens: int | None = None) -> list[Piece]:
+def cut(videos: Sequence[Video], area: int, most_chunks: int, most_tokens: int = sys.maxsize) -> list[Piece]:
     """Pieces of at most so many seconds and so many tokens (6 * height/16 * width/16 a second)."""
     pieces = []
     for video in videos:
         height, width = bucket_size(video.height, video.width, area)
-        chunks = most_chunks
-        if most_tokens is not None:
-            chunks = min(chunks, most_tokens // tokens_of_chunk(height, width))
-            require(chunks >= 1, f"one second of {video.path.name!r} at {height}x{width} is more than "
-                    f"{most_tokens} tokens: raise --tokens, or choose a smaller --size")
+        chunks = min(most_chunks, most_tokens // tokens_of_chunk(height, width))
+        require(chunks >= 1, f"one second of {video.path.name!r} at {height}x{width} is more than "
+                f"{most_tokens} tokens: raise --tokens, or choose a smaller --size")
         for start in range(0, video.seconds, chunks):
             seconds = range(start, min(start + chunks, video.seconds))
             captions = tuple(video.captions[min(second, len(video.captions) - 1)] for second in seconds)
@@ -417,28 +415,7 @@ def check_captions(captions: dict[str, str], t5: Path, length: int) -> None:
 
 
 # ----------------------------------------------------------------------------------------------------------
-# 5  Memory
-# ----------------------------------------------------------------------------------------------------------
-
-
-def checkpoint_layers(dit: DiT) -> None:
-    """Keep only the input of each layer for the backward pass, and compute the rest again: a third more work,
-    and the memory of one layer in place of all."""
-    for layer in dit.layers:
-        layer.forward = partial(checkpoint, layer.forward, use_reentrant=False)
-
-
-def load_base(args: argparse.Namespace) -> DiT:
-    """The base model: whole; or this process's part of it; or without its layers, which are streamed."""
-    cfg = read_config(args.model, "dit", DiTConfig)
-    dit = build(lambda: DiT(cfg), args.model)
-    parallel.load_weights(dit, args.model, args.device, args.stream)
-    dit.ops = magi.get_ops(args.backend, args.device)
-    return dit
-
-
-# ----------------------------------------------------------------------------------------------------------
-# 6  A run
+# 5  A run
 # ----------------------------------------------------------------------------------------------------------
 
 LEARNING_RATES = {"lora": 2e-4, "full": 1e-5, "distill": 1e-5}               # (not in the report)
@@ -453,10 +430,7 @@ def finetune(args: argparse.Namespace) -> None:
     args.device = parallel.start(args.device)
     args.accumulate = args.accumulate or parallel.ranks()
     with contextlib.ExitStack() as stack:
-        if parallel.rank() > 0:
-            nowhere = stack.enter_context(open(os.devnull, "w"))
-            stack.enter_context(contextlib.redirect_stdout(nowhere))
-            stack.enter_context(contextlib.redirect_stderr(nowhere))
+        stack.enter_context(parallel.first_speaks())
         base = parallel.agreed(check_model)(args)
         batches = parallel.from_first(look_at_data)(args, base)
         if args.plan:
@@ -563,6 +537,22 @@ def encode(args: argparse.Namespace, batches: Batches) -> str:
     prompt = captions[0] if args.sample_prompt is None else args.sample_prompt
     parallel.from_first(cache.encode_captions)([*captions, prompt], args.device, batches.length)
     return prompt
+
+
+def load_base(args: argparse.Namespace) -> DiT:
+    """The base model: whole; or this process's part of it; or without its layers, which are streamed."""
+    cfg = read_config(args.model, "dit", DiTConfig)
+    dit = build(lambda: DiT(cfg), args.model)
+    parallel.load_weights(dit, args.model, args.device, args.stream)
+    dit.ops = magi.get_ops(args.backend, args.device)
+    return dit
+
+
+def checkpoint_layers(dit: DiT) -> None:
+    """Keep only the input of each layer for the backward pass, and compute the rest again: a third more work,
+    and the memory of one layer in place of all."""
+    for layer in dit.layers:
+        layer.forward = partial(checkpoint, layer.forward, use_reentrant=False)
 
 
 def make_models(args: argparse.Namespace) -> tuple[DiT, DiT]:
@@ -723,7 +713,7 @@ def write_model(out: Path, base: Path, weights: dict[str, Tensor], config: dict,
 
 
 # ----------------------------------------------------------------------------------------------------------
-# 7  Command line
+# 6  Command line
 # ----------------------------------------------------------------------------------------------------------
 
 
@@ -780,7 +770,7 @@ def parser() -> argparse.ArgumentParser:
              help="adamw8bit needs torchao" + default)
         flag("--keep-activations", action="store_true", help="of all layers: more memory, a third less time")
         flag("--stream", choices=["cpu", "disk"], help="where a LoRA's frozen layers are kept, of which the "
-             "device holds one at a time; default: it holds all")
+             "device holds two at a time; default: it holds all")
         flag("--seed", **natural, default=0, help="of data, noise and samples" + default)
         flag("--device", default="cuda" if torch.cuda.is_available() else "cpu",
              help="cpu, cuda:1, mps" + default)

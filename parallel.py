@@ -30,21 +30,23 @@ Measured on CPUs, with random weights of the released sizes, one chunk (CUDA has
     24B fp8, from disk         32x32: peak 3.5 GiB with the VAE; a step (1 forward) reads 24.5 GiB of layers,
                                more than that machine's memory, and takes 172 CPU s: fp8 numbers are widened
 
-Contents: 1 Ranks, 2 Tokens and heads, 3 Weights, 4 Slices, 5 Loading. What fits where is told by planner.py;
-training on several GPUs, by finetune.py, needs only 1 and 3. Left out on purpose: where weights are shared
-among ranks, one gathering for all branches of a step, since FSDP's hooks gather and free a layer at each of
-its calls.
+Contents: 1 Ranks, 2 Tokens and heads, 3 Weights, 4 Slices, 5 Loading. planner.py says what fits where, and
+finetune.py trains with the ranks and weights of sections 1 and 3. Left out on purpose: where weights are
+shared among ranks, one gathering for all branches of a step, since FSDP's hooks gather and free a layer at
+each of its calls.
 """
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import gc
 import itertools
 import math
 import os
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import redirect_stderr, redirect_stdout
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -113,6 +115,16 @@ def from_first(make: Callable[..., Any]) -> Callable[..., Any]:
         return made[0]
 
     return run
+
+
+@contextlib.contextmanager
+def first_speaks() -> Iterator[None]:
+    """What other ranks than the first print within this block goes nowhere."""
+    if rank() == 0:
+        yield
+        return
+    with open(os.devnull, "w") as nowhere, redirect_stdout(nowhere), redirect_stderr(nowhere):
+        yield
 
 
 def lost_another(error: BaseException) -> bool:
@@ -275,7 +287,9 @@ class Streamed:
                  device: str, source: str):
         require(source in ("cpu", "disk"), f"stream {source!r} is not 'cpu' or 'disk'")
         self.layers, self.device, self.read = list(layers), device, layer_reader(model, folder, prefix)
-        self.thread, self.coming, self.here = ThreadPoolExecutor(1), {}, -1
+        self.here = -1                                       # the layer that has its weights; -1: none
+        self.thread = ThreadPoolExecutor(1)
+        self.coming: dict[int, Future] = {}                  # the weights of the layer that is foreseen next
         gpu = torch.device(device).type == "cuda"
         self.copying = torch.cuda.Stream(device) if gpu else None            # beside the one that computes
         if source == "cpu":
@@ -310,7 +324,8 @@ class Streamed:
         weights = self.coming.pop(i).result()
         if self.copying is not None:                         # the thread will use the layer's memory again
             torch.cuda.current_stream(self.device).synchronize()             # so it must be computed by now
-        self.put(self.here, self.nothing[self.here])
+        if self.here >= 0:
+            self.put(self.here, self.nothing[self.here])
         self.put(i, weights)
         following = self.after(i)
         self.coming = {following: self.thread.submit(self.bring, following)}

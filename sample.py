@@ -523,10 +523,7 @@ def prepare(argv: list[str] | None, locks: contextlib.ExitStack) -> list[dict]:
         return []
     check_flags(args)
     args.device = parallel.start(args.device)
-    if parallel.rank() > 0:                                                  # the first one speaks for all
-        nowhere = locks.enter_context(open(os.devnull, "w"))
-        locks.enter_context(contextlib.redirect_stdout(nowhere))
-        locks.enter_context(contextlib.redirect_stderr(nowhere))
+    locks.enter_context(parallel.first_speaks())
     run = parallel.agreed(check)(args, locks)
     for note in run.notes:
         say(note)
