@@ -94,6 +94,24 @@ def test_at_most_two_layers_are_held(models, monkeypatch):
     assert all(u.untyped_storage().nbytes() <= 4 for u in dit.layers[2].state_dict().values())
 
 
+def test_a_read_that_fails_spoils_no_later_forward(models):
+    dit = parallel.load_dit(models / "base", stream="disk")
+    read, failing = dit.streamed.read, [1]
+
+    def read_or_fail(i):
+        if i in failing:
+            failing.remove(i)
+            raise OSError("the disk is gone")
+        return read(i)
+
+    dit.streamed.read = read_or_fail
+    inputs = torch.randn(1, 16, 6, 4, 4), torch.zeros(1, 1), torch.randn(1, 1, 14, 12), torch.ones(1, 1, 14)
+    with torch.no_grad():
+        with pytest.raises(OSError, match="the disk is gone"):
+            dit(*inputs)
+        assert relative(dit(*inputs), parallel.load_dit(models / "base")(*inputs)) < 1e-5
+
+
 def test_the_branches_of_a_step_read_each_layer_once(models, monkeypatch):
     seen, steps = worker.watch_layers(monkeypatch), []
     dit = parallel.load_dit(models / "base", stream="disk")
