@@ -70,7 +70,6 @@ from magi import CHUNK, FRAMES_PER_LATENT, DiT, DiTConfig, SamplerConfig
 FPS = 24
 CHUNK_FRAMES = CHUNK * FRAMES_PER_LATENT                                     # 24: one second
 SUFFIXES = (".mp4", ".mov", ".mkv", ".webm", ".avi", ".m4v", ".mpg", ".mpeg", ".gif", ".ts")
-Say = Callable[[str], None]
 
 
 def say(text: str) -> None:
@@ -135,7 +134,7 @@ def as_captions(text: str | list) -> tuple[str, ...]:
     return tuple(line.strip() for line in lines if line.strip()) or ("",)
 
 
-def find_videos(folder: Path, cache: Path, skip_bad: bool, warn: Say) -> list[Video]:
+def find_videos(folder: Path, cache: Path, skip_bad: bool = False) -> list[Video]:
     """Every clip of a folder, each looked into (what was seen is kept in the cache). ValueError for the first
     that cannot be read or is shorter than a second; with skip_bad these are named and left out."""
     seen_file = cache / "videos.json"
@@ -151,7 +150,7 @@ def find_videos(folder: Path, cache: Path, skip_bad: bool, warn: Say) -> list[Vi
                     f"{CHUNK_FRAMES} (one second) are needed")
         except ValueError as error:
             require(skip_bad, f"{error}; --skip-bad leaves such clips out")
-            warn(f"skipped: {error}")
+            say(f"skipped: {error}")
             continue
         videos.append(Video(path, text, frames // CHUNK_FRAMES, height, width))
     require(videos, f"no clip of {str(folder)!r} can be used")
@@ -273,7 +272,8 @@ class Cache:
     def text_file(self, caption: str) -> Path:
         return self.folder / "text" / f"{short_hash(f'{caption} {self.t5_key}')}.safetensors"
 
-    def encode_pieces(self, pieces: Sequence[Piece], device: str, skip_bad: bool, warn: Say) -> list[Piece]:
+    def encode_pieces(self, pieces: Sequence[Piece], device: str, skip_bad: bool,
+                      warn: Callable[[str], None] = say) -> list[Piece]:
         """Encode what is missing; the pieces that could be read."""
         missing = [piece for piece in pieces if not self.latent_file(piece).is_file()]
         if not missing:
@@ -493,7 +493,7 @@ def look_at_data(args: argparse.Namespace, base: DiT) -> Batches:
     cache = Cache(folder, args.vae, args.t5, dtype)
     height, width = args.size or (sampler.height, sampler.width)
     most_tokens = args.tokens or args.seconds * tokens_of_chunk(height, width)
-    videos = find_videos(args.data, folder, args.skip_bad, say)
+    videos = find_videos(args.data, folder, args.skip_bad)
     pieces = cut(videos, height * width, args.seconds, most_tokens)
     captions = {text: f"the caption of clip {p.path.name!r}" for p in pieces for text in p.captions}
     if args.sample_prompt:
@@ -531,7 +531,7 @@ def encode(args: argparse.Namespace, batches: Batches) -> str:
     if parallel.ranks() > 1:             # a share each; then nothing is missing but what cannot be read
         share = pieces[parallel.rank() :: parallel.ranks()]
         parallel.agreed(cache.encode_pieces)(share, args.device, args.skip_bad, lambda text: None)
-    batches.pieces = parallel.agreed(cache.encode_pieces)(pieces, args.device, args.skip_bad, say)
+    batches.pieces = parallel.agreed(cache.encode_pieces)(pieces, args.device, args.skip_bad)
     require(batches.pieces, "no clip can be used")
     captions = [caption for piece in batches.pieces for caption in piece.captions]
     prompt = captions[0] if args.sample_prompt is None else args.sample_prompt

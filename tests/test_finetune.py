@@ -78,7 +78,7 @@ def refused(result: tuple[int, str, str], *words: str) -> None:
 
 
 def test_videos_are_cut_into_seconds_with_their_captions(data, tmp_path):
-    videos = finetune.find_videos(data, tmp_path, skip_bad=False, warn=pytest.fail)
+    videos = finetune.find_videos(data, tmp_path)
     assert [(v.path.name, v.seconds, v.height, v.width) for v in videos] == [
         ("one.mp4", 1, 32, 48), ("two.mp4", 2, 32, 48)]  # fmt: skip
     pieces = finetune.cut(videos, 32 * 48, most_chunks=2)
@@ -124,7 +124,7 @@ def test_what_is_cached_is_what_the_sampler_would_encode(cached, model_folder):
     cache = finetune.Cache(
         cached.parent / f"{cached.name}.cache", model_folder.parent / "vae", model_folder.parent / "t5"
     )
-    piece = finetune.cut(finetune.find_videos(cached, cache.folder, False, pytest.fail), 32 * 48, 2)[1]
+    piece = finetune.cut(finetune.find_videos(cached, cache.folder), 32 * 48, 2)[1]
     latents, image = cache.latents(piece)
     video = media.fit_frames(read_frames(cached / "two.mp4")[:48], 32, 48)
     with torch.no_grad():
@@ -157,7 +157,7 @@ def test_a_changed_clip_is_encoded_again(tmp_path):
 def batches(cached, model_folder, **more) -> finetune.Batches:
     parent = model_folder.parent
     cache = finetune.Cache(cached.parent / f"{cached.name}.cache", parent / "vae", parent / "t5")
-    pieces = finetune.cut(finetune.find_videos(cached, cache.folder, False, pytest.fail), 32 * 48, 2)
+    pieces = finetune.cut(finetune.find_videos(cached, cache.folder), 32 * 48, 2)
     table = load_file(model_folder / "special_tokens.safetensors")
     sampler = magi.SamplerConfig(height=32, width=48)
     return finetune.Batches(
