@@ -322,3 +322,35 @@ def test_vae_loss_is_its_formula():
     normal = torch.distributions.Normal
     kl = torch.distributions.kl_divergence(normal(mean, (logvar / 2).exp()), normal(0, 1)).mean()
     assert torch.allclose(loss, kl)
+
+
+def learn_toy(folder: Path, ranks: int) -> torch.nn.Module:
+    """Three steps of two losses each, of which one takes no part of some weights."""
+    torch.manual_seed(0)
+    layers = torch.nn.ModuleDict({name: torch.nn.Linear(4, 4) for name in ("a", "b", "odd")})
+    model = torch.nn.ModuleDict({"layers": layers})
+    video = torch.randn(6, 4)
+
+    def loss_of(i: int):
+        x = layers["b"](layers["a"](video[i]).relu())
+        return ((layers["odd"](x) if i % 2 else x) ** 2).mean()
+
+    def loss_of_step(i: int):
+        return (loss_of(i) if ranks == 2 else (loss_of(2 * i) + loss_of(2 * i + 1)) / 2), {}
+
+    return train.fit("toy", model, loss_of_step, steps=3, lr=0.1, work=folder, warmup=1)
+
+
+def learn_as_one_of_two(rank: int, folder: Path) -> None:
+    torch.distributed.init_process_group("gloo", f"file://{folder}/meet", rank=rank, world_size=2)
+    model = learn_toy(folder / "two", 2)
+    torch.save(model.state_dict(), folder / f"rank{rank}.pt")
+
+
+def test_two_processes_learn_what_one_does(tmp_path):
+    """Each has half of the losses and makes half of Muon's updates."""
+    torch.multiprocessing.spawn(learn_as_one_of_two, (tmp_path,), nprocs=2)
+    first, second = (torch.load(tmp_path / f"rank{rank}.pt") for rank in range(2))
+    for name, wanted in learn_toy(tmp_path / "one", 1).state_dict().items():
+        assert torch.equal(first[name], second[name])
+        torch.testing.assert_close(first[name], wanted, rtol=1e-3, atol=1e-4)
