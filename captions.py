@@ -6,23 +6,29 @@ ones too. The recorded results of the official code are in goldens/captions.json
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
 import html
+import math
+import queue
 import re
+import threading
 import urllib.parse
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from typing import Any, NamedTuple
+from typing import Any, BinaryIO, NamedTuple
 
 import torch
 from torch import Tensor
 
 from checkpoints import GUIDANCE, require
 
-__all__ = ["Prompt", "as_prompt", "clean_caption", "texts_of", "tokenize"]
+__all__ = ["MAX_TOLD", "Prompt", "as_prompt", "check_text", "clean_caption", "texts_of", "told_by",
+           "tokenize"]
 
 Encode = Callable[[Sequence[str]], tuple[Tensor, Tensor]]     # captions -> text (n, L, C), mask (n, L)
+MAX_TOLD = 2_000                         # characters of a prompt that is told while the video is made
 
 
 class Prompt(NamedTuple):
@@ -75,6 +81,43 @@ def late_texts(prompts: Iterable, cfg: Any, encode: Encode, transition: Callable
         own = transition(cfg, chunk, prompt.transition) if prompt.transition else cfg
         (text,), (mask,) = remembered(prompt.text)
         yield text, mask, own
+
+
+def check_text(text: Any, most: float = math.inf) -> str:
+    """A caption without white space around it; ValueError for what is none."""
+    require(isinstance(text, str) and len(text) <= most, f"a prompt is text of at most {most:,} characters")
+    require(text.encode(errors="ignore").decode() == text,
+            f"the prompt {ascii(text)} is not UTF-8: check the encoding of the terminal or script")
+    return text.strip()
+
+
+def told_by(stream: BinaryIO, endless: bool, say: Callable[[str], None]) -> Iterator[str | None]:
+    """A prompt a line, read by a thread of its own: each goes to the next chunk that asks, then the last one
+    goes on. Their end ends an endless video, too.
+
+    `say` warns of lines that are no prompts, empty ones are passed over. The stream should be unbuffered:
+    Python cannot end while a thread waits inside a buffered one.
+    """
+    lines: queue.SimpleQueue[str | None] = queue.SimpleQueue()
+
+    def read() -> None:
+        for line in stream:
+            try:
+                if text := check_text(line.decode(errors="surrogateescape").strip("\ufeff"), MAX_TOLD):
+                    lines.put(text)
+            except ValueError as error:
+                say(f"warning: {error}; this line is passed over")
+        lines.put(None)
+
+    threading.Thread(target=read, name="prompts", daemon=True).start()
+    prompt = lines.get()                                                     # the first chunk waits for it
+    require(prompt is not None, "standard input ended before there was a prompt")
+    while prompt is not None:
+        yield prompt
+        with contextlib.suppress(queue.Empty):
+            prompt = lines.get_nowait()
+    if endless:
+        yield None
 
 
 # The order of the rules is part of the definition:

@@ -24,9 +24,10 @@ import torch
 from torch import Tensor, nn
 
 __all__ = ["GUIDANCE", "NEGATIVE_TOKENS", "SPECIAL_TOKENS", "build", "check_device", "check_dit_config",
-           "check_own_config", "check_sampler_config", "check_tokens", "check_vae_config", "compare_headers",
-           "fill", "headers_of", "load_module", "make_config", "read_config", "read_headers", "read_json",
-           "read_tensors", "reading", "require", "save", "token_names", "weight_files", "with_settings"]
+           "check_own_config", "check_sampler_config", "check_text_encoder", "check_tokens",
+           "check_vae_config", "compare_headers", "fill", "headers_of", "load_module", "make_config",
+           "read_config", "read_headers", "read_json", "read_tensors", "reading", "require", "save",
+           "token_names", "weight_files", "with_settings"]
 
 Module = TypeVar("Module", bound=nn.Module)
 
@@ -160,7 +161,7 @@ def _check_schedule(cfg: Any) -> None:
             f"steps {steps} must be a multiple of the window {window}: "
             f"try {max(window, round(steps / window) * window)}")
     for ranges in (cfg.kv_ranges, *(ranges for _, ranges in cfg.kv_ranges_at)):
-        require(all(v >= 1 and hasattr(v, "__index__") for v in ranges),
+        require(all(hasattr(v, "__index__") and v >= 1 for v in ranges),
                 f"kv_ranges {ranges} must all be whole numbers of at least 1")
         unit = math.lcm(window, len(ranges) or 1)
         require(steps % unit == 0,
@@ -284,6 +285,19 @@ def read_headers(files: Iterable[str | Path]) -> dict[str, tuple[tuple[int, ...]
                 part = f.get_slice(name)
                 found[name] = tuple(part.get_shape()), part.get_dtype() == "F8_E4M3"
     return found
+
+
+def check_text_encoder(folder: str | Path, width: int | None = None) -> None:
+    """ValueError if a T5 folder lacks files, one is cut short, or it is not of this width."""
+    folder = Path(folder)
+    weights = [*folder.glob("*.safetensors"), *folder.glob("*.bin")]
+    require(weights and (folder / "config.json").is_file() and (folder / "spiece.model").is_file(),
+            f"no text encoder in {str(folder)!r}: it needs config.json, spiece.model and weights; give the "
+            f"right folder (--t5)")
+    read_headers(file for file in weights if file.suffix == ".safetensors")
+    found = read_json(folder / "config.json").get("d_model")
+    require(width is None or found == width, f"the text encoder in {str(folder)!r} has width {found}, this "
+            f"model needs {width}: give the right one (--t5)")
 
 
 def read_tensors(file: str | Path, what: str = "weights") -> dict[str, Tensor]:

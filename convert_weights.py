@@ -51,8 +51,8 @@ from tqdm import tqdm
 import checkpoints
 import magi
 from checkpoints import compare_headers, make_config, read_json, reading, require, save, weight_files
-from folders import new_folder, output_folder
 from magi import DiTConfig, SamplerConfig, VAEConfig
+from outputs import check_room, new_folder
 
 INDEX = "model.safetensors.index.json"
 SHARD_BYTES = 5 * 10**9          # no output file is larger, unless a single tensor is
@@ -383,36 +383,20 @@ def open_weights(file: Path, scratch: Path) -> Iterator[Callable[[str], Tensor]]
 # ------------------------------------------------------------------------------------------------------------
 
 
-def make_plan(files: list[Path], convert: Callable, expected: dict[str, Tensor]) -> tuple[list, list]:
-    """Read all headers, check them against `expected` (a meta state dict), lay out the output.
+def make_plan(files: list[Path], convert: Callable, expected: dict[str, Tensor], folder: Path) -> tuple:
+    """Read all headers, check them against `expected` (a meta state dict), and the folder's disk for room.
 
-    Returns reads, (file, official name) file by file, and shards, {our name: meta tensor}, in the same order.
+    Returns reads, (file, official name) file by file, and what they become, {our name: meta tensor}.
     """
     source, sd = {}, {}
     for file in files:
         for name, tensor in read_header(file).items():
             require(name not in source, f"{name} is in {source.get(name)} and again in {file}")
             source[name], sd[name] = file, tensor
-    check(convert(sd), expected)
-
-    reads, shards, size = [], [{}], 0
-    for name, file in source.items():
-        made = convert({name: sd[name]})
-        if not made:                                     # the model does not need this tensor
-            continue
-        added = sum(tensor.nbytes for tensor in made.values())
-        if shards[-1] and size + added > SHARD_BYTES:
-            shards.append({})
-            size = 0
-        size += added
-        shards[-1] |= made
-        reads.append((file, name))
-    return reads, shards
-
-
-def size_of(plan: tuple[list, list]) -> int:
-    """Count the bytes that the tensors of a plan take on the disk."""
-    return sum(tensor.nbytes for shard in plan[1] for tensor in shard.values())
+    made = convert(sd)
+    check(made, expected)
+    check_room(folder, sum(tensor.nbytes for tensor in made.values()))
+    return [(file, name) for name, file in source.items() if convert({name: sd[name]})], made
 
 
 def check(found: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
@@ -435,24 +419,24 @@ def fits(name: str, found: torch.dtype, expected: torch.dtype) -> bool:
     return found in (expected, torch.float32) or in_blocks and found == torch.bfloat16
 
 
-def write_weights(reads: list, shards: list, convert: Callable, folder: Path) -> None:
+def write_weights(reads: list, made: dict[str, Tensor], convert: Callable, folder: Path) -> None:
     """Stream the tensors of a plan into model.safetensors, or into numbered files with the usual index."""
-    n = len(shards)
-    names = [f"model-{i + 1:05}-of-{n:05}.safetensors" for i in range(n)] if n > 1 else ["model.safetensors"]
-    held, done = {}, 0                                   # tensors of the shard in work; shards written
+    from huggingface_hub import split_torch_state_dict_into_shards
+
+    layout = split_torch_state_dict_into_shards(made, max_shard_size=SHARD_BYTES)
+    held: dict[str, dict] = {name: {} for name in layout.filename_to_tensors}
     with tqdm(total=len(reads), unit="tensor", desc=folder.stem, disable=None) as bar:
         for file, group in itertools.groupby(reads, key=lambda read: read[0]):
             with open_weights(file, folder) as read:
-                for _, name in group:
-                    held |= convert({name: read(name).contiguous()})
+                for _, official in group:
+                    for name, tensor in convert({official: read(official).contiguous()}).items():
+                        out = layout.tensor_to_filename[name]
+                        held[out][name] = tensor
+                        if len(held[out]) == len(layout.filename_to_tensors[out]):
+                            save(held.pop(out), folder / out, FOR_TRANSFORMERS)
                     bar.update()
-                    if len(held) == len(shards[done]):
-                        save(held, folder / names[done], FOR_TRANSFORMERS)
-                        held, done = {}, done + 1
-    if n > 1:
-        where = {key: name for name, shard in zip(names, shards, strict=True) for key in shard}
-        total = {"total_size": size_of((reads, shards))}
-        write_json({"metadata": total, "weight_map": where}, folder / INDEX)
+    if layout.is_sharded:
+        write_json({"metadata": layout.metadata, "weight_map": layout.tensor_to_filename}, folder / INDEX)
 
 
 def write_json(values: dict, file: Path) -> None:
@@ -465,60 +449,57 @@ def write_json(values: dict, file: Path) -> None:
 
 
 def run_dit(src: Path, out: Path, config: str, special_tokens: Path | None, force: bool) -> None:
-    out = output_folder(src, out, force)
-    preset = magi.PRESETS.get(config)
-    require(preset or Path(config).is_file(), f"config {config!r} is neither a file nor one of "
-            f"{', '.join(magi.PRESETS)}")
     notes = []
-    if preset:
-        cfg, sampler = preset.dit, preset.sampler
-    else:
-        official = read_json(Path(config))
-        cfg, sampler = configs_from_upstream(official)
-        notes.append(note_on_gpus(official))
-    tokens = special_tokens_from_npz(special_tokens, cfg.text_dim) if special_tokens else {}
-    if not tokens:
-        notes.append(f"note: without --special-tokens, {out} only runs with special_tokens=(), in sample.py "
-                     f"--special_tokens none")
-    files = weight_files(src)
-    plan = make_plan(files, convert_dit, meta_weights(lambda: magi.DiT(cfg)))
-    with new_folder(src, out, force, size_of(plan)) as folder:
-        write_weights(*plan, convert_dit, folder)
+    with new_folder(src, out, force) as folder:
+        if config in magi.PRESETS:
+            cfg, sampler = magi.PRESETS[config]
+        else:
+            require(Path(config).is_file(), f"config {config!r} is neither a file nor one of "
+                    f"{', '.join(magi.PRESETS)}")
+            official = read_json(Path(config))
+            cfg, sampler = configs_from_upstream(official)
+            notes.append(note_on_gpus(official))
+        tokens = special_tokens_from_npz(special_tokens, cfg.text_dim) if special_tokens else {}
+        convert_files(weight_files(src), convert_dit, meta_weights(lambda: magi.DiT(cfg)), folder)
         write_json({"dit": asdict(cfg), "sampler": asdict(sampler)}, folder / "config.json")
         if tokens:
             save(tokens, folder / "special_tokens.safetensors")
+        else:
+            notes.append(f"note: without --special-tokens, {out} only runs with special_tokens=(), in "
+                         f"sample.py --special_tokens none")
     for note in filter(None, notes):
         print(note, file=sys.stderr)
 
 
 def run_vae(src: Path, out: Path, force: bool) -> None:
-    out = output_folder(src, out, force)
-    cfg = vae_config_from_upstream(read_json(src / "config.json"))
-    files = weight_files(src, "diffusion_pytorch_model.safetensors")
-    plan = make_plan(files, convert_vae, meta_weights(lambda: magi.VAE(cfg)))
-    with new_folder(src, out, force, size_of(plan)) as folder:
-        write_weights(*plan, convert_vae, folder)
+    with new_folder(src, out, force) as folder:
+        cfg = vae_config_from_upstream(read_json(src / "config.json"))
+        files = weight_files(src, "diffusion_pytorch_model.safetensors")
+        convert_files(files, convert_vae, meta_weights(lambda: magi.VAE(cfg)), folder)
         write_json({"vae": asdict(cfg)}, folder / "config.json")
 
 
 def run_t5(src: Path, out: Path, force: bool) -> None:
     from transformers import T5Config, T5EncoderModel  # this takes seconds, so it stands here
 
-    out = output_folder(src, out, force)
-    config = read_json(src / "config.json")
-    require(isinstance(config, dict) and config.get("model_type") == "t5",
-            f"{src / 'config.json'} is not of a T5 model")
-    require((src / "spiece.model").is_file(), f"{src / 'spiece.model'} is missing")
-    with reading("config", src / "config.json"):
-        expected = meta_weights(lambda: T5EncoderModel(T5Config(**config)).to(torch.bfloat16))
-    del expected["encoder.embed_tokens.weight"]
-    has_safetensors = any((src / name).is_file() for name in ("model.safetensors", INDEX))
-    files = weight_files(src, "model.safetensors" if has_safetensors else "pytorch_model.bin")
-    plan = make_plan(files, convert_t5, expected)
-    with new_folder(src, out, force, size_of(plan)) as folder:
-        write_weights(*plan, convert_t5, folder)
+    with new_folder(src, out, force) as folder:
+        config = read_json(src / "config.json")
+        require(isinstance(config, dict) and config.get("model_type") == "t5",
+                f"{src / 'config.json'} is not of a T5 model")
+        require((src / "spiece.model").is_file(), f"{src / 'spiece.model'} is missing")
+        with reading("config", src / "config.json"):
+            expected = meta_weights(lambda: T5EncoderModel(T5Config(**config)).to(torch.bfloat16))
+        del expected["encoder.embed_tokens.weight"]
+        has_safetensors = any((src / name).is_file() for name in ("model.safetensors", INDEX))
+        files = weight_files(src, "model.safetensors" if has_safetensors else "pytorch_model.bin")
+        convert_files(files, convert_t5, expected, folder)
         write_json(config, folder / "config.json")
         shutil.copyfile(src / "spiece.model", folder / "spiece.model")
+
+
+def convert_files(files: list[Path], convert: Callable, expected: dict[str, Tensor], folder: Path) -> None:
+    reads, made = make_plan(files, convert, expected, folder)
+    write_weights(reads, made, convert, folder)
 
 
 def run_all(src: Path, out: Path, special_tokens: Path | None, force: bool) -> None:

@@ -59,12 +59,12 @@ from tqdm import tqdm
 import checkpoints
 import magi
 import media
+import outputs
 import parallel
 import planner
 import training
 from captions import clean_caption
 from checkpoints import build, read_config, read_json, read_tensors, reading, require, save, weight_files
-from folders import new_folder, only_run_in
 from magi import CHUNK, FRAMES_PER_LATENT, DiT, DiTConfig, SamplerConfig
 
 FPS = 24
@@ -155,7 +155,7 @@ def find_videos(folder: Path, cache: Path, skip_bad: bool = False) -> list[Video
         videos.append(Video(path, text, frames // CHUNK_FRAMES, height, width))
     require(videos, f"no clip of {str(folder)!r} can be used")
     cache.mkdir(parents=True, exist_ok=True)
-    media.replace(seen_file, lambda new: new.write_text(json.dumps(seen)))
+    outputs.replace(seen_file, lambda new: new.write_text(json.dumps(seen)))
     return videos
 
 
@@ -512,7 +512,7 @@ def claim_work(args: argparse.Namespace, pieces: Sequence[Piece], stack: context
     """Take the work folder for this run and note its settings; ValueError if another run is in it, or if it
     began with other settings."""
     args.work.mkdir(parents=True, exist_ok=True)
-    stack.enter_context(only_run_in(args.work))
+    stack.enter_context(outputs.locked(args.work))
     data = short_hash(str([(file_key(piece.path), piece) for piece in pieces]))
     now = {name: str(getattr(args, name)) for name in FIXED} | {"data": data}
     file = args.work / "settings.json"
@@ -522,7 +522,7 @@ def claim_work(args: argparse.Namespace, pieces: Sequence[Piece], stack: context
                    if before.get(name) != value]
         require(not changed, f"the run in {str(args.work)!r} began with other settings: "
                 f"{', '.join(changed)}; choose another --out, or remove {args.work}")
-    media.replace(file, lambda new: new.write_text(json.dumps(now, indent=1) + "\n"))
+    outputs.replace(file, lambda new: new.write_text(json.dumps(now, indent=1) + "\n"))
 
 
 def encode(args: argparse.Namespace, batches: Batches) -> str:
@@ -701,7 +701,8 @@ def write_model(out: Path, base: Path, weights: dict[str, Tensor], config: dict,
     from huggingface_hub import split_torch_state_dict_into_shards
 
     files = split_torch_state_dict_into_shards(weights, max_shard_size=most)
-    with new_folder(base, out, out.exists(), sum(u.nbytes for u in weights.values())) as folder:
+    with outputs.new_folder(base, out, out.exists()) as folder:
+        outputs.check_room(folder, sum(u.nbytes for u in weights.values()))
         for file, names in files.filename_to_tensors.items():
             save({name: weights[name].detach().cpu() for name in names}, folder / file)
         if files.is_sharded:

@@ -1,8 +1,7 @@
-"""Speak to a video while it is made: one page on 127.0.0.1, or lines on standard input.
+"""Speak to a video while it is made: one page on 127.0.0.1 (sample.py --prompt - takes lines instead).
 
     python live.py                                      the small model; open the address that it prints
     python live.py --model models/4.5B-distill --window 1
-    python live.py --fit_preview "a red ball bounces" "a blue star swings"      once for every new VAE
 
     visitor --WebSocket--> Live --prompts--> magi.MAGI --a second of frames--> Live --fragments--> visitors
 
@@ -11,7 +10,7 @@ watch. A second is begun when the player is about to need it, so that little lie
 first frame, and nothing is computed while nobody watches. The film lies in a temporary file. Nothing that a
 browser sends becomes a path or is run: see `guarded` and `read_upload`.
 
-Contents: 1 Prompts, 2 Previews, 3 The film, 4 Server, 5 Page, 6 Command line.
+Contents: 1 Previews, 2 The film, 3 Server, 4 Page, 5 Command line. tools/fit_preview.py fits the previews.
 """
 
 # ruff: noqa: E402
@@ -30,8 +29,6 @@ import dataclasses
 import io
 import itertools
 import json
-import math
-import queue
 import re
 import secrets
 import socket
@@ -40,99 +37,33 @@ import tempfile
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 from urllib.parse import urlsplit
 
 import numpy as np
 from PIL import Image
-from transformers.utils import logging
 
 import magi
 import media
-import parallel
-import training
-from checkpoints import read_config, read_json, reading, require
+from captions import MAX_TOLD, check_text
+from checkpoints import read_json, reading, require
 
 try:
     from aiohttp import web
-except ImportError:                                                          # sample.py only needs section 1
+except ImportError:                                                          # main says what to do about it
     web = None  # type: ignore[assignment]
 
-MAX_PROMPT, MAX_WAITING = 2_000, 8                     # characters; prompts that no chunk has asked for yet
+MAX_WAITING = 8                                        # prompts that no chunk has asked for yet
 MAX_UPLOAD, MAX_VISITORS = 32 * 2**20, 20              # bytes
 SHOWN = 4                                              # seconds of film on the strip, before those in flight
 
 # ------------------------------------------------------------------------------------------------------------
-# 1  Prompts
-# ------------------------------------------------------------------------------------------------------------
-
-
-def check_prompt(text: Any) -> str:
-    """The caption without white space around it. ValueError for what is none."""
-    require(isinstance(text, str) and len(text) <= MAX_PROMPT,
-            f"a prompt is text of at most {MAX_PROMPT:,} characters")
-    require(text.encode(errors="ignore").decode() == text, f"the prompt {ascii(text)} is not UTF-8")
-    return text.strip()
-
-
-def told_by(stream: BinaryIO, endless: bool, say: Callable[[str], None]) -> Iterator[str | None]:
-    """For `--prompt -`: a prompt a line, read by a thread of its own. Each goes to the next chunk that asks;
-    then the last one goes on. Their end ends an endless video, too.
-
-    `say` warns of lines that are no prompts, empty ones are passed over. The stream should be unbuffered:
-    Python cannot end while a thread waits inside a buffered one.
-    """
-    lines: queue.SimpleQueue[str | None] = queue.SimpleQueue()
-
-    def read() -> None:
-        for line in stream:
-            try:
-                if text := check_prompt(line.decode(errors="surrogateescape").strip("\ufeff")):
-                    lines.put(text)
-            except ValueError as error:
-                say(f"warning: {error}; this line is passed over")
-        lines.put(None)
-
-    def prompts() -> Iterator[str | None]:
-        prompt = lines.get()                                                 # the first chunk waits for it
-        require(prompt is not None, "standard input ended before there was a prompt")
-        while prompt is not None:
-            yield prompt
-            with contextlib.suppress(queue.Empty):
-                prompt = lines.get_nowait()
-        if endless:
-            yield None
-
-    threading.Thread(target=read, name="prompts", daemon=True).start()
-    return prompts()
-
-
-# ------------------------------------------------------------------------------------------------------------
-# 2  Previews
+# 1  Previews
 # ------------------------------------------------------------------------------------------------------------
 # One matrix turns the 16 channels of a latent and a one into the mean colour of the 4 x 8 x 8 pixels that it
 # stands for: good enough to see what a chunk will be while it still is noise, and free of cost.
-
-
-def fit_preview(pipe: magi.MAGI, prompts: Sequence[str], file: Path) -> float:
-    """Fit the matrix to two seconds of the model's own video for each prompt; returns the error, of 255."""
-    latents, colours = [], []
-
-    def watch(p: magi.Progress) -> None:
-        if p.now.done is not None:
-            latents.append(p.latents[p.now.done][0].flatten(1).T.float().cpu().numpy())   # (6 H W, 16)
-
-    for seed, prompt in enumerate(prompts):
-        for frames in pipe(prompt, num_frames=48, seed=seed, progress=watch):
-            n, h, w, _ = frames.shape                                        # (24, 8 H, 8 W, 3)
-            colours.append(frames.reshape(n // 4, 4, h // 8, 8, w // 8, 8, 3).mean((1, 3, 5)).reshape(-1, 3))
-    y = np.concatenate(colours)
-    x = np.concatenate([np.concatenate(latents), np.ones((len(y), 1))], axis=1)
-    matrix = np.linalg.lstsq(x, y, rcond=None)[0]                            # (17, 3)
-    file.write_text(json.dumps({"latent_to_rgb": matrix.round(2).tolist()}) + "\n")
-    return float(np.sqrt(np.mean((x @ matrix - y) ** 2)))
 
 
 def load_preview(file: Path) -> np.ndarray | None:
@@ -159,7 +90,7 @@ def data_uri(pixels: np.ndarray) -> str:
 
 
 # ------------------------------------------------------------------------------------------------------------
-# 3  The film
+# 2  The film
 # ------------------------------------------------------------------------------------------------------------
 
 
@@ -217,7 +148,7 @@ class Live:
 
     def say(self, text: str, kind: str | None = None) -> None:
         """The next prompt; "" for the one that holds now."""
-        text = check_prompt(text) or self.prompt
+        text = check_text(text, MAX_TOLD) or self.prompt
         require(text, "say what to show, for example: a red ball bounces")
         require(len(self.find("waiting")) < MAX_WAITING, f"{MAX_WAITING} prompts are waiting already")
         if kind:
@@ -349,7 +280,7 @@ def one_line(error: Exception) -> str:
 
 
 # ------------------------------------------------------------------------------------------------------------
-# 4  Server
+# 3  Server
 # ------------------------------------------------------------------------------------------------------------
 # Of uploads only formats that hold their pictures themselves, known by their first bytes: a playlist or an
 # SVG could name other files, and an EPS would be run.
@@ -467,7 +398,7 @@ class Server:
 
 
 # ------------------------------------------------------------------------------------------------------------
-# 5  Page
+# 4  Page
 # ------------------------------------------------------------------------------------------------------------
 # Texts are only ever set as textContent: nothing that a visitor says becomes part of the page's code.
 
@@ -617,53 +548,39 @@ else $("problem").textContent = "this browser has no MediaSource: try another, o
 
 
 # ------------------------------------------------------------------------------------------------------------
-# 6  Command line
+# 5  Command line
 # ------------------------------------------------------------------------------------------------------------
 
 
 def main(argv: list[str] | None = None) -> int:
+    """The command line -> its exit code: 2 for what is wrong, else 130, since Ctrl-C ends it."""
     import sample
 
     parser = argparse.ArgumentParser(prog="live.py", allow_abbrev=False,
                                      description=(__doc__ or "").split("\n")[0],
                                      epilog="sample.py's flags for video, sampling and model work, too.")
-    flag = parser.add_argument
-    flag("--host", default="127.0.0.1", help="to be seen by other machines, with the token that is printed")
-    flag("--port", type=int, default=8765, help="default: 8765")
-    flag("--fit_preview", nargs="+", metavar="PROMPT", help="fit the previews to these videos, and leave")
+    parser.add_argument("--host", default="127.0.0.1",
+                        help="to be seen by other machines, with the token that is printed")
+    parser.add_argument("--port", type=int, default=8765, help="default: 8765")
     page, others = parser.parse_known_args(argv)
-    notes: list[str] = []
+    args = sample.parse_arguments(["--prompt", "-", "--num_frames", "inf", "--out", "-", *others])
     try:
         require(web, "the page needs aiohttp: pip install aiohttp")
-        args = sample.parse_arguments(["--prompt", "-", "--num_frames", "inf", "--out", "-", *others])
         unwanted = args.image or args.video or args.transition or args.prompt != ["-"]
         require(not unwanted, "prompts, pictures, clips and cuts are given on the page: leave --prompt, "
                 "--image, --video and --transition out")
-        sample.check_flags(args)
         if args.plan:
             print(sample.plan(args))
             return 0
-        dit = read_config(args.model, "dit", magi.DiTConfig)
-        cfg = sample.settings(args, dit, read_config(args.model, "sampler", magi.SamplerConfig), notes)
-        device = sample.choose_device(args, dit.fp8, notes)
-        sample.check_model(args, dit, cfg, math.inf)
-        file = args.vae / "preview.json"
-        matrix = load_preview(file)
-        door = None if page.fit_preview else listen(page.host, page.port)
-        for note in notes:
+        sample.check_flags(args)
+        run = sample.check(args)
+        matrix = load_preview(args.vae / "preview.json")
+        door = listen(page.host, page.port)
+        for note in run.notes:
             sample.say(note)
-        logging.disable_progress_bar()
-        pipe = magi.load(args.model, vae=args.vae, t5=args.t5, device=device, dtype=args.dtype,
-                         backend=args.backend, keep_t5=True, parts=parallel.parts(args.stream))
-        for lora, scale in zip(args.lora, args.lora_scale, strict=True):
-            training.load_lora(pipe.dit, lora, scale)
-        pipe.sampler = cfg
-        pipe.encode_text([""])                                               # T5 is read now, and kept
-        if door:
-            serve(Live(pipe, matrix), door, page.host)
-        else:
-            print(f"{file}: off by {fit_preview(pipe, page.fit_preview, file):.1f} of 255")
-            return 0
+        pipe = sample.load(args, run.device)
+        pipe.sampler = run.cfg
+        serve(Live(pipe, matrix), door, page.host)
     except KeyboardInterrupt:
         pass
     except (ValueError, OSError, ImportError) as error:

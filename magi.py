@@ -653,9 +653,7 @@ class T5:
 
     def read(self) -> Any:
         """The model, a transformers.T5EncoderModel."""
-        for name in ("config.json", "spiece.model"):
-            file = self.folder / name
-            require(file.is_file(), f"no text encoder in {str(self.folder)!r}: {file} does not exist")
+        checkpoints.check_text_encoder(self.folder)
         from transformers import T5EncoderModel
 
         read: Any = T5EncoderModel.from_pretrained

@@ -18,11 +18,10 @@ import contextlib
 import io
 import math
 import os
-import shutil
 import warnings
 from bisect import bisect_right
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from fractions import Fraction
 from functools import partial
 from pathlib import Path
@@ -35,6 +34,7 @@ import torch
 from PIL import Image, ImageCms, UnidentifiedImageError
 
 from checkpoints import reading, require
+from outputs import replace
 
 FRAMES_PER_LATENT = 4                                                        # as in magi.py
 
@@ -551,79 +551,6 @@ def to_srgb(rgb: np.ndarray, transfer: int, to_709: np.ndarray | None) -> np.nda
 # ------------------------------------------------------------------------------------------------------------
 # A writer takes chunk after chunk, uint8 (frames, height, width, 3). When write() returns, they are in the
 # file and the file is whole: a crash loses nothing. close() only makes an mp4 more convenient.
-
-LONGEST_NAME = 255 - len("..lock")                                           # in bytes: see `locked`
-
-
-@contextlib.contextmanager
-def claimed(path: Path, inputs: Iterable[str | Path] = ()) -> Iterator[Path]:
-    """An output for us alone: where to write, links resolved. ValueError if nothing can be written there, if
-    it is one of the inputs, or if another run writes it."""
-    require(not path.exists() or not any(os.path.exists(file) and path.samefile(file) for file in inputs),
-            f"{str(path)!r} is an input: give the output another name")
-    path = check_output(path)
-    with locked(path):
-        yield path
-
-
-def check_output(path: Path) -> Path:
-    """Where to write, a link resolved. ValueError if nothing can be written there."""
-    name = str(path)
-    require(path.exists() or not path.is_symlink(),
-            f"cannot write {name!r}: it is a link to what does not exist")
-    folder, path = path.parent, Path(os.path.realpath(path))
-    require(not path.is_dir(), f"cannot write {name!r}: it is a folder, add a file name")
-    require(not path.exists() or path.is_file(), f"cannot write {name!r}: it is no ordinary file")
-    require(not path.exists() or os.access(path, os.W_OK), f"cannot write {name!r}: it is protected")
-    require(path.parent.is_dir(), f"cannot write {name!r}: create the folder {str(folder)!r} first")
-    require(len(os.fsencode(path.name)) <= LONGEST_NAME,
-            f"the name of {name!r} is too long: at most {LONGEST_NAME} bytes")
-    return path
-
-
-@contextlib.contextmanager
-def locked(path: Path) -> Iterator[None]:
-    """Nobody else may write this file for so long: ValueError if another run does. The lock is a file beside
-    it, which the system frees even after kill -9."""
-    try:
-        import fcntl
-    except ImportError:                                                      # Windows
-        yield
-        return
-    lock = path.with_name(f".{path.name}.lock")
-    while True:
-        try:
-            file = os.open(lock, os.O_CREAT | os.O_RDWR, 0o666)
-        except OSError as error:
-            raise ValueError(f"cannot write in folder {str(path.parent)!r}: {error.strerror}") from None
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            os.close(file)
-            raise ValueError(f"another run is writing {str(path)!r}: give this one another name") from None
-        except OSError:                                                      # a file system without locks
-            break
-        with contextlib.suppress(FileNotFoundError):
-            if os.path.samestat(os.stat(lock), os.fstat(file)):
-                break
-        os.close(file)                                                       # its owner was just leaving
-    try:
-        yield
-    finally:
-        lock.unlink(missing_ok=True)
-        os.close(file)
-
-
-def replace(path: Path, save: Callable[[Path], None]) -> None:
-    """save(file), then put that in the place of `path`; if it fails, on a full disk, the old one stays."""
-    new = path.with_name(f".{path.name}.new")
-    try:
-        save(new)
-        with contextlib.suppress(FileNotFoundError):
-            shutil.copymode(path, new)
-        os.replace(new, path)
-    finally:
-        new.unlink(missing_ok=True)
 
 
 class Fragments:

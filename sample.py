@@ -52,6 +52,8 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+from tqdm import tqdm
+
 # ------------------------------------------------------------------------------------------------------------
 # 1  Flags
 # ------------------------------------------------------------------------------------------------------------
@@ -79,8 +81,13 @@ def model_folder(text: str) -> Path:
     return SHIPPED.get(text, Path(text))
 
 
+def say(message: object, file: Any = None) -> None:
+    """One line on stderr whatever the message looked like, above the progress bar if there is one."""
+    tqdm.write(" ".join(str(message).split()), file=file or sys.stderr)
+
+
 class Parser(argparse.ArgumentParser):
-    """argparse that raises ValueError, where it would print its usage and leave."""
+    """argparse with one line where it would print its usage, too, and a guess at what was meant."""
 
     def error(self, message: str):
         if message.startswith("unrecognized arguments: "):
@@ -91,36 +98,24 @@ class Parser(argparse.ArgumentParser):
                 message += f" (did you mean {near[0]}?)"
             elif not word.startswith("-"):
                 message += " (a prompt of several words needs quotes)"
-        raise ValueError(f"{message}; see --help")
+        say(f"error: {message}; see --help")
+        sys.exit(2)
 
 
-def number(text: str) -> float:
-    with contextlib.suppress(ValueError):
-        if math.isfinite(value := float(text)):
-            return value
-    raise argparse.ArgumentTypeError(f"{text!r} is not a finite number")
-
-
-def whole_number(text: str, otherwise: str = "") -> int | str:
+def whole_number(text: str, otherwise: str | None = None) -> int | str:
     """A whole number, or the word `otherwise`."""
     if text == otherwise:
         return text
-    if not re.fullmatch(r"-?\d+", text):
-        raise argparse.ArgumentTypeError(f"{text!r} is neither a whole number nor {otherwise}")
-    return int(text)
+    try:
+        return int(text)
+    except ValueError:
+        also = f" or {otherwise!r}" if otherwise else ""
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number{also}") from None
 
 
-def chunk_and_kind(text: str) -> tuple[int, str]:
+def chunk_and_kind(text: str) -> tuple[int | str, str]:
     chunk, _, kind = text.partition(":")
-    if not re.fullmatch(r"-?\d+", chunk):
-        raise argparse.ArgumentTypeError(f"{text!r} is not a chunk, such as 2, or 2:restyle")
-    return int(chunk), kind or "cut"
-
-
-def refuse(error: Exception) -> int:
-    """Say in one line, whatever the message looks like, what is wrong. Returns the exit code."""
-    print("error:", *str(error).split(), file=sys.stderr)
-    return 2
+    return whole_number(chunk), kind or "cut"
 
 
 def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
@@ -131,13 +126,16 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
                     epilog="The official --image_path, --prefix_video_path and --output_path work too.")
     many = dict(nargs="+", metavar="X")
     # fmt: off
-    flag = parser.add_argument_group("what to make").add_argument
+    group = parser.add_argument_group("what to make")
+    flag, prompts = group.add_argument, group.add_mutually_exclusive_group().add_argument
     flag("--mode", choices=["t2v", "i2v", "v2v"], help="text, image, video to video; default: by the input")
-    flag("--prompt", action="append", metavar="TEXT", default=[],
-         help="again for the next second; the last one goes on; or -: lines of standard input, each from the "
-              "next chunk on, whose end ends an endless video")
-    flag("--prompt_file", type=Path, metavar="FILE",
-         help="a video a line, its seconds divided by |; --out is their folder, the seed counts up")
+    prompts("--prompt", action="append", metavar="TEXT", default=[],
+            help="again for the next second; the last one goes on; or -: lines of standard input, each from "
+                 "the next chunk on, whose end ends an endless video")
+    prompts("--prompt_file", type=Path, metavar="FILE",
+            help="a video a line, its seconds divided by |; --out is their folder, the seed counts up")
+    prompts("--text", metavar="FILE", help="prompts that --save_text has encoded: T5 is not needed")
+    flag("--save_text", type=Path, metavar="FILE", help="save the encoded prompts (.safetensors)")
     flag("--image", metavar="FILE", help="i2v: the first frame")
     flag("--video", metavar="FILE", help="v2v: the result goes on where this ends")
     flag("--out", type=Path, default=Path("out.mp4"), metavar="FILE",
@@ -163,9 +161,9 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     flag("--clean_kv_range", type=int, metavar="N", help="for clean chunks; -1: the last of --kv_range")
     flag("--transition", action="append", type=chunk_and_kind, metavar="CHUNK[:KIND]", default=[],
          help="change the scene at this chunk, 1 is the second one; KIND: cut (default) or restyle")
-    flag("--text_scale", dest="text_scales", type=number, help="pull of the prompt: number or table", **many)
-    flag("--prev_scale", dest="prev_scales", type=number, help="pull of the chunks before", **many)
-    flag("--cfg_t", type=number, help="where the entries of such tables begin, from 0 to 1", **many)
+    flag("--text_scale", dest="text_scales", type=float, help="pull of the prompt: number or table", **many)
+    flag("--prev_scale", dest="prev_scales", type=float, help="pull of the chunks before", **many)
+    flag("--cfg_t", type=float, help="where the entries of such tables begin, from 0 to 1", **many)
     flag("--special_tokens", help="hq duration static dynamic borderness 3d 2d; or: none", **many)
     flag("--negative_tokens", help="caption logo trans borderness; or: none", **many)
 
@@ -175,13 +173,11 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
               f"tiny/{SHIPPED[DEFAULT_MODEL].name}")
     flag("--lora", action="append", type=Path, metavar="FILE", default=[],
          help="low-rank weights added to it, as tiny/train.py lora makes; again for more, which add up")
-    flag("--lora_scale", action="append", type=number, metavar="X", default=[],
+    flag("--lora_scale", action="append", type=float, metavar="X", default=[],
          help="how strongly it acts, once for all or once for each; default: 1")
     flag("--vae", type=Path, metavar="FOLDER", help="default: vae beside the model")
     flag("--t5", type=Path, metavar="FOLDER", help="default: t5 beside the model")
     flag("--config_file", metavar="JSON", help="an official config: its runtime_config replaces the model's")
-    flag("--save_text", type=Path, metavar="FILE", help="save the encoded prompt (.safetensors) ...")
-    flag("--text", metavar="FILE", help="... and use it instead of --prompt; needs no T5")
     flag("--device", help="cuda, cuda:1, cpu, mps; default: cuda if there is one")
     flag("--dtype", choices=["float32", "bfloat16", "float16"], help="of the transformer's blocks")
     flag("--stream", choices=["cpu", "disk"], help="weights come layer by layer: for a GPU that is too small")
@@ -201,28 +197,28 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     for name in names:                                   # a second value would silently replace the first
         if names.count(name) > 1 and name not in REPEATED:
             parser.error(f"{name} is given twice: leave one out")
+    args.vae = args.vae or args.model.parent / "vae"
+    args.t5 = args.t5 or args.model.parent / "t5"
     return args
 
 
-if __name__ == "__main__":           # --help and a mistyped flag answer at once: what follows takes seconds
-    try:
-        parse_arguments()
-    except ValueError as error:
-        sys.exit(refuse(error))
+if __name__ == "__main__":
+    parse_arguments()                # --help and a mistyped flag answer at once: what follows takes seconds
 
 import sentencepiece
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
-from tqdm import tqdm
 
 import checkpoints
 import convert_weights
 import magi
 import media
+import outputs
 import parallel
 import planner
 import training
+from captions import check_text, told_by
 from checkpoints import build, check_device, read_config, read_headers, read_json, reading, require
 
 if signal.getsignal(signal.SIGINT) is leave:                                 # from here on there may be files
@@ -253,24 +249,20 @@ def check_flags(args: argparse.Namespace) -> None:
     require(args.lora or not scales, "--lora_scale needs a LoRA: add --lora FILE")
     require(len(scales) in (0, 1, len(args.lora)), f"{len(scales)} --lora_scale for {len(args.lora)} --lora: "
             f"give one for all, or one for each")
+    require(all(map(math.isfinite, scales)), f"--lora_scale {scales} must be finite numbers")
     args.lora_scale = scales if len(scales) > 1 else (scales or [1.0]) * len(args.lora)
     args.prefix_frames = 32 if args.prefix_frames is None else args.prefix_frames
     args.fit = args.fit or "crop"
-    args.vae = args.vae or args.model.parent / "vae"
-    args.t5 = args.t5 or args.model.parent / "t5"
 
 
 def check_prompts(args: argparse.Namespace) -> None:
     """Find the prompts of each video (args.videos), and if they are told line by line while it runs."""
     args.told = args.prompt == ["-"]
     require(args.told or "-" not in args.prompt, "--prompt - stands alone: it reads all prompts")
-    require(not args.told or not args.save_text, "--save_text needs its prompts at once, not by --prompt -")
-    require(not args.text or not (args.prompt or args.save_text),
-            f"--text {args.text!r} is an encoded prompt already: leave --prompt and --save_text out")
+    require(not args.save_text or not (args.told or args.text or args.prompt_file),
+            "--save_text needs its prompts at once, by --prompt TEXT")
     args.videos = [[] if args.told else args.prompt]
     if args.prompt_file:
-        require(not (args.prompt or args.text or args.save_text),
-                "--prompt_file has the prompts: leave --prompt, --text and --save_text out")
         require(args.num_frames != "inf",
                 "--prompt_file makes many videos, so none is endless: leave --num_frames inf out")
         with reading("prompt file", args.prompt_file):
@@ -281,17 +273,18 @@ def check_prompts(args: argparse.Namespace) -> None:
     require(args.prompt or args.text or args.told or args.mode != "t2v",
             'no --prompt: say what to show, for example --prompt "a red ball bounces"')
     for prompt in args.prompt:
-        require(prompt.encode(errors="ignore").decode() == prompt,
-                f"the prompt {ascii(prompt)} is not UTF-8: check the encoding of the terminal or script")
+        check_text(prompt)
 
 
 def claim_outputs(args: argparse.Namespace, locks: contextlib.ExitStack) -> list:
-    """Where each video goes. What is written is locked for so long, so that nobody else writes it."""
+    """Where each video goes, locked so that nobody else writes it; None in a process that does not write."""
+    if parallel.rank() > 0:
+        return [None] * len(args.videos)
     inputs = [f for f in (args.image, args.video, args.text, args.config_file, *args.lora) if f]
     inputs += [file for folder in (args.model, args.vae, args.t5) for file in folder.glob("*")]
 
     def claimed(path: Path) -> Path:
-        return locks.enter_context(media.claimed(path, inputs))
+        return locks.enter_context(outputs.claimed(path, inputs))
 
     if args.save_text:
         require(args.save_text.suffix == ".safetensors",
@@ -329,10 +322,7 @@ def settings(args: argparse.Namespace, dit, cfg, notes: list[str]):
     given = {name: value for name, value in given.items() if value is not None}
     for name, value in given.items():
         if isinstance(value, list):
-            word = next((u for u in value if u in ("all", "none")), None)
-            require(word is None or len(value) == 1,
-                    f"{name} {' '.join(map(str, value))!r}: {word!r} stands alone")
-            given[name] = () if word else tuple(value)
+            given[name] = () if value in (["all"], ["none"]) else tuple(value)
     if args.num_frames == "inf":
         given["num_frames"] = None
     for name, neutral in (("text_scales", 0), ("prev_scales", 1)):
@@ -387,15 +377,8 @@ def check_model(args: argparse.Namespace, dit, cfg, chunks: float) -> None:
     shapes = read_headers([file] if file.is_file() else [])
     table = {name: torch.empty(shape, device="meta") for name, (shape, _) in shapes.items()}
     magi.check_tokens(cfg, table, dit.text_dim, chunks)
-    if args.text:
-        return
-    config, weights = args.t5 / "config.json", [*args.t5.glob("*.safetensors"), *args.t5.glob("*.bin")]
-    require(weights and config.is_file() and (args.t5 / "spiece.model").is_file(),
-            f"no text encoder in {str(args.t5)!r}: it needs config.json, spiece.model and weights")
-    width = read_json(config).get("d_model")
-    require(width == dit.text_dim, f"the text encoder in {str(args.t5)!r} has width {width}, this "
-            f"model needs {dit.text_dim}: give the right one with --t5")
-    read_headers([*args.t5.glob("*.safetensors")])                           # finds a file that was cut short
+    if not args.text:
+        checkpoints.check_text_encoder(args.t5, dit.text_dim)
 
 
 def notes_on_prompts(args: argparse.Namespace, cfg, native, chunks: float) -> list[str]:
@@ -426,12 +409,6 @@ def notes_on_prompts(args: argparse.Namespace, cfg, native, chunks: float) -> li
     return notes
 
 
-def count_chunks(num_frames: int | None, prefix_frames: int) -> float:
-    """How many chunks a run generates after so many frames of video; those they fill are not generated."""
-    total, given = magi.count_chunks(magi.round_frames(num_frames), prefix_frames // 4)
-    return math.inf if total is None else total - given
-
-
 def load_text(path: str, dit) -> tuple:
     """What --save_text wrote: text (n, L, C) and mask (n, L)."""
     with reading("text", path):
@@ -444,16 +421,16 @@ def load_text(path: str, dit) -> tuple:
     return text, mask
 
 
-def check(args: argparse.Namespace, locks: contextlib.ExitStack) -> SimpleNamespace:
-    """All checks but those of the flags alone, and what they had to find out."""
+def read_configs(model: Path) -> tuple[magi.DiTConfig, magi.SamplerConfig]:
+    return read_config(model, "dit", magi.DiTConfig), read_config(model, "sampler", magi.SamplerConfig)
+
+
+def check(args: argparse.Namespace) -> SimpleNamespace:
+    """All checks but those of the flags alone and of the outputs, and what they had to find out."""
     notes: list[str] = []
     require(not args.told or parallel.ranks() == 1, "--prompt - is read by one process: leave torchrun out")
-    outs = [None] * len(args.videos)                                         # for those that do not write
-    if parallel.rank() == 0:
-        outs = claim_outputs(args, locks)
-    dit = read_config(args.model, "dit", magi.DiTConfig)
+    dit, native = read_configs(args.model)
     dit = dataclasses.replace(dit, dtype=args.dtype or dit.dtype)
-    native = read_config(args.model, "sampler", magi.SamplerConfig)
     cfg = settings(args, dit, native, notes)
     fastest = 50 if args.out.suffix.lower() == ".gif" else 1000
     require(cfg.fps <= fastest, f"fps {cfg.fps} is too fast: {str(args.out)!r} can play {fastest} at most")
@@ -464,14 +441,16 @@ def check(args: argparse.Namespace, locks: contextlib.ExitStack) -> SimpleNamesp
     if args.video:
         video = media.read_video(args.video, cfg.fps, None, max(4, args.prefix_frames), size, args.fit)
     clip = media.prefix_clip(image, video, args.prefix_frames)
-    chunks = count_chunks(cfg.num_frames, 0 if video is None else len(clip))
+    given = 0 if video is None else len(clip)
+    total, filled = magi.count_chunks(magi.round_frames(cfg.num_frames), given // magi.FRAMES_PER_LATENT)
+    chunks = math.inf if total is None else total - filled                   # that are generated
     check_model(args, dit, cfg, chunks)
     for chunk, _ in args.transition:
         require(chunk < chunks, f"transition at chunk {chunk}: the video has {chunks} chunks, counted from 0")
     notes += notes_on_prompts(args, cfg, native, chunks)
     text = load_text(args.text, dit) if args.text else None
     return SimpleNamespace(cfg=cfg, chunks=chunks, device=device, image=image, video=video, text=text,
-                           text_length=dit.text_length, outs=outs, notes=notes)
+                           text_length=dit.text_length, notes=notes)
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -496,22 +475,14 @@ class Quiet:
             os.dup2(os.open(os.devnull, os.O_WRONLY), self.stream.fileno())
 
 
-def say(message: object, file: Any = None) -> None:
-    """One line on stderr whatever the message looked like, above the progress bar if there is one."""
-    tqdm.write(" ".join(str(message).split()), file=file or sys.stderr)
-
-
 def plan(args: argparse.Namespace) -> str:
     """What this run needs where; --model may also name a released model that is not here yet."""
-    known = magi.PRESETS.get(str(args.model))
-    dit = known.dit if known else read_config(args.model, "dit", magi.DiTConfig)
-    native = known.sampler if known else read_config(args.model, "sampler", magi.SamplerConfig)
-    vae, t5 = args.vae or args.model.parent / "vae", args.t5 or args.model.parent / "t5"
+    dit, native = magi.PRESETS.get(str(args.model)) or read_configs(args.model)
     beside = {}                                                              # if left out: the released ones
-    if (vae / "config.json").is_file():
-        beside["vae"] = read_config(vae, "vae", magi.VAEConfig)
-    if (t5 / "config.json").is_file():
-        beside["t5"] = read_json(t5 / "config.json")
+    if (args.vae / "config.json").is_file():
+        beside["vae"] = read_config(args.vae, "vae", magi.VAEConfig)
+    if (args.t5 / "config.json").is_file():
+        beside["t5"] = read_json(args.t5 / "config.json")
     return planner.plan(dit, settings(args, dit, native, []), **beside)
 
 
@@ -524,50 +495,61 @@ def prepare(argv: list[str] | None, locks: contextlib.ExitStack) -> list[dict]:
     check_flags(args)
     args.device = parallel.start(args.device)
     locks.enter_context(parallel.first_speaks())
-    run = parallel.agreed(check)(args, locks)
+    outs = parallel.agreed(claim_outputs)(args, locks)
+    run = parallel.agreed(check)(args)
     for note in run.notes:
         say(note)
     if args.text:
-        given = [run.text]
+        texts = [run.text]
+    elif args.told:
+        texts = [told_by(io.FileIO(0, closefd=False), run.cfg.num_frames is None, say)]
     else:
-        from transformers.utils import logging  # slow, and not needed with --text
-
-        logging.disable_progress_bar()
-        given = [] if args.told else encode_text(args, run.text_length, run.device)
-    pipe = magi.load(args.model, vae=args.vae, t5=args.t5, device=run.device, dtype=args.dtype,
-                     backend=args.backend, keep_t5=args.told, parts=parallel.parts(args.stream))
-    for file, scale in zip(args.lora, args.lora_scale, strict=True):
-        training.load_lora(pipe.dit, file, scale)
-    if args.told:
-        import live
-
-        with reading("text encoder", args.t5):                               # it is kept
-            pipe.encode_text([""])
-        given = [live.told_by(io.FileIO(0, closefd=False), run.cfg.num_frames is None, say)]
+        texts = encode_text(args, run.text_length, run.device)
+    pipe = load(args, run.device)
     runs = []
-    for i, (prompt, out) in enumerate(zip(given, run.outs, strict=True)):
+    for i, (text, out) in enumerate(zip(texts, outs, strict=True)):
         cfg = dataclasses.replace(run.cfg, seed=run.cfg.seed + i)
-        frames = partial(pipe, prompt, sampler=cfg, image=run.image, video=run.video, fit=args.fit,
+        frames = partial(pipe, text, sampler=cfg, image=run.image, video=run.video, fit=args.fit,
                          prefix_frames=args.prefix_frames)
         runs.append(dict(frames=frames, cfg=cfg, chunks=run.chunks, out=out, device=run.device,
                          report=getattr(pipe.dit.ops, "report", None)))
     return runs
 
 
+def quiet_transformers() -> None:
+    from transformers.utils import logging  # slow, and not needed with --text
+
+    logging.disable_progress_bar()
+
+
 def encode_text(args: argparse.Namespace, length: int, device: str) -> list[tuple]:
     """The prompts of each video as the model reads them: text (n, L, C) and mask (n, L). T5 is gone when this
     returns, before the model itself is read."""
+    quiet_transformers()
     with reading("text encoder", args.t5):
         t5 = parallel.T5(args.t5, length, device, stream=args.stream)
         text, mask = t5(args.prompt or [""])
     if args.save_text and parallel.rank() == 0:
-        made, about = {"text": text, "mask": mask}, {"prompts": json.dumps(args.prompt)}
+        about = {"prompts": json.dumps(args.prompt)}
         try:
-            media.replace(args.save_text, lambda new: checkpoints.save(made, new, about))
+            checkpoints.save({"text": text, "mask": mask}, args.save_text, about)
         except SafetensorError as error:
             raise OSError(f"cannot write {str(args.save_text)!r}: {error}") from None
     counts = [len(prompts) or 1 for prompts in args.videos]
     return list(zip(text.split(counts), mask.split(counts), strict=True))
+
+
+def load(args: argparse.Namespace, device: str) -> magi.MAGI:
+    """The model with its LoRAs, and with T5 if prompts are told while it runs."""
+    pipe = magi.load(args.model, vae=args.vae, t5=args.t5, device=device, dtype=args.dtype,
+                     backend=args.backend, keep_t5=args.told, parts=parallel.parts(args.stream))
+    for file, scale in zip(args.lora, args.lora_scale, strict=True):
+        training.load_lora(pipe.dit, file, scale)
+    if args.told:
+        quiet_transformers()
+        with reading("text encoder", args.t5):
+            pipe.encode_text([""])
+    return pipe
 
 
 @contextlib.contextmanager
@@ -674,7 +656,8 @@ def main(argv: list[str] | None = None) -> int:
                     break
             return code
         except (ValueError, OSError, ImportError) as error:
-            return refuse(error)
+            say(f"error: {error}")
+            return 2
         except KeyboardInterrupt:
             print("interrupted before anything was written")
             return 130

@@ -264,7 +264,10 @@ def read_frames(path: Path) -> np.ndarray:
 def run_main(main, *arguments) -> tuple[int, str, str]:
     """Exit code, stdout and stderr of a command line, in this process."""
     with contextlib.redirect_stdout(io.StringIO()) as out, contextlib.redirect_stderr(io.StringIO()) as err:
-        code = main([str(argument) for argument in arguments])
+        try:
+            code = main([str(argument) for argument in arguments])
+        except SystemExit as stop:  # argparse refuses in this way
+            code = stop.code
     return code, out.getvalue(), err.getvalue()
 
 

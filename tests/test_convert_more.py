@@ -1,4 +1,4 @@
-"""convert_weights.py and folders.py: column order of the output projection, files as people have them, and an
+"""convert_weights.py and outputs.py: column order of the output projection, files as people have them, and an
 output folder that is whole whatever happens."""
 
 import codecs
@@ -27,8 +27,8 @@ from test_convert import (
 )
 
 import convert_weights as cw
-import folders
 import magi
+import outputs
 
 
 def vae_folder(folder: Path, shift: float = 0.0, **layout) -> Path:
@@ -262,7 +262,7 @@ class Interrupt:
         self.n, self.after, self.calls = n, after, 0
         rename, rmtree = Path.rename, shutil.rmtree
         monkeypatch.setattr(Path, "rename", lambda a, b: self.watch(rename, a, b))
-        monkeypatch.setattr(folders.shutil, "rmtree", lambda *a, **k: self.watch(rmtree, *a, **k))
+        monkeypatch.setattr(outputs.shutil, "rmtree", lambda *a, **k: self.watch(rmtree, *a, **k))
 
     def watch(self, call, *args, **more):
         self.calls += 1
@@ -279,7 +279,7 @@ def test_ctrl_c_at_any_time_leaves_the_old_or_the_new_model(tmp_path, monkeypatc
     old, new = vae_folder(tmp_path / "old", 1.0), vae_folder(tmp_path / "new", 2.0)
     out, seen = tmp_path / "models" / "vae", set()
     for after in (False, True):
-        for n in range(1, 5):
+        for n in range(1, 6):
             assert run_main(cw.main, "vae", old, out, "--force")[0] == 0
             with monkeypatch.context() as m:
                 interrupt = Interrupt(n, after, m)
@@ -348,13 +348,14 @@ def test_a_second_run_on_one_output_is_refused_and_spoils_nothing(tmp_path, monk
     code, said, err = run_main(cw.main, "vae", src, out)
     assert code == 0 and said.startswith("wrote"), err
     ((code, said, err),) = second
-    assert code == 2 and said == "" and err.count("\n") == 1 and "out.partial is in use by another run" in err
+    assert code == 2 and said == "" and err.count("\n") == 1 and "another run is writing" in err
     assert_same(read_folder(out), cw.convert_vae(dict(official_weights("vae"))))
     assert sorted(tmp_path.iterdir()) == [out, src]
 
 
-def test_a_run_that_waited_for_another_to_end_does_not_take_its_folder(tmp_path, monkeypatch):
-    """Between opening OUT.partial and locking it, the other run gives it its final name."""
+@pytest.mark.parametrize("flags, value", [((), 1), (("--force",), 2)])
+def test_a_run_that_waited_for_another_to_end_finds_its_model(flags, value, tmp_path, monkeypatch):
+    """Between opening the lock and taking it, the other run ends: as if this one had come later."""
     import fcntl
 
     src, out = vae_folder(tmp_path / "src", 1.0), tmp_path / "out"
@@ -367,9 +368,10 @@ def test_a_run_that_waited_for_another_to_end_does_not_take_its_folder(tmp_path,
         flock(handle, how)
 
     monkeypatch.setattr(fcntl, "flock", finish_first)
-    code, _, err = run_main(cw.main, "vae", vae_folder(tmp_path / "other", 2.0), out, "--force")
-    assert code == 2 and "in use by another run" in err
-    assert bias(out).mean().round() == 1
+    code, _, err = run_main(cw.main, "vae", vae_folder(tmp_path / "other", 2.0), out, *flags)
+    assert code == (0 if flags else 2) and ("exists: choose another folder" in err) == (not flags)
+    assert bias(out).mean().round() == value
+    assert {path.name for path in tmp_path.iterdir()} == {"src", "other", "out"}
 
 
 def test_tensors_larger_than_a_file_may_be_get_a_file_each(tmp_path, monkeypatch):
@@ -384,11 +386,11 @@ def test_a_disk_without_room_is_found_before_a_weight_is_read(tmp_path, monkeypa
     src, out = vae_folder(tmp_path / "src"), tmp_path / "out"
     size = sum(tensor.nbytes for tensor in official_weights("vae").values())
     usage = lambda free: shutil._ntuple_diskusage(10**12, 10**12 - free, free)
-    monkeypatch.setattr(folders.shutil, "disk_usage", lambda path: usage(size - 1))
+    monkeypatch.setattr(outputs.shutil, "disk_usage", lambda path: usage(size - 1))
     with monkeypatch.context() as m:
         m.setattr(cw, "open_weights", lambda *_: pytest.fail("a weight was read"))
         assert_refused(cw.main, ("vae", src, out), "needs 0.001 GB, but only 0.001 GB", out=out)
-    monkeypatch.setattr(folders.shutil, "disk_usage", lambda path: usage(size))
+    monkeypatch.setattr(outputs.shutil, "disk_usage", lambda path: usage(size))
     assert run_main(cw.main, "vae", src, out)[0] == 0
 
 

@@ -354,8 +354,8 @@ def test_a_run_that_ended_early_goes_on_to_the_same_result(
 
 def test_two_runs_do_not_share_a_folder(cached, model_folder, tmp_path):
     (tmp_path / "a.work").mkdir()
-    with finetune.only_run_in(tmp_path / "a.work"):
-        refused(train(model_folder, cached, tmp_path / "a.safetensors"), "in use by another run")
+    with finetune.outputs.locked(tmp_path / "a.work"):
+        refused(train(model_folder, cached, tmp_path / "a.safetensors"), "another run is writing")
 
 
 def test_a_loss_that_is_not_finite_ends_the_run_and_keeps_what_was_there(

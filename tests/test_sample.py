@@ -2,6 +2,7 @@
 
 import copy
 import dataclasses
+import itertools
 import json
 import math
 import os
@@ -114,13 +115,15 @@ def test_sample_makes_exactly_num_frames(frames, model_folder, tmp_path):
         assert len(read_frames(tmp_path / name)) == frames
 
 
-def test_sample_count_chunks_is_what_the_sampler_does():
-    for given_frames in (0, 4, 24, 32, 48):
-        for n in range(1, 100):
-            latents, prefix = math.ceil(n / 4), given_frames // 4
-            total = math.ceil((latents + prefix) / magi.CHUNK)  # as magi.sample has it
-            assert sample.count_chunks(n, given_frames) == total - prefix // magi.CHUNK
-    assert sample.count_chunks(None, 0) == math.inf
+def test_sample_plans_as_many_chunks_as_the_sampler_makes(model_folder, tmp_path, planned):
+    video = ["--video", model_folder.parent / "clip.mp4", "--prefix_frames"]
+    for given_frames, n in itertools.product((0, 4, 28), (1, 25, 48)):
+        prefix = given_frames // 4
+        total = math.ceil((math.ceil(n / 4) + prefix) / magi.CHUNK)  # as magi.sample has it
+        flags = [*video, given_frames] if given_frames else ["--prompt", "a"]
+        flags += ["--text", model_folder.parent / "text.safetensors"] if given_frames else []
+        assert run_sample(model_folder, *flags, "--num_frames", n, "--out", tmp_path / "a.mp4") == 0
+        assert planned["chunks"] == total - prefix // magi.CHUNK
 
 
 def test_sample_is_reproducible(model_folder, tmp_path):
@@ -424,7 +427,7 @@ BAD_FLAGS = {
     "unquoted prompt": (["--prompt", "a", "red", "ball"], "red ball", "quotes"),
     "unknown flag": (["--stpes", "3"], "--stpes"),
     "not a number": (["--height", "tall"], "--height", "tall"),
-    "nan": (["--text_scale", "nan"], "--text_scale", "nan"),
+    "nan": (["--prompt", "a", "--text_scale", "nan"], "text_scales (nan", "finite"),
     "mode": (["--mode", "t2i"], "t2i", "i2v"),
     "height": (["--prompt", "a", "--height", "100"], "100", "96"),
     "width": (["--prompt", "a", "--width", "71"], "71", "64"),
@@ -432,9 +435,9 @@ BAD_FLAGS = {
     "window": (["--prompt", "a", "--window", "0"], "window 0"),
     "kv range": (["--prompt", "a", "--kv_range", "5", "4", "3"], "kv_ranges", "3"),
     "kv range 0": (["--prompt", "a", "--kv_range", "0"], "0"),
-    "kv range and all": (["--prompt", "a", "--kv_range", "5", "all"], "5 all", "'all' stands alone"),
+    "kv range and all": (["--prompt", "a", "--kv_range", "5", "all"], "(5, 'all')", "whole numbers"),
     "special token": (["--prompt", "a", "--special_tokens", "4k"], "4k", "hq"),
-    "token and none": (["--prompt", "a", "--special_tokens", "hq", "none"], "'none' stands alone"),
+    "token and none": (["--prompt", "a", "--special_tokens", "hq", "none"], "'none'", "hq"),
     "negative token": (["--prompt", "a", "--negative_tokens", "blur"], "blur", "logo"),
     "no frames": (["--prompt", "a", "--num_frames", "0"], "0", "at least 1"),
     "negative frames": (["--prompt", "a", "--num_frames", "-3"], "-3"),
@@ -470,7 +473,7 @@ BAD_FLAGS = {
     "text without ending": (["--prompt", "a", "--save_text", "a.txt"], "a.txt", ".safetensors"),
     "not unicode": (["--prompt", "caf\udce9"], "UTF-8"),
     "kv range text": (["--prompt", "a", "--kv_range", "x"], "'x'", "whole number"),
-    "transition text": (["--prompt", "a", "--transition", "1.5"], "'1.5'", "2:restyle"),
+    "transition text": (["--prompt", "a", "--transition", "1.5"], "'1.5'", "whole number"),
     "over the input": (["--video", "clip.mp4", "--out", "clip.mp4"], "clip.mp4", "input"),
     "no such model": (["--prompt", "a", "--model", "nowhere"], "nowhere", "does not exist"),
     "no vae": (["--prompt", "a", "--vae", "nowhere"], "nowhere"),
@@ -479,7 +482,9 @@ BAD_FLAGS = {
     "bad config": (["--prompt", "a", "--config_file", "broken.mp4"], "broken.mp4", "cannot read"),
     "no text": (["--text", "nowhere.safetensors"], "nowhere.safetensors"),
     "bad text": (["--text", "broken.mp4"], "broken.mp4"),
-    "text and prompt": (["--text", "a.safetensors", "--prompt", "a"], "--prompt"),
+    "text and prompt": (["--text", "a.safetensors", "--prompt", "a"], "--prompt", "--text"),
+    "file and prompt": (["--prompt_file", "a.txt", "--prompt", "a"], "--prompt_file", "--prompt"),
+    "LoRA scale nan": (["--prompt", "a", "--lora", "a", "--lora_scale", "nan"], "nan", "finite"),
     "device": (["--prompt", "a", "--device", "tpu"], "tpu", "try cpu"),
     "device number": (["--prompt", "a", "--device", "cuda:99"], "cuda:99", "try cpu"),
     "backend on a cpu": (["--prompt", "a", "--backend", "triton", "--device", "cpu"], "triton", "torch"),

@@ -34,6 +34,7 @@ from safetensors.torch import load_file, save_file
 import convert_weights as cw
 import magi
 import media
+import outputs
 import sample
 import threads
 import training
@@ -891,7 +892,7 @@ def test_two_runs_on_one_output(ending, model_folder, tmp_path):
     out.write_bytes(b"old")
     (tmp_path / "folder").symlink_to(tmp_path, target_is_directory=True)
     (tmp_path / f"link{ending}").symlink_to(out)
-    with media.locked(media.check_output(out)):
+    with outputs.locked(outputs.check_output(out)):
         for path in (
             out,
             tmp_path / "folder" / out.name,
@@ -927,7 +928,7 @@ def test_two_runs_on_one_output(ending, model_folder, tmp_path):
 
 def test_two_runs_that_save_one_text(model_folder, tmp_path):
     path = tmp_path / "a.safetensors"
-    with media.locked(path):
+    with outputs.locked(path):
         code, _, err = run_main(
             sample.main,
             "--model",
@@ -946,12 +947,12 @@ def test_a_lock_of_a_killed_run_does_not_hold(tmp_path):
     path = tmp_path / "a.mp4"
 
     def work():
-        with media.locked(path):
+        with outputs.locked(path):
             os.kill(os.getpid(), signal.SIGKILL)
 
     killed(work)
     assert (tmp_path / ".a.mp4.lock").exists()
-    with media.locked(path):
+    with outputs.locked(path):
         pass
     assert not [*tmp_path.iterdir()]
 
@@ -990,9 +991,9 @@ def test_outputs_that_are_refused_before_anything_is_computed(model_folder, tmp_
     for length, ok in (251, False), (250, False), (249, True):
         name = tmp_path / ("a" * (length - 4) + ".mp4")
         if ok:
-            assert media.check_output(name) == name
+            assert outputs.check_output(name) == name
             grow(name, chunks=2)
-            with media.locked(name):
+            with outputs.locked(name):
                 pass
         else:
             assert "too long: at most 249 bytes" in refused(model_folder, "--out", name)

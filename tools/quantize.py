@@ -26,9 +26,9 @@ from tqdm import tqdm
 
 import convert_weights
 import magi
-from checkpoints import check_device, read_config, read_tensors, require, weight_files
-from folders import new_folder, output_folder
+from checkpoints import check_device, check_text_encoder, read_config, read_tensors, require, weight_files
 from magi import DiTConfig, SamplerConfig
+from outputs import new_folder
 
 E4M3_MAX, ALPHA = 448.0, 0.45
 SMALLEST = 1e-6                  # a channel that is never used, or whose weights are all zero, counts as this
@@ -105,10 +105,14 @@ def fp8_layers(cfg: DiTConfig) -> dict[str, str]:
             for name, module in modules if isinstance(module, magi.FP8Linear)}
 
 
-def run_quantize(src: Path, out: Path, prompt: list[str] | None, t5: Path | None, device: str, backend: str,
-                 alpha: float, force: bool, **settings) -> None:
+def run_quantize(src: Path, out: Path, force: bool, **options) -> None:
+    with new_folder(src, out, force) as folder:
+        quantize(src, folder, **options)
+
+
+def quantize(src: Path, folder: Path, prompt: list[str] | None, t5: Path | None, device: str, backend: str,
+             alpha: float, **settings) -> None:
     """Quantise every layer but the first and the last, which are too sensitive; they become bf16."""
-    out = output_folder(src, out, force)
     cfg = read_config(src, "dit", DiTConfig)
     sampler = read_config(src, "sampler", SamplerConfig)
     require(not cfg.fp8, f"{src} is an fp8 model already")
@@ -119,7 +123,7 @@ def run_quantize(src: Path, out: Path, prompt: list[str] | None, t5: Path | None
     given = {name: value for name, value in settings.items() if value is not None}
     sampler_run = dataclasses.replace(sampler, **given)
     t5 = t5 or src.parent / "t5"
-    require((t5 / "config.json").is_file(), f"no text encoder in {t5}: give its folder with --t5")
+    check_text_encoder(t5, cfg.text_dim)
 
     cfg8 = dataclasses.replace(cfg, fp8=True, dtype="bfloat16")
     kinds = fp8_layers(cfg8)
@@ -139,14 +143,13 @@ def run_quantize(src: Path, out: Path, prompt: list[str] | None, t5: Path | None
 
     with torch.device("meta"):                           # a misfit is found before the model runs
         peaks = {name: torch.empty(expected[f"{name}.weight"].shape[1]) for name in kinds}
-    plan = convert_weights.make_plan(files, convert, expected)
-    with new_folder(src, out, force, convert_weights.size_of(plan)) as folder:
-        peaks = measure(src, sampler_run, prompt or CALIBRATION_PROMPTS, t5, device, backend, kinds)
-        convert_weights.write_weights(*plan, convert, folder)
-        convert_weights.write_json({"dit": asdict(cfg8), "sampler": asdict(sampler)}, folder / "config.json")
-        tokens = src / "special_tokens.safetensors"
-        if tokens.is_file():
-            shutil.copyfile(tokens, folder / tokens.name)
+    reads, made = convert_weights.make_plan(files, convert, expected, folder)
+    peaks = measure(src, sampler_run, prompt or CALIBRATION_PROMPTS, t5, device, backend, kinds)
+    convert_weights.write_weights(reads, made, convert, folder)
+    convert_weights.write_json({"dit": asdict(cfg8), "sampler": asdict(sampler)}, folder / "config.json")
+    tokens = src / "special_tokens.safetensors"
+    if tokens.is_file():
+        shutil.copyfile(tokens, folder / tokens.name)
 
 
 def add_flags(command: argparse.ArgumentParser) -> None:

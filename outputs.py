@@ -1,0 +1,162 @@
+"""Outputs that are there whole or not at all, whatever ends the program, and that one run writes at a time.
+
+    with claimed(path, inputs) as path:                  # a file: links resolved, nobody else writes it
+        replace(path, save)                              # the old file stays until the new one is whole
+    with new_folder(src, out, force) as folder:          # a model folder: OUT.partial, empty
+        check_room(folder, size)
+        ...                                              # write the files
+    # Here OUT is complete. After an error or Ctrl-C, OUT.partial is gone, and OUT is as it was before.
+
+ValueError, before anything is written, for a place where nothing can or should be written.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+from checkpoints import require
+
+LONGEST_NAME = 255 - len("..lock")                       # in bytes: see `locked`
+OUR_FILES = ("config.json", "spiece.model", "model.safetensors.index.json")
+
+
+@contextmanager
+def locked(path: Path) -> Iterator[None]:
+    """Nobody else may write this file or folder for so long: ValueError if another run does. The lock is a
+    file beside it, which the system frees even after kill -9."""
+    try:
+        import fcntl
+    except ImportError:                                  # Windows
+        yield
+        return
+    path = path.absolute()
+    lock = path.with_name(f".{path.name}.lock")
+    while True:
+        try:
+            file = os.open(lock, os.O_CREAT | os.O_RDWR, 0o666)
+        except OSError as error:
+            raise ValueError(f"cannot write in folder {str(path.parent)!r}: {error.strerror}") from None
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            os.close(file)
+            raise ValueError(f"another run is writing {str(path)!r}: wait for its end, or give this one "
+                             f"another name") from None
+        except OSError:                                  # a file system without locks
+            break
+        with suppress(FileNotFoundError):
+            if os.path.samestat(os.stat(lock), os.fstat(file)):
+                break
+        os.close(file)                                   # its owner was just leaving
+    try:
+        yield
+    finally:
+        lock.unlink(missing_ok=True)
+        os.close(file)
+
+
+def resolved(path: Path) -> Path:
+    """The path without links. ValueError if one leads to nothing."""
+    for part in (path, *path.parents):
+        require(part.exists() or not part.is_symlink(),
+                f"{part} is a link to something that does not exist: remove it, or give another name")
+    return Path(os.path.realpath(path))
+
+
+# ---------------------------------------------------------------------------------------------------- a file
+
+
+@contextmanager
+def claimed(path: Path, inputs: Iterable[str | Path] = ()) -> Iterator[Path]:
+    """An output for us alone: where to write, links resolved. ValueError if nothing can be written there, if
+    it is one of the inputs, or if another run writes it."""
+    require(not path.exists() or not any(os.path.exists(file) and path.samefile(file) for file in inputs),
+            f"{str(path)!r} is an input: give the output another name")
+    path = check_output(path)
+    with locked(path):
+        yield path
+
+
+def check_output(path: Path) -> Path:
+    """Where to write, a link resolved. ValueError if nothing can be written there."""
+    name, folder, path = str(path), path.parent, resolved(path)
+    require(not path.is_dir(), f"cannot write {name!r}: it is a folder, add a file name")
+    require(not path.exists() or path.is_file(), f"cannot write {name!r}: it is no ordinary file")
+    require(not path.exists() or os.access(path, os.W_OK), f"cannot write {name!r}: it is protected")
+    require(path.parent.is_dir(), f"cannot write {name!r}: create the folder {str(folder)!r} first")
+    require(len(os.fsencode(path.name)) <= LONGEST_NAME,
+            f"the name of {name!r} is too long: at most {LONGEST_NAME} bytes")
+    return path
+
+
+def replace(path: Path, save: Callable[[Path], None]) -> None:
+    """save(file), then put that in the place of `path`; if it fails, on a full disk, the old one stays."""
+    new = path.with_name(f".{path.name}.new")
+    try:
+        save(new)
+        with suppress(FileNotFoundError):
+            shutil.copymode(path, new)
+        os.replace(new, path)
+    finally:
+        new.unlink(missing_ok=True)
+
+
+# ------------------------------------------------------------------------------------------------- a folder
+
+
+@contextmanager
+def new_folder(src: Path, out: Path, force: bool) -> Iterator[Path]:
+    """Yield a folder OUT.partial that becomes OUT if the block ends well, and is removed if it does not.
+
+    An existing OUT must be a model folder, not hold `src`, and be meant (`force`). It is moved aside at the
+    end and removed last, so the old or the new one is whole at any time.
+    """
+    out = resolved(out)
+    partial, old = (out.with_name(f"{out.name}.{word}") for word in ("partial", "replaced"))
+    out.parent.mkdir(parents=True, exist_ok=True)
+    with locked(out):
+        for leftover in (partial, old):
+            require(not os.path.lexists(leftover) or is_ours(leftover),
+                    f"{leftover} is in the way and holds files that are not ours: move it elsewhere")
+        if old.exists() and not out.exists():            # a run was killed while it replaced OUT
+            old.rename(out)
+        if out.exists():
+            require(force, f"{out} exists: choose another folder, or add --force to replace it")
+            require((out / "config.json").is_file() and not src.resolve().is_relative_to(out),
+                    f"{out} is not a model folder of ours, or holds the source: --force does not replace it")
+        for leftover in (partial, old):                  # a run was killed before it ended
+            shutil.rmtree(leftover, ignore_errors=True)
+        partial.mkdir()
+        try:
+            yield partial
+            if out.exists():
+                out.rename(old)
+            partial.rename(out)
+        except BaseException:                            # Ctrl-C is one of them
+            if old.exists() and not out.exists():
+                old.rename(out)
+            shutil.rmtree(partial, ignore_errors=True)
+            raise
+        finally:
+            shutil.rmtree(old, ignore_errors=True)
+    sizes = [file.stat().st_size for file in out.iterdir()]
+    print(f"wrote {out}: {sum(sizes) / 1e9:.3f} GB in {len(sizes)} files")
+
+
+def is_ours(folder: Path) -> bool:
+    """Tell if a folder holds only what a run writes. Unfinished files are called .tmp* or *.part."""
+    if folder.is_symlink() or not folder.is_dir():
+        return False
+    return all(file.name in OUR_FILES or file.suffix in (".safetensors", ".unpacked", ".part")
+               or file.name.startswith(".tmp") for file in folder.iterdir())
+
+
+def check_room(folder: Path, size: int) -> None:
+    """ValueError if the disk has no room for so many bytes."""
+    free = shutil.disk_usage(folder).free
+    require(size <= free, f"this needs {size / 1e9:.3f} GB, but only {free / 1e9:.3f} GB are free in "
+            f"{str(folder.parent)!r}")
