@@ -38,6 +38,7 @@ import zipfile
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -403,20 +404,20 @@ def check(found: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
     """Compare names, shapes and dtypes both ways. Raises ValueError with the first difference."""
     show = lambda tensor: f"{str(tensor.dtype).removeprefix('torch.')} {list(tensor.shape)}"
     wanted = {name: show(tensor) for name, tensor in expected.items()}
-    have = {name: show(tensor) for name, tensor in found.items()}
-    for name in found.keys() & expected.keys():
-        if found[name].shape == expected[name].shape and fits(name, found[name].dtype, expected[name].dtype):
-            have[name] = wanted[name]
+    have = {name: wanted[name] if name in expected and fits(name, tensor, expected[name]) else show(tensor)
+            for name, tensor in found.items()}
     compare_headers(have, wanted, "the weights do not fit the config")
 
 
-def fits(name: str, found: torch.dtype, expected: torch.dtype) -> bool:
-    """Tell if a tensor may have this dtype. It is e4m3 exactly where the model's is; else it is the model's,
-    float32, or bf16 in the blocks, since official files store even their float32 norms in bf16."""
-    if E4M3 in (found, expected):
-        return found == expected
-    in_blocks = name.startswith(("layers.", "final_norm.")) and not name.endswith("_scale")
-    return found in (expected, torch.float32) or in_blocks and found == torch.bfloat16
+def fits(name: str, found: Tensor, expected: Tensor) -> bool:
+    """Tell if a tensor may have this shape and dtype. It is e4m3 exactly where the model's is; else it is the
+    model's, float32, or bf16 in the blocks, since official files store even their float32 norms in bf16."""
+    allowed = {expected.dtype, torch.float32}
+    if name.startswith(("layers.", "final_norm.")) and not name.endswith("_scale"):
+        allowed.add(torch.bfloat16)
+    if expected.dtype == E4M3:
+        allowed = {E4M3}
+    return found.shape == expected.shape and found.dtype in allowed
 
 
 def write_weights(reads: list, made: dict[str, Tensor], convert: Callable, folder: Path) -> None:
@@ -504,7 +505,7 @@ def convert_files(files: list[Path], convert: Callable, expected: dict[str, Tens
 
 def run_all(src: Path, out: Path, special_tokens: Path | None, force: bool) -> None:
     """Convert all that a ckpt folder holds. A DiT folder's name tells the preset; the headers confirm it."""
-    jobs = {}                                            # name in OUT -> function, official folder, arguments
+    jobs = {}                                            # name in OUT -> official folder, what converts it
     for folder in sorted(src.glob("magi/*/inference_weight*")):
         label = f"{folder.parent.name}/{folder.name}"
         if "1.1" in label:                               # `not_converted` says so
@@ -512,20 +513,20 @@ def run_all(src: Path, out: Path, special_tokens: Path | None, force: bool) -> N
         size = next((size for size in ("24B", "4.5B") if size in label), "unknown")
         preset = f"{size}-{'distill-fp8' if 'fp8' in label else 'distill' if 'distill' in label else 'base'}"
         require(preset in magi.PRESETS and preset not in jobs, f"which model is {folder}? Use dit")
-        jobs[preset] = run_dit, folder, dict(config=preset, special_tokens=special_tokens)
+        jobs[preset] = folder, partial(run_dit, config=preset, special_tokens=special_tokens)
     for name, run, pattern in (("vae", run_vae, "vae/config.json"), ("t5", run_t5, "t5/*/config.json")):
         for file in sorted(src.glob(pattern)):
-            jobs.setdefault(name, (run, file.parent, {}))
-    skipped = not_converted(src, out, [folder for _, folder, _ in jobs.values()])
+            jobs.setdefault(name, (file.parent, run))
+    skipped = not_converted(src, out, [folder for folder, _ in jobs.values()])
     require(jobs, f"{src} has no magi/*/inference_weight*, vae/config.json or t5/*/config.json to convert"
             + "".join(f"; {line}" for line in skipped))
     for line in skipped:
         print(f"note: {line}", file=sys.stderr)
-    for name, (run, folder, arguments) in jobs.items():
+    for name, (folder, run) in jobs.items():
         if (out / name).exists() and not force:
             print(f"{out / name} exists: skipped (--force converts it again)")
         else:
-            run(folder, out / name, force=force, **arguments)
+            run(folder, out / name, force=force)
 
 
 def not_converted(src: Path, out: Path, converted: list[Path]) -> list[str]:

@@ -655,7 +655,9 @@ class T5:
         """The model, a transformers.T5EncoderModel."""
         checkpoints.check_text_encoder(self.folder)
         from transformers import T5EncoderModel
+        from transformers.utils import logging
 
+        logging.disable_progress_bar()                   # it takes a moment
         read: Any = T5EncoderModel.from_pretrained
         model, info = read(self.folder, dtype=self.dtype, local_files_only=True, output_loading_info=True)
         missing = sorted(set(info["missing_keys"]) - {"encoder.embed_tokens.weight"})  # it is shared.weight

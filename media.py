@@ -50,13 +50,10 @@ TAKEN = "take uint8 from 0 to 255, or floats from 0 to 1 (from -1 to 1: give (x 
 CHANNELS = (1, 2, 3, 4)
 
 
-def to_image(x: Any, size: tuple[int, int] | None = None, fit: str = "crop") -> np.ndarray:
-    """A path, PIL image, array or tensor to uint8 (h, w, 3). ValueError for what is unclear.
-
-    A file is read at `size`, if one is given; the rest keeps its own.
-    """
+def to_image(x: Any) -> np.ndarray:
+    """A path, PIL image, array or tensor to uint8 (h, w, 3). ValueError for what is unclear."""
     if isinstance(x, str | os.PathLike):
-        return read_image(x, size, fit)
+        return read_image(x)
     if isinstance(x, Image.Image):
         return np.asarray(as_rgb(x))
     given, is_tensor = as_array(x, "image")
@@ -67,14 +64,13 @@ def to_image(x: Any, size: tuple[int, int] | None = None, fit: str = "crop") -> 
     return flatten(array, "image")
 
 
-def to_video(x: Any, fps: int = 24, count: int | None = None, size: tuple[int, int] | None = None,
-             fit: str = "crop") -> np.ndarray:
+def to_video(x: Any, count: int | None = None) -> np.ndarray:
     """A path, an array or tensor, or a list of images to uint8 (frames, h, w, 3). ValueError if unclear.
 
-    Of a file the last `count` frames at `fps` are read, at `size` (read_video); the rest is taken as it is.
+    Of a file only the last `count` frames are read; the rest is taken as it is.
     """
     if isinstance(x, str | os.PathLike):
-        return read_video(x, fps, None, count, size, fit)
+        return read_video(x, count=count)
     if isinstance(x, list | tuple) or not hasattr(x, "ndim") and hasattr(x, "__iter__"):
         frames = [to_image(frame) for frame in x]
         require(frames, "the video is an empty list: give its frames")
@@ -185,7 +181,7 @@ def prefix_pixels(image: Any, video: Any, prefix_frames: int, size: tuple[int, i
                   ) -> torch.Tensor:
     """The frames the model is shown, of an image or a video in any form: (1, 3, frames, *size) in [-1, 1]."""
     image = None if image is None else to_image(image)
-    video = None if video is None else to_video(video)
+    video = None if video is None else to_video(video, max(FRAMES_PER_LATENT, prefix_frames))
     clip: Any = prefix_clip(image, video, prefix_frames)
     return fit_frames(clip, *size, fit)
 

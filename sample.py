@@ -371,7 +371,6 @@ def check_model(args: argparse.Namespace, dit, cfg, chunks: float) -> None:
     empty = build(lambda: magi.DiT(dit), args.model)
     build(lambda: magi.VAE(vae), args.vae)
     for file in args.lora:
-        require(file.is_file(), f"LoRA {str(file)!r} is no file: check the path")
         training.check_lora(empty, file)
     file = args.model / "special_tokens.safetensors"
     shapes = read_headers([file] if file.is_file() else [])
@@ -516,16 +515,9 @@ def prepare(argv: list[str] | None, locks: contextlib.ExitStack) -> list[dict]:
     return runs
 
 
-def quiet_transformers() -> None:
-    from transformers.utils import logging  # slow, and not needed with --text
-
-    logging.disable_progress_bar()
-
-
 def encode_text(args: argparse.Namespace, length: int, device: str) -> list[tuple]:
     """The prompts of each video as the model reads them: text (n, L, C) and mask (n, L). T5 is gone when this
     returns, before the model itself is read."""
-    quiet_transformers()
     with reading("text encoder", args.t5):
         t5 = parallel.T5(args.t5, length, device, stream=args.stream)
         text, mask = t5(args.prompt or [""])
@@ -546,7 +538,6 @@ def load(args: argparse.Namespace, device: str) -> magi.MAGI:
     for file, scale in zip(args.lora, args.lora_scale, strict=True):
         training.load_lora(pipe.dit, file, scale)
     if args.told:
-        quiet_transformers()
         with reading("text encoder", args.t5):
             pipe.encode_text([""])
     return pipe
@@ -565,21 +556,23 @@ def uninterrupted():
         raise KeyboardInterrupt
 
 
-def progress_bar(chunks: float, total: int | None) -> tuple[tqdm, Callable]:
+def progress_bar(chunks: float) -> tuple[tqdm, Callable]:
     """The bar, and what to call after every step. Where nobody watches (a log), a line now and then instead:
     after a second, then after twice as long, up to a minute."""
-    watched = sys.stderr.isatty()
-    bar = tqdm(total=total, unit=" steps", desc="starting", dynamic_ncols=True, disable=not watched)
+    bar = tqdm(unit=" steps", desc="starting", dynamic_ncols=True, disable=not sys.stderr.isatty())
     pause, next_line = 1, 0.0
 
-    def progress(p) -> None:
+    def progress(p: magi.Progress) -> None:
         nonlocal pause, next_line
-        where = f"chunk {p.chunk + 1}" + ("" if total is None else f"/{chunks}")
+        where, step = f"chunk {p.chunk + 1}", f"step {p.step}"
+        if p.total is not None:
+            where, step = f"{where}/{chunks}", f"{step} of {p.total}"
         if not bar.disable:
+            bar.total = p.total
             bar.set_description_str(where, refresh=False)
             bar.update(p.step - bar.n)
-        elif p.step == total or time.monotonic() >= next_line:
-            say(f"{where}: step {p.step}" + ("" if total is None else f" of {total}"))
+        elif p.step == p.total or time.monotonic() >= next_line:
+            say(f"{where}: {step}")
             next_line, pause = time.monotonic() + pause, min(2 * pause, 60)
 
     return bar, progress
@@ -591,8 +584,7 @@ def generate(frames, cfg, chunks: float, out: Any, device: str, report: Callable
 
     out: a file, a stream for an mp4, or None where another process writes. report: which kernels were used.
     """
-    total = None if chunks == math.inf else (chunks + cfg.window - 1) * (cfg.num_steps // cfg.window)
-    bar, progress = progress_bar(chunks, total)
+    bar, progress = progress_bar(chunks)
     name, suffix = (out, out.suffix.lower()) if isinstance(out, Path) else ("-", ".mp4")
     writer = media.WRITERS[suffix](out, cfg.fps) if out else None
     code, made, first, last = 0, 0, 0.0, 0.0

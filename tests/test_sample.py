@@ -534,7 +534,7 @@ def test_sample_refuses_loras_that_do_not_fit(model_folder, tmp_path, no_weights
     )
     assert_refused(sample.main, [*flags, tmp_path / "broken.safetensors"], "broken.safetensors", "damaged")
     assert_refused(
-        sample.main, [*flags, tmp_path / "nowhere.safetensors"], "nowhere.safetensors", "is no file"
+        sample.main, [*flags, tmp_path / "nowhere.safetensors"], "nowhere.safetensors", "does not exist"
     )
     assert_refused(sample.main, [*flags, model_folder / "model.safetensors"], "is no LoRA")
 

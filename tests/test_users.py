@@ -998,7 +998,7 @@ def test_outputs_that_are_refused_before_anything_is_computed(model_folder, tmp_
         else:
             assert "too long: at most 249 bytes" in refused(model_folder, "--out", name)
     (tmp_path / "loop.mp4").symlink_to("loop.mp4")
-    assert "cannot write" in refused(model_folder, "--out", tmp_path / "loop.mp4")
+    assert "is a link to something" in refused(model_folder, "--out", tmp_path / "loop.mp4")
     assert (tmp_path / "fifo.mp4").is_fifo()
 
 
@@ -1133,10 +1133,10 @@ def test_a_log_gets_a_line_now_and_then(model_folder, tmp_path):
 def test_log_lines_over_an_hour(monkeypatch, capsys):
     now = [0.0]
     monkeypatch.setattr(sample, "time", types.SimpleNamespace(monotonic=lambda: now[0]))
-    _, progress = sample.progress_bar(math.inf, None)
+    _, progress = sample.progress_bar(math.inf)
     for step in range(36000):
         now[0] = step / 10
-        progress(types.SimpleNamespace(chunk=step // 4, step=step))
+        progress(types.SimpleNamespace(chunk=step // 4, step=step, total=None))
     lines = capsys.readouterr().err.splitlines()
     assert 60 < len(lines) < 75 and lines[0].startswith("chunk 1: step 0")
 
@@ -1236,12 +1236,7 @@ def test_videos_that_people_hold(tmp_path):
         assert (media.to_video(video) == x).all()
     assert (media.to_video(x[..., 0]) == x[..., :1]).all()
     path = write_video(tmp_path / "a.mp4", x)
-    assert close(media.to_video(path), x) and media.to_video(path, count=4, size=(32, 32)).shape == (
-        4,
-        32,
-        32,
-        3,
-    )
+    assert close(media.to_video(path), x) and close(media.to_video(path, count=4), x[-4:])
 
 
 @pytest.mark.parametrize(

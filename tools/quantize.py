@@ -78,9 +78,6 @@ def calibrate(dit: magi.DiT, layers: Iterable[str], run: Callable[[], None]) -> 
 def measure(src: Path, cfg: SamplerConfig, prompts: Iterable[str], t5: Path, device: str, backend: str,
             layers: Iterable[str]) -> dict[str, Tensor]:
     """Calibrate a model folder, in bf16, by one sampling run per prompt, each with a seed of its own."""
-    from transformers.utils import logging  # this takes seconds, so it stands here
-
-    logging.disable_progress_bar()
     text_length = read_config(src, "dit", DiTConfig).text_length
     texts, masks = magi.T5(t5, text_length, device)(list(prompts))           # frees the encoder
     dit = magi.load_dit(src, device, dtype="bfloat16", backend=backend)
