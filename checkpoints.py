@@ -56,10 +56,12 @@ def reading(what: str, path: str | Path) -> Iterator[None]:
     except Exception as error:
         if out_of_memory(error):
             raise
-        cause = f"damaged or of another kind: {type(error).__name__}: {error}"
+        cause = f", damaged or of another kind: {type(error).__name__}: {error}"
         if isinstance(error, OSError) and error.errno in errno.errorcode:
-            cause = str(error.strerror)                           # the disk's fault
-        raise ValueError(f"cannot read {what} {str(path)!r}, {cause}") from error
+            cause = f", {error.strerror}"                          # the disk's fault
+        if type(error) is ValueError:
+            cause = f": {error}"                                   # by `require`, which says what is wrong
+        raise ValueError(f"cannot read {what} {str(path)!r}{cause}") from error
 
 
 def read_json(path: str | Path, what: str = "config") -> Any:

@@ -205,18 +205,6 @@ def blocks(shape: tuple[float, float], size: tuple[int, int], fit: str) -> tuple
 # ------------------------------------------------------------------------------------------------------------
 
 
-@contextlib.contextmanager
-def opening(what: str, path: str | os.PathLike) -> Iterator[None]:
-    """`reading`, where a file that we refuse on purpose is not called damaged."""
-    try:
-        with reading(what, path):
-            yield
-    except ValueError as error:
-        if type(error.__cause__) is not ValueError:
-            raise
-        raise ValueError(f"cannot read {what} {str(path)!r}: {error.__cause__}") from None
-
-
 MOST_PIXELS = 2**27                                                          # 400 MB once it is decoded
 UPRIGHT = {value: Image.Transpose[name] for value, name in {                 # of EXIF's orientations
     2: "FLIP_LEFT_RIGHT", 3: "ROTATE_180", 4: "FLIP_TOP_BOTTOM", 5: "TRANSPOSE", 6: "ROTATE_270",
@@ -227,7 +215,7 @@ HEIC = (b"heic", b"heix", b"heim", b"heis", b"hevc", b"hevx", b"mif1", b"msf1")
 def read_image(path: str | os.PathLike, size: tuple[int, int] | None = None, fit: str = "crop"
                ) -> np.ndarray:
     """uint8 (h, w, 3), upright as the camera noted, in sRGB, on white; size None: its own."""
-    with opening("image", path), open_image(path) as image:
+    with reading("image", path), open_image(path) as image:
         if image.format not in ("JPEG", "MPO"):                              # these are decoded as needed
             check_pixels(image)
         orientation = image.getexif().get(0x0112, 1)
@@ -342,7 +330,7 @@ def read_video(path: str | os.PathLike, fps: int = 24, start: int | None = None,
     frame on show at its time, so 12 frames per second read at 24 come twice each. `size` and `fit` are those
     of `fitted`; memory is what the chosen frames need at that size, so give one for large videos.
     """
-    with opening("video", path), av.open(os.path.abspath(path)) as file:     # "12:30.mov" is no URL
+    with reading("video", path), av.open(os.path.abspath(path)) as file:     # "12:30.mov" is no URL
         stream = best_stream(file)
         begin = None if start is None else (stream.start_time or 0) * stream.time_base + Fraction(start, fps)
         length = math.inf if count is None else Fraction(count, fps)
@@ -374,13 +362,10 @@ def chosen(recent: deque, fps: int, begin: Fraction | None, count: int | None) -
     gap = gaps[len(gaps) // 2] if gaps else tick                             # between frames of the file
     end = times[-1] + max(0, gap - tick)                                     # the last one is shown so long
     noise = min(gap, tick) * Fraction(2, 5)                                  # times may be rounded to 1 ms
+    available = max(0, math.floor((end + noise - (times[0] if begin is None else begin)) / tick) + 1)
+    n = available if count is None else min(count, available)
     if begin is None:
-        available = math.floor((end + noise - times[0]) / tick) + 1
-        n = available if count is None else min(count, available)
         begin = end - (n - 1) * tick
-    else:
-        available = max(0, math.floor((end + noise - begin) / tick) + 1)
-        n = available if count is None else min(count, available)
     shown = [max(0, bisect_right(times, begin + k * tick + noise) - 1) for k in range(n)]
     return np.stack([pictures[i] for i in shown]) if n else np.empty((0, *pictures[0].shape), np.uint8)
 
