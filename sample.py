@@ -98,6 +98,8 @@ class Parser(argparse.ArgumentParser):
                 message += f" (did you mean {near[0]}?)"
             elif not word.startswith("-"):
                 message += " (a prompt of several words needs quotes)"
+        if "not allowed with" in message:
+            message += ": leave one of them out"
         say(f"error: {message}; see --help")
         sys.exit(2)
 
