@@ -12,7 +12,7 @@
         --config 4.5B_base_config.json --special-tokens special_tokens.npz
     python convert_weights.py quantize weights/4.5B-base weights/4.5B-base-fp8 --device cuda
 
-It keeps three promises. It writes nothing before every name, shape and dtype in the files' headers agrees,
+It keeps three promises. It writes no weight before every name, shape and dtype in the files' headers agrees,
 both ways, with the model that the config describes. It streams the tensors: one input file is open at a time,
 and at most one output file (5 GB) is held. OUT gets its name only when it is complete. What the program does
 not understand it refuses, with one line that says why and exit code 2.
