@@ -12,8 +12,8 @@ clips/ holds videos, each with a text file of its name (a.mp4, a.txt), or metada
 `file_name` and `text`. One line (or string) is for the whole video; several lines (or a list) are for one
 second each, and the last goes on.
 
-The order is made for small machines: VAE and T5 run once and are freed before the DiT is loaded; of all
-layers but one only the inputs are kept for the backward pass; with --stream two of a LoRA's frozen layers are
+The order is made for small machines: VAE and T5 run once and are freed before the DiT is loaded; for the
+backward pass only the input of each layer is kept; with --stream two of a LoRA's frozen layers are
 in memory at a time. Mistakes are told before any weight is loaded. Several processes share the forwards of
 a step and, by PyTorch's FSDP, the weights; they leave what one process leaves, so that it can go on.
 
@@ -431,6 +431,7 @@ def finetune(args: argparse.Namespace) -> None:
     args.accumulate = args.accumulate or parallel.ranks()
     with contextlib.ExitStack() as stack:
         stack.enter_context(parallel.first_speaks())
+        parallel.agreed(checkpoints.check_device)(args.device)
         base = parallel.agreed(check_model)(args)
         batches = parallel.from_first(look_at_data)(args, base)
         if args.plan:
@@ -617,7 +618,7 @@ class Training:
                 warmup=min(args.warmup, max(1, args.steps // 5)), accumulate=args.accumulate,
                 report=self.sample if args.sample_every else None, report_every=args.sample_every)
         except KeyboardInterrupt as stop:
-            if (args.work / "train.pt").is_file():
+            if str(stop) and (args.work / "train.pt").is_file():             # "": asked twice, within a step
                 self.write()
             raise KeyboardInterrupt(f"{stop}; the same command goes on") from None
         self.write()
@@ -667,12 +668,12 @@ class Training:
                      "prompts": json.dumps(list(captions)[:20], ensure_ascii=False)}
             about = {name: value for name, value in about.items() if value}
             training.save_lora(self.dit, args.out, about)
+            say(f"wrote {args.out}")
         if not args.rank:
             weights = training.gathered(self.dit.state_dict())
             config = {"dit": asdict(self.dit.cfg), "sampler": asdict(self.sampler)}
             if parallel.rank() == 0:
                 write_model(args.out, args.model, weights, config)
-        say(f"wrote {args.out}")
 
 
 def describe(args: argparse.Namespace, base: DiT, batches: Batches) -> None:
@@ -806,7 +807,6 @@ def run(args: argparse.Namespace) -> None:
     args.t5 = args.t5 or args.model.parent / "t5"
     name = args.out.name.removesuffix(".safetensors")
     args.work = args.work or args.out.with_name(f"{name}.work")
-    checkpoints.check_device(args.device)
     require(args.command != "lora" or args.rank, "--rank 0 is for all weights: use the command full")
     require(args.command != "full" or not args.rank, "--rank is of a LoRA: use the command lora")
     finetune(args)

@@ -49,8 +49,8 @@ Contents
 
 What lies beside it: captions.py (prompts, caption rules), checkpoints.py (files on disk, checks of configs),
 training.py (objectives, LoRA), parallel.py (several GPUs, streamed weights), kernels.py (Triton versions of
-section 2), media.py (pictures and video files). Left out: CPU offload of the cache, which holds only a few
-chunks, and CUDA graphs.
+section 2), media.py (pictures and video files); README.md lists all files. Left out: CPU offload of the
+cache, which holds only a few chunks, and CUDA graphs.
 """
 
 from __future__ import annotations

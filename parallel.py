@@ -46,7 +46,7 @@ import math
 import os
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import redirect_stderr, redirect_stdout
+from datetime import timedelta
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -66,16 +66,19 @@ from checkpoints import build, fill, read_config, read_headers, require, weight_
 
 def start(device: str | None = None) -> str | None:
     """Join the other processes if torchrun started this one, which its environment tells. device: what was
-    asked for, or None; returns this process's own."""
+    asked for, or None; returns this process's own. ValueError if it has none."""
     if int(os.environ.get("WORLD_SIZE", 1)) == 1 or dist.is_initialized():
         return device
+    require(device in (None, "cpu", "cuda"), f"device {device!r}: each process takes a GPU of its own, "
+            f"so say cuda")
     if device == "cuda" or device is None and torch.cuda.is_available():
         gpu = int(os.environ["LOCAL_RANK"])
         require(gpu < torch.cuda.device_count(),
                 f"there are {torch.cuda.device_count()} GPUs here: start that many processes at most")
         torch.cuda.set_device(gpu)
         device = f"cuda:{gpu}"
-    dist.init_process_group()                                # gloo for CPUs, and NCCL for GPUs
+    # gloo for CPUs, and NCCL for GPUs; the first process may look at clips for hours while the others wait
+    dist.init_process_group(timeout=timedelta(days=1))
     return device
 
 
@@ -123,7 +126,8 @@ def first_speaks() -> Iterator[None]:
     if rank() == 0:
         yield
         return
-    with open(os.devnull, "w") as nowhere, redirect_stdout(nowhere), redirect_stderr(nowhere):
+    with open(os.devnull, "w") as nowhere, contextlib.redirect_stdout(nowhere), \
+            contextlib.redirect_stderr(nowhere):
         yield
 
 
@@ -222,15 +226,16 @@ def deal(device: str, fn: Callable, windows: Sequence) -> Iterator[Tensor]:
 def load_weights(dit: magi.DiT, folder: str | Path, device: str, stream: str | None = None) -> None:
     """Give a DiT of the meta device its weights. Of the layers these are all, or this rank's share, or none
     where they are streamed; what is not in a layer is small, and every rank has all of it."""
-    load = lambda start: fill(dit, folder, device, only=lambda name: name.startswith(start))
+    if ranks() == 1 and not stream:
+        fill(dit, folder, device)
+        return
     fill(dit, folder, device, only=lambda name: not name.startswith("layers."))
     if stream:
         dit.streamed = Streamed(dit, dit.layers, folder, "layers.", device, stream)
         dit.forward_all = partial(side_by_side, dit)
-    elif ranks() > 1:
-        shard_layers(dit, load, device)
     else:
-        load("layers.")
+        load = lambda prefix: fill(dit, folder, device, only=lambda name: name.startswith(prefix))
+        shard_layers(dit, load, device)
 
 
 def shard_layers(dit: magi.DiT, load: Callable[[str], Any], device: str) -> None:
@@ -322,20 +327,22 @@ class Streamed:
         if i not in self.coming:
             self.coming = {i: self.thread.submit(self.bring, i)}
         weights = self.coming.pop(i).result()
+        before, self.here = self.here, -1                    # interrupted from here on, none counts as there
         if self.copying is not None:                         # the thread will use the layer's memory again
             torch.cuda.current_stream(self.device).synchronize()             # so it must be computed by now
-        if self.here >= 0:
-            self.put(self.here, self.nothing[self.here])
+        if before >= 0:
+            self.put(before, self.nothing[before])
         self.put(i, weights)
-        following = self.after(i)
+        following = self.after(before, i)
         self.coming = {following: self.thread.submit(self.bring, following)}
         self.here = i
 
-    def after(self, i: int) -> int:
-        """The layer whose turn comes after that of layer i. A forward goes up and the next one begins with
-        layer 0; the backward, where checkpointed layers are computed again, goes down from the last one."""
+    def after(self, before: int, i: int) -> int:
+        """The layer whose turn comes after those of layers `before` and i. A forward goes up and the next one
+        begins with layer 0; the backward, where checkpointed layers are computed again, goes down from the
+        last one."""
         is_last = i == len(self.layers) - 1
-        goes_down = 0 < i < self.here or is_last and torch.is_grad_enabled()
+        goes_down = 0 < i < before or is_last and torch.is_grad_enabled()
         return (i - 1 if goes_down else i + 1) % len(self.layers)
 
 

@@ -1,4 +1,4 @@
-"""What a run takes in memory, told from the shapes alone: nothing is read and nothing is computed.
+"""What a run takes in memory, told from the shapes alone: no weight is read, nothing is computed.
 
     python sample.py --model models/24B-base --plan                         a video: what fits where
     python training.py lora --model models/4.5B-base --data clips/ --out my.safetensors --plan
@@ -114,9 +114,10 @@ def needs(dit: magi.DiTConfig, run: magi.SamplerConfig, vae: magi.VAEConfig = ma
     )
 
 
-def fits(memory: Memory, card: float) -> bool:
-    """On a card of so many GB, as cards are called; a tenth is left for CUDA and fragmentation."""
-    return memory.total < 0.9 * card * GIB
+def fits(size: float, card: float) -> bool:
+    """So many bytes on a card of so many GB, as cards are called; a tenth is left for CUDA and fragmentation.
+    """
+    return size < 0.9 * card * GIB
 
 
 NARROW = dict(window=1, kv_ranges=(2,))
@@ -136,7 +137,7 @@ def smallest_change(dit: magi.DiTConfig, run: magi.SamplerConfig, card: float, R
     """The first of CHANGES with which R cards of so many GB will do, or "nothing here", and what it takes."""
     for name, (stream, settings) in CHANGES.items():
         memory = needs(dit, dataclasses.replace(run, **settings), R=R, stream=stream, **more)
-        if fits(memory, card):
+        if fits(memory.total, card):
             return name, memory
     return "nothing here", memory
 
@@ -213,10 +214,10 @@ def training_needs(dit: magi.DiT, command: str, rank: int, tokens: int, text_tok
 def show_training(plan: dict[str, float], here: float | None) -> str:
     """The plan in GB (10^9 bytes), what it adds up to, and on which cards that fits."""
     total = sum(plan.values())
-    fits = lambda memory: "yes" if total < 0.92 * memory else "no"           # some is not counted
+    answer = lambda card: "yes" if fits(total, card) else "no"
     parts = ", ".join(f"{name} {size / 1e9:.2f}" for name, size in plan.items())
-    cards = ", ".join(f"{gb} GB: {fits(gb * 1e9)}" for gb in (12, 24, 48, 80))
-    machine = "" if here is None else f"; this machine, {here / 1e9:.1f} GB: {fits(here)}"
+    cards = ", ".join(f"{gb} GB: {answer(gb)}" for gb in (12, 24, 48, 80))
+    machine = "" if here is None else f"; this machine, {here / 1e9:.1f} GB: {answer(here / GIB)}"
     return f"a step needs about {total / 1e9:.2f} GB: {parts}\nfits on a card of {cards}{machine}"
 
 

@@ -750,9 +750,12 @@ def finish_gradients(params: Sequence[nn.Parameter]) -> None:
     if parallel.ranks() == 1:
         nn.utils.clip_grad_norm_(params, 1.0)
         return
-    for p in params:                                     # unused here, it may have been used elsewhere
-        p.grad = torch.zeros_like(p) if p.grad is None else p.grad
-    grads: list[Any] = [p.grad for p in params]
+    used = torch.tensor([float(p.grad is not None) for p in params])
+    dist.all_reduce(used)                                # what is unused here may have been used elsewhere
+    for p, anywhere in zip(params, used.tolist(), strict=True):
+        if anywhere and p.grad is None:
+            p.grad = torch.zeros_like(p)
+    grads: list[Any] = [p.grad for p in params if p.grad is not None]
     parts = [grad.to_local() for grad in grads if is_part(grad)]
     whole = [grad for grad in grads if not is_part(grad)]
     mean = torch.cat([grad.flatten().float() for grad in whole])             # one message for all of them
@@ -908,13 +911,13 @@ def fit(name: str, model: nn.Module, loss_of_step: Callable[[int], tuple[Tensor,
         writer = csv.writer(table)
         for step in bar:
             start = time.perf_counter()
-            torch.manual_seed(step)                      # for what draws without a generator of its own
             for optimizer, group_rates in zip(optimizers, rates, strict=True):
                 for group, rate in zip(optimizer.param_groups, group_rates, strict=True):
                     group["lr"] = rate * min((step + 1) / warmup, 1, 3 * (1 - step / steps))
             model.zero_grad(set_to_none=True)
             losses = []
             for i in forwards:
+                torch.manual_seed(step * accumulate + i)                     # for what takes no generator
                 loss, numbers = loss_of_step(step * accumulate + i)
                 (loss / len(forwards)).backward()
                 losses.append(float(loss.detach()))

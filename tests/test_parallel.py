@@ -182,7 +182,7 @@ def test_the_goals_fit():
     assert ways("24B-distill-fp8", 24, 8) == ways("24B-base", 80, 8) == ways("4.5B-base", 24) == "as it is"
     assert ways("24B-base", 24) == "--stream cpu"
     one = dataclasses.replace(presets["4.5B-distill-fp8"].sampler, window=1, kv_ranges=(2,))
-    assert planner.fits(planner.needs(presets["4.5B-distill-fp8"].dit, one), 12)
+    assert planner.fits(planner.needs(presets["4.5B-distill-fp8"].dit, one).total, 12)
 
 
 def test_the_flag_prints_the_plan(capsys):
