@@ -52,7 +52,8 @@ def as_prompt(item: Any) -> Prompt:
 def texts_of(prompt: Any, cfg: Any, encode: Encode, transition: Callable) -> tuple[Any, Any]:
     """The prompt of magi.MAGI -> what magi.sample takes as text and text_mask.
 
-    cfg: the run's SamplerConfig; encode: MAGI.encode_text; transition: magi.shot_transition.
+    cfg: the run's SamplerConfig; encode: MAGI.encode_text; transition: magi.shot_transition, which is passed
+    since magi.py imports this file.
     """
     if isinstance(prompt, str | Prompt):
         prompt = [prompt]
@@ -85,9 +86,9 @@ def late_texts(prompts: Iterable, cfg: Any, encode: Encode, transition: Callable
 
 def check_text(text: Any, most: float = math.inf) -> str:
     """A caption without white space around it; ValueError for what is none."""
-    require(isinstance(text, str) and len(text) <= most, f"a prompt is text of at most {most:,} characters")
-    require(text.encode(errors="ignore").decode() == text,
-            f"the prompt {ascii(text)} is not UTF-8: check the encoding of the terminal or script")
+    require(isinstance(text, str), f"a prompt is text, not of type {type(text).__name__}")
+    require(len(text) <= most, f"a prompt is text of at most {most:,} characters")
+    require(text.encode(errors="ignore").decode() == text, f"the prompt {ascii(text)} is not UTF-8")
     return text.strip()
 
 
@@ -95,8 +96,8 @@ def told_by(stream: BinaryIO, endless: bool, say: Callable[[str], None]) -> Iter
     """A prompt a line, read by a thread of its own: each goes to the next chunk that asks, then the last one
     goes on. Their end ends an endless video, too.
 
-    `say` warns of lines that are no prompts, empty ones are passed over. The stream should be unbuffered:
-    Python cannot end while a thread waits inside a buffered one.
+    Reading begins when the first chunk asks. `say` warns of lines that are no prompts, empty ones are passed
+    over. The stream should be unbuffered: Python cannot end while a thread waits inside a buffered one.
     """
     lines: queue.SimpleQueue[str | None] = queue.SimpleQueue()
 

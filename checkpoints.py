@@ -32,10 +32,14 @@ __all__ = ["GUIDANCE", "NEGATIVE_TOKENS", "SPECIAL_TOKENS", "build", "check_devi
 Module = TypeVar("Module", bound=nn.Module)
 
 
+class Refused(ValueError):
+    """A ValueError of ours: it says what is wrong and what to do, which those of libraries may not."""
+
+
 def require(ok: Any, message: str) -> None:
-    """Raise ValueError(message) unless ok: for what a user gave. An assert is for our own mistakes."""
+    """Raise Refused(message) unless ok: for what a user gave. An assert is for our own mistakes."""
     if not ok:
-        raise ValueError(message)
+        raise Refused(message)
 
 
 def out_of_memory(error: BaseException) -> bool:
@@ -59,8 +63,8 @@ def reading(what: str, path: str | Path) -> Iterator[None]:
         cause = f", damaged or of another kind: {type(error).__name__}: {error}"
         if isinstance(error, OSError) and error.errno in errno.errorcode:
             cause = f", {error.strerror}"                          # the disk's fault
-        if type(error) is ValueError:
-            cause = f": {error}"                                   # by `require`, which says what is wrong
+        if isinstance(error, Refused):
+            cause = f": {error}"
         raise ValueError(f"cannot read {what} {str(path)!r}{cause}") from error
 
 
@@ -297,7 +301,8 @@ def check_text_encoder(folder: str | Path, width: int | None = None) -> None:
             f"no text encoder in {str(folder)!r}: it needs config.json, spiece.model and weights; give the "
             f"right folder (--t5)")
     read_headers(file for file in weights if file.suffix == ".safetensors")
-    found = read_json(folder / "config.json").get("d_model")
+    config = read_json(folder / "config.json")
+    found = config.get("d_model") if isinstance(config, dict) else None
     require(width is None or found == width, f"the text encoder in {str(folder)!r} has width {found}, this "
             f"model needs {width}: give the right one (--t5)")
 

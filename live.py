@@ -21,7 +21,6 @@ if __name__ == "__main__":
 
     share_the_machine()                                                      # before PyTorch is imported
 
-import argparse
 import asyncio
 import base64
 import contextlib
@@ -48,7 +47,7 @@ from PIL import Image
 import magi
 import media
 from captions import MAX_TOLD, check_text
-from checkpoints import read_json, reading, require
+from checkpoints import reading, require
 
 try:
     from aiohttp import web
@@ -62,8 +61,7 @@ SHOWN = 4                                              # seconds of film on the 
 # ------------------------------------------------------------------------------------------------------------
 # 1  Previews
 # ------------------------------------------------------------------------------------------------------------
-# One matrix turns the 16 channels of a latent and a one into the mean colour of the 4 x 8 x 8 pixels that it
-# stands for: good enough to see what a chunk will be while it still is noise, and free of cost.
+# One matrix makes a small picture of a chunk that still is noise, free of cost: see tools/fit_preview.py.
 
 
 def load_preview(file: Path) -> np.ndarray | None:
@@ -71,8 +69,8 @@ def load_preview(file: Path) -> np.ndarray | None:
     if not file.exists():
         return None
     with reading("preview", file):
-        matrix = np.array(read_json(file)["latent_to_rgb"], np.float32)
-        require(matrix.ndim == 2 and matrix.shape[1] == 3, f"its shape is {matrix.shape}, not (17, 3)")
+        matrix = np.array(json.loads(file.read_text())["latent_to_rgb"], np.float32)
+        require(matrix.shape == (17, 3), f"its shape is {matrix.shape}, not (17, 3): fit it again")
         return matrix
 
 
@@ -552,23 +550,27 @@ else $("problem").textContent = "this browser has no MediaSource: try another, o
 # ------------------------------------------------------------------------------------------------------------
 
 
+ON_PAGE = ("mode", "prompt", "prompt_file", "text", "save_text", "image", "video", "fit", "prefix_frames",
+           "transition", "num_frames")                 # flags of sample.py that are not for the page
+
+
 def main(argv: list[str] | None = None) -> int:
     """The command line -> its exit code: 2 for what is wrong, else 130, since Ctrl-C ends it."""
     import sample
 
-    parser = argparse.ArgumentParser(prog="live.py", allow_abbrev=False,
-                                     description=(__doc__ or "").split("\n")[0],
-                                     epilog="sample.py's flags for video, sampling and model work, too.")
-    parser.add_argument("--host", default="127.0.0.1",
-                        help="to be seen by other machines, with the token that is printed")
-    parser.add_argument("--port", type=int, default=8765, help="default: 8765")
+    parser = sample.Parser(prog="live.py", allow_abbrev=False, description=(__doc__ or "").split("\n")[0],
+                           epilog="sample.py's flags for size, sampling and model work, too.")
+    parser.add_argument("--host", default="127.0.0.1", help="default: 127.0.0.1; with another one other "
+                        "machines see the page too, with the token that is printed")
+    parser.add_argument("--port", type=sample.whole_number, default=8765, help="default: 8765")
     page, others = parser.parse_known_args(argv)
-    args = sample.parse_arguments(["--prompt", "-", "--num_frames", "inf", "--out", "-", *others])
+    args = sample.parse_arguments(others)
     try:
         require(web, "the page needs aiohttp: pip install aiohttp")
-        unwanted = args.image or args.video or args.transition or args.prompt != ["-"]
-        require(not unwanted, "prompts, pictures, clips and cuts are given on the page: leave --prompt, "
-                "--image, --video and --transition out")
+        unwanted = " and ".join(f"--{name}" for name in ON_PAGE if getattr(args, name))
+        require(not unwanted, f"prompts, pictures, clips and cuts are given on the page, whose video "
+                f"has no end: leave {unwanted} out")
+        args.prompt, args.num_frames, args.out = ["-"], "inf", Path("-")
         if args.plan:
             print(sample.plan(args))
             return 0

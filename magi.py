@@ -654,10 +654,10 @@ class T5:
     def read(self) -> Any:
         """The model, a transformers.T5EncoderModel."""
         checkpoints.check_text_encoder(self.folder)
-        from transformers import T5EncoderModel
+        from transformers import T5EncoderModel  # it takes seconds
         from transformers.utils import logging
 
-        logging.disable_progress_bar()                   # it takes a moment
+        logging.disable_progress_bar()
         read: Any = T5EncoderModel.from_pretrained
         model, info = read(self.folder, dtype=self.dtype, local_files_only=True, output_loading_info=True)
         missing = sorted(set(info["missing_keys"]) - {"encoder.embed_tokens.weight"})  # it is shared.weight
@@ -1609,7 +1609,7 @@ class MAGI:
         if image is not None or video is not None:
             import media
 
-            pixels = media.prefix_pixels(image, video, prefix_frames, (cfg.height, cfg.width), fit)
+            pixels = media.prefix_pixels(image, video, prefix_frames, (cfg.height, cfg.width), fit, cfg.fps)
         text, mask = texts_of(prompt, cfg, self.encode_text, shot_transition)
         prefix = None if pixels is None else self.encode(pixels)
         chunks = sample(self.dit, text, mask, cfg, special_tokens=self.special_tokens, prefix=prefix,

@@ -64,13 +64,13 @@ def to_image(x: Any) -> np.ndarray:
     return flatten(array, "image")
 
 
-def to_video(x: Any, count: int | None = None) -> np.ndarray:
+def to_video(x: Any, count: int | None = None, fps: int = 24) -> np.ndarray:
     """A path, an array or tensor, or a list of images to uint8 (frames, h, w, 3). ValueError if unclear.
 
-    Of a file only the last `count` frames are read; the rest is taken as it is.
+    Of a file only the last `count` frames are read, at `fps`; the rest is taken as it is.
     """
     if isinstance(x, str | os.PathLike):
-        return read_video(x, count=count)
+        return read_video(x, fps, count=count)
     if isinstance(x, list | tuple) or not hasattr(x, "ndim") and hasattr(x, "__iter__"):
         frames = [to_image(frame) for frame in x]
         require(frames, "the video is an empty list: give its frames")
@@ -177,11 +177,11 @@ def prefix_clip(image: np.ndarray | None, video: np.ndarray | None, prefix_frame
     return video[-min(prefix_frames, len(video) // FRAMES_PER_LATENT * FRAMES_PER_LATENT):]
 
 
-def prefix_pixels(image: Any, video: Any, prefix_frames: int, size: tuple[int, int], fit: str
+def prefix_pixels(image: Any, video: Any, prefix_frames: int, size: tuple[int, int], fit: str, fps: int
                   ) -> torch.Tensor:
     """The frames the model is shown, of an image or a video in any form: (1, 3, frames, *size) in [-1, 1]."""
     image = None if image is None else to_image(image)
-    video = None if video is None else to_video(video, max(FRAMES_PER_LATENT, prefix_frames))
+    video = None if video is None else to_video(video, max(FRAMES_PER_LATENT, prefix_frames), fps)
     clip: Any = prefix_clip(image, video, prefix_frames)
     return fit_frames(clip, *size, fit)
 

@@ -7,7 +7,8 @@
         ...                                              # write the files
     # Here OUT is complete. After an error or Ctrl-C, OUT.partial is gone, and OUT is as it was before.
 
-ValueError, before anything is written, for a place where nothing can or should be written.
+ValueError for a place where nothing can or should be written, before anything is; only the folders above a
+new one are made first.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ from pathlib import Path
 from checkpoints import require
 
 LONGEST_NAME = 255 - len("..lock")                       # in bytes: see `locked`
-OUR_FILES = ("config.json", "spiece.model", "model.safetensors.index.json")
+OUR_FILES = ("config.json", "spiece.model", "model.safetensors.index.json", "preview.json")
 
 
 @contextmanager
@@ -141,8 +142,7 @@ def new_folder(src: Path, out: Path, force: bool) -> Iterator[Path]:
                 old.rename(out)
             shutil.rmtree(partial, ignore_errors=True)
             raise
-        finally:
-            shutil.rmtree(old, ignore_errors=True)
+        shutil.rmtree(old, ignore_errors=True)
     sizes = [file.stat().st_size for file in out.iterdir()]
     print(f"wrote {out}: {sum(sizes) / 1e9:.3f} GB in {len(sizes)} files")
 

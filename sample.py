@@ -57,7 +57,7 @@ from tqdm import tqdm
 # ------------------------------------------------------------------------------------------------------------
 # 1  Flags
 # ------------------------------------------------------------------------------------------------------------
-# A flag that is left out is None, and its value comes from --config_file or from the model's own config.json.
+# A sampling flag that is left out is None: its value comes from --config_file or the model's own config.json.
 # Hyphens and underscores are the same. Other names for flags, most of them the official code's:
 
 OTHER_NAMES = {
@@ -115,9 +115,11 @@ def whole_number(text: str, otherwise: str | None = None) -> int | str:
         raise argparse.ArgumentTypeError(f"{text!r} is not a whole number{also}") from None
 
 
-def chunk_and_kind(text: str) -> tuple[int | str, str]:
-    chunk, _, kind = text.partition(":")
-    return whole_number(chunk), kind or "cut"
+def chunk_and_kind(text: str) -> tuple[int, str]:
+    found = re.fullmatch(r"(-?\d+)(?::(\w+))?", text)
+    if found is None:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a chunk, such as 2, or 2:restyle")
+    return int(found[1]), found[2] or "cut"
 
 
 def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
@@ -144,23 +146,25 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
          help=".mp4, .gif, or .png for a contact sheet; default: out.mp4; an old one is replaced; or - for "
               "an mp4 on standard output")
     flag("--fit", choices=["crop", "stretch", "pad"], help="of the input; default: crop")
-    flag("--prefix_frames", type=int, metavar="N",
+    flag("--prefix_frames", type=whole_number, metavar="N",
          help="v2v: how many of its last frames the model sees; default: 32")
 
     flag = parser.add_argument_group("the video (default: as the model's config says)").add_argument
     flag("--num_frames", type=partial(whole_number, otherwise="inf"), metavar="N",
          help="24 are a second; inf: until Ctrl-C")
-    flag("--height", type=int, metavar="PX", help="a multiple of 16")
-    flag("--width", type=int, metavar="PX", help="a multiple of 16")
-    flag("--fps", type=int, metavar="N", help="frames per second")
-    flag("--seed", type=int, metavar="N", help="another seed, another video")
+    flag("--height", type=whole_number, metavar="PX", help="a multiple of 16")
+    flag("--width", type=whole_number, metavar="PX", help="a multiple of 16")
+    flag("--fps", type=whole_number, metavar="N", help="frames per second")
+    flag("--seed", type=whole_number, metavar="N", help="another seed, another video")
 
     flag = parser.add_argument_group("sampling (likewise)").add_argument
-    flag("--steps", dest="num_steps", type=int, metavar="N", help="per chunk; a chunk is one second of video")
-    flag("--window", type=int, metavar="N", help="chunks in flight at once")
+    flag("--steps", dest="num_steps", type=whole_number, metavar="N",
+         help="per chunk; a chunk is one second of video")
+    flag("--window", type=whole_number, metavar="N", help="chunks in flight at once")
     flag("--kv_range", dest="kv_ranges", type=partial(whole_number, otherwise="all"), **many,
          help="chunks seen, itself included, while a chunk gets cleaner, like 5 4 3 2; or: all")
-    flag("--clean_kv_range", type=int, metavar="N", help="for clean chunks; -1: the last of --kv_range")
+    flag("--clean_kv_range", type=whole_number, metavar="N",
+         help="for clean chunks; -1: the last of --kv_range")
     flag("--transition", action="append", type=chunk_and_kind, metavar="CHUNK[:KIND]", default=[],
          help="change the scene at this chunk, 1 is the second one; KIND: cut (default) or restyle")
     flag("--text_scale", dest="text_scales", type=float, help="pull of the prompt: number or table", **many)
@@ -274,8 +278,11 @@ def check_prompts(args: argparse.Namespace) -> None:
     args.prompt = sum(args.videos, [])
     require(args.prompt or args.text or args.told or args.mode != "t2v",
             'no --prompt: say what to show, for example --prompt "a red ball bounces"')
-    for prompt in args.prompt:
-        check_text(prompt)
+    try:
+        for prompt in args.prompt:
+            check_text(prompt)
+    except ValueError as error:
+        raise ValueError(f"{error}: check the encoding of the terminal or script") from None
 
 
 def claim_outputs(args: argparse.Namespace, locks: contextlib.ExitStack) -> list:
@@ -324,7 +331,8 @@ def settings(args: argparse.Namespace, dit, cfg, notes: list[str]):
     given = {name: value for name, value in given.items() if value is not None}
     for name, value in given.items():
         if isinstance(value, list):
-            given[name] = () if value in (["all"], ["none"]) else tuple(value)
+            nothing = "all" if name == "kv_ranges" else "none"               # an empty range list: all chunks
+            given[name] = () if value == [nothing] else tuple(value)
     if args.num_frames == "inf":
         given["num_frames"] = None
     for name, neutral in (("text_scales", 0), ("prev_scales", 1)):
@@ -560,7 +568,7 @@ def uninterrupted():
 
 def progress_bar(chunks: float) -> tuple[tqdm, Callable]:
     """The bar, and what to call after every step. Where nobody watches (a log), a line now and then instead:
-    after a second, then after twice as long, up to a minute."""
+    at once, after a second, then after twice as long, up to a minute."""
     bar = tqdm(unit=" steps", desc="starting", dynamic_ncols=True, disable=not sys.stderr.isatty())
     pause, next_line = 1, 0.0
 
@@ -637,7 +645,8 @@ def peak_memory(device: str) -> str:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Run the command line and return the exit code: see the top of the file."""
+    """Run the command line and return the exit code: see the top of the file. A flag that argparse refuses
+    leaves by SystemExit(2)."""
     on_ctrl_c = signal.getsignal(signal.SIGINT)
     with warnings.catch_warnings(), contextlib.redirect_stdout(Quiet(sys.stdout)), \
             contextlib.redirect_stderr(Quiet(sys.stderr)) as stderr, contextlib.ExitStack() as locks:

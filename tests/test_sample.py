@@ -473,7 +473,7 @@ BAD_FLAGS = {
     "text without ending": (["--prompt", "a", "--save_text", "a.txt"], "a.txt", ".safetensors"),
     "not unicode": (["--prompt", "caf\udce9"], "UTF-8"),
     "kv range text": (["--prompt", "a", "--kv_range", "x"], "'x'", "whole number"),
-    "transition text": (["--prompt", "a", "--transition", "1.5"], "'1.5'", "whole number"),
+    "transition text": (["--prompt", "a", "--transition", "1.5"], "'1.5'", "2:restyle"),
     "over the input": (["--video", "clip.mp4", "--out", "clip.mp4"], "clip.mp4", "input"),
     "no such model": (["--prompt", "a", "--model", "nowhere"], "nowhere", "does not exist"),
     "no vae": (["--prompt", "a", "--vae", "nowhere"], "nowhere"),

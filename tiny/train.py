@@ -111,7 +111,7 @@ class Muon(torch.optim.Optimizer):
     which many CPUs only emulate: this does it in what is faster.
 
     The update of an (out, in) matrix has the root mean square 0.2 lr, as AdamW's has, so rates carry over.
-    Several processes share the matrices.
+    Of n processes each makes every n-th update and sends the weights to the others.
     """
 
     def __init__(self, params, lr: float, momentum: float = 0.95, weight_decay: float = 0.0):
@@ -130,7 +130,7 @@ class Muon(torch.optim.Optimizer):
                     p.mul_(1 - group["lr"] * group["weight_decay"])
                     p.add_(update, alpha=-0.2 * group["lr"] * max(p.shape) ** 0.5)
                 changed.append((p, maker))
-        if parallel.ranks() > 1:
+        if parallel.ranks() > 1:  # sent after all are made, so that none waits for the next one's update
             for p, maker in changed:
                 dist.broadcast(p, maker)
 
@@ -152,7 +152,7 @@ def fit(name: str, model: nn.Module, loss_of_step, steps: int, lr: float, work: 
         ) -> nn.Module:  # fmt: skip
     """`training.fit` with Muon at rate lr and decay for the matrices of the blocks, AdamW at lr, but at most
     1e-3, for all else, and the moving average of the weights as its result. Of n processes each computes one
-    of every n losses."""
+    of every n losses: loss_of_step gets step * n + the number of the process."""
     named = [(k, p) for k, p in model.named_parameters() if p.requires_grad]
     inner = {k for k, p in named if p.ndim == 2 and ("layers." in k or "block" in k) and "bias" not in k}
     matrices, others = ([p for k, p in named if (k in inner) == which] for which in (True, False))

@@ -1,15 +1,15 @@
 """Fit the previews of a VAE, with which live.py shows what a chunk will be while it still is noise.
 
-    python tools/fit_preview.py tiny/distill "a red ball bounces" "a blue star swings"      once for a new VAE
+    python tools/fit_preview.py --model tiny/distill --prompt "a red ball bounces" --prompt "a star swings"
 
+To be done once for a new VAE; sample.py's flags for size, sampling and model work, too.
 A matrix turns the 16 channels of a latent and a one into the mean colour of the 4 x 8 x 8 pixels that it
 stands for. It is fitted by least squares to two seconds of the model's own video for each prompt, and written
-to preview.json in the folder of the VAE beside the model.
+to preview.json in the folder of the VAE.
 """
 
 from __future__ import annotations
 
-import argparse
 import json
 import sys
 from collections.abc import Sequence
@@ -20,6 +20,8 @@ import numpy as np
 sys.path.append(str(Path(__file__).resolve().parents[1]))
 
 import magi  # noqa: E402
+import outputs  # noqa: E402
+import sample  # noqa: E402
 
 
 def fit_preview(pipe: magi.MAGI, prompts: Sequence[str], file: Path) -> float:
@@ -37,22 +39,22 @@ def fit_preview(pipe: magi.MAGI, prompts: Sequence[str], file: Path) -> float:
     y = np.concatenate(colours)
     x = np.concatenate([np.concatenate(latents), np.ones((len(y), 1))], axis=1)
     matrix = np.linalg.lstsq(x, y, rcond=None)[0]                            # (17, 3)
-    file.write_text(json.dumps({"latent_to_rgb": matrix.round(2).tolist()}) + "\n")
+    text = json.dumps({"latent_to_rgb": matrix.round(2).tolist()}) + "\n"
+    outputs.replace(file, lambda new: new.write_text(text))
     return float(np.sqrt(np.mean((x @ matrix - y) ** 2)))
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
-    parser.add_argument("model", type=Path, metavar="MODEL", help="a model folder, with vae and t5 beside it")
-    parser.add_argument("prompts", nargs="+", metavar="PROMPT", help="two seconds of video are made of each")
-    parser.add_argument("--device", default="cpu", help="default: cpu")
-    args = parser.parse_args(argv)
-    file = args.model.parent / "vae" / "preview.json"
+def main(argv: list[str] | None = None) -> int:
+    args = sample.parse_arguments(argv)
     try:
-        pipe = magi.load(args.model, device=args.device, keep_t5=True)
-        print(f"{file}: off by {fit_preview(pipe, args.prompts, file):.1f} of 255")
+        sample.check_flags(args)
+        run = sample.check(args)
+        with outputs.claimed(args.vae / "preview.json") as file:
+            pipe = sample.load(args, run.device)
+            pipe.sampler = run.cfg
+            print(f"{file}: off by {fit_preview(pipe, args.prompt, file):.1f} of 255")
     except (ValueError, OSError) as error:
-        print("error:", " ".join(str(error).split()), file=sys.stderr)
+        sample.say(f"error: {error}")
         return 2
     return 0
 
