@@ -339,7 +339,7 @@ def learn_toy(folder: Path, ranks: int) -> torch.nn.Module:
     def loss_of_step(i: int):
         return (loss_of(i) if ranks == 2 else (loss_of(2 * i) + loss_of(2 * i + 1)) / 2), {}
 
-    with mock.patch.object(train, "autocast_is_faster", lambda: False):  # found out by timing: not alike in all
+    with mock.patch.object(train, "autocast_is_faster", lambda: False):  # else timed, by each for itself
         return train.fit("toy", model, loss_of_step, steps=3, lr=0.1, work=folder, warmup=1)
 
 
