@@ -115,8 +115,8 @@ def needs(dit: magi.DiTConfig, run: magi.SamplerConfig, vae: magi.VAEConfig = ma
 
 
 def fits(size: float, card: float) -> bool:
-    """So many bytes on a card of so many GB, as cards are called; a tenth is left for CUDA and fragmentation.
-    """
+    """Whether so many bytes fit on a card of so many GB, as cards are called. A tenth is left for CUDA and
+    for fragmentation."""
     return size < 0.9 * card * GIB
 
 
