@@ -118,8 +118,9 @@ class Live:
     The thread of `work` computes; what it shares with the server's is read and written under `changed`.
     """
 
-    def __init__(self, pipe: magi.MAGI, matrix: np.ndarray | None = None):
-        self.pipe, self.cfg, self.matrix = pipe, pipe.sampler, matrix
+    def __init__(self, pipe: magi.MAGI, matrix: np.ndarray | None = None,
+                 arithmetic: contextlib.AbstractContextManager = contextlib.nullcontext()):
+        self.pipe, self.cfg, self.matrix, self.arithmetic = pipe, pipe.sampler, matrix, arithmetic
         self.folder = tempfile.TemporaryDirectory()
         self.file, self.size = Path(self.folder.name, "film.mp4"), 0
         self.file.touch()
@@ -190,7 +191,8 @@ class Live:
             if start is None:
                 return
             try:
-                self.shoot(start)
+                with self.arithmetic:
+                    self.shoot(start)
             except NewTake:
                 pass
             except Exception as error:                                       # the page lives on
@@ -582,7 +584,7 @@ def main(argv: list[str] | None = None) -> int:
             sample.say(note)
         pipe = sample.load(args, run.device)
         pipe.sampler = run.cfg
-        serve(Live(pipe, matrix), door, page.host)
+        serve(Live(pipe, matrix, sample.arithmetic(run.device, args.dtype)), door, page.host)
     except KeyboardInterrupt:
         pass
     except (ValueError, OSError, ImportError) as error:

@@ -224,6 +224,42 @@ def test_sample_dtype_reaches_the_model(model_folder, tmp_path, planned):
     assert planned["frames"].func.dit.layers[0].attn.q.weight.dtype == torch.bfloat16
 
 
+@pytest.mark.parametrize(
+    "fast, flags, weights, rest",
+    [
+        (True, [], torch.bfloat16, True),
+        (True, ["--dtype", "float32"], torch.float32, False),
+        (False, [], torch.float32, False),
+        (False, ["--dtype", "bfloat16"], torch.bfloat16, False),  # as the large models are
+    ],
+)
+def test_a_cpu_that_is_fast_at_bf16_uses_it(fast, flags, weights, rest, model_folder, tmp_path, monkeypatch):
+    seen = []
+
+    def generate(frames, **_):
+        weight = frames.func.dit.layers[0].attn.q.weight
+        seen.append((weight.dtype, torch.is_autocast_enabled("cpu")))
+        return 0
+
+    monkeypatch.setattr(sample, "bf16_is_fast", lambda device: fast)
+    monkeypatch.setattr(sample, "generate", generate)
+    common = [model_folder, "--prompt", "a", "--device", "cpu", "--out", tmp_path / "a.mp4"]
+    assert run_sample(*common, *flags) == 0
+    assert seen == [(weights, rest)] and not torch.is_autocast_enabled("cpu")
+
+
+def test_in_bf16_the_picture_is_the_same_to_the_eye(tmp_path, monkeypatch):
+    films = []
+    for fast in (True, False):
+        monkeypatch.setattr(sample, "bf16_is_fast", lambda device, fast=fast: fast)
+        out = tmp_path / f"{fast}.png"
+        flags = ["--prompt", "a red ball bounces", "--num_frames", "24", "--steps", "4", "--device", "cpu"]
+        assert sample.main([*flags, "--out", str(out)]) == 0
+        films.append(read_frames(out).astype(float))
+    a, b = films
+    assert (a != b).any() and 10 * np.log10(255**2 / ((a - b) ** 2).mean()) > 40
+
+
 def test_sample_help_is_quick_and_complete():
     start = time.perf_counter()
     shown = run_python(sample.__file__, "--help")
