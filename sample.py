@@ -186,8 +186,8 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     flag("--config_file", metavar="JSON", help="an official config: its runtime_config replaces the model's")
     flag("--device", help="cuda, cuda:1, cpu, mps; default: cuda if there is one")
     flag("--dtype", choices=["float32", "bfloat16", "float16"],
-         help="of the transformer's blocks; on a CPU that multiplies bfloat16 at once, that is the default, and "
-         "the VAE follows")
+         help="of the transformer's blocks; default: the model's, or bfloat16 for blocks and VAE on a CPU that "
+         "has instructions for it")
     flag("--stream", choices=["cpu", "disk"], help="weights come layer by layer: for a GPU that is too small")
     flag("--plan", action="store_true", help="say what this run needs on which GPUs, and compute nothing")
     flag("--backend", choices=["auto", "torch", "triton"], default="auto",
@@ -383,8 +383,8 @@ def bf16_is_fast(device: str) -> bool:
 
 
 def arithmetic(device: str, dtype: str) -> torch.autocast:
-    """What to compute under: bf16 for everything where a CPU is fast at it. A video of the small model takes two
-    thirds of the CPU time of float32 and differs from it by 52 dB of PSNR, which no eye sees."""
+    """What to compute under: bf16 for everything where a CPU is fast at it. A video of the small model takes
+    two thirds of the CPU time of float32 and has a PSNR of 52 dB to it: the eye sees no difference."""
     return torch.autocast("cpu", torch.bfloat16, enabled=dtype == "bfloat16" and bf16_is_fast(device))
 
 
