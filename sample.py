@@ -186,8 +186,8 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     flag("--config_file", metavar="JSON", help="an official config: its runtime_config replaces the model's")
     flag("--device", help="cuda, cuda:1, cpu, mps; default: cuda if there is one")
     flag("--dtype", choices=["float32", "bfloat16", "float16"],
-         help="of the transformer's blocks; default: the model's, or bfloat16 for blocks and VAE on a CPU that "
-         "has instructions for it")
+         help="of the transformer's blocks; default: the model's, or bfloat16 for blocks and VAE on a CPU "
+         "with instructions for it")
     flag("--stream", choices=["cpu", "disk"], help="weights come layer by layer: for a GPU that is too small")
     flag("--plan", action="store_true", help="say what this run needs on which GPUs, and compute nothing")
     flag("--backend", choices=["auto", "torch", "triton"], default="auto",
