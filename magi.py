@@ -212,7 +212,7 @@ _24B = DiTConfig(
     num_layers=48, hidden_size=6144, num_heads=48, ffn_size=16384, gated_ffn=True, in_channels=32,
     out_channels=32, x_scale=0.1)
 _TINY = DiTConfig(
-    num_layers=6, hidden_size=192, num_heads=6, num_kv_heads=2, head_dim=32, ffn_size=768,
+    num_layers=6, hidden_size=256, num_heads=4, num_kv_heads=2, head_dim=64, ffn_size=1024,
     text_dim=128, text_length=64, null_length=8, dtype="float32")
 # Official configs say 16 steps for the distilled 24B and 64 for the distilled 4.5B. Here it is 16 for
 # both: 64, 32, 16 and 8 steps are all trained budgets, and 16 take a quarter of the time.
@@ -225,11 +225,12 @@ PRESETS = {                      # the model zoo (model card)
     "24B-base":         Preset(_24B, SamplerConfig(num_steps=32, width=1280)),
     "24B-distill":      Preset(_24B, _DISTILL_24B),
     "24B-distill-fp8":  Preset(dataclasses.replace(_24B, fp8=True), _DISTILL_24B),
-    "tiny":             Preset(_TINY, SamplerConfig(num_steps=16, height=64, width=64)),
+    "tiny":             Preset(_TINY, SamplerConfig(num_steps=16, height=128, width=128)),
 }
 VAE_PRESETS = {
     "magi": VAEConfig(),
-    "tiny": VAEConfig(video_size=64, embed_dim=256, depth=2, num_heads=4, use_final_proj=True),
+    "tiny": VAEConfig(video_size=128, video_length=12, embed_dim=256, depth=3, num_heads=4,
+                      use_final_proj=True),
 }
 
 

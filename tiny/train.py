@@ -1,17 +1,19 @@
-"""Train the tiny MAGI on the tiny world: `python tiny/train.py all` makes all of tiny/ but the tokenizer.
+"""Train the tiny MAGI on the tiny world: `python tiny/train.py all` makes all of tiny/ but the LoRA.
 
-    vae    the video autoencoder, on 12-frame pieces                      -> tiny/vae/
-    dit    latents of many clips, then text encoder + DiT together        -> tiny/t5/, tiny/base/
-    distill  three branches and many steps into one branch and few        -> tiny/distill/
+    vae    the video autoencoder, on crops first, then on whole frames      -> tiny/vae/
+    dit    text encoder and DiT together, on the latents of many clips: at half size (--size 64), where a
+           step shows four times as many, then at the whole (--init)        -> tiny/t5/, tiny/base/
+    distill  three branches and many steps into one branch and few          -> tiny/distill/
     clips  mp4 files with captions that teach a new colour or shape (--teach cyan, cross)  -> --out
-    lora   the same, by `training.py lora`, and what the judge says       -> tiny/lora/cyan.safetensors
-    eval   what the judge says of prompts that were never trained on
-    steps  base and distilled at 64 to 4 steps: a table and a plot        -> tiny/examples/steps.*
+    lora   the same, by `training.py lora`, and what the judge says         -> tiny/lora/cyan.safetensors
+    eval   what the judge says of prompts that were never trained on; phenomena: of what the report describes
+    steps  base and distilled at 64 to 4 steps: a table and a plot          -> tiny/examples/steps.*
 
 Each stage keeps checkpoints in --work and goes on from the last one when it is started again, after a kill
-too: the data of a step depend on its number alone. bf16 autocast where that is faster, EMA of the weights;
-the loss is written to --work/STAGE.csv and drawn in STAGE.png. Ours, as it suits so small a model, where the
-report has AdamW at 1e-4: Muon for the matrices, AdamW for the rest, at higher rates.
+too: the data of a step depend on its number alone. To export a checkpoint as it is, give the number of its
+step as --steps. bf16 autocast where that is faster, EMA of the weights; the loss is written to
+--work/STAGE.csv and drawn in STAGE.png. Several processes (torchrun) share a batch. Ours, as it suits so
+small a model, where the report has AdamW at 1e-4: Muon for the matrices, AdamW for the rest, at higher rates.
 """
 
 from __future__ import annotations
@@ -21,14 +23,16 @@ import copy
 import dataclasses
 import functools
 import json
-import math
-import os
 import shutil
 import sys
 import time
+from collections.abc import Iterable, Iterator
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict
+from itertools import islice
 from pathlib import Path
-from types import ModuleType, SimpleNamespace
+from types import MethodType, SimpleNamespace
+from typing import NamedTuple
 
 HERE = Path(__file__).resolve().parent
 SPIECE = HERE / "t5" / "spiece.model"
@@ -39,7 +43,17 @@ import torch  # noqa: E402
 import torch.distributed as dist  # noqa: E402
 import torch.nn.functional as F  # noqa: E402
 import world  # noqa: E402
-from measure import encode_once, evaluate, judge_prompts, psnr, step_counts, to_video  # noqa: E402
+from judge import judge  # noqa: E402
+from measure import (  # noqa: E402
+    PHENOMENA,
+    encode_once,
+    evaluate,
+    judge_prompts,
+    phenomena,
+    psnr,
+    to_video,
+    write_steps,
+)
 from safetensors.torch import load_file, save_file  # noqa: E402
 from torch import Tensor, nn  # noqa: E402
 from tqdm import tqdm  # noqa: E402
@@ -50,6 +64,8 @@ import magi  # noqa: E402
 import media  # noqa: E402
 import parallel  # noqa: E402
 import training  # noqa: E402
+
+SIZE, GRID = world.SIZE, world.SIZE // 8  # side of the frame in pixels and in latents
 
 # ------------------------------------------------------------------------------------ attention on a CPU
 # magi.block_attention is one call per chunk, which suits few long chunks. For many short ones in a batch
@@ -186,61 +202,130 @@ def autocast(device: str = "cpu") -> torch.autocast:
 # ------------------------------------------------------------------------------------------------ VAE
 
 
+def pieces(step: int, clips: int, crops: int, size: int, length: int):
+    """`crops` squares of `size` pixels out of `length` frames of each of the step's own clips.
+
+    Returns (clips * crops, 3, length, size, size) in [-1, 1], the things' masks (..., 1, ...) and where each
+    square starts (clips * crops, 2), y and x, in latents. All but one square a clip are at a thing: there a
+    square of 48 pixels has rims in half of its patches, the whole frame in a tenth.
+    """
+    video, masks, corners = [], [], []
+    rng = np.random.default_rng([step, 7])
+    for k in range(clips):
+        clip = world.make_clip(step * 8 + k)
+        start = int(rng.integers(0, len(clip.camera) - length + 1))
+        frames = world.render(clip, start, start + length)
+        mask = clip.masks(start, start + length).max(0)
+        for i in range(crops):
+            corner = rng.integers(0, GRID - size // 8 + 1, 2)
+            if i:
+                path = clip.things[rng.integers(len(clip.things))].path[start + length // 2, ::-1]
+                corner = np.rint((path + rng.uniform(-14, 14, 2) - size / 2) / 8).astype(int)
+                corner = np.clip(corner, 0, GRID - size // 8)
+            y, x = corner * 8
+            video.append(frames[:, y : y + size, x : x + size])
+            masks.append(mask[:, y : y + size, x : x + size])
+            corners.append(corner)
+    return to_video(np.stack(video)), torch.from_numpy(np.stack(masks))[:, None], np.stack(corners)
+
+
+def near(mask: Tensor) -> Tensor:
+    """The masks (B, 1, frames, h, w), two pixels wider."""
+    return F.max_pool3d(mask, (1, 5, 5), 1, (0, 2, 2))
+
+
+def few_tokens(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """magi.attention written out: at these sizes a CPU takes less time for it, for its backward above all."""
+    q, k, v = (u.transpose(1, 2) for u in (q, k, v))
+    return ((q * q.shape[-1] ** -0.5 @ k.transpose(2, 3)).softmax(-1).to(v) @ v).transpose(1, 2)
+
+
+def see_crops(part: nn.Module) -> None:
+    """Let encoder or decoder take crops: part.corners (B, 2) says where each lies, so that it has the
+    positions of that place. None: whole frames."""
+    whole = part.positions
+
+    def positions(self, size):
+        if self.corners is None:
+            return whole(size)
+        T, H, W = size
+        y = self.corners[:, :1] + torch.arange(H)  # (B, H)
+        x = self.corners[:, 1:] + torch.arange(W)
+        index = (torch.arange(T)[:, None, None] * GRID + y[:, None, :, None]) * GRID + x[:, None, None, :]
+        index = F.pad(1 + index.flatten(1), (1, 0))  # the class token first
+        return whole((T, GRID, GRID))[0][index]
+
+    part.corners = None
+    part.positions = MethodType(positions, part)
+
+
+CROP, NOISE, EDGE = 48, 0.1, 0.5  # side of crops in pixels; noise on latents at most, in deviations; weight
+
+
+def reconstruction(vae: magi.VAE, video: Tensor, weight: Tensor, noise: Tensor) -> tuple[Tensor, Tensor]:
+    """The VAE's loss and its mean square error. noise (B,): on latents, in deviations of a channel."""
+    loss, recon = training.vae_loss(vae, video, weight, latent_noise=noise)
+    error = recon.float() - video
+    square = error**2
+    across = (weight[..., 1:] * error.diff(dim=-1).abs()).mean()  # ringing and soft rims are slopes that
+    down = (weight[..., 1:, :] * error.diff(dim=-2).abs()).mean()  # the original does not have
+    loss = loss + 2 * (weight * square).mean() + EDGE * (across + down)
+    return loss, square.detach().mean()
+
+
 def train_vae(args) -> None:
+    """On crops for nine tenths of the steps, then on whole frames. --init: the decoder alone goes on from the
+    weights in this folder, so that latents stay as they are."""
     torch.manual_seed(0)
     vae = magi.VAE(magi.VAE_PRESETS["tiny"])
-    vae.ops = CPU_OPS
+    vae.ops = dataclasses.replace(CPU_OPS, name="few tokens", attention=few_tokens)
     if args.init:
         vae.load_state_dict(magi.load_vae(args.init / "vae").state_dict())
+        vae.encoder.requires_grad_(False)
     for conv in (vae.encoder.patch_embed, vae.decoder.last_layer):
         no_autocast(conv)
+    see_crops(vae.encoder)
+    see_crops(vae.decoder)
+    fast = torch.compile(reconstruction, dynamic=False) if args.compile else reconstruction
+    whole_from = 0.9 * args.steps
 
-    def batch(step: int) -> tuple[Tensor, Tensor]:
-        """Pieces as long as the pipeline's: mostly 12 frames (the temporal tile), some 8, 4 and images."""
-        rng = np.random.default_rng([step, 7])
-        length = int(rng.choice([12, 12, 12, 12, 8, 4, 1]))
-        pieces, masks = [], []
-        for k in range(6):
-            clip = world.make_clip(step * 6 + k, chunks=2)
-            for _ in range(2):
-                start = rng.integers(0, len(clip.frames) - length + 1)
-                pieces.append(clip.frames[start : start + length])
-                masks.append(clip.mask()[start : start + length])
-        # The objects fill a tenth of the picture: without a weight the VAE is content with the background.
-        weight = F.max_pool2d(torch.from_numpy(np.stack(masks)).float(), 5, 1, 2)[:, None]
-        return to_video(np.stack(pieces)), 1 + 4 * weight
-
-    encoder_steps = 0 if args.init else args.vae_steps * 3 / 4
-
-    def loss_of_step(step: int):
-        video, weight = batch(step)
+    def loss_of_step(i: int):
+        step = i // parallel.ranks()
+        rng = np.random.default_rng([step, 8])  # alike in all processes, so that none waits for another
+        if step < whole_from:
+            length, loss, most = 12, fast, NOISE  # one shape, compiled once
+            video, mask, corners = pieces(i, args.batch, 3, CROP, length)
+            vae.encoder.corners = vae.decoder.corners = torch.from_numpy(corners)
+        else:
+            length, loss, most = int(rng.choice([12] * 6 + [8, 1])), reconstruction, 0.4 * NOISE
+            video, mask, _ = pieces(i, max(1, args.batch // 2), 1, SIZE, length)
+            vae.encoder.corners = vae.decoder.corners = None
+        noise = most * torch.rand(len(video), generator=torch.Generator().manual_seed(i)) ** 2
         with autocast():
-            if step < encoder_steps:
-                noise = 0.5 * torch.rand(len(video)) ** 2
-                loss, recon = training.vae_loss(vae, video, weight, latent_noise=noise)
-            else:  # the latents are final; the decoder learns to make the most of them
-                with torch.no_grad():
-                    latent, _ = vae.moments(video)
-                loss, recon = 0, vae.decode(latent, tile=None)[:, :, : video.shape[2]]
-        square = (recon.float() - video) ** 2
-        loss = loss + 2 * (weight * square).mean()
-        return loss, {"psnr": (10 * torch.log10(4 / square.detach().mean())).item()}
+            value, square = loss(vae, video, 1 + 3 * near(mask), noise)
+        return value, {"psnr": (10 * torch.log10(4 / square)).item()}
 
-    test = to_video(np.stack([world.make_clip(10**6 + i, chunks=1).frames for i in range(16)]))
-    mask = torch.from_numpy(np.stack([world.make_clip(10**6 + i, chunks=1).mask() for i in range(16)]))[
-        :, None
-    ]
+    test = [world.make_clip(10**6 + i, heldout=None) for i in range(24)]
+    video = to_video(np.stack([world.render(clip, 36, 48) for clip in test]))
+    mask = near(torch.from_numpy(np.stack([clip.masks(36, 48).max(0) for clip in test]))[:, None])
 
     @torch.no_grad()
     def report() -> str:
-        out = torch.cat([vae.decode(vae.encode(v[None])) for v in test]).clamp(-1, 1)
-        inside = (((out - test) ** 2) * mask).sum() / (3 * mask.sum())
-        return f"PSNR {psnr(out, test):.2f} dB, objects {10 * math.log10(4 / inside):.2f} dB"
+        vae.encoder.corners = vae.decoder.corners = None
+        with autocast():
+            out = torch.cat([vae.decode(vae.encode(v[None])).float() for v in video]).clamp(-1, 1)
+        square = (out - video) ** 2
+        each = 10 * torch.log10(4 / square.mean((1, 2, 3, 4)))
+        inside = 10 * torch.log10(4 * 3 * mask.sum() / (square * mask).sum())
+        return (
+            f"PSNR {psnr(out, video):.2f} dB, mean of clips {each.mean():.2f}, worst {each.min():.2f}, "
+            f"on things {inside:.2f}"
+        )
 
-    lr = 5e-4 if args.init else 2e-3
-    fit("vae", vae, loss_of_step, args.vae_steps, lr, args.work, every=100, report=report)
+    fit("vae", vae, loss_of_step, args.steps, args.lr, args.work, every=args.every, report=report)
+    vae.encoder.corners = vae.decoder.corners = None
     if not args.init:
-        standardise(vae, test)
+        standardise(vae, video)
     save_model(args.out / "vae", vae, {"vae": asdict(vae.cfg)})
 
 
@@ -287,19 +372,24 @@ def save_model(folder: Path, model: nn.Module, config: dict, **extra: dict[str, 
 class Tiny(nn.Module):
     """What is trained together: the DiT, the T5 encoder that feeds it, and the special tokens."""
 
-    def __init__(self, preset: magi.Preset = magi.PRESETS["tiny"], of: ModuleType = world, pieces=SPIECE):
-        """of: the world whose words it learns; pieces: the file of its tokenizer."""
+    def __init__(self, size: int = SIZE, spiece: Path = SPIECE):
+        """size: of frames in pixels; spiece: the file of the tokenizer, made if it is not there."""
         super().__init__()
         from transformers import T5Config, T5EncoderModel
 
-        self.words, self.pieces = of.words(), pieces
-        self.sampler = dataclasses.replace(preset.sampler, text_scales=(2.5, 2.5, 2.5, 1.0, 1.0))
+        if not spiece.exists():
+            spiece.parent.mkdir(parents=True, exist_ok=True)
+            world.train_tokenizer(str(spiece))
+        self.spiece, preset = spiece, magi.PRESETS["tiny"]
+        self.sampler = dataclasses.replace(
+            preset.sampler, height=size, width=size, text_scales=(2.5, 2.5, 2.5, 1.0, 1.0)
+        )
         self.dit = magi.DiT(preset.dit)
         self.dit.ops = CPU_OPS
         width = preset.dit.text_dim
         self.t5 = T5EncoderModel(
             T5Config(
-                vocab_size=tokenizer(pieces).vocab_size(),
+                vocab_size=tokenizer(spiece).vocab_size(),
                 d_model=width,
                 d_kv=32,
                 num_heads=4,
@@ -334,12 +424,12 @@ class Tiny(nn.Module):
         save_model(folder / "base", self.dit, config, special_tokens=tokens)
         copy.deepcopy(self.t5).to(torch.bfloat16).save_pretrained(folder / "t5")
         if not (folder / "t5" / "spiece.model").exists():
-            shutil.copy(self.pieces, folder / "t5" / "spiece.model")
-        (folder / "t5" / "words.json").write_text(json.dumps(self.words, indent=1) + "\n")
+            shutil.copy(self.spiece, folder / "t5" / "spiece.model")
+        (folder / "t5" / "words.json").write_text(json.dumps(world.words(), indent=1) + "\n")
 
     def encode(self, captions: list[str]) -> tuple[Tensor, Tensor]:
         """Captions -> text (n, L, C) and mask (n, L), as magi.T5 gives them."""
-        ids, mask = magi.tokenize(tokenizer(self.pieces), captions, self.dit.cfg.text_length)
+        ids, mask = magi.tokenize(tokenizer(self.spiece), captions, self.dit.cfg.text_length)
         used = max(1, int(mask.sum(1).max()))
         ids, mask = ids.to(self.t5.device), mask.to(self.t5.device)
         hidden = self.t5(ids[:, :used], attention_mask=mask[:, :used]).last_hidden_state.float()
@@ -369,149 +459,229 @@ class Tiny(nn.Module):
 
 
 @functools.cache
-def tokenizer(pieces: Path):
+def tokenizer(spiece: Path):
     from sentencepiece import SentencePieceProcessor
 
-    return SentencePieceProcessor(model_file=str(pieces))
+    return SentencePieceProcessor(model_file=str(spiece))
 
 
-@torch.no_grad()
-def encode(vae: magi.VAE, clips: list[world.Clip]) -> dict:
-    """What training needs of clips of n chunks: latents (clips, 16, 6 n, 8, 8), and images, the fourth frame
-    alone as an image is encoded (clips, 16, 1, 8, 8), bf16; captions of each chunk; where objects are; in
-    which chunks something circles."""
-    latents, images = [], []
-    for i in range(0, len(clips), 10):
-        video = to_video(np.stack([c.frames for c in clips[i : i + 10]]))
-        with autocast():
-            latents.append(vae.encode(video) * magi.SCALE_FACTOR)
-            images.append(vae.encode(video[:, :, 3:4]) * magi.SCALE_FACTOR)
-    masks = torch.from_numpy(np.stack([c.mask() for c in clips])[:, None]).float()
-    return {
-        "latents": torch.cat(latents).bfloat16(),
-        "images": torch.cat(images).bfloat16(),
-        "captions": [list(c.captions) for c in clips],
-        "objects": F.max_pool3d(masks, (4, 8, 8)).bool(),  # (clips, 1, 6 n, 8, 8)
-        "circles": torch.tensor([c.circles() for c in clips]),  # (clips, n)
-    }
+# ---------------------------------------------------------------------------------------- clips as latents
 
 
-def encode_clips(vae: magi.VAE, clips: int, work: Path, per_file: int = 500) -> dict:
-    """`encode` of the training clips 0, 1, 2, ..., done once and kept in files of --work."""
-    parts = []
-    work.mkdir(parents=True, exist_ok=True)
-    for start in tqdm(range(0, clips, per_file), desc="encode clips", unit_scale=per_file):
-        file = work / f"clips.{start:06d}.pt"
+class Film(NamedTuple):
+    """What is shown in training."""
+
+    frames: np.ndarray  # (24 n, size, size, 3) uint8
+    things: np.ndarray  # (24 n, size, size), how much of each pixel shows a thing
+    captions: tuple[str, ...]  # n
+
+
+def make_film(seed: int, chunks: int, size: int) -> Film:
+    """The first chunks of a clip; of one clip in six they are followed, after a cut, by those of another.
+    Of clips of one chunk three in five show one thing alone, since nothing but these shows all motions."""
+    more = chunks == 1 and seed % 5 < 2
+    clip, n = world.make_clip(seed, kind="alone" if more else ""), chunks
+    if chunks > 1 and seed % 6 == 0:
+        n = 1 + seed // 6 % (chunks - 1)
+    frames, things = world.render(clip, 0, 24 * n), clip.masks(0, 24 * n).max(0)
+    if size < SIZE:
+        frames = np.rint(halved(frames)).astype(np.uint8)
+        things = halved(things)
+    first = Film(frames, things, clip.captions[:n])
+    if n == chunks:
+        return first
+    then = make_film(seed + 10**8 + 1, chunks - n, size)
+    both = [np.concatenate(pair) for pair in zip(first[:2], then[:2], strict=True)]
+    return Film(*both, first.captions + then.captions)
+
+
+def halved(images: np.ndarray) -> np.ndarray:
+    """(n, 2 h, 2 w, ...) -> (n, h, w, ...): the mean of two by two pixels, float."""
+    n, h, w = images.shape[:3]
+    return images.reshape(n, h // 2, 2, w // 2, 2, *images.shape[3:]).mean((2, 4), dtype=np.float32)
+
+
+def see_size(vae: magi.VAE, size: int) -> None:
+    """Let the VAE take frames of this size: smaller ones have the positions of the frame's middle."""
+    middle = (SIZE - size) // 16
+    for part in (vae.encoder, vae.decoder):
+        see_crops(part)
+        part.corners = torch.full((1, 2), middle) if middle else None
+
+
+class Films:
+    """Latents of the films 0, 1, 2, ..., made as they are first needed and kept in files of --work.
+    Of n processes each makes and draws every n-th file."""
+
+    PER_FILE = {1: 256, 4: 64}  # films, by their chunks
+
+    def __init__(self, vae: magi.VAE, chunks: int, args):
+        self.vae, self.work = vae, args.work / f"films{args.size}_{chunks}"
+        self.per_file = self.PER_FILE[chunks]
+        self.make, workers = functools.partial(make_film, chunks=chunks, size=args.size), args.workers
+        self.pool = ProcessPoolExecutor(workers) if workers else None
+        self.files: list[dict] = []
+        self.work.mkdir(parents=True, exist_ok=True)
+
+    def draw(self, rng: np.random.Generator, count: int, of: int) -> dict:
+        """`count` of this process's first `of` films: latents (count, 16, 6 n, h, w); images, the fourth
+        frame alone as an image is encoded (count, 16, 1, h, w); where things are (count, 1, 6 n, h, w);
+        captions."""
+        while len(self.files) * self.per_file < of:
+            self.files.append(self.read(parallel.rank() + len(self.files) * parallel.ranks()))
+        picks = [divmod(i, self.per_file) for i in rng.integers(0, len(self.files) * self.per_file, count)]
+        pick = lambda name: [self.files[i][name][k] for i, k in picks]
+        stack = lambda name: torch.stack(pick(name)).float()
+        names = ("latents", "images", "things")
+        return {name: stack(name) for name in names} | {"captions": pick("captions")}
+
+    def read(self, index: int) -> dict:
+        file = self.work / f"{index:04d}.pt"
         if not file.exists():
-            made = [world.make_clip(seed) for seed in range(start, start + per_file)]
-            torch.save(encode(vae, made), file.with_suffix(".tmp"))
-            os.replace(file.with_suffix(".tmp"), file)
-        parts.append(torch.load(file, weights_only=True))
-    join = lambda lists: sum(lists, []) if isinstance(lists[0], list) else torch.cat(lists)
-    return {k: join([part[k] for part in parts]) for k in parts[0]}
+            seeds = range(index * self.per_file, (index + 1) * self.per_file)
+            films = (self.pool.map if self.pool else map)(self.make, seeds)
+            torch.save(self.encode(films), file.with_suffix(".tmp"))
+            file.with_suffix(".tmp").rename(file)
+        return torch.load(file, weights_only=True)
+
+    @torch.no_grad()
+    def encode(self, films: Iterable[Film]) -> dict:
+        latents, images, things, captions = [], [], [], []
+        device = next(self.vae.parameters()).device
+        for some in batched(films, 8):
+            video = to_video(np.stack([f.frames for f in some])).to(device)
+            with autocast(device.type):
+                latents.append((self.vae.encode(video) * magi.SCALE_FACTOR).bfloat16().cpu())
+                images.append((self.vae.encode(video[:, :, 3:4]) * magi.SCALE_FACTOR).bfloat16().cpu())
+            masks = torch.from_numpy(np.stack([f.things for f in some])).float()
+            things.append(F.max_pool3d(masks[:, None], (4, 8, 8)) > 0.5)
+            captions += [list(f.captions) for f in some]
+        latents, images, things = (torch.cat(u) for u in (latents, images, things))
+        return {"latents": latents, "images": images, "things": things, "captions": captions}
 
 
-def draw_clips(rng: np.random.Generator, n: int, count: int, model: Tiny, data: dict) -> dict[str, Tensor]:
-    """The first n chunks of `count` encoded clips, as the losses of training.py take them.
+def batched(items: Iterable, size: int) -> Iterator[list]:
+    items = iter(items)
+    while some := list(islice(items, size)):
+        yield some
 
-    The first: later on a slide may rest at the wall, and without its past that caption would be a lie. Clips
-    with a circle come three times as often as others: it is the last motion to be learned, since the two
-    directions pass through the same places and only one word and the order of frames tell them apart.
-    """
-    odds = 1 + 2 * data["circles"][:, :n].any(1).double().numpy()
-    pick, part = rng.choice(len(odds), count, p=odds / odds.sum()), slice(n * magi.CHUNK)
-    # The clips have no end of their own, so how much is left is drawn: every duration token gets trained.
-    captions = [data["captions"][i][:n] for i in pick]
-    text, mask = model.text(captions, rng.integers(n, 12, count).tolist())
+
+def draw(films: Films, rng: np.random.Generator, n: int, count: int, of: int, model: Tiny) -> dict:
+    """The first n chunks of `count` films, as the losses of training.py take them."""
+    data, part = films.draw(rng, count, of), slice(n * magi.CHUNK)
+    device = model.dit.null_text.device
+    # The films have no end of their own, so how much is left is drawn: every duration token gets trained.
+    text, mask = model.text([c[:n] for c in data["captions"]], rng.integers(n, 12, count).tolist())
     return {
-        "latents": data["latents"][pick][:, :, part].float(),
+        "latents": data["latents"][:, :, part].to(device),
         "text": text,
         "text_mask": mask,
-        "images": data["images"][pick].float(),
-        "weight": 1 + 2 * data["objects"][pick][:, :, part].float(),
+        "images": data["images"].to(device),
+        "weight": 1 + 2 * data["things"][:, :, part].to(device),
     }
+
+
+# ------------------------------------------------------------------------------------- training the DiT
 
 
 def train_dit(args) -> None:
+    """Half the size first (--size 64), where a step shows four times as many clips, then the whole (--init).
+
+    Chunks alone first: with a history to copy from, captions are learned four times slower. Later more and
+    more often two or four in a row, which teach histories, continuations and changes at a boundary.
+    """
     torch.manual_seed(1)
-    vae = magi.load_vae(args.out / "vae")
-    data, model = encode_clips(vae, args.clips, args.work), Tiny()
+    vae = magi.load_vae(args.out / "vae").to(args.device)
+    see_size(vae, args.size)
+    model = Tiny(args.size, args.out / "t5" / "spiece.model").to(args.device)
     if args.init:
         model.load(args.init)
-    alone, together = training.TrainingConfig(video_share=0.0), training.TrainingConfig()
+    if args.compile:
+        torch._dynamo.config.recompile_limit = 64  # a shape for each number of chunks
+        for layer in model.dit.layers:
+            layer.compile()
+    singles, films = Films(vae, 1, args), Films(vae, 4, args)
+    batch_size = args.batch // parallel.ranks()
+    # What moves how is decided below t = 0.1, where the report's law puts 1 draw in 70: most clips take the
+    # sampler's own times instead.
+    together = training.TrainingConfig(pipeline_share=0.8)
+    alone = dataclasses.replace(together, video_share=0.0)
 
-    def loss_of_step(step: int):
-        """Early on mostly single chunks: with a history to copy from, captions are learned four times slower.
-        Later mostly four in a row, which teach the rest: histories, continuations, changes at a boundary."""
-        rng = np.random.default_rng([step, 11])
-        n = 1 if rng.random() < (0.75 if step < args.dit_steps / 2 else 0.5) else 4
-        with autocast():
+    def loss_of_step(i: int):
+        step = i // parallel.ranks()
+        rng, done = np.random.default_rng([step, 10]), step / args.steps  # alike in all processes
+        several = 0.35 if args.init else np.clip(2 * done - 0.2, 0, 0.6)
+        n = int(rng.choice([2, 4])) if rng.random() < several else 1
+        rng = np.random.default_rng([i, 11])
+        shown = batch_size * step  # chunks so far, each about sixteen times
+        if n > 1:
+            batch = draw(films, rng, n, batch_size // n, min(args.films, 128 + shown // 64), model)
+        else:
+            batch = draw(singles, rng, 1, batch_size, min(args.singles, 512 + shown // 16), model)
+        generator = torch.Generator().manual_seed(i)
+        cfg = alone if n == 1 else together
+        with autocast(args.device):
             loss = training.flow_matching_loss(
-                model.dit,
-                **draw_clips(rng, n, args.batch // n, model, data),
-                cfg=alone if n == 1 else together,
-                sampler=model.sampler,
-                generator=torch.Generator().manual_seed(step),
+                model.dit, **batch, cfg=cfg, sampler=model.sampler, generator=generator
             )
         return loss, {"chunks": n}
 
-    prompts = world.sample_prompts(16, seed=5, heldout=None)
-
     def report() -> str:
-        scores = judge_prompts(model.pipeline(vae), prompts, num_steps=16, num_frames=24)
-        return ", ".join(f"{k} {v:.0%}" for k, v in scores.items())
+        with torch.compiler.set_stance("force_eager"):  # each new shape would be compiled
+            return followed(model.pipeline(vae), args.size)
 
-    fit("dit", model, loss_of_step, args.dit_steps, args.lr, args.work, every=250, report=report)
+    name = f"dit{args.size}"
+    fit(name, model, loss_of_step, args.steps, args.lr, args.work, every=args.every, report=report)
     model.save(args.out)
+
+
+def followed(pipe: magi.MAGI, size: int) -> str:
+    """How many of 24 captions a model in training follows, for its log."""
+    scale = SIZE // size
+    enlarged = lambda frames: judge(frames.repeat(scale, 1).repeat(scale, 2))
+    scores = judge_prompts(pipe, world.sample_prompts(24, seed=5, heldout=None), 24, judge=enlarged)
+    return ", ".join(f"{name} {share:.0%}" for name, share in scores.items())
 
 
 # ----------------------------------------------------------------------------------- distillation, LoRA
 
 
 def distill(args) -> None:
-    """The base model teaches a copy of itself: one branch for three, one step for two, four, eight, sixteen.
-
-    The last, 4 steps from noise to clean, goes beyond the report: the tiny world is so simple that at 8 steps
-    even the base model is good.
+    """The base model teaches a copy of itself: one branch for three, one step for two, four, eight.
 
     Text encoder, special tokens and VAE stay as they are. Clips of 1 to 4 chunks are the moments of a video's
     first seconds and of all later ones; the short ones cost less, and there are more of them in a batch.
     """
     torch.manual_seed(2)
-    vae, model = magi.load_vae(args.out / "vae"), Tiny()
-    data = encode_clips(vae, args.clips, args.work)
+    vae = magi.load_vae(args.out / "vae").to(args.device)
+    see_size(vae, args.size)
+    model = Tiny(args.size, args.out / "t5" / "spiece.model")
     model.load(args.out)
-    model.requires_grad_(False)
+    model.requires_grad_(False).to(args.device)
     model.sampler = checkpoints.read_config(args.out / "base", "sampler", magi.SamplerConfig)
     student = copy.deepcopy(model.dit).requires_grad_()
     sampler = dataclasses.replace(model.sampler, distilled=True, num_steps=8)
-    cycle = (*training.SHORTCUT_CYCLE, 4)
+    films = Films(vae, 4, args)
 
-    def loss_of_step(step: int):
-        rng, num_steps = np.random.default_rng([step, 13]), training.shortcut_steps(step, cycle)
-        n = int(rng.choice([1, 2, 3, 4], p=[0.3, 0.15, 0.15, 0.4]))
-        with autocast():
+    def loss_of_step(i: int):
+        step = i // parallel.ranks()
+        num_steps = training.shortcut_steps(step)
+        n = int(np.random.default_rng([step, 12]).choice([1, 2, 3, 4], p=[0.3, 0.15, 0.15, 0.4]))
+        rng = np.random.default_rng([i, 13])
+        batch = draw(films, rng, n, args.batch // parallel.ranks() // n, args.films, model)
+        generator = torch.Generator().manual_seed(i)
+        with autocast(args.device):
             loss = training.shortcut_loss(
-                student,
-                model.dit,
-                **draw_clips(rng, n, args.batch // n, model, data),
-                num_steps=num_steps,
-                sampler=model.sampler,
-                generator=torch.Generator().manual_seed(step),
+                student, model.dit, **batch, num_steps=num_steps, sampler=model.sampler, generator=generator
             )
         return loss, {"steps": num_steps}
 
-    prompts = world.sample_prompts(16, seed=5, heldout=None)
-    pipe = magi.MAGI(student, vae, sampler, dict(model.tokens.items()), model.encode)
-
-    def report() -> str:
-        scores = judge_prompts(pipe, prompts, num_frames=24)
-        return "at 8 steps " + ", ".join(f"{k} {v:.0%}" for k, v in scores.items())
-
-    fit("distill", student, loss_of_step, args.distill_steps, args.distill_lr, args.work, every=250,
-        report=report)  # fmt: skip
+    tokens = {name: token.detach() for name, token in model.tokens.items()}
+    pipe = magi.MAGI(student, vae, sampler, tokens, model.encode)
+    report = lambda: "at 8 steps " + followed(pipe, args.size)
+    fit("distill", student, loss_of_step, args.steps, args.lr, args.work, every=args.every, report=report)
     config = {"dit": asdict(student.cfg), "sampler": asdict(sampler)}
-    save_model(args.out / "distill", student, config, special_tokens=dict(model.tokens.items()))
+    save_model(args.out / "distill", student, config, special_tokens=tokens)
 
 
 def lesson(new: str, heldout: bool) -> list[world.Triple]:
@@ -549,6 +719,9 @@ def write_clips(args) -> None:
                 captions.write_text("\n".join(clip.captions) + "\n")
 
 
+TOKENS = magi.CHUNK * (GRID // 2) ** 2  # of a chunk
+
+
 def train_lora(args) -> None:
     """A LoRA teaches the base model a colour or shape that none of its clips had, in minutes on a CPU: from a
     folder of clips, by the program that trains on anybody's clips."""
@@ -558,8 +731,8 @@ def train_lora(args) -> None:
     file.parent.mkdir(exist_ok=True)
     if not (work / "settings.json").exists():  # a new run replaces the shipped file
         file.unlink(missing_ok=True)
-    flags = {"model": args.out / "base", "data": clips, "out": file, "work": work,
-             "rank": args.rank, "steps": args.lora_steps, "lr": 2e-3, "seconds": 2, "tokens": 96 * args.batch,
+    flags = {"model": args.out / "base", "data": clips, "out": file, "work": work, "rank": args.rank,
+             "steps": args.steps, "lr": args.lr, "seconds": 2, "tokens": TOKENS * args.batch,
              "sample-every": 0}  # fmt: skip
     words = [word for name, value in flags.items() for word in (f"--{name}", str(value))]
     finetune.run(finetune.parser().parse_args(["lora", "--keep-activations", *words]))
@@ -571,7 +744,7 @@ def judge_lora(args, file: Path) -> None:
     ones; without the LoRA and with it."""
     prompts = [(world.caption([triple]), triple) for triple in lesson(args.teach, heldout=True)]
     others = world.sample_prompts(len(prompts), seed=1)
-    judge = functools.partial(world.judge, shapes=world.SHAPES + world.NEW_SHAPES)
+    known = dict(colours=world.COLOURS | world.NEW_COLOURS, shapes=world.SHAPES + world.NEW_SHAPES)
     for folder in ("base", "distill"):
         if not (args.out / folder).is_dir():
             continue
@@ -580,7 +753,7 @@ def judge_lora(args, file: Path) -> None:
             encode_once(pipe, args.out / "t5")
             training.load_lora(pipe.dit, file, scale)
             for kind, wanted in ((f"{args.teach}, held out", prompts), ("old", others)):
-                scores = judge_prompts(pipe, wanted, 24, world.COLOURS | world.NEW_COLOURS, judge)
+                scores = judge_prompts(pipe, wanted, 24, functools.partial(judge, **known))
                 scores = ", ".join(f"{k} {v:.0%}" for k, v in scores.items())
                 print(f"{folder}, LoRA x {scale:g}, {kind} ({len(wanted)} prompts): {scores}", flush=True)
 
@@ -599,53 +772,91 @@ def examples(args) -> None:
     print(f"wrote {folder}")
 
 
-STAGES = {"vae": train_vae, "dit": train_dit, "distill": distill, "lora": train_lora, "eval": evaluate,
-          "steps": step_counts, "examples": examples,
-          "clips": write_clips}  # fmt: skip
+# ------------------------------------------------------------------------------------------- command line
+
+STAGES = {"vae": train_vae, "dit": train_dit, "distill": distill, "lora": train_lora, "clips": write_clips,
+          "examples": examples, "eval": evaluate, "steps": write_steps, "phenomena": phenomena}  # fmt: skip
+
+
+class Recipe(NamedTuple):
+    """What made the shipped weights."""
+
+    steps: int
+    lr: float
+    batch: int  # clips of the VAE, each with three crops, at most 8; else chunks
+
+
+RECIPES = {
+    "vae": Recipe(4600, 3e-3, 7),
+    "dit 64": Recipe(14000, 4e-3, 32),
+    "dit 128": Recipe(3000, 2e-3, 16),
+    "distill": Recipe(3000, 1e-3, 32),
+    "lora": Recipe(250, 2e-3, 16),
+}
+
+
+def count(text: str) -> int:
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number of at least 1")
+    return int(text)
+
+
+def parser() -> argparse.ArgumentParser:
+    how = argparse.RawDescriptionHelpFormatter
+    options = argparse.ArgumentParser(description=__doc__, formatter_class=how)
+    flag = options.add_argument
+    flag("stage", choices=[*STAGES, "all"], help="all: vae, dit at half and at full size, distill")
+    flag("--work", type=Path, default=HERE / "work", help="checkpoints, latents, loss curves")
+    flag("--out", type=Path, default=HERE, help="where the finished models go")
+    flag("--steps", type=count, help="if not as many as in RECIPES; rates fall in the last third")
+    flag("--lr", type=float, help="highest rate, if not that in RECIPES")
+    flag("--batch", type=count, help="vae: clips, at most 8; else chunks, at least 4")
+    flag("--every", type=count, default=250, help="steps from checkpoint to checkpoint")
+    flag("--size", type=int, choices=[64, 128], default=SIZE, help="dit: of frames, in pixels")
+    flag("--init", type=Path, help="vae, dit: go on from the weights in this folder, such as tiny")
+    flag("--singles", type=count, default=40000, help="dit: clips of one chunk, at most")
+    flag("--films", type=count, default=4000, help="dit, distill: clips of four chunks, at most")
+    flag("--workers", type=int, default=0, help="processes that paint clips; 0: this one")
+    flag("--device", default="cpu", help="of the DiT's training")
+    flag("--compile", action="store_true", help="a quarter faster; takes a minute and g++")
+    new = [*world.NEW_COLOURS, *world.NEW_SHAPES]
+    flag("--teach", choices=new, default=new[0], help="clips, lora: what is new")
+    flag("--clips", type=count, default=10000, help="clips, lora: videos of each kind, at most")
+    flag("--rank", type=count, default=4, help="of the LoRA")
+    flag("--model", default="base", help="eval, phenomena: base or distill, in --out")
+    flag("--prompts", type=count, default=100, help="eval, steps, phenomena: how many videos")
+    flag("--only", nargs="+", choices=[*PHENOMENA], help="phenomena: these alone")
+    return options
+
+
+def run(stage: str, args: argparse.Namespace, **changes) -> None:
+    """One stage, with what is not given as in RECIPES."""
+    args = argparse.Namespace(**vars(args) | changes)
+    recipe = RECIPES.get(f"dit {args.size}" if stage == "dit" else stage)
+    if recipe:
+        given = {name: getattr(args, name) for name in recipe._fields if getattr(args, name)}
+        args = argparse.Namespace(**vars(args) | recipe._asdict() | given)
+        if stage == "vae" and args.batch > 8:
+            raise ValueError(f"batch {args.batch} is too large: at most 8 clips")
+        if stage in ("dit", "distill") and args.batch < 4 * parallel.ranks():
+            raise ValueError(f"batch {args.batch} is too small: at least {4 * parallel.ranks()} chunks")
+    args.work.mkdir(parents=True, exist_ok=True)
+    STAGES[stage](args)
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("stage", choices=[*STAGES, "all"], help="all: vae, dit, distill")
-    parser.add_argument("--work", type=Path, default=HERE / "work", help="checkpoints, latents, loss curves")
-    parser.add_argument("--out", type=Path, default=HERE, help="where the finished models go")
-
-    def count(text: str) -> int:
-        if not text.isdecimal() or int(text) < 1:
-            raise argparse.ArgumentTypeError(f"{text!r} is not a whole number of at least 1")
-        return int(text)
-
-    parser.add_argument("--vae-steps", type=count, default=5000)
-    parser.add_argument("--clips", type=count, default=10000, help="for the DiT, in files of 500; of a LoRA")
-    parser.add_argument("--dit-steps", type=count, default=10000)
-    parser.add_argument("--distill-steps", type=count, default=3000)
-    parser.add_argument("--distill-lr", type=float, default=1e-3)
-    new = [*world.NEW_COLOURS, *world.NEW_SHAPES]
-    parser.add_argument("--teach", choices=new, default=new[0], help="clips, lora: what is new")
-    parser.add_argument("--lora-steps", type=count, default=600)
-    parser.add_argument("--rank", type=count, default=4, help="of the LoRA")
-    parser.add_argument("--batch", type=count, default=32, help="in chunks, at least 16")
-    parser.add_argument("--lr", type=float, default=4e-3)
-    parser.add_argument("--model", type=Path, help="eval: the model's folder, if not base in --out")
-    parser.add_argument(
-        "--init",
-        type=Path,
-        help="vae, dit: go on from this folder, such as tiny; "
-        "vae: with the decoder alone, so that latents stay as they are",
-    )
-    parser.add_argument("--prompts", type=count, default=100, help="eval, steps: how many held-out prompts")
-    args = parser.parse_args()
-    started = time.time()
+    args, started = parser().parse_args(), time.time()
     try:
-        if args.batch < 16:
-            raise ValueError(f"batch {args.batch} is too small: at least 16 chunks")
-        for folder in (args.init, args.model):
-            if folder and not folder.is_dir():
-                raise ValueError(f"{folder} is no folder: check the path")
-        for stage in ("vae", "dit", "distill") if args.stage == "all" else (args.stage,):
-            STAGES[stage](args)
+        if args.init and not args.init.is_dir():
+            raise ValueError(f"{args.init} is no folder: check the path")
+        args.device = parallel.start(args.device)
+        if args.stage == "all":
+            run("vae", args)
+            run("dit", args, size=64)
+            run("dit", args, size=128, init=args.out)
+            run("distill", args)
+        else:
+            run(args.stage, args)
     except (ValueError, OSError) as error:
         print("train:", " ".join(str(error).split()), file=sys.stderr)
         sys.exit(2)

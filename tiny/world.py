@@ -1,40 +1,51 @@
-"""The tiny world: moving shapes with captions, and a judge that reads them back from frames.
+"""The tiny world, 128 pixels wide: shapes in light and shadow, places with layouts, a camera, a wall.
 
-    seed   --make_clip--> Clip: frames (24 n, 64, 64, 3) uint8, one caption a chunk, ground truth
-    names  --scene------> the same, for a colour, shape and motion to order (one of each, or one a chunk)
-    frames --judge------> Verdict: colour, shape, motion, centres; of the whole clip and of each chunk
+    seed  --make_clip--> Clip: captions, one a chunk; things, layout, camera; frames (24 n, 128, 128, 3) uint8
+    names --scene------> the same, for a kind, colour, shape and motion to order (one of each, or one a chunk)
 
-One chunk is 24 frames, one second. Whatever changes does so on the first frame of a chunk. The grammar ([ ]
-optional, | choice, all lower case):
+judge.py reads colours, shapes, motions and places back from frames. One chunk is 24 frames, one second;
+whatever changes does so on the first frame of a chunk. The grammar ([ ] optional, | choice, lower case):
 
-    caption = ["now"] thing ["and" thing] [place]     "now" only where something has just changed
-    thing   = ("a" | "an") COLOUR SHAPE verb          verb from MOTIONS, place from PLACES
-    verb    = phrase | "stops" | "turns and" phrase   the last two only where the motion has just changed
+    caption = ["now"] clause ["and" clause] [kind] [place]    "now" only where something has just changed
+    clause  = thing verb                                      verb from MOTIONS, place from PLACES
+    thing   = ("a" | "an") COLOUR SHAPE
+    verb    = phrase | "stops" | "turns and" phrase           the last two only where the motion has changed
 
     "a red ball bounces"    "now a blue square turns and slides to the right at night"    "a white ring stops"
 
-Physics: the frame is a walled box with a floor. A slide keeps its speed and rests at the wall it meets; a
-swing is a sine and an orbit a circle, both of fixed period; a bounce is free fall on an elastic floor, each
-as high as the last. So a few frames determine the rest. Positions are pixels from the frame's top-left
-corner, x to the right, y down; inside `trajectory` x + iy.
+What happens in a clip is its kind:
 
-Contents: 1 words, 2 motion, 3 pixels, 4 clips, 5 judge, 6 tokenizer, 7 command line.
-Left out on purpose: occlusion, rotation, camera motion, texture; the judge reads one object, not two.
+    alone   one thing, whose motion, colour or shape may change where a chunk begins
+    apart   two things, in the left and the right half
+    pass    one thing goes by "in front of" or "behind" another, which rests
+    hit     one thing slides along the ground "and hits" another: equal masses, it stops, the other goes on
+    wall    one thing slides "behind a wall" and comes out on the other side
+    pan     one thing does something "and the camera pans left" or right, slowly, over a world without end
+    follow  one thing slides "and the camera follows": it keeps its place in the frame, the world goes by
+
+Physics: free fall with GRAVITY; "bounces" loses nothing, "falls" keeps RESTITUTION of the speed at each
+impact; slides are free until FRICTION brings them to rest MARGIN before the frame's edge; a swing is a sine
+and an orbit a circle, both of fixed period. No caption tells speed, size, height or layout: a few frames do.
+The camera moves the ground by its whole way and what stands above the horizon by half of it. Positions are
+pixels from the frame's top-left corner, x to the right, y down; inside `trajectory` x + iy.
+
+Contents: 1 words, 2 motion, 3 layouts, 4 pixels, 5 clips, 6 tokenizer, 7 command line.
+Left out on purpose: rotation, perspective, more than two things, changing light.
 """
+
+from __future__ import annotations
 
 import argparse
 import time
 import zlib
-from collections import Counter
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cached_property
 from itertools import groupby, product
-from typing import NamedTuple
 
 import numpy as np
 
-SIZE, CHUNK, FPS = 64, 24, 24  # frame side in pixels, frames a chunk, frames a second
-BORDER, FLOOR = 2, 56  # thickness of the walls; y of the floor
+SIZE, CHUNK, FPS = 128, 24, 24  # frame side in pixels, frames a chunk, frames a second
+MARGIN = 4  # what rests at an edge of the frame keeps this distance, in pixels
 
 # ---------------------------------------------------------------------------------------------------- 1 words
 
@@ -56,14 +67,19 @@ MOTIONS = {
     "clockwise":     ("circles clockwise", "goes round clockwise", "moves in a circle clockwise"),
     "anticlockwise": ("circles anticlockwise", "goes round anticlockwise", "moves in a circle anticlockwise"),
     "still":         ("stands still", "rests", "does not move"),
+    "fall":          ("falls", "falls to the ground", "drops to the ground"),
 }
-PLACES = {  # words, colours of the wall's top and bottom, the floor, the border; all duller than any object
-    "day":    ("by day",         (120, 165, 190), (165, 195, 205), ( 95, 115,  85), ( 60,  80,  95)),
-    "night":  ("at night",       ( 12,  14,  34), ( 38,  42,  70), ( 60,  58,  66), (  4,   4,  12)),
-    "room":   ("in a grey room", (112, 112, 114), ( 86,  86,  88), ( 62,  56,  52), ( 36,  36,  38)),
-    "desert": ("in the desert",  (186, 160, 128), (150, 122,  96), (112,  86,  62), ( 74,  54,  42)),
+PLACES = {  # words, colours of the sky or wall (top and bottom) and the ground; all duller than any thing
+    "day":    ("by day",         (120, 165, 190), (165, 195, 205), ( 95, 115,  85)),
+    "night":  ("at night",       ( 12,  14,  34), ( 38,  42,  70), ( 60,  58,  66)),
+    "room":   ("in a grey room", (112, 112, 114), ( 86,  86,  88), ( 62,  56,  52)),
+    "desert": ("in the desert",  (186, 160, 128), (150, 122,  96), (112,  86,  62)),
+}
+KINDS = {  # their shares of the clips
+    "alone": 0.34, "apart": 0.1, "pass": 0.12, "hit": 0.1, "wall": 0.14, "pan": 0.1, "follow": 0.1,
 }
 # fmt: on
+ADDS = {"wall": "behind a wall", "follow": "and the camera follows", "pan": "and the camera pans"}
 SLIDES = {"left": -1, "right": 1, "up": -1j, "down": 1j}
 ORBITS = {"clockwise": 1, "anticlockwise": -1}
 OPPOSITE = {"left": "right", "up": "down", "clockwise": "anticlockwise"}
@@ -77,110 +93,274 @@ def held_out(colour: str, shape: str, motion: str) -> bool:
     return zlib.crc32(f"{colour} {shape} {motion}".encode()) % 8 == 0
 
 
-def caption(triples, before=None, place: str | None = None, rng: np.random.Generator | None = None) -> str:
-    """The caption of one chunk with the given (colour, shape, motion) of each object.
+def caption(triples, before=None, place: str | None = None, rng: np.random.Generator | None = None,
+            kind: str = "alone", pan: str = "") -> str:  # fmt: skip
+    """The caption of one chunk with the given (colour, shape, motion) of each thing.
 
     before: their triples in the previous chunk, if any. rng draws the wording; without it, the plainest.
+    kind: of KINDS; pan: "left" or "right", of the kind "pan".
     """
     pick = rng.integers if rng else lambda n: 0
+    things = [f"{'an' if colour == 'orange' else 'a'} {colour} {shape}" for colour, shape, _ in triples]
     clauses = []
-    for (colour, shape, motion), (_, _, last) in zip(triples, before or triples, strict=True):
+    for thing, (_, _, motion), (_, _, last) in zip(things, triples, before or triples, strict=True):
         verb = MOTIONS[motion][pick(3)]
         if motion == "still" != last and pick(2):
             verb = "stops"
         elif OPPOSITE.get(motion) == last and pick(2):
             verb = f"turns and {verb}"
-        clauses.append(f"{'an' if colour == 'orange' else 'a'} {colour} {shape} {verb}")
+        clauses.append(f"{thing} {verb}")
+    if kind == "pass":  # far thing first: the other goes by in front of it, or behind
+        still, mover = (0, 1) if triples[0][2] == "still" else (1, 0)
+        text = f"{clauses[mover]} {'in front of' if mover else 'behind'} {things[still]}"
+    elif kind == "hit":
+        text = f"{clauses[0]} and hits {things[1]}"
+    else:
+        text = " and ".join(clauses)
+    if kind in ADDS:
+        text += f" {ADDS[kind]}" + (f" {pan}" if kind == "pan" else "")
     now = "now " if before not in (None, triples) and pick(2) else ""
-    return now + " and ".join(clauses) + (f" {PLACES[place][0]}" if place else "")
+    return now + text + (f" {PLACES[place][0]}" if place else "")
 
 
 def words() -> dict[str, list[str]]:
     """What the model is taught to understand, by kind: `sample.py` tells who asks for something else."""
     plain, *others = zip(*MOTIONS.values(), strict=True)
     places = [words for words, *_ in PLACES.values()]
-    other = [*sum(others, ()), "a", "an", "and", "now", "stops", "turns"]
+    other = [*sum(others, ()), "a", "an", "and", "now", "stops", "turns", "in front of", "behind a wall"]
+    other += ["hits", "the camera follows", "the camera pans left", "pans right"]
     return {"colours": [*COLOURS], "shapes": [*SHAPES], "motions": [*plain], "places": places, "other": other}
 
 
-def vocabulary(known: dict[str, list[str]] | None = None) -> list[str]:
-    """Every word a caption can hold, sorted; known: the `words` of another world."""
-    known = known or words()
-    return sorted({word for phrases in known.values() for phrase in phrases for word in phrase.split()})
+def vocabulary() -> list[str]:
+    """Every word a caption can hold, sorted."""
+    return sorted({word for phrases in words().values() for phrase in phrases for word in phrase.split()})
 
 
 def sample_prompts(n: int, seed: int = 0, heldout: bool | None = True) -> list[tuple[str, Triple]]:
-    """n evaluation prompts, each with the (colour, shape, motion) to expect; no triple twice while they last.
+    """n evaluation prompts of one thing, each with the (colour, shape, motion) to expect; no triple twice
+    while they last.
 
     heldout: True for triples that training never shows, False for those it does, None for any.
     """
     rng = np.random.default_rng([seed, 2])
-    return [(caption([triple], rng=rng), triple) for triple in draw_triples(TRIPLES, n, rng, heldout)]
-
-
-def draw_triples(triples, n: int, rng: np.random.Generator, heldout: bool | None) -> list[Triple]:
-    """n of the triples, held out or not (None: any), in a random order; none twice while they last."""
-    triples = [t for t in triples if heldout in (None, held_out(*t))]
+    triples = [t for t in TRIPLES if heldout in (None, held_out(*t))]
     order = np.concatenate([rng.permutation(len(triples)) for _ in range(-(-n // len(triples)))])[:n]
-    return [triples[i] for i in order]
+    return [(caption([triples[i]], rng=rng), triples[i]) for i in order]
 
 
 # --------------------------------------------------------------------------------------------------- 2 motion
 
-GRAVITY = 0.16  # px / frame^2: a bounce of 16 to 34 px takes 28 to 41 frames, so every chunk shows a turn
-SWING, ORBIT = 36, 48  # periods in frames
+GRAVITY, RESTITUTION, FRICTION = 0.2, 0.6, 0.05  # px / frame^2; share of speed kept; px / frame^2
+SWING, ORBIT = 56, 72  # periods in frames
 
 
-def trajectory(motions, size: float, rng: np.random.Generator, lane: float | None = None):
-    """One drawn path through a list of motions, one a chunk; lane is the x to start from, if not any.
+def slide(t: np.ndarray, speed: float, room: float) -> np.ndarray:
+    """Distance after t frames of a slide that friction brings to rest after `room` pixels."""
+    brake = min(speed**2 / (2 * FRICTION), room)  # the length of the braking
+    friction = speed**2 / (2 * brake) if brake > 0 else 1.0
+    free = np.minimum(t, (room - brake) / speed)
+    late = np.clip(t - free, 0, speed / friction)
+    return speed * free + speed * late - friction / 2 * late**2
 
-    Returns the centres (24 len(motions), 2) and whether they show what the motions say: a wall may cut an
-    orbit, a slide may have no room.
+
+def fall(t: np.ndarray, height: float) -> np.ndarray:
+    """Height above the ground t frames after it was let go: each bounce keeps RESTITUTION of the speed."""
+    out = np.zeros_like(t, float)
+    start = (2 * height / GRAVITY) ** 0.5  # of the first bounce: the end of the first leg, from the top
+    speed = GRAVITY * start
+    first = t < start
+    out[first] = height - GRAVITY / 2 * t[first] ** 2
+    for _ in range(7):
+        speed *= RESTITUTION
+        length = 2 * speed / GRAVITY
+        now = (t >= start) & (t < start + length)
+        u = t[now] - start
+        out[now] = speed * u - GRAVITY / 2 * u**2
+        start += length
+    return out
+
+
+def trajectory(motions, size: float, floor: float, rng: np.random.Generator, at: complex | None = None):
+    """One drawn path through a list of motions, one a chunk; `at` fixes the start.
+
+    Returns the centres (24 len(motions),), complex, and whether they show what the motions say.
     """
-    left, right, top, floor = BORDER + size / 2, SIZE - BORDER - size / 2, BORDER + size / 2, FLOOR - size / 2
-    inside = lambda z: np.clip(z.real, left, right) + 1j * np.clip(z.imag, top, floor)
-    mid = complex(left + right, top + floor) / 2
-    speed, height = rng.uniform(0.6, 1.0), rng.uniform(16, floor - top)
-    reach, radius = rng.uniform(10, right - mid.real), rng.uniform(8, floor - mid.imag)
-    at, later_half = complex(rng.uniform(left, right), rng.uniform(top, floor)), rng.random() < 0.5
+    left, right = MARGIN + size / 2, SIZE - MARGIN - size / 2
+    top, ground = MARGIN + size / 2, floor - size / 2
+    inside = lambda z: np.clip(z.real, left, right) + 1j * np.clip(z.imag, top, ground)
+    mid = complex(left + right, top + ground) / 2
+    speed, height = rng.uniform(0.7, 1.7), rng.uniform(30, ground - top)
+    reach, radius = rng.uniform(18, right - mid.real), rng.uniform(16, ground - mid.imag)
+    start, later_half = complex(rng.uniform(left, right), rng.uniform(top, ground)), rng.random() < 0.5
+    if motions[0] in ("left", "right", "still") and rng.random() < 0.6:
+        start = complex(start.real, ground)  # most things stand on the ground
     if motions[0] in SLIDES:  # from the far side, to have somewhere to go
-        at = inside(at - SIZE * SLIDES[motions[0]]) + rng.uniform(0, 5) * SLIDES[motions[0]]
+        start = inside(start - SIZE * SLIDES[motions[0]]) + rng.uniform(0, 12) * SLIDES[motions[0]]
     elif motions[0] in ORBITS:
-        at = mid + radius * np.exp(2j * np.pi * rng.random())
-    at = at if lane is None else complex(lane, at.imag)
+        start = mid + radius * np.exp(2j * np.pi * rng.random())
+    elif motions[0] == "fall":
+        start = complex(start.real, rng.uniform(top, mid.imag))
+    at = start if at is None else at
     pieces, legible = [], True
     for motion, run in groupby(motions):
-        t = np.arange(1, CHUNK * len(list(run)) + 1)  # from 1: the first frame of a run has moved already
+        t = np.arange(1.0, CHUNK * len(list(run)) + 1)  # from 1: the first frame of a run has moved already
+        above = ground - at.imag
         if motion == "bounce":  # jump or fall from here, such that every bounce is as high
-            above = floor - at.imag
             launch = (2 * GRAVITY * max(height, above)) ** 0.5
             period = 2 * launch / GRAVITY
             phase = period / 2 - abs(launch**2 - 2 * GRAVITY * above) ** 0.5 / GRAVITY  # rising through here
             t = (t + (period - phase if later_half and not pieces else phase)) % period
-            path = at.real + 1j * (floor - launch * t + GRAVITY / 2 * t**2)
+            path = at.real + 1j * (ground - launch * t + GRAVITY / 2 * t**2)
+        elif motion == "fall":
+            legible &= above > 24
+            path = at.real + 1j * (ground - fall(t, above))
         elif motion == "swing":  # about the middle; towards it first, unless it is the clip's first motion
             wide = max(reach, abs(at.real - mid.real))
             phase = np.arcsin((at.real - mid.real) / wide)
             phase = np.pi - phase if (at.real > mid.real if pieces else later_half) else phase
             path = mid.real + wide * np.sin(phase + 2 * np.pi * t / SWING) + 1j * at.imag
         elif motion in ORBITS:  # through here, round a point on the way to the middle
-            arm = radius * (at - mid) / abs(at - mid)
+            arm = radius * (at - mid) / max(abs(at - mid), 1e-6)
             path = at - arm + arm * np.exp(2j * np.pi * ORBITS[motion] * t / ORBIT)
+        elif motion in SLIDES:
+            way = SLIDES[motion]
+            room = abs(inside(at + 2 * SIZE * way) - at)
+            path = at + way * slide(t, speed, room)
+            travel = np.abs(np.diff(path, prepend=at)).reshape(-1, CHUNK).sum(1)
+            legible &= travel[0] > 12 and not any((travel > 0.8) & (travel < 8))  # moves or rests, clearly
         else:
-            path = at + speed * SLIDES.get(motion, 0) * t
+            path = at + 0 * t
         piece = inside(path)
-        if motion in SLIDES:
-            travel = np.abs(np.diff(piece, prepend=at)).reshape(-1, CHUNK).sum(1)
-            legible &= travel[0] > 6 and not any((travel > 0.5) & (travel < 5))  # moves or rests, clearly
-        else:
-            legible &= np.abs(piece - path).max() < 0.5
+        legible &= np.abs(piece - path).max() < 0.6
         at = piece[-1]
         pieces.append(piece)
-    path = np.concatenate(pieces)
-    return np.stack([path.real, path.imag], 1), bool(legible)
+    return np.concatenate(pieces), bool(legible)
 
 
-# --------------------------------------------------------------------------------------------------- 3 pixels
+# ------------------------------------------------------------------------------------------------- 3 layouts
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Where things are in a place: two clips at one place differ in it, the frames of one do not."""
+
+    place: str
+    horizon: int  # y where the ground begins
+    floor: int  # y on which things stand
+    draw: tuple[float, ...]  # 24 uniform numbers for what varies: hills, bushes, pattern, sun
+
+
+def draw_layout(place: str, rng: np.random.Generator) -> Layout:
+    horizon = int(rng.integers(72, 97))
+    floor = int(rng.integers(max(horizon + 12, 100), 117))
+    return Layout(place, horizon, floor, tuple(rng.random(24)))
+
+
+SKIES = {  # far hills, near hills, bushes or furniture, the sun or moon
+    "day": ((128, 158, 150), (104, 138, 112), (78, 112, 84), (218, 204, 140)),
+    "night": ((34, 38, 66), (26, 30, 52), (18, 24, 40), (150, 154, 170)),
+    "room": ((104, 104, 108), (70, 66, 66), (88, 80, 74), (134, 140, 150)),
+    "desert": ((170, 136, 106), (150, 114, 86), (122, 98, 68), (226, 200, 160)),
+}
+
+
+def _sky(layout: Layout, x: np.ndarray) -> np.ndarray:
+    """What stands above the horizon at the columns x: (horizon, len(x), 3) float."""
+    u, h = layout.draw, layout.horizon
+    y = (np.arange(h, dtype=np.float32) + 0.5)[:, None]
+    x = x.astype(np.float32)[None]
+    top, bottom = (np.array(c, np.float32) for c in PLACES[layout.place][1:3])
+    far, near, bush, sun = (np.array(c, np.float32) for c in SKIES[layout.place])
+    image = np.empty((h, x.shape[1], 3), np.float32)
+    image[:] = top + (bottom - top) * (y / h)[..., None]
+
+    def paint(alpha, colour):
+        image[:] += alpha[..., None] * (colour - image)
+
+    def wave(*parts):
+        return sum(a * np.sin(2 * np.pi * (x / length + phase)) for a, length, phase in parts)
+
+    def slope(edge):  # coverage below a curve, with the slope's antialiasing
+        step = np.gradient(edge[0]) / np.gradient(x[0])
+        return np.clip((y - edge) / np.sqrt(1 + step**2) + 0.5, 0, 1)
+
+    if layout.place == "room":
+        panel = 5 * np.tanh(3 * np.sin(2 * np.pi * (x / (34 + 16 * u[0]) + u[1])))
+        image += panel[..., None]
+        x0, w = 20 + 60 * u[2], 16 + 10 * u[3]  # a window, one every 150 px
+        y0, high = h * (0.28 + 0.16 * u[4]), h * (0.16 + 0.06 * u[5])
+        dx = (x - x0 + 75) % 150 - 75
+        box = np.maximum(np.abs(dx) - w, np.abs(y - y0) - high)
+        paint(np.clip(0.5 - (box - 3) / 1.5, 0, 1), bush)
+        paint(np.clip(0.5 - box / 1.5, 0, 1), sun + (y - y0)[..., None] * 0.5)
+        paint(np.clip((y - (h - 5)) / 1.5 + 0.5, 0, 1) + 0 * x, near)
+        return image
+    x0, y0 = 12 + 104 * u[0], h * (0.18 + 0.25 * u[1])
+    away = np.hypot((x - x0 + 150) % 300 - 150, y - y0)
+    image += (0.35 * np.exp(-((away / 26) ** 2)))[..., None] * (sun - image)
+    paint(np.clip((9 - away) / 1.5 + 0.5, 0, 1), sun)
+    edge = h - (14 + 14 * u[2]) + wave((9, 110 + 60 * u[3], u[4]), (4, 47 + 20 * u[5], u[6]))
+    paint(slope(edge), far)
+    edge = h - (4 + 8 * u[7]) + wave((5, 80 + 50 * u[8], u[9]), (2.5, 36 + 12 * u[10], u[11]))
+    paint(slope(edge), near)
+    for k in range(3):
+        x0, wide, high = 200 * (k + u[12 + k]) / 3, 8 + 8 * u[15 + k], 7 + 9 * u[18 + k]
+        dx = ((x - x0 + 100) % 200 - 100) / wide
+        d = np.sqrt(dx**2 + ((y - h) / high) ** 2)
+        paint(np.clip((1 - d) * min(wide, high) / 1.4 + 0.5, 0, 1), bush + 14 * ((h - y) / high)[..., None])
+    return image
+
+
+def _ground(layout: Layout, x: np.ndarray) -> np.ndarray:
+    """What lies below the horizon at the columns x: (128 - horizon, len(x), 3) float."""
+    u, h = layout.draw, layout.horizon
+    y = (np.arange(SIZE - h, dtype=np.float32) + 0.5)[:, None]
+    x = x.astype(np.float32)[None]
+    depth = np.sqrt(y / (SIZE - h))  # pattern rows grow towards the viewer
+    floor = np.array(PLACES[layout.place][3], np.float32)
+    shade = 1.12 - 0.25 * y / (SIZE - h)
+    if layout.place == "room":
+        tiles = lambda turns: np.tanh(2.5 * np.sin(2 * np.pi * turns))
+        pattern = 7 * tiles(x / 44 + u[21]) * tiles(1.6 * depth + u[22])
+    elif layout.place == "desert":
+        bend = 0.35 * np.sin(2 * np.pi * (x / (60 + 20 * u[20]) + u[21]))
+        pattern = 6 * np.sin(2 * np.pi * (2.6 * depth + bend + u[22]))
+    else:
+        across = np.sin(2 * np.pi * (x / (30 + 14 * u[20]) + depth + u[21]))
+        pattern = 5 * across * np.sin(2 * np.pi * (1.7 * depth - x / 90 + u[22]))
+    return shade[..., None] * (floor + pattern[..., None])
+
+
+def _vignette() -> np.ndarray:
+    """(128, 128, 1): the picture darkens towards its edges, which also tells the model where they are."""
+    p = (np.arange(SIZE, dtype=np.float32) + 0.5) / SIZE * 2 - 1
+    return (1 - 0.16 * (p[:, None] ** 4 + p**4) / 1.0)[..., None].astype(np.float32)
+
+
+VIGNETTE = _vignette()
+PARALLAX, SUB = 0.5, 4  # the sky moves half as fast as the ground; positions are quarters of a pixel
+
+
+def backdrop(layout: Layout, camera: np.ndarray) -> np.ndarray:
+    """The empty scene, float32 (1 or frames, 128, 128, 3): one frame if the camera stays where it is."""
+    h = layout.horizon
+    if np.ptp(camera) == 0:
+        column = np.arange(SIZE) + 0.5 + camera[0]
+        image = np.concatenate([_sky(layout, column - (1 - PARALLAX) * camera[0]), _ground(layout, column)])
+        return (image * VIGNETTE)[None]
+    frames = np.empty((len(camera), SIZE, SIZE, 3), np.float32)
+    for part, where, rate in ((_sky, slice(0, h), PARALLAX), (_ground, slice(h, SIZE), 1.0)):
+        shift = np.rint(camera * rate * SUB).astype(int)
+        first = shift.min()
+        column = (np.arange(SIZE * SUB + shift.max() - first) + first) / SUB + 0.5
+        wide = part(layout, column)
+        for i, s in enumerate(shift - first):
+            np.multiply(wide[:, s : s + SIZE * SUB : SUB], VIGNETTE[where], out=frames[i, where])
+    return frames
+
+
+# --------------------------------------------------------------------------------------------------- 4 pixels
 
 
 def _star(x, y, r):
@@ -203,33 +383,38 @@ OUTLINE = {  # signed distance of (x, y) from the centre to the outline, negativ
         np.maximum(np.abs(x), np.abs(y)) - r, np.minimum(np.abs(x), np.abs(y)) - 0.35 * r
     ),
 }
-PATCH = 32  # side of the window that is drawn: an object of 29 px with its antialiased rim
+PATCH = 60  # side of the window that is drawn: an object of 48 px with its antialiased rim
 
 
-def coverage(shape: str, size: float, path: np.ndarray):
-    """How much of each pixel a shape covers along path (n, 2), in a window that goes with it.
-
-    Returns (n, PATCH, PATCH) float32 in [0, 1] and the index of the windows in an array (n, 64, 64, ...).
-    """
+def window(path: np.ndarray):
+    """Coordinates of a window that goes along path (n, 2): x (n, 1, P), y (n, P, 1) relative to the centre,
+    and the window's index in an array (n, 128, 128, ...)."""
     corner = np.clip(np.floor(path).astype(int) - PATCH // 2, 0, SIZE - PATCH)
     cols, rows = (corner[:, :, None] + np.arange(PATCH)).transpose(1, 0, 2)
     x, y = np.float32(cols + 0.5 - path[:, :1]), np.float32(rows + 0.5 - path[:, 1:])
-    alpha = np.clip(0.5 - OUTLINE[shape](x[:, None, :], y[:, :, None], np.float32(size / 2)), 0, 1)
-    return alpha, (np.arange(len(path))[:, None, None], rows[:, :, None], cols[:, None, :])
+    frame = np.arange(len(path))[:, None, None]
+    return x[:, None, :], y[:, :, None], (frame, rows[:, :, None], cols[:, None, :])
 
 
-@lru_cache
-def background(place: str) -> np.ndarray:
-    """(64, 64, 3) uint8. Floor and border show where the frame ends: rotary positions alone do not say."""
-    top, bottom, floor, border = (np.array(colour) for colour in PLACES[place][1:])
-    image = np.empty((SIZE, SIZE, 3))
-    image[:] = (top + (bottom - top) * np.linspace(0, 1, SIZE)[:, None])[:, None]
-    image[FLOOR:] = floor
-    image[:BORDER] = image[-BORDER:] = image[:, :BORDER] = image[:, -BORDER:] = border
-    return image.astype(np.uint8)
+def coverage(shape: str, size: float, path: np.ndarray):
+    """How much of each pixel a shape covers along path (n, 2): (n, P, P) float32 in [0, 1], and its index."""
+    x, y, where = window(path)
+    return np.clip(0.5 - OUTLINE[shape](x, y, np.float32(size / 2)), 0, 1), where
 
 
-# ---------------------------------------------------------------------------------------------------- 4 clips
+def _lit(shape: str, size: float, x: np.ndarray, y: np.ndarray, colour) -> tuple[np.ndarray, np.ndarray]:
+    """Coverage and shaded colour of an object at offsets x, y from its centre; light from the upper left."""
+    r = np.float32(size / 2)
+    distance = OUTLINE[shape](x, y, r)
+    alpha = np.clip(0.5 - distance, 0, 1)
+    toward = -(0.55 * x + 0.83 * y) / r  # 1 at the side that faces the light
+    round_ = np.clip(-distance / (0.45 * r), 0, 1)  # 0 at the rim, 1 inside
+    light = 0.86 + 0.13 * toward + 0.12 * round_ * (2 - round_)
+    shine = 0.30 * np.exp(-((x + 0.32 * r) ** 2 + (y + 0.38 * r) ** 2) / (0.10 * r * r))
+    if shape in ("ring", "star"):
+        shine = shine * 0.4
+    paint = np.minimum(light, 1.06)[..., None] * np.float32(colour)
+    return alpha, paint + shine[..., None] * (255 - paint)
 
 
 @dataclass(frozen=True)
@@ -237,304 +422,273 @@ class Thing:
     """One object: what it is in each chunk and where it is in each frame."""
 
     triples: tuple[Triple, ...]  # (colour, shape, motion) a chunk, as the caption says
-    size: float  # width and height, 20 to 26 pixels
-    path: np.ndarray  # (frames, 2) centres (x, y)
+    size: float  # width and height in pixels
+    path: np.ndarray  # (frames, 2) centres (x, y) on the screen
+    floor: float  # y of the ground below it
 
-    def seen(self) -> list[Triple]:
-        """The triples as they look: a slide that spends its chunk at the wall is "still"."""
-        moves = np.ptp(self.path.reshape(-1, CHUNK, 2), 1).max(1) > 0.5
-        return [(c, s, m if moves[k] else "still") for k, (c, s, m) in enumerate(self.triples)]
 
-    def windows(self):
-        """Where to paint: yields (chunk, coverage, index into the chunk's frames)."""
-        for k, (_, shape, _) in enumerate(self.triples):
-            yield k, *coverage(shape, self.size, self.path[k * CHUNK : (k + 1) * CHUNK])
+@dataclass(frozen=True)
+class Wall:
+    """A wall that stands in front of everything."""
+
+    x: float  # of its middle
+    width: float
+    top: float
+    bottom: float
+
+
+def _draw_shadow(frames: np.ndarray, thing: Thing, path: np.ndarray) -> None:
+    """Darkens the ground below a thing, the less the higher it is; frames (n, 128, 128, 3)."""
+    rise = np.clip((thing.floor - path[:, 1] - thing.size / 2) / 70, 0, 1)[:, None, None]
+    rows = slice(int(thing.floor) - 8, min(SIZE, int(thing.floor) + 9))
+    y = (np.arange(rows.start, rows.stop, dtype=np.float32) + 0.5 - thing.floor)[None, :, None]
+    x = np.arange(SIZE, dtype=np.float32) + 0.5 - np.float32(path[:, :1, None])
+    wide = thing.size * (0.46 + 0.1 * rise)
+    dark = (0.42 - 0.27 * rise) * np.exp(-(np.square(x / wide) ** 2)) * np.exp(-np.square(y / 4.5))
+    frames[:, rows] *= (1 - dark.astype(np.float32))[..., None]
+
+
+def _draw_wall(frames: np.ndarray, wall: Wall, layout: Layout) -> None:
+    x0, x1 = int(wall.x - wall.width / 2) - 2, int(wall.x + wall.width / 2) + 3
+    cols, rows = slice(max(x0, 0), x1), slice(int(wall.top) - 2, int(wall.bottom) + 3)
+    x = np.arange(SIZE, dtype=np.float32)[cols] + 0.5 - wall.x
+    y = (np.arange(SIZE, dtype=np.float32)[rows] + 0.5)[:, None]
+    box = np.maximum(np.abs(x) - wall.width / 2, np.maximum(wall.top - y, y - wall.bottom))
+    alpha = np.clip(0.5 - box, 0, 1)[..., None]
+    base = np.array(WALLS[layout.place], np.float32)
+    row = np.sin(np.pi * (y - wall.top) / 14)
+    brick = np.tanh(4 * row) * np.tanh(4 * np.sin(2 * np.pi * (x / 34 + 0.25 * np.sign(row))))
+    light = 1.06 - 0.16 * (x + wall.width / 2) / wall.width + 0.10 * np.exp(-(((y - wall.top) / 3) ** 2))
+    paint = (light + 0.025 * brick)[..., None] * base
+    frames[:, rows, cols] += alpha * (paint - frames[:, rows, cols])
+
+
+WALLS = {"day": (150, 128, 116), "night": (74, 72, 86), "room": (136, 120, 104), "desert": (128, 92, 70)}
 
 
 @dataclass(frozen=True)
 class Clip:
-    """A rendered clip with its captions and ground truth."""
+    """A clip with its captions and ground truth; its frames are painted when they are asked for."""
 
-    frames: np.ndarray  # (frames, 64, 64, 3) uint8
     captions: tuple[str, ...]  # one a chunk
-    place: str
-    things: tuple[Thing, ...]  # one, or two that keep to the left and the right half
+    kind: str  # of KINDS
+    layout: Layout
+    things: tuple[Thing, ...]  # from far to near
+    camera: np.ndarray  # (frames,) x of the left edge of the frame
+    wall: Wall | None = None
 
-    def circles(self) -> list[bool]:
-        """Whether anything circles, for each chunk."""
-        return [
-            any(m in ORBITS for _, _, m in chunk)
-            for chunk in zip(*(thing.triples for thing in self.things), strict=True)
-        ]
+    @cached_property
+    def frames(self) -> np.ndarray:
+        """(frames, 128, 128, 3) uint8."""
+        return render(self)
 
-    def mask(self) -> np.ndarray:
-        """(frames, 64, 64) bool, true on the objects, to weight them in a loss."""
-        mask = np.zeros((len(self.captions), CHUNK, SIZE, SIZE), bool)
-        for thing in self.things:
-            for k, alpha, where in thing.windows():
-                mask[k][where] |= alpha > 0.5
-        return mask.reshape(-1, SIZE, SIZE)
-
-
-def render(things, place: str) -> np.ndarray:
-    """Objects over a background: (frames, 64, 64, 3) uint8. Paints only the windows round the objects."""
-    frames = np.broadcast_to(background(place), (len(things[0].triples), CHUNK, SIZE, SIZE, 3)).copy()
-    for thing in things:
-        for k, alpha, where in thing.windows():
-            under, paint = frames[k][where], np.float32((COLOURS | NEW_COLOURS)[thing.triples[k][0]])
-            frames[k][where] = under + alpha[..., None] * (paint - under) + 0.5
-    return frames.reshape(-1, SIZE, SIZE, 3)
+    def masks(self, start: int = 0, stop: int | None = None) -> np.ndarray:
+        """(things, frames, 128, 128) float32: how much of each pixel shows each thing."""
+        stop = len(self.camera) if stop is None else stop
+        out = np.zeros((len(self.things), stop - start, SIZE, SIZE), np.float32)
+        for i, thing in enumerate(self.things):
+            for k, span in spans(start, stop):
+                alpha, where = coverage(thing.triples[k][1], thing.size, thing.path[span])
+                here = slice(span.start - start, span.stop - start)
+                for before in out[:i]:
+                    before[here][where] *= 1 - alpha
+                out[i][here][where] = alpha
+        if self.wall:
+            x = np.arange(SIZE) + 0.5 - self.wall.x
+            hidden = np.clip(0.5 + self.wall.width / 2 - np.abs(x), 0, 1)
+            out *= (1 - hidden).astype(np.float32)
+        return out
 
 
-def _film(plans, place: str, rng: np.random.Generator, patience: int) -> Clip | None:
+def spans(start: int, stop: int):
+    """The frames [start, stop) cut at chunks: yields (chunk, slice)."""
+    while start < stop:
+        k = start // CHUNK
+        end = min(stop, (k + 1) * CHUNK)
+        yield k, slice(start, end)
+        start = end
+
+
+def render(clip: Clip, start: int = 0, stop: int | None = None) -> np.ndarray:
+    """The frames [start, stop) of a clip, (frames, 128, 128, 3) uint8."""
+    stop, wall = len(clip.camera) if stop is None else stop, clip.wall
+    empty = backdrop(clip.layout, clip.camera[start:stop])
+    if wall:  # its shadow on the ground
+        x, y = np.arange(SIZE) + 0.5 - wall.x - 5, np.arange(SIZE)[:, None] + 0.5 - wall.bottom
+        dark = 0.3 * np.exp(-((x / (wall.width / 2 + 6)) ** 8)) * np.exp(-((y / 6) ** 2))
+        empty = empty * np.float32(1 - dark)[..., None]
+    out = np.empty((stop - start, SIZE, SIZE, 3), np.uint8)
+    for k, span in spans(start, stop):  # a chunk at a time stays in the processor's cache
+        here = slice(span.start - start, span.stop - start)
+        frames = empty[here].copy() if len(empty) > 1 else empty.repeat(span.stop - span.start, 0)
+        for thing in clip.things:
+            _draw_shadow(frames, thing, thing.path[span])
+        for thing in clip.things:
+            colour, shape, _ = thing.triples[k]
+            x, y, where = window(thing.path[span])
+            alpha, paint = _lit(shape, thing.size, x, y, (COLOURS | NEW_COLOURS)[colour])
+            under = frames[where]
+            frames[where] = under + alpha[..., None] * (paint - under)
+        if wall:
+            _draw_wall(frames, wall, clip.layout)
+        frames += 0.5
+        out[here] = np.clip(frames, 0, 255, out=frames)
+    return out
+
+
+# ---------------------------------------------------------------------------------------------------- 5 clips
+
+
+def _xy(path: np.ndarray) -> np.ndarray:
+    return np.stack([path.real, path.imag], 1)
+
+
+def _film(kind, plans, layout, rng, patience) -> Clip | None:
     """The clip of a list of triples an object; None if `patience` draws give no legible path."""
-    things = []
-    for plan, lane in zip(plans, [None] if len(plans) == 1 else [17, 47], strict=True):
-        size = rng.uniform(20, 26)
-        paths = (trajectory([m for _, _, m in plan], size, rng, lane) for _ in range(patience))
-        path = next((path for path, legible in paths if legible), None)
-        if path is None:
-            return None
-        things.append(Thing(tuple(plan), size, path))
-    told, chunks = place if rng.random() < 0.5 else None, [*zip(*plans, strict=True)]
-    captions = [caption(now, chunks[k - 1] if k else None, told, rng) for k, now in enumerate(chunks)]
-    return Clip(render(things, place), tuple(captions), place, tuple(things))
+    chunks = len(plans[0])
+    n, camera, wall, pan = chunks * CHUNK, np.zeros(chunks * CHUNK), None, ""
+    t = np.arange(1.0, n + 1)
+    motions = [[m for _, _, m in plan] for plan in plans]
+    for _ in range(patience):
+        size = rng.uniform(32, 46)
+        sizes, floors, legible = [size, rng.uniform(32, 46)], [layout.floor] * 2, True
+        if kind == "alone":
+            path, legible = trajectory(motions[0], size, layout.floor, rng)
+            paths = [path]
+        elif kind == "apart":
+            sizes = rng.uniform(32, 42, 2)
+            tries = [trajectory(m, s, layout.floor, rng) for m, s in zip(motions, sizes, strict=True)]
+            legible = all(ok for _, ok in tries)
+            paths = [path - path.real + lane for (path, _), lane in zip(tries, (33, 95), strict=True)]
+        elif kind == "pass":
+            floors = [layout.floor - 5, layout.floor + 3]
+            paths = []
+            for m, s, f in zip(motions, sizes, floors, strict=True):
+                ground = f - s / 2
+                if m[0] == "still":
+                    paths.append(np.full(n, complex(rng.uniform(48, 80), ground)))
+                else:
+                    path, ok = trajectory(m, s, f, rng)
+                    legible &= ok
+                    paths.append(path if rng.random() < 0.4 else path.real + 1j * ground)
+        elif kind == "hit":  # equal masses: the one that comes stops, the other takes its speed
+            way = SLIDES[motions[0][0]]
+            speed = rng.uniform(0.8, 1.8)
+            first = (MARGIN + sizes[0] / 2) if way == 1 else SIZE - MARGIN - sizes[0] / 2
+            first += way * rng.uniform(0, 6)
+            reach = _half_width(plans[0][0][1], sizes[0]) + _half_width(plans[1][0][1], sizes[1])
+            second = first + way * (reach + rng.uniform(14, 34))
+            gap = abs(second - first) - reach
+            when = gap / speed
+            end = SIZE - MARGIN - sizes[1] / 2 if way == 1 else MARGIN + sizes[1] / 2
+            room = (end - second) * way
+            legible = room > 16
+            a = first + way * np.minimum(speed * t, gap)
+            b = second + way * slide(np.maximum(t - when, 0), speed, max(room, 1))
+            paths = [a + 1j * (layout.floor - sizes[0] / 2), b + 1j * (layout.floor - sizes[1] / 2)]
+        elif kind == "wall":
+            size = sizes[0] = rng.uniform(26, 28.5)
+            way = SLIDES[motions[0][0]]
+            where = SIZE / 2 + way * rng.uniform(10, 13)  # more room before it than behind
+            wall = Wall(where, rng.uniform(54, 61), rng.uniform(14, 34), layout.floor + rng.uniform(4, 8))
+            low, ground = wall.top + size / 2 + 4, layout.floor - size / 2
+            y = ground if rng.random() < 0.6 else rng.uniform(low, ground)
+            first = 2 + size / 2 if way == 1 else SIZE - 2 - size / 2
+            slowest = min(96 / n, 1.4)  # comes out before the clip ends
+            path = first + way * slide(t, rng.uniform(slowest, 1.5), SIZE - size - 3) + 1j * y
+            paths = [path]
+        elif kind == "pan":
+            speed = rng.uniform(0.25, 0.55) * rng.choice([-1, 1])
+            camera, pan = speed * t, "left" if speed < 0 else "right"
+            path, legible = trajectory(motions[0], size, layout.floor, rng)
+            path = path - camera + rng.uniform(0, 1) * speed * n
+            legible &= path.real.min() > size / 2 and path.real.max() < SIZE - size / 2
+            paths = [path]
+        else:  # follow
+            way = SLIDES[motions[0][0]]
+            speed = rng.uniform(0.6, 1.6)
+            camera = way * speed * t
+            y = layout.floor - size / 2 if rng.random() < 0.7 else rng.uniform(30, layout.floor - size / 2)
+            paths = [np.full(n, complex(64 - way * rng.uniform(0, 20), y))]
+        if legible:
+            break
+    else:
+        return None
+    things = [
+        Thing(tuple(plan), float(size), _xy(path), float(floor))
+        for plan, size, path, floor in zip(plans, sizes, paths, floors, strict=False)
+    ]
+    told, rows = layout.place if rng.random() < 0.5 else None, [*zip(*plans, strict=True)]
+    captions = [caption(row, rows[k - 1] if k else None, told, rng, kind, pan) for k, row in enumerate(rows)]
+    return Clip(tuple(captions), kind, layout, tuple(things), camera, wall)
 
 
-def scene(colour="red", shape="ball", motion="bounce", place="day", chunks: int = 4, seed: int = 0) -> Clip:
-    """A clip of one object to order; colour, shape and motion are names, or lists of names with one a chunk.
+def _half_width(shape: str, size: float) -> float:
+    """Half the width of a shape where it could touch another that stands beside it."""
+    return size / 2 * (0.95 if shape == "star" else 1.0)
 
-    The seed draws size, speed, start and wording. Frame 0 serves i2v; the first chunks are a prefix for v2v,
-    the others what must follow. ValueError: an unknown name, a list not `chunks` long, motions without room.
+
+CAN = {  # the motions of the first thing, or of both; a half of the frame or a pan has no room for the others
+    "alone": tuple(MOTIONS), "pan": tuple(MOTIONS), "apart": ("bounce", "up", "down", "still", "fall"),
+} | dict.fromkeys(("pass", "hit", "wall", "follow"), ("left", "right"))  # fmt: skip
+PAIRS = ("apart", "pass", "hit")
+
+
+def make_clip(seed: int, chunks: int = 4, events=0.4, heldout: bool | None = False, kind: str = "") -> Clip:
+    """The clip of a seed, of any kind or of the one given. events: chance of a change where a chunk starts.
+
+    heldout: False for clips without any held-out triple (training), True for held-out triples only (without
+    events), None for any.
+    """
+    rng = np.random.default_rng([seed, 128])
+    draw = lambda names: tuple(names)[rng.integers(len(names))]
+    drawn = str(rng.choice([*KINDS], p=[*KINDS.values()]))
+    kind = kind or drawn
+    while True:
+        plans = [[(draw(COLOURS), draw(SHAPES), draw(CAN[kind]))] for _ in range(1 + (kind in PAIRS))]
+        if kind in ("pass", "hit"):
+            rests = 1 if kind == "hit" else int(rng.integers(2))
+            plans[rests][0] = (*plans[rests][0][:2], "still")
+        for plan in plans:
+            while len(plan) < chunks:
+                colour, shape, motion = plan[-1]
+                roll = rng.random() / max(events, 1e-9) if heldout is not True else 1
+                if roll < 0.6 and kind in ("alone", "apart"):
+                    motion = draw((OPPOSITE.get(motion, "still"), draw(CAN[kind]), draw(CAN[kind])))
+                elif 0.6 <= roll < 0.85:
+                    colour = draw(COLOURS)
+                elif 0.85 <= roll < 1 and kind not in ("pass", "hit"):
+                    shape = draw(SHAPES)
+                plan.append((colour, shape, motion))
+        fits = heldout is None or all(held_out(*t) == heldout for plan in plans for t in plan)
+        twins = len(plans) > 1 and any(a[0] == b[0] for a, b in zip(*plans, strict=True))
+        if fits and not twins:
+            layout = draw_layout(draw(PLACES), rng)
+            if clip := _film(kind, plans, layout, rng, patience=12):
+                return clip
+
+
+def scene(colour="red", shape="ball", motion="bounce", place="day", chunks: int = 4, seed: int = 0,
+          kind: str = "alone") -> Clip:  # fmt: skip
+    """A clip of one thing to order; colour, shape and motion are names, or lists of names with one a chunk.
+
+    The seed draws size, speed, start, layout and wording. ValueError: an unknown name, a kind that takes two
+    things or cannot do the motion, a list not `chunks` long, motions without room.
     """
     plan = [[names] * chunks if isinstance(names, str) else names for names in (colour, shape, motion)]
-    choices = (COLOURS | NEW_COLOURS, SHAPES + NEW_SHAPES, MOTIONS, PLACES)
-    for names, known in zip([*plan, [place]], choices, strict=True):
+    choices = (COLOURS | NEW_COLOURS, SHAPES + NEW_SHAPES, MOTIONS, PLACES, KINDS)
+    for names, known in zip([*plan, [place], [kind]], choices, strict=True):
         if unknown := set(names) - set(known):
             raise ValueError(f"unknown {unknown}; choose from {', '.join(known)}")
     if any(len(names) != chunks for names in plan):
         raise ValueError(f"lists of {[*map(len, plan)]} names for {chunks} chunks; give one name a chunk")
-    clip = _film([[*zip(*plan, strict=True)]], place, np.random.default_rng([seed, 1]), patience=2000)
+    if kind in PAIRS or set(plan[2]) - set(CAN[kind]):
+        raise ValueError(f"no {kind!r} clip of one thing that does {plan[2]}; its motions: {CAN[kind]}")
+    rng = np.random.default_rng([seed, 129])
+    clip = _film(kind, [[*zip(*plan, strict=True)]], draw_layout(place, rng), rng, patience=2000)
     if clip is None:
-        raise ValueError(f"no room for {plan[2]}; after a slide to a wall, slide away from it")
+        raise ValueError(f"no room for {plan[2]}; after a slide to an edge, slide away from it")
     return clip
-
-
-def make_clip(seed: int, chunks: int = 4, events=0.4, pairs=0.15, heldout: bool | None = False) -> Clip:
-    """The clip of a seed. events: chance of a change where a chunk starts; pairs: share of two-object clips.
-
-    heldout: False for clips without any held-out triple (training), True for held-out triples only (without
-    events, as two held-out triples are seldom one change apart), None for any.
-    """
-    rng = np.random.default_rng([seed, 0])
-    draw = lambda names: tuple(names)[rng.integers(len(names))]
-    pair = rng.random() < pairs
-    motions = ("bounce", "up", "down", "still") if pair else MOTIONS  # a half has no room for the others
-    while True:
-        plans = [[(draw(COLOURS), draw(SHAPES), draw(motions))] for _ in range(1 + pair)]
-        for plan in plans:
-            while len(plan) < chunks:
-                colour, shape, motion = plan[-1]
-                kind = rng.random() / max(events, 1e-9) if heldout is not True else 1
-                if kind < 0.6:
-                    motion = draw((OPPOSITE.get(motion, "still"), draw(motions), draw(motions)))
-                elif kind < 0.85:
-                    colour = draw(COLOURS)
-                elif kind < 1:
-                    shape = draw(SHAPES)
-                plan.append((colour, shape, motion))
-        wanted = heldout is None or all(held_out(*triple) == heldout for plan in plans for triple in plan)
-        twins = any(len({colour for colour, _, _ in chunk}) <= pair for chunk in zip(*plans, strict=True))
-        if wanted and not twins and (clip := _film(plans, draw(PLACES), rng, patience=12)):
-            return clip
-
-
-# ---------------------------------------------------------------------------------------------------- 5 judge
-# Made for the output of a generative model, with soft edges, noise and colours a little off: a contour is
-# taken halfway between background and object, where blur does not move it; decisions pool a chunk of frames.
-
-
-@dataclass(frozen=True)
-class Verdict:
-    """What the judge sees: None where no object, or fewer than 8 frames of one to tell a motion by."""
-
-    colour: str | None
-    shape: str | None
-    motion: str | None
-    centres: np.ndarray  # (frames, 2) centres (x, y), NaN where there is no object
-    chunks: tuple[tuple[str | None, str | None, str | None], ...]  # (colour, shape, motion) of each chunk
-
-
-def _soften(images: np.ndarray) -> np.ndarray:
-    """3 x 3 mean over axes 1 and 2. It wraps round, from border to border, which are alike."""
-    for axis in (1, 2):
-        images = (np.roll(images, -1, axis) + images + np.roll(images, 1, axis)) / 3
-    return images
-
-
-def _locate(alpha: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """(n, 64, 64) -> the object's centre of mass (n, 2), NaN where there is none, and its mean silhouette
-    (36, 36). Stray pixels far from the object are dropped."""
-    keep, grid = np.where(alpha > 0.5, alpha, 0), np.arange(SIZE) + 0.5
-    for reach in (24, 18, 18):
-        mass = keep.sum((1, 2))
-        mass = np.where(mass > 60, mass, np.nan)  # the smallest star has 130
-        centre = np.stack([keep.sum(1) @ grid, keep.sum(2) @ grid], 1) / mass[:, None]
-        near = np.abs(grid - centre[:, :, None]) < reach
-        keep = keep * near[:, 0, None, :] * near[:, 1, :, None]
-    seen = ~np.isnan(mass)
-    alpha, corner = np.pad(alpha[seen], ((0, 0), (18, 18), (18, 18))), centre[seen].astype(int)
-    cuts = [a[y : y + 36, x : x + 36] for a, (x, y) in zip(alpha, corner, strict=True)]
-    return centre, np.mean(cuts, 0) if cuts else np.zeros((36, 36))
-
-
-@lru_cache
-def _silhouettes(shapes: tuple[str, ...]):
-    """Each shape at each size as `_locate` finds it: name, size, (36, 36), centre less centre of mass (2)."""
-    path = np.random.default_rng(0).uniform(28, 36, (16, 2))  # to average over fractions of a pixel
-    names, sizes, images, offsets = [], [], [], []
-    for shape, size in product(shapes, np.arange(17, 29.1, 0.5)):
-        alpha, (window, where) = np.zeros((16, SIZE, SIZE)), coverage(shape, size, path)
-        alpha[where] = window
-        centre, image = _locate(_soften(alpha))
-        names.append(shape)
-        sizes.append(size)
-        images.append(image)
-        offsets.append((path - centre).mean(0))
-    return names, sizes, np.array(images), np.array(offsets)
-
-
-@lru_cache
-def _courses(n: int) -> dict[str, np.ndarray]:
-    """What a coordinate can do in n frames, (k, n) a motion, up to offset and scale."""
-    t, turn = np.arange(n), np.arange(0, 1, 1 / 24)[:, None]
-    cycle = lambda period: (t / period + turn) % 1
-    flights = [2 * (2 * height / GRAVITY) ** 0.5 for height in range(14, 35, 2)]
-    return {
-        "slide": np.minimum(t, np.arange(4, max(n, 5))[:, None]),  # goes, then rests
-        "bounce": np.concatenate([GRAVITY / 2 * f**2 * (cycle(f) ** 2 - cycle(f)) for f in flights]),
-        "swing": np.concatenate([np.sin(2 * np.pi * cycle(period)) for period in range(30, 43, 3)]),
-        "orbit": np.exp(2j * np.pi * t / np.arange(36, 61, 4)[:, None]),
-    }
-
-
-def fit_course(course: np.ndarray, path: np.ndarray, low: float, high: float) -> tuple[float, float]:
-    """Least squares of path (n,) on each course (k, n): residual and scale of the best, |scale| in bounds."""
-    course = course - course.mean(1, keepdims=True)
-    power = (np.abs(course) ** 2).sum(1) + 1e-9
-    scale = course.conj() @ path / power
-    residual = (np.abs(path) ** 2).sum() - np.abs(scale) ** 2 * power
-    residual[(np.abs(scale) < low) | (np.abs(scale) > high)] = np.inf
-    return residual.min(), scale[residual.argmin()]
-
-
-def _motion(centre: np.ndarray) -> str | None:
-    """The motion that fits centres (n, 2) best. Bounds on the scale: a slide is no part of a vast orbit."""
-    seen = np.flatnonzero(~np.isnan(centre[:, 0]))
-    if len(seen) < 8:
-        return None
-    x, y = (centre[seen] - centre[seen].mean(0)).T
-    if np.ptp(np.quantile(centre[seen], (0.05, 0.95), axis=0), axis=0).max() < 1.5:
-        return "still"
-    course = {name: courses[:, seen] for name, courses in _courses(len(centre)).items()}
-    across, along = fit_course(course["slide"], x, 0.2, 3), fit_course(course["slide"], y, 0.2, 3)
-    drop = fit_course(course["bounce"], y, 0.5, 2)
-    return min([
-        (across[0] + y @ y, "right" if across[1] > 0 else "left"),
-        (along[0] + x @ x, "down" if along[1] > 0 else "up"),
-        (drop[0] + x @ x if drop[1] > 0 else np.inf, "bounce"),
-        (fit_course(course["swing"], x, 4, 22)[0] + y @ y, "swing"),
-        (fit_course(course["orbit"], x + 1j * y, 4, 20)[0], "clockwise"),
-        (fit_course(course["orbit"], x - 1j * y, 4, 20)[0], "anticlockwise"),
-    ])[1]  # fmt: skip
-
-
-class Sight(NamedTuple):
-    """The object as it is found in a chunk of n frames."""
-
-    paint: np.ndarray  # (3,) its colour
-    alpha: np.ndarray  # (n, 64, 64) how much of each pixel it covers
-    centres: np.ndarray  # (n, 2)
-    best: int  # which of `_silhouettes` it looks like
-
-
-def _find(frames: np.ndarray, shapes: tuple[str, ...] = SHAPES) -> Sight | None:
-    """Softened frames (n, 64, 64, 3) in 0..255 -> the object in them, None if there is none."""
-    known = [_soften(background(place)[None].astype(np.float32))[0] for place in PLACES]
-    wall = min(known, key=lambda b: np.minimum(np.abs(frames - b), 60).mean())
-    excess = frames - wall
-    excess -= np.median(excess, (1, 2), keepdims=True)  # a model's light may drift from frame to frame
-    distance = (excess**2).sum(-1) ** 0.5
-    peak = np.percentile(distance, 98.5)  # even a small star fills 3 % of the frame
-    paint = np.median(frames[distance >= 0.75 * peak], 0)
-    alpha = (excess * (paint - wall)).sum(-1) / ((paint - wall) ** 2).sum(-1)
-    alpha = np.clip(alpha, 0, 1)
-    centre, image = _locate(alpha)
-    if peak < 40 or np.isnan(centre[:, 0]).mean() > 0.5:
-        return None
-    _, _, images, offsets = _silhouettes(shapes)
-    overlap = np.minimum(images, image).sum((1, 2)) / np.maximum(images, image).sum((1, 2))
-    best = overlap.argmax()
-    if overlap[best] < 0.5:  # noise alone reaches 0.4, a shape under strong blur still 0.7
-        return None
-    return Sight(paint, alpha, centre + offsets[best], best)
-
-
-def _judge_chunk(frames: np.ndarray, colours: dict, shapes: tuple[str, ...]):
-    """Softened frames (n, 64, 64, 3) in 0..255 -> (colour, shape, motion) and centres (n, 2)."""
-    if (sight := _find(frames, shapes)) is None:
-        return (None, None, None), np.full((len(frames), 2), np.nan)
-    # brightness, red - green, yellow - blue; brightness counts little, as generated colours fade
-    opponent = np.array([[0.2, 0.7, 0.4], [0.2, -0.7, 0.4], [0.2, 0, -0.8]])
-    colour = min(colours, key=lambda name: np.linalg.norm((sight.paint - colours[name]) @ opponent))
-    return (colour, _silhouettes(shapes)[0][sight.best], _motion(sight.centres)), sight.centres
-
-
-def judge(frames: np.ndarray, colours: dict = COLOURS, shapes: tuple[str, ...] = SHAPES) -> Verdict:
-    """Reads the one object in frames (n, 64, 64, 3), uint8 or float in [0, 1]. ValueError for another size.
-
-    Each 24 frames are judged alone, then they vote; a clip is "still" only if all chunks are, as slides end.
-    colours, shapes: those to choose from, such as COLOURS | NEW_COLOURS and SHAPES + NEW_SHAPES.
-    """
-    frames = _readable(frames)
-    parts = [_judge_chunk(frames[i : i + CHUNK], colours, shapes) for i in range(0, len(frames), CHUNK)]
-    chunks, centres = zip(*parts, strict=True)
-    votes = [Counter(name for name in names if name) for names in zip(*chunks, strict=True)]
-    if len(votes[2]) > 1:
-        del votes[2]["still"]
-    first = [max(vote, key=vote.get, default=None) for vote in votes]
-    return Verdict(*first, np.concatenate(centres), chunks)
-
-
-def _readable(frames: np.ndarray) -> np.ndarray:
-    """Frames as the judge wants them: float in 0..255, softened."""
-    if frames.shape[1:] != (SIZE, SIZE, 3) or not len(frames):
-        raise ValueError(f"frames of shape {frames.shape}; the judge reads (frames, {SIZE}, {SIZE}, 3)")
-    return _soften(frames.astype(np.float32) * (1 if frames.dtype == np.uint8 else 255))
-
-
-def flaws(frames: np.ndarray) -> tuple[float, float]:
-    """How badly the object is drawn, whatever was asked for: (colour error, edge error), each a mean over the
-    chunks that show one, NaN if none does.
-
-    Colour error: distance of its paint from the nearest colour of the world, 0..255 per channel (rms). Edge
-    error: its coverage against that of the ideal shape (the best of the judge's, at the judged place and
-    size), the sum of differences over the ideal's area: 0 is perfect, a wrong or ragged outline adds to it.
-    """
-    frames, errors = _readable(frames), []
-    for sight in filter(None, (_find(frames[i : i + CHUNK]) for i in range(0, len(frames), CHUNK))):
-        shapes, sizes, _, _ = _silhouettes(SHAPES)
-        seen = ~np.isnan(sight.centres[:, 0])
-        ideal = np.zeros((seen.sum(), SIZE, SIZE))
-        window, where = coverage(shapes[sight.best], sizes[sight.best], sight.centres[seen])
-        ideal[where] = window
-        ideal = _soften(ideal)
-        near = ideal > 0
-        near = _soften(_soften(near.astype(float))) > 0  # two pixels around it: stray spots are not its edge
-        off = (np.abs(sight.alpha[seen] - ideal) * near).sum() / ideal.sum()
-        paint = min(np.mean((sight.paint - np.array(c)) ** 2) ** 0.5 for c in COLOURS.values())
-        errors.append((paint, off))
-    return tuple(np.mean(errors, 0).tolist()) if errors else (float("nan"), float("nan"))
 
 
 # ------------------------------------------------------------------------------------------------ 6 tokenizer
@@ -552,27 +706,17 @@ jump, spin, shake, roll, drop, rise, fall, grow, shrink, start, stop, turn, fade
 """
 
 
-def sample_captions() -> list[str]:
-    """Captions with every combination of words, for the tokenizer."""
-    rng, texts = np.random.default_rng(0), []
-    for triple in TRIPLES * 2:
-        other = TRIPLES[rng.integers(len(TRIPLES))]
-        texts.append(caption([triple], [other], [*PLACES][rng.integers(4)], rng))
-        texts.append(caption([triple, other], rng=rng))
-    return texts
-
-
-def train_tokenizer(file: str, size: int = 256, words: list[str] | None = None, captions=None) -> None:
+def train_tokenizer(file: str, size: int = 288) -> None:
     """Writes a sentencepiece unigram model with T5's ids: pad 0, eos 1, unk 2, no bos. Always the same bytes.
 
     Captions outnumber the English, so that their words become single pieces; all of ascii is in, so that no
-    English prompt meets unk. words and captions: of another world.
+    English prompt meets unk.
     """
     import sentencepiece  # here, since the world itself needs numpy alone
 
     # a piece must occur in two different words, and "red," is another word than "red"
-    text = [*ENGLISH.strip().splitlines(), ", ".join(words or vocabulary()) + ","] * 4
-    text += captions or sample_captions()
+    text = [*ENGLISH.strip().splitlines(), ", ".join(vocabulary()) + ","] * 4
+    text += sum((make_clip(seed, heldout=None).captions for seed in range(1000)), ())
     with open(file, "wb") as out:
         sentencepiece.SentencePieceTrainer.train(
             sentence_iterator=iter(text), model_writer=out, model_type="unigram", vocab_size=size,
@@ -584,57 +728,36 @@ def train_tokenizer(file: str, size: int = 256, words: list[str] | None = None, 
 # --------------------------------------------------------------------------------------------- 7 command line
 
 
-def check(clips: int = 200) -> None:
-    """Prints how fast clips are made and how often the judge is right, on clean frames and spoilt ones."""
-    start = time.perf_counter()
-    truth = [make_clip(seed, pairs=0, heldout=None) for seed in range(clips)]
-    seconds, rng = time.perf_counter() - start, np.random.default_rng(0)
-    blur = lambda frames: _soften(_soften(frames))  # as good as a gaussian
-    noise = lambda frames: frames + rng.normal(0, 10, frames.shape)
-    tint = lambda frames: frames * rng.uniform(0.9, 1.1, 3) + rng.uniform(-10, 10, 3)
-    spoilers = {
-        "clean": lambda frames: frames,
-        "blur, sigma 1.15 px": blur,
-        "noise, sigma 10/255": noise,
-        "tint, 10 % and 10/255": tint,
-        "all three": lambda frames: noise(tint(blur(frames))),
-    }
-    print(f"{clips / seconds:.0f} clips of 96 frames a second; chunks that the judge gets right, in %:")
-    print(f"{f'of {4 * clips}':<24}colour   shape  motion     all    centre off by, px: mean     max")
-    for name, spoil in spoilers.items():
-        right, off = [], []
-        for clip in truth:
-            verdict = judge(np.clip(spoil(clip.frames.astype(np.float32)), 0, 255).astype(np.uint8))
-            right += [np.equal(*pair) for pair in zip(clip.things[0].seen(), verdict.chunks, strict=True)]
-            off.append(np.hypot(*(verdict.centres - clip.things[0].path).T))
-        rates = "".join(f"{100 * rate:8.2f}" for rate in [*np.mean(right, 0), np.all(right, 1).mean()])
-        print(f"{name:<22}{rates}{np.mean(off):27.2f}{np.max(off):8.2f}")
-
-
-def sheet(file: str, seeds=range(10), step: int = 8) -> None:
-    """Writes a PNG: a clip a row, every `step`th frame at twice its size, a gap between chunks."""
+def sheet(file: str, seeds=range(8), step: int = 12, kind: str = "") -> None:
+    """Writes a PNG: a clip a row, every `step`th frame, a gap between chunks. Prints the captions."""
     import imageio.v3 as imageio
 
     rows = []
     for seed in seeds:
-        frames = make_clip(seed).frames[::step].repeat(2, 1).repeat(2, 2)
+        clip = make_clip(seed, kind=kind)
+        frames = clip.frames[::step]
         gap = [((2, 2), (2 if i % (CHUNK // step) else 10, 2), (0, 0)) for i in range(len(frames))]
         rows.append(np.concatenate([*map(np.pad, frames, gap)], 1))
+        print(seed, clip.kind, *clip.captions, sep=" | ")
     imageio.imwrite(file, np.concatenate(rows))
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description="the tiny world: clips, captions, judge, tokenizer")
-    parser.add_argument("--check", action="store_true", help="measure the speed and the judge")
+    parser = argparse.ArgumentParser(description="the tiny world: clips, captions, tokenizer")
+    parser.add_argument("--speed", action="store_true", help="measure how fast clips are painted")
     parser.add_argument("--sheet", metavar="FILE", help="write a contact sheet (PNG)")
+    parser.add_argument("--kind", choices=[*KINDS], default="", help="of the sheet's clips; else any")
     parser.add_argument("--tokenizer", metavar="FILE", help="train the tokenizer")
     args = parser.parse_args()
     if args.sheet:
-        sheet(args.sheet)
+        sheet(args.sheet, kind=args.kind)
     if args.tokenizer:
         train_tokenizer(args.tokenizer)
-    if args.check:
-        check()
+    if args.speed:
+        start = time.perf_counter()
+        for seed in range(30):
+            render(make_clip(seed))
+        print(f"{(time.perf_counter() - start) / 120 * 1000:.1f} ms a second of video")
 
 
 if __name__ == "__main__":
