@@ -157,11 +157,11 @@ def judge_changes(pipe: magi.MAGI, count: int) -> dict[str, float]:
     return {"all": float(np.mean(sum(hits.values(), [])))} | shares
 
 
-def judge_long(pipe: magi.MAGI, count: int) -> float:
-    """Share of 16-chunk videos whose colour and shape in the last chunk are those the caption names."""
+def judge_long(pipe: magi.MAGI, count: int, chunks: int = 16) -> float:
+    """Share of long videos whose colour and shape in the last chunk are those the caption names."""
     hits = []
     for i, (text, wanted) in enumerate(world.sample_prompts(count, seed=6)):
-        hits.append(judge(film(pipe, text, 16 * 24, i)).chunks[-1][:2] == wanted[:2])
+        hits.append(judge(film(pipe, text, 24 * chunks, i)).chunks[-1][:2] == wanted[:2])
     return float(np.mean(hits))
 
 

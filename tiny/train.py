@@ -260,6 +260,7 @@ def see_crops(part: nn.Module) -> None:
 
 
 CROP, NOISE, EDGE = 48, 0.1, 0.5  # side of crops in pixels; noise on latents at most, in deviations; weight
+UNSEEN = 24  # clips of the report
 
 
 def reconstruction(vae: magi.VAE, video: Tensor, weight: Tensor, noise: Tensor) -> tuple[Tensor, Tensor]:
@@ -305,7 +306,7 @@ def train_vae(args) -> None:
             value, square = loss(vae, video, 1 + 3 * near(mask), noise)
         return value, {"psnr": (10 * torch.log10(4 / square)).item()}
 
-    test = [world.make_clip(10**6 + i, heldout=None) for i in range(24)]
+    test = [world.make_clip(10**6 + i, heldout=None) for i in range(UNSEEN)]
     video = to_video(np.stack([world.render(clip, 36, 48) for clip in test]))
     mask = near(torch.from_numpy(np.stack([clip.masks(36, 48).max(0) for clip in test]))[:, None])
 
