@@ -284,7 +284,7 @@ def test_a_guess_at_the_clean_chunk_comes_true(name):
             if c.t + c.dt > 1 - 1e-6:
                 ends[c.chunk] = p.latents[c.chunk]
 
-    list(magi.load(TINY / name)(RED, num_frames=72, num_steps=8, progress=watch))
+    list(magi.load(TINY / name)(RED, num_frames=72, num_steps=8, height=64, width=64, progress=watch))
     for chunk, end in ends.items():
         errors = [((g - end).norm() / end.norm()).item() for g in guesses[chunk]]
         assert len(errors) == 8 and errors[-1] < 1e-4 and errors[4] < 0.6 and errors[4] < errors[0]

@@ -40,6 +40,7 @@ TINY = ROOT / "tiny"
 sys.path.append(str(TINY))
 fit_preview = load_module("fit_preview", ROOT / "tools" / "fit_preview.py")
 RED, BLUE = "a red ball bounces", "a blue square slides to the left"
+QUICK = ("--height", "32", "--width", "32")  # where it does not matter what is shown
 
 
 @functools.cache
@@ -186,7 +187,7 @@ def assert_close(a: np.ndarray, b: np.ndarray) -> None:
 
 def test_lines_that_come_while_it_runs_go_to_the_next_chunks():
     """The second is written when the first second of video is there, the end with it."""
-    import world
+    from judge import judge
 
     process = command("--prompt", "-", "--num_frames", "inf", "--out", "-")
     process.stdin.write(RED.encode() + b"\n")
@@ -197,20 +198,21 @@ def test_lines_that_come_while_it_runs_go_to_the_next_chunks():
     rest, messages = process.communicate(BLUE.encode() + b"\n", timeout=120)
     assert process.returncode == 0 and b"frames -> -" in messages and b"Traceback" not in messages
     frames = frames_of(data + rest)
-    colours = [colour for colour, _, _ in world.judge(frames).chunks]
+    colours = [colour for colour, _, _ in judge(frames).chunks]
     assert colours[:3] == ["red"] * 3 and colours[-1] == "blue" and 5 <= len(colours) <= 7
 
 
 def test_an_mp4_on_standard_output_is_the_one_in_a_file(tmp_path):
-    process = command("--prompt", RED, "--num_frames", "40", "--out", "-")
+    process = command("--prompt", RED, "--num_frames", "40", "--out", "-", *QUICK)
     data, messages = process.communicate(timeout=120)
     assert process.returncode == 0 and data[4:8] == b"ftyp" and b"40 frames" in messages
-    assert command("--prompt", RED, "--num_frames", "40", "--out", tmp_path / "a.mp4").wait(120) == 0
+    flags = ("--prompt", RED, "--num_frames", "40", "--out", tmp_path / "a.mp4")
+    assert command(*flags, *QUICK).wait(120) == 0
     assert np.array_equal(frames_of(data), frames_of((tmp_path / "a.mp4").read_bytes()))
 
 
 def test_a_player_that_is_closed_ends_an_endless_video_quietly():
-    process = command("--prompt", RED, "--num_frames", "inf", "--out", "-")
+    process = command("--prompt", RED, "--num_frames", "inf", "--out", "-", *QUICK)
     assert len(process.stdout.read(2000)) == 2000
     process.stdout.close()
     messages = process.stderr.read().decode()
@@ -219,9 +221,8 @@ def test_a_player_that_is_closed_ends_an_endless_video_quietly():
 
 def test_a_file_of_prompts_makes_a_video_a_line(tmp_path):
     (tmp_path / "p.txt").write_text(f"\ufeff{RED}\n\n  {RED} | {BLUE}\r\n", encoding="utf-8")
-    process = command(
-        "--prompt_file", tmp_path / "p.txt", "--out", tmp_path / "made", "--num_frames", "48", "--seed", "7"
-    )
+    flags = ("--prompt_file", tmp_path / "p.txt", "--out", tmp_path / "made", "--num_frames", "48")
+    process = command(*flags, "--seed", "7", *QUICK)
     assert b"warning" not in process.communicate(timeout=120)[1] and process.returncode == 0
     assert sorted(os.listdir(tmp_path / "made")) == [
         "000-a-red-ball-bounces.mp4",
@@ -229,7 +230,7 @@ def test_a_file_of_prompts_makes_a_video_a_line(tmp_path):
     ]
     pipe = magi.load(TINY / "distill")
     for name, prompts, seed in (("000", [RED], 7), ("001", [RED, BLUE], 8)):
-        expected = np.concatenate(list(pipe(prompts, num_frames=48, seed=seed)))
+        expected = np.concatenate(list(pipe(prompts, num_frames=48, seed=seed, height=32, width=32)))
         assert_close(frames_of((tmp_path / "made" / f"{name}-a-red-ball-bounces.mp4").read_bytes()), expected)
 
 
@@ -278,8 +279,8 @@ def test_the_preview_shows_the_colours_that_the_decoder_makes():
         )
     )
     shown = live.preview(latents[-1], matrix).astype(float)
-    truth = frames[12:16].reshape(4, 8, 8, 8, 8, 3).mean((0, 2, 4))
-    assert shown.shape == truth.shape == (8, 8, 3)
+    truth = frames[12:16].reshape(4, 16, 8, 16, 8, 3).mean((0, 2, 4))
+    assert shown.shape == truth.shape == (16, 16, 3)
     assert np.sqrt(np.mean((shown - truth) ** 2)) < 0.6 * truth.reshape(-1, 3).std(0).mean()
 
 
@@ -902,7 +903,7 @@ class Page:
     def count(self, state: str) -> int:
         return self.js(f"document.querySelectorAll('#strip .{state}').length")
 
-    def plays(self, seconds: float = 0.4, width: int = 64) -> None:
+    def plays(self, seconds: float = 0.4, width: int = 128) -> None:
         """The video is shown, and its time goes on."""
         look(lambda: self.js(f"video.readyState >= 2 && video.videoWidth == {width}"))
         start = self.js("video.currentTime")
@@ -923,7 +924,7 @@ def page(browser, server):
 
 @browser_test
 def test_browser_a_typed_prompt_is_obeyed_in_the_chunk_it_should(page, server):
-    import world
+    from judge import judge
 
     page.plays()
     made = page.js("state.made")
@@ -934,7 +935,7 @@ def test_browser_a_typed_prompt_is_obeyed_in_the_chunk_it_should(page, server):
     assert took >= least >= 3.0  # three chunks were in flight
     chunk = round(page.js(f"state.cards.find(c => c.text == '{BLUE}').start"))
     assert made + 3 <= chunk <= made + 5
-    colours = [colour for colour, _, _ in world.judge(server.film()).chunks]
+    colours = [colour for colour, _, _ in judge(server.film()).chunks]
     assert colours[chunk - 1] == "red" and colours[chunk] == "blue", (chunk, colours)
     assert page.count("flying") >= 3 and page.count("shown") == 1
     page.no_errors()
