@@ -58,6 +58,12 @@ def right(verdict, wanted: world.Triple) -> list[bool]:
     return [getattr(verdict, name) == word for name, word in zip(NAMES, wanted, strict=True)]
 
 
+def mean(values) -> float:
+    """Mean of the values that are known, NaN if none is."""
+    known = [value for value in values if not np.isnan(value)]
+    return float(np.mean(known)) if known else float("nan")
+
+
 def judge_prompts(
     pipe: magi.MAGI, prompts: list, num_frames: int = 48, judge=judge, **settings
 ) -> dict[str, float]:
@@ -74,9 +80,10 @@ def score(videos: Sequence[np.ndarray], wanted: Sequence[world.Triple]) -> dict[
     a thing's mask from frame to frame, variation of its area, saturation of its paint, share of burnt pixels.
     """
     hits = np.array([right(judge(v), w) for v, w in zip(videos, wanted, strict=True)])
-    looks = np.nanmean([(*rigidity(v), *burn(v)) for v in videos], axis=0)
-    names = (*NAMES, "all three", "rigid IoU", "area variation", "saturation", "burnt")
-    return dict(zip(names, (*hits.mean(0).tolist(), hits.all(1).mean().item(), *looks.tolist()), strict=True))
+    looks = [(*rigidity(v), *burn(v)) for v in videos]
+    found = dict(zip(NAMES, hits.mean(0).tolist(), strict=True)) | {"all three": hits.all(1).mean().item()}
+    names = ("rigid IoU", "area variation", "saturation", "burnt")
+    return found | {name: mean(column) for name, column in zip(names, zip(*looks, strict=True), strict=True)}
 
 
 def distance(centres: np.ndarray, truth: np.ndarray) -> float:
@@ -131,9 +138,10 @@ def judge_continuations(pipe: magi.MAGI, count: int) -> list[dict]:
             video = film(pipe, clip.captions[2], 24 + (given == "image"), i, **how)[-24:]
             kind = "bounces" if motion == "bounce" else "slides"
             off[kind, given].append(distance(judge(video).centres, truth))
-    mean = lambda kind, given: float(np.mean(off[kind, given])) if off[kind, given] else float("nan")
-    return [{"motion": k, "after video": mean(k, "video"), "after image": mean(k, "image")}
-            for k in ("slides", "bounces")]  # fmt: skip
+    return [
+        {"motion": kind} | {f"after {given}": mean(off[kind, given]) for given in ("video", "image")}
+        for kind in ("slides", "bounces")
+    ]
 
 
 def judge_changes(pipe: magi.MAGI, count: int) -> dict[str, float]:
@@ -153,8 +161,7 @@ def judge_changes(pipe: magi.MAGI, count: int) -> dict[str, float]:
         chunks = judge(film(pipe, captions, 24 * (at + 1), i)).chunks
         seen = chunks[at - 1][which], chunks[at][which]
         hits[NAMES[which]].append(seen == (before[which], after[which]))
-    shares = {name: float(np.mean(found)) if found else float("nan") for name, found in hits.items()}
-    return {"all": float(np.mean(sum(hits.values(), [])))} | shares
+    return {"all": mean(sum(hits.values(), []))} | {name: mean(found) for name, found in hits.items()}
 
 
 def judge_long(pipe: magi.MAGI, count: int, chunks: int = 16) -> float:
@@ -357,9 +364,9 @@ def hidden(pipe: magi.MAGI, count: int, ranges: dict[str, tuple[int, ...]] = RAN
                 x, y = np.nanmean(out, axis=0)
                 high.append(abs(y - path[back:, 1].mean()))
                 side.append((x > clip.wall.x) == (path[-1, 0] > clip.wall.x))
-        of = lambda mean, values: float(mean(values)) if values else float("nan")
-        rows.append({"ranges": name, "comes out": len(late) / count, "right side": of(np.mean, side),
-                     "time": of(np.median, late), "height": of(np.median, high)})  # fmt: skip
+        median = lambda values: float(np.median(values)) if values else float("nan")
+        rows.append({"ranges": name, "comes out": len(late) / count, "right side": mean(side),
+                     "time": median(late), "height": median(high)})  # fmt: skip
     return rows
 
 
@@ -396,10 +403,10 @@ def drift(pipe: magi.MAGI, count: int, seconds: int = 16,
             hits = [right(judge(part), wanted)[:2] for part in parts]
             looks = [(*rigidity(part), burn(part)[0], layout_change(parts[0], part)) for part in parts]
             found.append(np.concatenate([hits, looks], axis=1))
-        means = np.nanmean(found, axis=0)
+        means = np.apply_along_axis(mean, 0, np.array(found))
         names = ("colour", "shape", "rigid IoU", "area variation", "saturation", "layout change")
-        rows += [{"ranges": name, "second": second + 1} | dict(zip(names, mean.tolist(), strict=True))
-                 for second, mean in enumerate(means)]  # fmt: skip
+        rows += [{"ranges": name, "second": second + 1} | dict(zip(names, values.tolist(), strict=True))
+                 for second, values in enumerate(means)]  # fmt: skip
     return rows
 
 
@@ -408,7 +415,7 @@ def mean_rows(rows: list[dict], by: str) -> list[dict]:
     means = []
     for value in dict.fromkeys(row[by] for row in rows):
         group = [row for row in rows if row[by] == value]
-        others = {name: float(np.nanmean([row[name] for row in group])) for name in group[0] if name != by}
+        others = {name: mean(row[name] for row in group) for name in group[0] if name != by}
         means.append({by: value} | others)
     return means
 

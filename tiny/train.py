@@ -704,9 +704,8 @@ def write_clips(args) -> None:
     shape that no training clip had, half in the old ones. Without these the model would forget what it is not
     shown. Clips that are there already are left alone."""
     triples = lesson(args.teach, heldout=False)
-    shown = [(*triple, [*world.PLACES][(i + k) % 4]) for i, triple in enumerate(triples) for k in range(2)][
-        : args.clips
-    ]
+    shown = [(*triple, [*world.PLACES][(i + k) % 4]) for i, triple in enumerate(triples) for k in range(2)]
+    shown = shown[: args.clips]
     args.out.mkdir(parents=True, exist_ok=True)
     for i, names in enumerate(tqdm(shown, desc="write clips", unit_scale=2)):
         new = world.scene(*names, chunks=2, seed=i // 2)
@@ -841,7 +840,6 @@ def run(stage: str, args: argparse.Namespace, **changes) -> None:
             raise ValueError(f"batch {args.batch} is too large: at most 8 clips")
         if stage in ("dit", "distill") and args.batch < 4 * parallel.ranks():
             raise ValueError(f"batch {args.batch} is too small: at least {4 * parallel.ranks()} chunks")
-    args.work.mkdir(parents=True, exist_ok=True)
     STAGES[stage](args)
 
 
@@ -850,7 +848,7 @@ def main() -> None:
     try:
         if args.init and not args.init.is_dir():
             raise ValueError(f"{args.init} is no folder: check the path")
-        args.device = parallel.start(args.device)
+        parallel.start(args.device)
         if args.stage == "all":
             run("vae", args)
             run("dit", args, size=64)
