@@ -435,6 +435,7 @@ def phenomena(args) -> None:
     """Print the tables of the phenomena, all or --only some, for the model --model."""
     pipe = magi.load(args.out / args.model)
     encode_once(pipe, args.out / "t5")
-    for name in args.only or PHENOMENA:
+    asked = args.only or [name for name in PHENOMENA if name != "guidance" or not pipe.sampler.distilled]
+    for name in asked:
         print(f"\n{name}, {args.prompts} videos each, model {args.model}\n")
         print(markdown(PHENOMENA[name](pipe, args.prompts)), flush=True)
