@@ -158,8 +158,10 @@ def judge_changes(pipe: magi.MAGI, count: int) -> dict[str, float]:
         if after == before:
             continue
         captions = [world.caption([before])] * at + [world.caption([after], [before])]
-        chunks = judge(film(pipe, captions, 24 * (at + 1), i)).chunks
-        seen = chunks[at - 1][which], chunks[at][which]
+        video = film(pipe, captions, 24 * (at + 1), i)
+        was, now = judge(video[: 24 * at]), judge(video[24 * at :])
+        # a second alone may not tell a motion: the last bounces of a fall, a rise
+        seen = (was.motion, now.motion) if which == 2 else (was.chunks[-1][which], now.chunks[-1][which])
         hits[NAMES[which]].append(seen == (before[which], after[which]))
     return {"all": mean(sum(hits.values(), []))} | {name: mean(found) for name, found in hits.items()}
 

@@ -476,8 +476,6 @@ class Oracle:
             triples = triples[:1] + triples[:-1]
         if self.kind == "green":
             triples[-1] = ("green", *triples[-1][1:])
-        if len(prompts) > 1:
-            return np.concatenate([self.scene(*t, chunks=1, seed=seed).frames for t in triples])
         frames = self.scene(*map(list, zip(*triples, strict=True)), chunks=chunks, seed=seed).frames
         for chunk, ranges in cuts:
             kept = ranges[-1] > 1  # a cut: identities are kept, and the scene is new; a restyle: the reverse
