@@ -141,7 +141,7 @@ def test_clips_that_teach_are_half_new_and_half_old(tmp_path, new, monkeypatch):
 
 def test_the_trainer_refuses_in_one_line(tmp_path, monkeypatch, capsys):
     for words, said in (
-        (["dit", "--batch", "2"], "batch 2 is too small"),
+        (["dit", "--batch", "2"], "batch 2 must be a multiple of 4"),
         (["vae", "--batch", "9"], "batch 9 is too large"),
         (["dit", "--init", "nowhere"], "nowhere is no folder"),
     ):

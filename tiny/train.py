@@ -10,10 +10,11 @@
     steps  base and distilled at 64 to 4 steps: a table and a plot          -> tiny/examples/steps.*
 
 Each stage keeps checkpoints in --work and goes on from the last one when it is started again, after a kill
-too: the data of a step depend on its number alone. To export a checkpoint as it is, give the number of its
-step as --steps. bf16 autocast where that is faster, EMA of the weights; the loss is written to
---work/STAGE.csv and drawn in STAGE.png. Several processes (torchrun) share a batch. Ours, as it suits so
-small a model, where the report has AdamW at 1e-4: Muon for the matrices, AdamW for the rest, at higher rates.
+too: the data of a step depend on its number alone, and on how many processes share it (`torchrun
+--nproc_per_node 2 tiny/train.py dit` takes two thirds of the time of one with two threads). To export a
+checkpoint as it is, give the number of its step as --steps. bf16 autocast where that is faster, EMA of the
+weights; the loss is written to --work/STAGE.csv and drawn in STAGE.png. Ours, as it suits so small a model,
+where the report has AdamW at 1e-4: Muon for the matrices, AdamW for the rest, at higher rates.
 """
 
 from __future__ import annotations
@@ -327,7 +328,8 @@ def train_vae(args) -> None:
     vae.encoder.corners = vae.decoder.corners = None
     if not args.init:
         standardise(vae, video)
-    save_model(args.out / "vae", vae, {"vae": asdict(vae.cfg)})
+    if parallel.rank() == 0:
+        save_model(args.out / "vae", vae, {"vae": asdict(vae.cfg)})
 
 
 def no_autocast(conv: nn.Module) -> None:
@@ -374,13 +376,10 @@ class Tiny(nn.Module):
     """What is trained together: the DiT, the T5 encoder that feeds it, and the special tokens."""
 
     def __init__(self, size: int = SIZE, spiece: Path = SPIECE):
-        """size: of frames in pixels; spiece: the file of the tokenizer, made if it is not there."""
+        """size: of frames in pixels; spiece: the file of the tokenizer."""
         super().__init__()
         from transformers import T5Config, T5EncoderModel
 
-        if not spiece.exists():
-            spiece.parent.mkdir(parents=True, exist_ok=True)
-            world.train_tokenizer(str(spiece))
         self.spiece, preset = spiece, magi.PRESETS["tiny"]
         self.sampler = dataclasses.replace(
             preset.sampler, height=size, width=size, text_scales=(2.5, 2.5, 2.5, 1.0, 1.0)
@@ -457,6 +456,15 @@ class Tiny(nn.Module):
         return magi.MAGI(
             self.dit, vae, self.sampler, {k: v.detach() for k, v in self.tokens.items()}, self.encode
         )
+
+
+def made_tokenizer(out: Path) -> Path:
+    """The tokenizer's file, made if it is not there."""
+    file = out / "t5" / "spiece.model"
+    if not file.exists():
+        file.parent.mkdir(parents=True, exist_ok=True)
+        world.train_tokenizer(str(file))
+    return file
 
 
 @functools.cache
@@ -594,7 +602,7 @@ def train_dit(args) -> None:
     torch.manual_seed(1)
     vae = magi.load_vae(args.out / "vae").to(args.device)
     see_size(vae, args.size)
-    model = Tiny(args.size, args.out / "t5" / "spiece.model").to(args.device)
+    model = Tiny(args.size, parallel.from_first(made_tokenizer)(args.out)).to(args.device)
     if args.init:
         model.load(args.init)
     if args.compile:
@@ -633,7 +641,8 @@ def train_dit(args) -> None:
 
     name = f"dit{args.size}"
     fit(name, model, loss_of_step, args.steps, args.lr, args.work, every=args.every, report=report)
-    model.save(args.out)
+    if parallel.rank() == 0:
+        model.save(args.out)
 
 
 def followed(pipe: magi.MAGI, size: int) -> str:
@@ -682,7 +691,8 @@ def distill(args) -> None:
     report = lambda: "at 8 steps " + followed(pipe, args.size)
     fit("distill", student, loss_of_step, args.steps, args.lr, args.work, every=args.every, report=report)
     config = {"dit": asdict(student.cfg), "sampler": asdict(sampler)}
-    save_model(args.out / "distill", student, config, special_tokens=tokens)
+    if parallel.rank() == 0:
+        save_model(args.out / "distill", student, config, special_tokens=tokens)
 
 
 def lesson(new: str, heldout: bool) -> list[world.Triple]:
@@ -810,12 +820,12 @@ def parser() -> argparse.ArgumentParser:
     flag("--out", type=Path, default=HERE, help="where the finished models go")
     flag("--steps", type=count, help="if not as many as in RECIPES; rates fall in the last third")
     flag("--lr", type=float, help="highest rate, if not that in RECIPES")
-    flag("--batch", type=count, help="vae: clips, at most 8; else chunks, at least 4")
+    flag("--batch", type=count, help="vae: clips, at most 8; else chunks of all processes")
     flag("--every", type=count, default=250, help="steps from checkpoint to checkpoint")
     flag("--size", type=int, choices=[64, 128], default=SIZE, help="dit: of frames, in pixels")
     flag("--init", type=Path, help="vae, dit: go on from the weights in this folder, such as tiny")
-    flag("--singles", type=count, default=40000, help="dit: clips of one chunk, at most")
-    flag("--films", type=count, default=4000, help="dit, distill: clips of four chunks, at most")
+    flag("--singles", type=count, default=40000, help="dit: clips of one chunk, of each process")
+    flag("--films", type=count, default=4000, help="dit, distill: clips of four chunks, of each process")
     flag("--workers", type=int, default=0, help="processes that paint clips; 0: this one")
     flag("--device", default="cpu", help="of the DiT's training")
     flag("--compile", action="store_true", help="a quarter faster; takes a minute and g++")
@@ -838,9 +848,12 @@ def run(stage: str, args: argparse.Namespace, **changes) -> None:
         args = argparse.Namespace(**vars(args) | recipe._asdict() | given)
         if stage == "vae" and args.batch > 8:
             raise ValueError(f"batch {args.batch} is too large: at most 8 clips")
-        if stage in ("dit", "distill") and args.batch < 4 * parallel.ranks():
-            raise ValueError(f"batch {args.batch} is too small: at least {4 * parallel.ranks()} chunks")
+        least = 4 * parallel.ranks()  # a clip of four chunks for each process
+        if stage in ("dit", "distill") and args.batch % least:
+            raise ValueError(f"batch {args.batch} must be a multiple of {least}")
     STAGES[stage](args)
+    if parallel.ranks() > 1:
+        dist.barrier()  # what one has written the next stage reads
 
 
 def main() -> None:
@@ -849,13 +862,14 @@ def main() -> None:
         if args.init and not args.init.is_dir():
             raise ValueError(f"{args.init} is no folder: check the path")
         parallel.start(args.device)
-        if args.stage == "all":
-            run("vae", args)
-            run("dit", args, size=64)
-            run("dit", args, size=128, init=args.out)
-            run("distill", args)
-        else:
-            run(args.stage, args)
+        with parallel.first_speaks():
+            if args.stage == "all":
+                run("vae", args)
+                run("dit", args, size=64)
+                run("dit", args, size=128, init=args.out)
+                run("distill", args)
+            else:
+                run(args.stage, args)
     except (ValueError, OSError) as error:
         print("train:", " ".join(str(error).split()), file=sys.stderr)
         sys.exit(2)
