@@ -873,7 +873,8 @@ def main() -> None:
     except (ValueError, OSError) as error:
         print("train:", " ".join(str(error).split()), file=sys.stderr)
         sys.exit(2)
-    print(f"{(time.time() - started) / 60:.1f} minutes")
+    if parallel.rank() == 0:
+        print(f"{(time.time() - started) / 60:.1f} minutes")
 
 
 if __name__ == "__main__":
