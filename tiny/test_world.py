@@ -370,7 +370,7 @@ def test_the_judge_sees_changes_in_their_chunk():
 def test_the_judge_knows_a_new_shape_and_colour_if_asked():
     known = world.SHAPES + world.NEW_SHAPES
     for i, motion in enumerate(("bounce", "left", "swing")):
-        frames = world.scene([*COLOURS][i % 8], "cross", motion, [*world.PLACES][i % 4], 1, i).frames
+        frames = world.scene([*COLOURS][i % 8], "cross", motion, [*world.PLACES][i % 4], 2, i).frames
         verdict = judge(frames, shapes=known)
         assert (verdict.shape, verdict.motion) == ("cross", motion)
         assert judge(frames).shape != "cross"
