@@ -63,6 +63,7 @@ import checkpoints  # noqa: E402
 import finetune  # noqa: E402
 import magi  # noqa: E402
 import media  # noqa: E402
+import outputs  # noqa: E402
 import parallel  # noqa: E402
 import training  # noqa: E402
 
@@ -549,8 +550,7 @@ class Films:
         if not file.exists():
             seeds = range(index * self.per_file, (index + 1) * self.per_file)
             films = (self.pool.map if self.pool else map)(self.make, seeds)
-            torch.save(self.encode(films), file.with_suffix(".tmp"))
-            file.with_suffix(".tmp").rename(file)
+            outputs.replace(file, functools.partial(torch.save, self.encode(films)))
         return torch.load(file, weights_only=True)
 
     @torch.no_grad()
