@@ -84,6 +84,18 @@ def test_the_judge_tells_all_motions(motion):
     assert scenes.judge(clip.frames).motion == motion
 
 
+def test_the_judge_tells_motions_of_paths_that_a_model_has_made():
+    """One second, where centres are off by 1 px, smoothly in time, and a third of them are unknown."""
+    rng, right, window = np.random.default_rng(0), [], np.hanning(9)[1:-1]
+    for i in range(100):
+        clip = scenes.make_clip(20**6 + i, heldout=None, kind="alone", events=0)
+        off = np.stack([np.convolve(rng.normal(size=CHUNK + 6), window, "valid") for _ in range(2)], 1)
+        path = clip.things[0].path[:CHUNK] + off / np.linalg.norm(window)
+        path[rng.random(CHUNK) < 1 / 3] = np.nan
+        right.append(scenes._motion(path) == clip.things[0].triples[0][2])
+    assert np.mean(right) > 0.87
+
+
 @pytest.mark.parametrize("how", ["clean", "blur", "noise"])
 def test_the_judge_reads_two_things(clips, how):
     part = slice(None) if how == "clean" else slice(2 * CHUNK)

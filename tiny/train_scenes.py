@@ -10,8 +10,8 @@ processes share it: `torchrun --nproc_per_node 2 tiny/train_scenes.py dit ...` t
 process with two threads. To export a checkpoint as it is, give the number of its step as --steps.
 
 So far: 4,600 steps of the VAE reach 38.1 dB on 60 unseen clips and 36.4 dB on the 24 harder ones of its
-report; fast rings show a faint fringe. After 9,420 steps of the DiT at half size and 8,000 of 16 chunks at
-full size, 23 or 24 of 24 videos have the right colour and shape, 13 the motion, so no weights are kept yet.
+report; fast rings show a faint fringe. After 9,420 steps of the DiT at half size and 10,000 of 16 chunks at
+full size, all of 40 videos have the right colour, 35 the shape, 31 the motion, so no weights are kept yet.
 """
 
 from __future__ import annotations
@@ -327,12 +327,15 @@ def train_dit(args) -> None:
             layer.compile()
     singles, films = Films(vae, 1, 256, args), Films(vae, 4, 64, args)
     batch_size = args.batch // parallel.ranks()
-    alone, together = training.TrainingConfig(video_share=0.0), training.TrainingConfig()
+    # What moves how is decided below t = 0.1, where the report's law puts 1 draw in 70: most clips take the
+    # sampler's own times instead.
+    together = training.TrainingConfig(pipeline_share=0.8)
+    alone = replace(together, video_share=0.0)
 
     def loss_of_step(i: int):
         step = i // parallel.ranks()
         rng, done = np.random.default_rng([step, 10]), step / args.steps  # alike in all processes
-        several = 0.5 if args.init else np.clip(2 * done - 0.2, 0, 0.6)
+        several = 0.35 if args.init else np.clip(2 * done - 0.2, 0, 0.6)
         n = int(rng.choice([2, 4])) if rng.random() < several else 1
         rng = np.random.default_rng([i, 11])
         shown = batch_size * step  # chunks so far, each about sixteen times
