@@ -105,9 +105,9 @@ def replace(path: Path, write: Callable[[Path], Any]) -> None:
     new = path.with_name(f".{path.name}.new")
     try:
         new.touch()
-        mode = path if path.exists() else new
-        mode = mode.stat().st_mode & 0o777
-        write(new)
+        like = path if path.exists() else new
+        mode = like.stat().st_mode & 0o777
+        write(new)                                       # safetensors gives its files a mode of its own
         new.chmod(mode)
         os.replace(new, path)
     finally:

@@ -22,7 +22,6 @@ import dataclasses
 import functools
 import json
 import math
-import os
 import shutil
 import sys
 import time
@@ -48,6 +47,7 @@ import checkpoints  # noqa: E402
 import finetune  # noqa: E402
 import magi  # noqa: E402
 import media  # noqa: E402
+import outputs  # noqa: E402
 import parallel  # noqa: E402
 import training  # noqa: E402
 
@@ -404,8 +404,8 @@ def encode_clips(vae: magi.VAE, clips: int, work: Path, per_file: int = 500) -> 
         file = work / f"clips.{start:06d}.pt"
         if not file.exists():
             made = [world.make_clip(seed) for seed in range(start, start + per_file)]
-            torch.save(encode(vae, made), file.with_suffix(".tmp"))
-            os.replace(file.with_suffix(".tmp"), file)
+            encoded = encode(vae, made)
+            outputs.replace(file, functools.partial(torch.save, encoded))
         parts.append(torch.load(file, weights_only=True))
     join = lambda lists: sum(lists, []) if isinstance(lists[0], list) else torch.cat(lists)
     return {k: join([part[k] for part in parts]) for k in parts[0]}

@@ -37,6 +37,7 @@ from measure import encode_once, judge_prompts, psnr, right, to_video
 from torch import Tensor, nn
 
 import magi
+import outputs
 import parallel
 import training
 
@@ -267,8 +268,7 @@ class Films:
         if not file.exists():
             seeds = range(index * self.per_file, (index + 1) * self.per_file)
             films = (self.pool.map if self.pool else map)(self.make, seeds)
-            torch.save(self.encode(films), file.with_suffix(".tmp"))
-            file.with_suffix(".tmp").rename(file)
+            outputs.replace(file, partial(torch.save, self.encode(films)))
         return torch.load(file, weights_only=True)
 
     @torch.no_grad()
