@@ -26,8 +26,8 @@ from torch import Tensor, nn
 __all__ = ["GUIDANCE", "NEGATIVE_TOKENS", "SPECIAL_TOKENS", "build", "check_device", "check_dit_config",
            "check_own_config", "check_sampler_config", "check_text_encoder", "check_tokens",
            "check_vae_config", "compare_headers", "fill", "headers_of", "load_module", "make_config",
-           "read_config", "read_headers", "read_json", "read_tensors", "reading", "require", "save",
-           "token_names", "weight_files", "with_settings"]
+           "read_config", "read_headers", "read_json", "read_tensors", "reading", "require", "token_names",
+           "weight_files", "with_settings"]
 
 Module = TypeVar("Module", bound=nn.Module)
 
@@ -65,7 +65,7 @@ def reading(what: str, path: str | Path) -> Iterator[None]:
             cause = f", {error.strerror}"                          # the disk's fault
         if isinstance(error, Refused):
             cause = f": {error}"
-        raise ValueError(f"cannot read {what} {str(path)!r}{cause}") from error
+        raise Refused(f"cannot read {what} {str(path)!r}{cause}") from error
 
 
 def read_json(path: str | Path, what: str = "config") -> Any:
@@ -356,21 +356,6 @@ def fill(module: Module, folder: str | Path, device: str | torch.device = "cpu",
             weights = {k: f.get_tensor(k).to(dtypes[k]) for k in f.keys() if only(k)}
         module.load_state_dict(weights, strict=False, assign=True)
     return module.eval().requires_grad_(False)
-
-
-def save(tensors: dict[str, Tensor], file: str | Path, metadata: dict[str, str] | None = None) -> None:
-    """Write safetensors whole or not at all, with the mode the umask asks for (save_file's own is 600)."""
-    from safetensors.torch import save_file
-
-    part = Path(file).with_name(f".{os.getpid()}.part")
-    part.touch()
-    mode = part.stat().st_mode & 0o777
-    try:
-        save_file({k: v.contiguous() for k, v in tensors.items()}, part, metadata)
-        part.chmod(mode)
-        os.replace(part, file)
-    finally:
-        part.unlink(missing_ok=True)
 
 
 def load_module(name: str, path: str | Path) -> Any:

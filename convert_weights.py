@@ -51,9 +51,9 @@ from tqdm import tqdm
 
 import checkpoints
 import magi
-from checkpoints import compare_headers, make_config, read_json, reading, require, save, weight_files
+from checkpoints import compare_headers, make_config, read_json, reading, require, weight_files
 from magi import DiTConfig, SamplerConfig, VAEConfig
-from outputs import check_room, new_folder
+from outputs import check_room, new_folder, save
 
 INDEX = "model.safetensors.index.json"
 SHARD_BYTES = 5 * 10**9          # no output file is larger, unless a single tensor is

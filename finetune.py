@@ -64,7 +64,7 @@ import parallel
 import planner
 import training
 from captions import clean_caption
-from checkpoints import build, read_config, read_json, read_tensors, reading, require, save, weight_files
+from checkpoints import build, read_config, read_json, read_tensors, reading, require, weight_files
 from magi import CHUNK, FRAMES_PER_LATENT, DiT, DiTConfig, SamplerConfig
 
 FPS = 24
@@ -282,7 +282,7 @@ class Cache:
         vae, bad = magi.load_vae(self.vae, device, self.vae_dtype), set()
         for piece in tqdm(missing, desc="encode clips", unit="piece", disable=None):
             try:
-                save(encode_piece(vae, piece), self.latent_file(piece), {"piece": str(piece)})
+                outputs.save(encode_piece(vae, piece), self.latent_file(piece), {"piece": str(piece)})
             except ValueError as error:
                 require(skip_bad, f"{error}; --skip-bad leaves such clips out")
                 warn(f"skipped: {error}")
@@ -299,7 +299,7 @@ class Cache:
         for i in tqdm(range(0, len(missing), 8), desc="encode captions", unit_scale=8, disable=None):
             for caption, text, mask in zip(missing[i : i + 8], *t5(missing[i : i + 8]), strict=True):
                 kept = text[: int(mask.sum())].bfloat16()                    # without the padding
-                save({"text": kept}, self.text_file(caption), {"caption": caption})
+                outputs.save({"text": kept}, self.text_file(caption), {"caption": caption})
 
     def latents(self, piece: Piece) -> tuple[Tensor, Tensor]:
         """Scaled latents (16, T, H, W), and (16, 1, H, W) of the fourth frame alone, encoded as an image."""
@@ -705,7 +705,7 @@ def write_model(out: Path, base: Path, weights: dict[str, Tensor], config: dict,
     with outputs.new_folder(base, out, out.exists()) as folder:
         outputs.check_room(folder, sum(u.nbytes for u in weights.values()))
         for file, names in files.filename_to_tensors.items():
-            save({name: weights[name].detach().cpu() for name in names}, folder / file)
+            outputs.save({name: weights[name].detach().cpu() for name in names}, folder / file)
         if files.is_sharded:
             index = json.dumps({"weight_map": files.tensor_to_filename}, indent=1)
             (folder / "model.safetensors.index.json").write_text(index)

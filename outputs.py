@@ -1,7 +1,8 @@
 """Outputs that are there whole or not at all, whatever ends the program, and that one run writes at a time.
 
     with claimed(path, inputs) as path:                  # a file: links resolved, nobody else writes it
-        replace(path, save)                              # the old file stays until the new one is whole
+        replace(path, write)                             # the old file stays until the new one is whole
+        save(tensors, path)                              # the same for safetensors
     with new_folder(src, out, force) as folder:          # a model folder: OUT.partial, empty
         check_room(folder, size)
         ...                                              # write the files
@@ -18,6 +19,10 @@ import shutil
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import Any
+
+from safetensors.torch import save_file
+from torch import Tensor
 
 from checkpoints import require
 
@@ -94,16 +99,25 @@ def check_output(path: Path) -> Path:
     return path
 
 
-def replace(path: Path, save: Callable[[Path], None]) -> None:
-    """save(file), then put that in the place of `path`; if it fails, on a full disk, the old one stays."""
+def replace(path: Path, write: Callable[[Path], Any]) -> None:
+    """write(file), then put that in the place of `path`; if it fails, on a full disk, the old one stays.
+    A new file has the mode that the umask asks for."""
     new = path.with_name(f".{path.name}.new")
     try:
-        save(new)
-        with suppress(FileNotFoundError):
-            shutil.copymode(path, new)
+        new.touch()
+        like = path if path.exists() else new
+        mode = like.stat().st_mode & 0o777
+        write(new)                                       # safetensors gives its files a mode of its own
+        new.chmod(mode)
         os.replace(new, path)
     finally:
         new.unlink(missing_ok=True)
+
+
+def save(tensors: dict[str, Tensor], file: str | Path, metadata: dict[str, str] | None = None) -> None:
+    """Write safetensors, whole or not at all."""
+    tensors = {name: tensor.contiguous() for name, tensor in tensors.items()}
+    replace(Path(file), lambda new: save_file(tensors, new, metadata))
 
 
 # ------------------------------------------------------------------------------------------------- a folder
@@ -148,10 +162,10 @@ def new_folder(src: Path, out: Path, force: bool) -> Iterator[Path]:
 
 
 def is_ours(folder: Path) -> bool:
-    """Tell if a folder holds only what a run writes. Unfinished files are called .tmp* or *.part."""
+    """Tell if a folder holds only what a run writes. Unfinished files are called .tmp* or *.new."""
     if folder.is_symlink() or not folder.is_dir():
         return False
-    return all(file.name in OUR_FILES or file.suffix in (".safetensors", ".unpacked", ".part")
+    return all(file.name in OUR_FILES or file.suffix in (".safetensors", ".unpacked", ".new")
                or file.name.startswith(".tmp") for file in folder.iterdir())
 
 

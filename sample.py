@@ -549,7 +549,7 @@ def encode_text(args: argparse.Namespace, length: int, device: str) -> list[tupl
     if args.save_text and parallel.rank() == 0:
         about = {"prompts": json.dumps(args.prompt)}
         try:
-            checkpoints.save({"text": text, "mask": mask}, args.save_text, about)
+            outputs.save({"text": text, "mask": mask}, args.save_text, about)
         except SafetensorError as error:
             raise OSError(f"cannot write {str(args.save_text)!r}: {error}") from None
     counts = [len(prompts) or 1 for prompts in args.videos]

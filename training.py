@@ -48,8 +48,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from tqdm import tqdm
 
+import outputs
 import parallel
-from checkpoints import compare_headers, read_headers, read_json, reading, require, save
+from checkpoints import compare_headers, read_headers, read_json, reading, require
 from magi import (
     CHUNK,
     VAE,
@@ -533,7 +534,7 @@ def save_lora(dit: DiT, file: str | Path, metadata: dict[str, str] | None = None
     """
     rank = str(max(len(lora.down) for lora in loras(dit)))
     tensors = {k: v for k, v in dit.state_dict().items() if ".lora." in k}
-    save(tensors, file, {"format": "pt", "rank": rank, "alpha": rank} | (metadata or {}))
+    outputs.save(tensors, file, {"format": "pt", "rank": rank, "alpha": rank} | (metadata or {}))
 
 
 # Files of other programs are read where their names mean layers of this model. A name is a prefix, a layer
@@ -709,7 +710,7 @@ def export_lora(file: str | Path, out: str | Path, style: str = "peft") -> None:
     if style == "peft" and out.suffix != ".safetensors":
         out = out / "adapter_model.safetensors"
     out.parent.mkdir(parents=True, exist_ok=True)
-    save(named, out, lora_metadata(file))
+    outputs.save(named, out, lora_metadata(file))
     if style == "peft":
         ranks = {layer: len(tensors[f"{layer}.lora.down"]) for layer in layers}
         rank = max(ranks.values())
@@ -900,8 +901,7 @@ def fit(name: str, model: nn.Module, loss_of_step: Callable[[int], tuple[Tensor,
                  "optimizers": [optimizer.state_dict() for optimizer in optimizers]}
         state = gathered(state)
         if is_first:
-            torch.save(state, file.with_suffix(".tmp"))
-            os.replace(file.with_suffix(".tmp"), file)   # a kill in the middle of writing loses nothing
+            outputs.replace(file, lambda new: torch.save(state, new))
 
     rows: list[list[Any]] = read_log(log, before=first)
     log.write_text("".join(",".join(map(str, row)) + "\n" for row in rows))

@@ -25,7 +25,7 @@ import magi
 import parallel
 import planner
 import training
-from checkpoints import save
+from outputs import save
 
 SMALL = magi.DiTConfig(
     num_layers=4,

@@ -14,6 +14,7 @@ from safetensors.torch import load_file, save_file
 
 import checkpoints
 import magi
+import outputs
 
 
 def linear(**more: torch.Tensor) -> dict[str, torch.Tensor]:
@@ -220,19 +221,19 @@ def test_a_file_of_an_older_version_says_what_to_do(tmp_path):
 
 def test_what_is_saved_is_whole_or_not_there(tmp_path, monkeypatch):
     file, first = tmp_path / "a.safetensors", linear()
-    checkpoints.save(first, file, {"format": "pt"})
+    outputs.save(first, file, {"format": "pt"})
     assert_same(load_file(file), first)
-    checkpoints.save({"t": torch.randn(4, 3).T}, file)  # not contiguous
+    outputs.save({"t": torch.randn(4, 3).T}, file)  # not contiguous
     assert load_file(file)["t"].shape == (3, 4)
-    checkpoints.save(first, file)
+    outputs.save(first, file)
 
     def fill_the_disk(tensors, part, metadata):
         part.write_bytes(b"half")
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr("safetensors.torch.save_file", fill_the_disk)
+    monkeypatch.setattr(outputs, "save_file", fill_the_disk)
     with pytest.raises(OSError, match="No space left"):
-        checkpoints.save(linear(), file)
+        outputs.save(linear(), file)
     assert_same(load_file(file), first)
     assert [*tmp_path.iterdir()] == [file]
 
@@ -241,7 +242,7 @@ def test_what_is_saved_is_whole_or_not_there(tmp_path, monkeypatch):
 def test_files_have_the_mode_that_the_umask_asks_for(umask, mode, tmp_path):
     before = os.umask(umask)
     try:
-        checkpoints.save(linear(), tmp_path / "a.safetensors")
+        outputs.save(linear(), tmp_path / "a.safetensors")
     finally:
         os.umask(before)
     assert (tmp_path / "a.safetensors").stat().st_mode & 0o777 == mode

@@ -229,7 +229,7 @@ def test_files_get_the_mode_that_the_umask_asks_for(umask, mode, tmp_path, monke
 
 
 @pytest.mark.parametrize(
-    "name", [".tmpUK4ZIZ", ".77.part", "model-00002-of-00009.safetensors", "a.unpacked", "config.json"]
+    "name", [".tmpUK4ZIZ", ".77.new", "model-00002-of-00009.safetensors", "a.unpacked", "config.json"]
 )
 def test_what_a_killed_run_left_makes_it_start_over(name, tmp_path):
     src, out = vae_folder(tmp_path / "src"), tmp_path / "out"
