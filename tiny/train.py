@@ -606,9 +606,7 @@ def train_dit(args) -> None:
     if args.init:
         model.load(args.init)
     if args.compile:
-        torch._dynamo.config.recompile_limit = 64  # a shape for each number of chunks
-        for layer in model.dit.layers:
-            layer.compile()
+        compile_layers(model.dit)
     singles, films = Films(vae, 1, args), Films(vae, 4, args)
     batch_size = args.batch // parallel.ranks()
     # What moves how is decided below t = 0.1, where the report's law puts 1 draw in 70: most clips take the
@@ -635,21 +633,26 @@ def train_dit(args) -> None:
             )
         return loss, {"chunks": n}
 
-    def report() -> str:
-        with torch.compiler.set_stance("force_eager"):  # each new shape would be compiled
-            return followed(model.pipeline(vae), args.size)
-
+    report = lambda: followed(model.pipeline(vae), args.size)
     name = f"dit{args.size}"
     fit(name, model, loss_of_step, args.steps, args.lr, args.work, every=args.every, report=report)
     if parallel.rank() == 0:
         model.save(args.out)
 
 
+def compile_layers(dit: magi.DiT) -> None:
+    torch._dynamo.config.recompile_limit = 64  # a shape for each number of chunks
+    for layer in dit.layers:
+        layer.compile()
+
+
 def followed(pipe: magi.MAGI, size: int) -> str:
     """How many of 24 captions a model in training follows, for its log."""
     scale = SIZE // size
     enlarged = lambda frames: judge(frames.repeat(scale, 1).repeat(scale, 2))
-    scores = judge_prompts(pipe, world.sample_prompts(24, seed=5, heldout=None), 24, judge=enlarged)
+    prompts = world.sample_prompts(24, seed=5, heldout=None)
+    with torch.compiler.set_stance("force_eager"):  # each new shape would be compiled
+        scores = judge_prompts(pipe, prompts, 24, judge=enlarged)
     return ", ".join(f"{name} {share:.0%}" for name, share in scores.items())
 
 
@@ -670,6 +673,9 @@ def distill(args) -> None:
     model.requires_grad_(False).to(args.device)
     model.sampler = checkpoints.read_config(args.out / "base", "sampler", magi.SamplerConfig)
     student = copy.deepcopy(model.dit).requires_grad_()
+    if args.compile:
+        compile_layers(model.dit)
+        compile_layers(student)
     sampler = dataclasses.replace(model.sampler, distilled=True, num_steps=8)
     films = Films(vae, 4, args)
 
