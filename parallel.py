@@ -38,6 +38,7 @@ each of its calls.
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import dataclasses
 import gc
@@ -79,6 +80,8 @@ def start(device: str | None = None) -> str | None:
         device = f"cuda:{gpu}"
     # gloo for CPUs, and NCCL for GPUs; the first process may look at clips for hours while the others wait
     dist.init_process_group(timeout=timedelta(days=1))
+    # its threads may free tensors until they end, which is fatal (SIGABRT) once the interpreter is gone
+    atexit.register(dist.destroy_process_group)
     return device
 
 
