@@ -121,11 +121,11 @@ class Corrupted:
         """Text and mask as this model is shown them: its own null text where there is no caption."""
         return with_null_text(dit, *self.captions, ~self.captioned)
 
-    def mean_square(self, error: Tensor, weight: Tensor | None = None) -> Tensor:
-        """Mean of error^2, weighted by weight (B, 1, T, H, W), over the frames of noisy chunks that were not
-        given."""
-        counts = _per_frame(~self.is_clean, error) * ~self.pasted
-        counts = (counts * (1 if weight is None else weight)).expand_as(error)
+    def mean_square(self, error: Tensor) -> Tensor:
+        """Mean of error^2 over the frames of noisy chunks that were not given. All places count alike: if the
+        objects of the data counted more, the network would see one wherever one may be, and where there
+        are two likely places for one ball two would appear."""
+        counts = (_per_frame(~self.is_clean, error) * ~self.pasted).expand_as(error)
         return (counts * error**2).sum() / counts.sum().clamp(min=1)
 
 
@@ -266,15 +266,13 @@ def kv_ranges_of_times(t: Tensor, sampler: SamplerConfig) -> Tensor:
 
 def flow_matching_loss(dit: DiT, latents: Tensor, text: Tensor, text_mask: Tensor,
                        cfg: TrainingConfig = TrainingConfig(), sampler: SamplerConfig = SamplerConfig(),
-                       images: Tensor | None = None, weight: Tensor | None = None,
-                       generator: torch.Generator | None = None) -> Tensor:
+                       images: Tensor | None = None, generator: torch.Generator | None = None) -> Tensor:
     """E || v_theta(x_i^{t_i} | t_i, text, {x_j, j < i}) - (data_i - noise_i) ||^2 over noisy chunks.
 
     latents (B, 16, T, H, W), scaled, T = 6 n; text (B, n, L, C) with its special tokens, text_mask (B, n, L):
     one caption per chunk. Text, image and video to video are one objective (report 2.3): they differ in how
     many clean frames lead. Gradients flow through the clean chunks too (stopping them hurts much, says the
-    report). Draws come from `generator` (on the CPU). The scalar loss is a mean over the elements that count,
-    weighted by weight (B, 1, T, H, W) if that is given (ours: small objects deserve more than their size).
+    report). Draws come from `generator` (on the CPU). The scalar loss is a mean over the elements that count.
 
     images (B, 16, 1, H, W): a frame of each clip encoded alone, as the sampler encodes the image of image to
     video; best the fourth, the last that a first latent stands for. Without it the clip's own first latent
@@ -287,7 +285,7 @@ def flow_matching_loss(dit: DiT, latents: Tensor, text: Tensor, text_mask: Tenso
     batch = corrupt(clips, t, is_clean, kv_ranges, cfg, sampler, generator, cfg.null_share)
     # An empty caption is null text too, but keeps the flag of a caption, as in the sampler.
     v = dit(batch.x, batch.t, *batch.text_for(dit), first_seen=batch.first_seen, conditional=batch.captioned)
-    return batch.mean_square(v - batch.v, weight)
+    return batch.mean_square(v - batch.v)
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -385,11 +383,10 @@ def draw_moment(batch: int, n: int, sampler: SamplerConfig, generator: torch.Gen
 def shortcut_loss(student: DiT, teacher: DiT, latents: Tensor, text: Tensor, text_mask: Tensor,
                   num_steps: int, cfg: TrainingConfig = TrainingConfig(),
                   sampler: SamplerConfig = SamplerConfig(), average: DiT | None = None,
-                  images: Tensor | None = None, weight: Tensor | None = None,
-                  generator: torch.Generator | None = None) -> Tensor:
+                  images: Tensor | None = None, generator: torch.Generator | None = None) -> Tensor:
     """|| v_student(x, t, s) - target ||^2 over noisy chunks, for s = 1/num_steps (see `shortcut_steps`).
 
-    latents, text, text_mask, images, weight, generator: as in flow_matching_loss. teacher: the base model,
+    latents, text, text_mask, images, generator: as in flow_matching_loss. teacher: the base model,
     sampled as `sampler` says (its guidance and ranges); it may be the student itself if that is a base model
     with a LoRA (`add_lora`), which is then taken off while it teaches: one copy in memory. average: whose
     half steps are the target, such as a moving average of the student; default: the student's own. No
@@ -433,7 +430,7 @@ def shortcut_loss(student: DiT, teacher: DiT, latents: Tensor, text: Tensor, tex
             paste = lambda x: torch.where(batch.pasted, clips.latents, x)
             target = two_half_steps(velocity(average or student, 2 * num_steps), batch.x, halves, paste)
     v = velocity(student, num_steps)(batch.x, batch.t)
-    return batch.mean_square(v - target, weight)
+    return batch.mean_square(v - target)
 
 
 # ----------------------------------------------------------------------------------------------------------

@@ -217,14 +217,6 @@ def test_distillation_has_gradients_in_the_student_only():
     assert [call["v"].requires_grad for call in calls] == [False, False, True]
 
 
-def test_distillation_loss_can_weigh_places():
-    _, _, loss = distillation()
-    left = torch.zeros(2, 1, 18, 4, 4)
-    left[..., :2] = 1
-    both = left.mean() * loss(64, weight=left) + (1 - left.mean()) * loss(64, weight=1 - left)
-    assert torch.allclose(both, loss(64), rtol=1e-5)
-
-
 def test_distillation_overfits_a_batch():
     """Guided velocities of a teacher, and consistency on top, learned for one batch."""
     student, teacher, loss = distillation(n=2)

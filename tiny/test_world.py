@@ -47,8 +47,7 @@ def test_training_data_is_what_the_sampler_will_see():
     video = measure.to_video(films[1].frames)[None]
     for name, part in (("latents", video), ("images", video[:, :, 3:4])):
         assert relative(data[name][1:2].float(), vae.encode(part) * magi.SCALE_FACTOR) < 0.03  # bf16
-    assert data["captions"][1] == list(films[1].captions) and data["things"].shape == (4, 1, 6, 8, 8)
-    assert data["things"].any() and not data["things"].all()
+    assert data["captions"][1] == list(films[1].captions)
 
 
 def test_drawn_clips_carry_their_captions_and_duration_tokens():
@@ -71,7 +70,7 @@ def test_films_are_encoded_once_each_from_its_seed(tmp_path, monkeypatch):
     make = lambda seed, chunks, size: made.append((seed, chunks, size)) or seed
     monkeypatch.setattr(train, "make_film", make)
     monkeypatch.setattr(train.Films, "PER_FILE", {4: 2})
-    as_tensors = lambda self, films: dict.fromkeys(("latents", "images", "things"), torch.tensor([*films]))
+    as_tensors = lambda self, films: dict.fromkeys(("latents", "images"), torch.tensor([*films]))
     encode = lambda self, films: as_tensors(self, films) | {"captions": [["a"], ["b"]]}
     monkeypatch.setattr(train.Films, "encode", encode)
     for _ in range(2):  # the second reads files
@@ -88,7 +87,7 @@ def test_films_cut_from_one_clip_to_another():
     assert (whole.frames[: 24 * n] == clip.frames[: 24 * n]).all()
     assert (whole.frames[24 * n :] == then.frames[: 24 * (4 - n)]).all()
     half = train.make_film(6, 4, 64)
-    assert half.frames.shape == (96, 64, 64, 3) and half.things.shape == (96, 64, 64)
+    assert half.frames.shape == (96, 64, 64, 3)
     assert np.abs(half.frames[0, 0, 0] - whole.frames[0, :2, :2].mean((0, 1))).max() <= 0.5
 
 

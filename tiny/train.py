@@ -482,7 +482,6 @@ class Film(NamedTuple):
     """What is shown in training."""
 
     frames: np.ndarray  # (24 n, size, size, 3) uint8
-    things: np.ndarray  # (24 n, size, size), how much of each pixel shows a thing
     captions: tuple[str, ...]  # n
 
 
@@ -493,16 +492,14 @@ def make_film(seed: int, chunks: int, size: int) -> Film:
     clip, n = world.make_clip(seed, kind="alone" if more else ""), chunks
     if chunks > 1 and seed % 6 == 0:
         n = 1 + seed // 6 % (chunks - 1)
-    frames, things = world.render(clip, 0, 24 * n), clip.masks(0, 24 * n).max(0)
+    frames = world.render(clip, 0, 24 * n)
     if size < SIZE:
         frames = np.rint(halved(frames)).astype(np.uint8)
-        things = halved(things)
-    first = Film(frames, things, clip.captions[:n])
+    first = Film(frames, clip.captions[:n])
     if n == chunks:
         return first
     then = make_film(seed + 10**8 + 1, chunks - n, size)
-    both = [np.concatenate(pair) for pair in zip(first[:2], then[:2], strict=True)]
-    return Film(*both, first.captions + then.captions)
+    return Film(np.concatenate([first.frames, then.frames]), first.captions + then.captions)
 
 
 def halved(images: np.ndarray) -> np.ndarray:
@@ -535,15 +532,13 @@ class Films:
 
     def draw(self, rng: np.random.Generator, count: int, of: int) -> dict:
         """`count` of this process's first `of` films: latents (count, 16, 6 n, h, w); images, the fourth
-        frame alone as an image is encoded (count, 16, 1, h, w); where things are (count, 1, 6 n, h, w);
-        captions."""
+        frame alone as an image is encoded (count, 16, 1, h, w); captions."""
         while len(self.files) * self.per_file < of:
             self.files.append(self.read(parallel.rank() + len(self.files) * parallel.ranks()))
         picks = [divmod(i, self.per_file) for i in rng.integers(0, len(self.files) * self.per_file, count)]
         pick = lambda name: [self.files[i][name][k] for i, k in picks]
         stack = lambda name: torch.stack(pick(name)).float()
-        names = ("latents", "images", "things")
-        return {name: stack(name) for name in names} | {"captions": pick("captions")}
+        return {name: stack(name) for name in ("latents", "images")} | {"captions": pick("captions")}
 
     def read(self, index: int) -> dict:
         file = self.work / f"{index:04d}.pt"
@@ -555,18 +550,15 @@ class Films:
 
     @torch.no_grad()
     def encode(self, films: Iterable[Film]) -> dict:
-        latents, images, things, captions = [], [], [], []
+        latents, images, captions = [], [], []
         device = next(self.vae.parameters()).device
         for some in batched(films, 8):
             video = to_video(np.stack([f.frames for f in some])).to(device)
             with autocast(device.type):
                 latents.append((self.vae.encode(video) * magi.SCALE_FACTOR).bfloat16().cpu())
                 images.append((self.vae.encode(video[:, :, 3:4]) * magi.SCALE_FACTOR).bfloat16().cpu())
-            masks = torch.from_numpy(np.stack([f.things for f in some])).float()
-            things.append(F.max_pool3d(masks[:, None], (4, 8, 8)) > 0.5)
             captions += [list(f.captions) for f in some]
-        latents, images, things = (torch.cat(u) for u in (latents, images, things))
-        return {"latents": latents, "images": images, "things": things, "captions": captions}
+        return {"latents": torch.cat(latents), "images": torch.cat(images), "captions": captions}
 
 
 def batched(items: Iterable, size: int) -> Iterator[list]:
@@ -586,7 +578,6 @@ def draw(films: Films, rng: np.random.Generator, n: int, count: int, of: int, mo
         "text": text,
         "text_mask": mask,
         "images": data["images"].to(device),
-        "weight": 1 + 2 * data["things"][:, :, part].to(device),
     }
 
 
