@@ -55,7 +55,7 @@ from measure import (  # noqa: E402
     to_video,
     write_steps,
 )
-from safetensors.torch import load_file, save_file  # noqa: E402
+from safetensors.torch import load_file  # noqa: E402
 from torch import Tensor, nn  # noqa: E402
 from tqdm import tqdm  # noqa: E402
 
@@ -364,9 +364,7 @@ def save_model(folder: Path, model: nn.Module, config: dict, **extra: dict[str, 
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "config.json").write_text(json.dumps(config, indent=1) + "\n")
     for name, sd in {"model": model.state_dict(), **extra}.items():
-        save_file(
-            {k: v.to(torch.bfloat16).contiguous() for k, v in sd.items()}, folder / f"{name}.safetensors"
-        )
+        outputs.save({k: v.to(torch.bfloat16) for k, v in sd.items()}, folder / f"{name}.safetensors")
     print(f"wrote {folder}")
 
 
