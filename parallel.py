@@ -84,8 +84,8 @@ def start(device: str | None = None) -> str | None:
 
 
 def leave(code: int) -> NoReturn:
-    """sys.exit. One of several processes goes at once: the threads of its process group may still free
-    tensors, which is fatal (SIGABRT) while the interpreter ends."""
+    """End this process, as sys.exit does; one of several ends at once, since the threads of its process group
+    may still free tensors, which is fatal (SIGABRT) while the interpreter shuts down."""
     if ranks() > 1:
         sys.stdout.flush()
         sys.stderr.flush()
