@@ -38,19 +38,19 @@ each of its calls.
 
 from __future__ import annotations
 
-import atexit
 import contextlib
 import dataclasses
 import gc
 import itertools
 import math
 import os
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from datetime import timedelta
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 import torch.distributed as dist
@@ -80,9 +80,17 @@ def start(device: str | None = None) -> str | None:
         device = f"cuda:{gpu}"
     # gloo for CPUs, and NCCL for GPUs; the first process may look at clips for hours while the others wait
     dist.init_process_group(timeout=timedelta(days=1))
-    # its threads may free tensors until they end, which is fatal (SIGABRT) once the interpreter is gone
-    atexit.register(dist.destroy_process_group)
     return device
+
+
+def leave(code: int) -> NoReturn:
+    """End this process, as sys.exit does; one of several ends at once, since the threads of its process group
+    may still free tensors, which is fatal (SIGABRT) while the interpreter shuts down."""
+    if ranks() > 1:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+    sys.exit(code)
 
 
 def ranks() -> int:

@@ -695,4 +695,4 @@ def main(argv: list[str] | None = None) -> int:
 if __name__ == "__main__":
     code = main()
     signal.signal(signal.SIGINT, signal.SIG_IGN)                             # no traceback while Python ends
-    sys.exit(code)
+    parallel.leave(code)

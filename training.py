@@ -996,8 +996,7 @@ def plot_loss(log: Path) -> None:
 
 
 if __name__ == "__main__":
-    import sys
-
+    import parallel
     from finetune import main
 
-    sys.exit(main())
+    parallel.leave(main())

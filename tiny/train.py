@@ -874,3 +874,4 @@ def main() -> None:
 
 if __name__ == "__main__":
     main()
+    parallel.leave(0)
