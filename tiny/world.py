@@ -25,7 +25,9 @@ What happens in a clip is its kind:
 
 Physics: free fall with GRAVITY; "bounces" loses nothing, "falls" keeps RESTITUTION of the speed at each
 impact; slides are free until FRICTION brings them to rest MARGIN before the frame's edge; a swing is a sine
-and an orbit a circle, both of fixed period. No caption tells speed, size, height or layout: a few frames do.
+and an orbit a circle, both of fixed period. A clip's orbit begins at its top: from anywhere, both ways round
+would look the same in the mean, and a model that learned the mean first did not learn to tell them apart.
+No caption tells speed, size, height or layout: a few frames do.
 The camera moves the ground by its whole way and what stands above the horizon by half of it. Positions are
 pixels from the frame's top-left corner, x to the right, y down; inside `trajectory` x + iy.
 
@@ -197,8 +199,8 @@ def trajectory(motions, size: float, floor: float, rng: np.random.Generator, at:
         start = complex(start.real, ground)  # most things stand on the ground
     if motions[0] in SLIDES:  # from the far side, to have somewhere to go
         start = inside(start - SIZE * SLIDES[motions[0]]) + rng.uniform(0, 12) * SLIDES[motions[0]]
-    elif motions[0] in ORBITS:
-        start = mid + radius * np.exp(2j * np.pi * rng.random())
+    elif motions[0] in ORBITS:  # from the top, or both ways round would begin alike (see the head)
+        start = mid - 1j * radius
     elif motions[0] == "fall":
         start = complex(start.real, rng.uniform(top, mid.imag))
     at = start if at is None else at
