@@ -434,10 +434,22 @@ PHENOMENA = {
 
 
 def phenomena(args) -> None:
-    """Print the tables of the phenomena, all or --only some, for the model --model."""
+    """The tables of the phenomena, all or --only some, for the model --model: printed, and kept in
+    examples/phenomena.md, where a table takes the place of the last one of that name and model."""
     pipe = magi.load(args.out / args.model)
     encode_once(pipe, args.out / "t5")
-    asked = args.only or [name for name in PHENOMENA if name != "guidance" or not pipe.sampler.distilled]
-    for name in asked:
-        print(f"\n{name}, {args.prompts} videos each, model {args.model}\n")
-        print(markdown(PHENOMENA[name](pipe, args.prompts)), flush=True)
+    file = args.out / "examples" / "phenomena.md"
+    file.parent.mkdir(parents=True, exist_ok=True)
+    for name in args.only or [n for n in PHENOMENA if n != "guidance" or not pipe.sampler.distilled]:
+        found = markdown(PHENOMENA[name](pipe, args.prompts)) + f"\n{args.prompts} videos for each row.\n"
+        tables = read_tables(file) | {f"{name}, {args.model}": found}
+        file.write_text("".join(f"## {title}\n\n{table}\n" for title, table in sorted(tables.items())))
+        print(f"\n{name}, {args.model}\n\n{found}", flush=True)
+
+
+def read_tables(file: Path) -> dict[str, str]:
+    """The tables of phenomena.md by title, such as "drift, base"; none if there is no file."""
+    if not file.exists():
+        return {}
+    parts = (part.partition("\n\n") for part in file.read_text().split("## ")[1:])
+    return {title: table.rstrip() + "\n" for title, _, table in parts}
