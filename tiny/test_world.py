@@ -297,6 +297,13 @@ def test_falls_lose_energy_and_end_on_the_ground():
     assert np.allclose(np.diff(free, 2) / 0.0625, -world.GRAVITY)
 
 
+@pytest.mark.parametrize("motion, way", [("clockwise", 1), ("anticlockwise", -1)])
+def test_a_circle_begins_at_its_top(motion, way):
+    for seed in range(5):
+        x, y = world.scene("red", "ball", motion, chunks=4, seed=seed).things[0].path.T
+        assert y[0] - y.min() < 0.5 and way * (x[1] - x[0]) > 0
+
+
 def test_slides_brake_and_rest_where_they_should():
     way = world.slide(np.arange(0.0, 300), 1.2, 60)
     assert np.isclose(way[-1], 60) and np.isclose(way[1], 1.2) and (np.diff(way) > -1e-9).all()
@@ -601,3 +608,17 @@ def test_steps_and_their_table(oracle, tmp_path):
     true = {"model": "true clips, VAE", "rigid IoU": 0.98}
     measure.plot_steps([true, *rows], tmp_path / "steps.png")
     assert (tmp_path / "steps.png").stat().st_size > 1000
+
+
+def test_tables_of_phenomena_take_the_place_of_older_ones(tmp_path, monkeypatch):
+    monkeypatch.setattr(magi, "load", lambda folder: SimpleNamespace(sampler=SimpleNamespace(distilled=False)))
+    monkeypatch.setattr(measure, "encode_once", lambda *args: None)
+    file = tmp_path / "examples" / "phenomena.md"
+    assert measure.read_tables(file) == {}
+    for model, time, only in (("base", 1.0, None), ("distill", 2.0, ["wait"]), ("base", 3.0, ["wait"])):
+        table = {"wait": lambda pipe, n, time=time: [{"time": time}], "rest": lambda pipe, n: [{"x": 5}]}
+        monkeypatch.setattr(measure, "PHENOMENA", table)
+        measure.phenomena(SimpleNamespace(out=tmp_path, model=model, prompts=7, only=only))
+    tables = measure.read_tables(file)
+    assert [*tables] == ["rest, base", "wait, base", "wait, distill"]
+    assert tables["wait, base"] == "| time |\n| --- |\n| 3.00 |\n\n7 videos for each row.\n"
