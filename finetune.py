@@ -826,11 +826,10 @@ def merge(args: argparse.Namespace) -> None:
     write_model(args.out, args.model, weights, read_json(args.model / "config.json"))
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """The command line -> its exit code."""
-    args = parser().parse_args(argv)
+def exit_code(name: str, action: Callable[[], None]) -> int:
+    """Do it -> the exit code of a command of this name, which says in one line what went wrong."""
     try:
-        run(args)
+        action()
         return 0
     except KeyboardInterrupt as stop:
         complaint, code = str(stop) or "stopped", 130
@@ -841,8 +840,14 @@ def main(argv: Sequence[str] | None = None) -> int:
             raise
         complaint, code = "another process has stopped, and this one with it; the last checkpoint is kept", 1
     if parallel.rank() == 0:
-        print("training:", complaint, file=sys.stderr)
+        print(f"{name}:", complaint, file=sys.stderr)
     return code
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """The command line -> its exit code."""
+    args = parser().parse_args(argv)
+    return exit_code("training", lambda: run(args))
 
 
 if __name__ == "__main__":

@@ -1,7 +1,8 @@
 """What the judge says of the small models: `python tiny/train.py eval`, `steps` and `phenomena`.
 
-Everything here is asked of captions and clips that training never shows. What is called with a pipe films
-videos with it and returns figures: shares of the videos made, pixels, decibels, or rows of a table. A row is
+Clips have seeds that training never draws. Captions of text to video, long videos, steps, transitions and
+drift are held-out combinations; the others may be any. What is called with a pipe makes videos with it and
+returns figures: shares of the videos made, pixels, decibels, or rows of a table. A row is
 a dict with the same names as the others.
 
 Contents: 1 helpers, 2 the numbers of the README, 3 steps and time, 4 the phenomena of the report.
@@ -21,6 +22,7 @@ from judge import burn, emergence, judge, layout_change, rigidity
 from torch import Tensor
 
 import magi
+import outputs
 
 NAMES = ("colour", "shape", "motion")
 LOST = 64.0  # how far off a thing counts that is not there, in pixels
@@ -28,7 +30,7 @@ LOST = 64.0  # how far off a thing counts that is not there, in pixels
 # -------------------------------------------------------------------------------------------------- 1 helpers
 
 
-def to_video(frames: np.ndarray) -> Tensor:
+def to_tensor(frames: np.ndarray) -> Tensor:
     """uint8 (..., frames, h, w, 3) -> float (..., 3, frames, h, w) in [-1, 1]."""
     return torch.from_numpy(frames).movedim(-1, -4).float() / 127.5 - 1
 
@@ -49,7 +51,7 @@ def encode_once(pipe: magi.MAGI, t5: Path) -> None:
     pipe.encode_text = lambda captions: encoder(tuple(captions))
 
 
-def film(pipe: magi.MAGI, prompt, frames: int, seed: int, **settings) -> np.ndarray:
+def sample_video(pipe: magi.MAGI, prompt, frames: int, seed: int, **settings) -> np.ndarray:
     """A whole video, uint8 (frames, height, width, 3)."""
     return np.concatenate(list(pipe(prompt, num_frames=frames, seed=seed, **settings)))
 
@@ -69,7 +71,7 @@ def judge_prompts(
 ) -> dict[str, float]:
     """Share of prompts whose video shows the right colour, shape and motion, as the judge reads them."""
     hits = [
-        right(judge(film(pipe, text, num_frames, seed, **settings)), wanted)
+        right(judge(sample_video(pipe, text, num_frames, seed, **settings)), wanted)
         for seed, (text, wanted) in enumerate(prompts)
     ]
     return dict(zip(NAMES, np.mean(hits, axis=0).tolist(), strict=True))
@@ -87,7 +89,7 @@ def score(videos: Sequence[np.ndarray], wanted: Sequence[world.Triple]) -> dict[
 
 
 def distance(centres: np.ndarray, truth: np.ndarray) -> float:
-    """Mean distance in px of two paths (n, 2) where the first is known; LOST if that is less than half."""
+    """Mean distance in px of two paths (n, 2) where the first is known; LOST unless more than half is."""
     off = np.hypot(*(centres - truth).T)
     return float(np.nanmean(off)) if np.isnan(off).mean() < 0.5 else LOST
 
@@ -98,7 +100,7 @@ def distance(centres: np.ndarray, truth: np.ndarray) -> float:
 def judge_vae(vae: magi.VAE, count: int) -> float:
     """Peak signal-to-noise ratio over pieces of 12 frames of unseen clips."""
     clips = [world.make_clip(3 * 10**6 + i, heldout=None) for i in range(count)]
-    video = to_video(np.stack([world.render(clip, 24, 36) for clip in clips]))
+    video = to_tensor(np.stack([world.render(clip, 24, 36) for clip in clips]))
     with torch.inference_mode():
         return psnr(torch.cat([vae.decode(vae.encode(v[None])) for v in video]), video)
 
@@ -110,8 +112,8 @@ def judge_images(pipe: magi.MAGI, count: int) -> tuple[float, float]:
     for i in range(count):
         triple = moving[i * 7 % len(moving)]
         clip = world.scene(*triple, [*world.PLACES][i % 4], 2, 1000 + i)
-        video = film(pipe, clip.captions[0], 48, i, image=clip.frames[0])
-        first.append(psnr(to_video(video[:1]), to_video(clip.frames[:1])))
+        video = sample_video(pipe, clip.captions[0], 48, i, image=clip.frames[0])
+        first.append(psnr(to_tensor(video[:1]), to_tensor(clip.frames[:1])))
         follow.append(judge(video).motion == triple[2])
     return float(np.mean(first)), float(np.mean(follow))
 
@@ -135,7 +137,7 @@ def judge_continuations(pipe: magi.MAGI, count: int) -> list[dict]:
         clip = going_clip(i, motion)
         before, truth = clip.frames[:48], clip.things[0].path[48:]
         for given, how in (("video", {"video": before}), ("image", {"image": before[-1]})):
-            video = film(pipe, clip.captions[2], 24 + (given == "image"), i, **how)[-24:]
+            video = sample_video(pipe, clip.captions[2], 24 + (given == "image"), i, **how)[-24:]
             kind = "bounces" if motion == "bounce" else "slides"
             off[kind, given].append(distance(judge(video).centres, truth))
     return [
@@ -158,7 +160,7 @@ def judge_changes(pipe: magi.MAGI, count: int) -> dict[str, float]:
         if after == before:
             continue
         captions = [world.caption([before])] * at + [world.caption([after], [before])]
-        video = film(pipe, captions, 24 * (at + 1), i)
+        video = sample_video(pipe, captions, 24 * (at + 1), i)
         was, now = judge(video[: 24 * at]), judge(video[24 * at :])
         # a second alone may not tell a motion: the last bounces of a fall, a rise
         seen = (was.motion, now.motion) if which == 2 else (was.chunks[-1][which], now.chunks[-1][which])
@@ -170,7 +172,7 @@ def judge_long(pipe: magi.MAGI, count: int, chunks: int = 16) -> float:
     """Share of long videos whose colour and shape in the last chunk are those the caption names."""
     hits = []
     for i, (text, wanted) in enumerate(world.sample_prompts(count, seed=6)):
-        hits.append(judge(film(pipe, text, 24 * chunks, i)).chunks[-1][:2] == wanted[:2])
+        hits.append(judge(sample_video(pipe, text, 24 * chunks, i)).chunks[-1][:2] == wanted[:2])
     return float(np.mean(hits))
 
 
@@ -180,16 +182,11 @@ def evaluate(args) -> None:
     pipe, n = magi.load(args.out / args.model), args.prompts
     encode_once(pipe, args.out / "t5")
     say("VAE, unseen clips", f"{judge_vae(pipe.vae, min(n, 60)):.1f} dB (goal 38)")
-    prompts = world.sample_prompts(n, seed=1)
-    film(pipe, prompts[0][0], 24, 0)  # the first run is slower
-    start = time.perf_counter()
-    videos = [film(pipe, text, 48, seed) for seed, (text, _) in enumerate(prompts)]
-    seconds = (time.perf_counter() - start) / (2 * n)
-    found = score(videos, [wanted for _, wanted in prompts])
+    [found] = step_counts(pipe, n, [pipe.sampler.num_steps])
     say("t2v", ", ".join(f"{name} {found[name]:.0%}" for name in NAMES) + " (goal 95 % each)")
     rigid, area = found["rigid IoU"], found["area variation"]
     say("looks", f"rigid IoU {rigid:.3f} (goal 0.94), area varies by {area:.1%} (goal 3 %)")
-    say("time", f"{seconds:.2f} s for a second of video")
+    say("time", f"{found['s per s of video']:.2f} s for a second of video")
     first, follow = judge_images(pipe, n)
     say("i2v", f"first frame {first:.1f} dB (goal 34), motion {follow:.0%} (goal 90 %)")
     for row in judge_continuations(pipe, n):
@@ -206,10 +203,10 @@ def step_counts(pipe: magi.MAGI, count: int, steps: Sequence[int] = (64, 32, 16,
     """What fewer steps cost, in quality, and save, in time: a row for each number of steps. All film the same
     held-out prompts from the same noise, 48 frames each; time is that of the whole pipeline, here."""
     prompts, rows = world.sample_prompts(count, seed=1), []
-    film(pipe, prompts[0][0], 24, 0)  # the first run is slower
+    sample_video(pipe, prompts[0][0], 24, 0)  # the first run is slower
     for n in steps:
         start = time.perf_counter()
-        videos = [film(pipe, text, 48, seed, num_steps=n) for seed, (text, _) in enumerate(prompts)]
+        videos = [sample_video(pipe, text, 48, seed, num_steps=n) for seed, (text, _) in enumerate(prompts)]
         seconds = (time.perf_counter() - start) / (2 * count)
         found = score(videos, [wanted for _, wanted in prompts])
         rows.append({"steps": n} | found | {"s per s of video": seconds})
@@ -220,7 +217,7 @@ def through_vae(vae: magi.VAE, count: int) -> dict[str, float]:
     """`score` of true clips, encoded and decoded: no model behind this VAE can do better."""
     clips = [world.make_clip(10**6 + i, 2, events=0, kind="alone") for i in range(count)]
     with torch.inference_mode():
-        videos = [to_frames(vae.decode(vae.encode(to_video(c.frames)[None]))[0]) for c in clips]
+        videos = [to_frames(vae.decode(vae.encode(to_tensor(c.frames)[None]))[0]) for c in clips]
     return score(videos, [c.things[0].triples[0] for c in clips])
 
 
@@ -298,16 +295,16 @@ RANGES = {"none": (1, 1, 1, 1), "short": (2, 2, 2, 2), "as trained": (5, 4, 3, 2
 
 
 def guidance(pipe: magi.MAGI, count: int, weights: Sequence[float] = (1.0, 2.5, 5.0, 12.0)) -> list[dict]:
-    """(a) Captions are followed better with guidance, and too much of it burns: a row for each weight of the
+    """Captions are followed better with guidance, and too much of it burns: a row for each weight of the
     text, none first. "both things": of videos of two things, the share that shows both as asked."""
     prompts, pairs, rows = world.sample_prompts(count, seed=1), pair_prompts(count), []
     plain = dict(prev_scales=(1.0,) * 5, text_scales=(1.0,) * 5)
     later = pipe.sampler.text_scales[3:]
     runs = {"none": plain} | {f"{w:g}": dict(text_scales=(w,) * 3 + later) for w in weights}
     for name, settings in runs.items():
-        videos = [film(pipe, text, 48, seed, **settings) for seed, (text, _) in enumerate(prompts)]
+        videos = [sample_video(pipe, text, 48, seed, **settings) for seed, (text, _) in enumerate(prompts)]
         both = [
-            wanted <= seen_things(film(pipe, text, 48, seed, **settings))
+            wanted <= seen_things(sample_video(pipe, text, 48, seed, **settings))
             for seed, (text, wanted) in enumerate(pairs)
         ]
         found = score(videos, [wanted for _, wanted in prompts])
@@ -346,7 +343,7 @@ def hidden_clips(count: int) -> list[tuple[world.Clip, int, int]]:
 
 
 def hidden(pipe: magi.MAGI, count: int, ranges: dict[str, tuple[int, ...]] = RANGES) -> list[dict]:
-    """(b) What goes behind a wall comes out where and when it should only if the range reaches back to where
+    """What goes behind a wall comes out where and when it should only if the range reaches back to where
     it was seen, two chunks ago: a row for each range. "time": frames too early or late, "height": px too high
     or low, both medians over those that come out; "right side": where it was going, not whence it came."""
     rows, clips = [], hidden_clips(count)
@@ -355,7 +352,7 @@ def hidden(pipe: magi.MAGI, count: int, ranges: dict[str, tuple[int, ...]] = RAN
         for i, (clip, given, back) in enumerate(clips):
             before, path = clip.frames[:given], clip.things[0].path
             how = dict(video=before, prefix_frames=given, kv_ranges=kv_ranges)
-            made = film(pipe, clip.captions[-1], len(clip.camera) - given, i, **how)
+            made = sample_video(pipe, clip.captions[-1], len(clip.camera) - given, i, **how)
             verdict = judge(np.concatenate([before, made]))
             when = emergence(verdict.area)
             if when is None or when[1] < given:
@@ -373,27 +370,28 @@ def hidden(pipe: magi.MAGI, count: int, ranges: dict[str, tuple[int, ...]] = RAN
 
 
 def transitions(pipe: magi.MAGI, count: int) -> list[dict]:
-    """(c) A row for each video with a transition at its third second, and without: how much the layout
+    """A row for each video with a transition at its third second, and without: how much the layout
     changes there (0..255), how far the thing jumps in px (NaN: not seen), are colour and shape kept."""
     prompts = [p for p in world.sample_prompts(4 * count, seed=3) if p[1][2] not in ("fall", "still")]
     rows = []
     for i, (text, _) in enumerate(prompts[:count]):
         for kind in ("none", "cut", "restyle"):
             run = pipe.sampler if kind == "none" else magi.shot_transition(pipe.sampler, 2, kind)
-            video = film(pipe, text, 72, i, kv_ranges_at=run.kv_ranges_at)
+            video = sample_video(pipe, text, 72, i, kv_ranges_at=run.kv_ranges_at)
             verdict = judge(video)
-            (_, *_), (colour, shape, _), (new_colour, new_shape, _) = verdict.chunks
+            _, (colour, shape, _), (new_colour, new_shape, _) = verdict.chunks
             rows.append({
                 "transition": kind, "layout change": layout_change(video[24:48], video[48:]),
                 "jump": float(np.hypot(*(verdict.centres[48] - verdict.centres[47]))),
-                "colour kept": float(new_colour == colour), "shape kept": float(new_shape == shape),
+                "colour kept": float(new_colour == colour is not None),
+                "shape kept": float(new_shape == shape is not None),
             })  # fmt: skip
     return rows
 
 
 def drift(pipe: magi.MAGI, count: int, seconds: int = 16,
           ranges: Sequence[str] = ("short", "as trained")) -> list[dict]:  # fmt: skip
-    """(e) What a long video keeps, by range: a row for each second, the mean over videos. "layout change" is
+    """What a long video keeps, by range: a row for each second, the mean over videos. "layout change" is
     from the first second, where the camera rests."""
     rows = []
     goes_on = ("bounce", "swing", "clockwise", "anticlockwise", "still")
@@ -401,7 +399,7 @@ def drift(pipe: magi.MAGI, count: int, seconds: int = 16,
     for name in ranges:
         found = []
         for i, (text, wanted) in enumerate(prompts):
-            parts = np.split(film(pipe, text, 24 * seconds, i, kv_ranges=RANGES[name]), seconds)
+            parts = np.split(sample_video(pipe, text, 24 * seconds, i, kv_ranges=RANGES[name]), seconds)
             hits = [right(judge(part), wanted)[:2] for part in parts]
             looks = [(*rigidity(part), burn(part)[0], layout_change(parts[0], part)) for part in parts]
             found.append(np.concatenate([hits, looks], axis=1))
@@ -427,7 +425,6 @@ PHENOMENA = {
     "history": judge_continuations,
     "hidden": hidden,
     "transitions": lambda pipe, count: mean_rows(transitions(pipe, count), "transition"),
-    "steps": step_counts,
     "drift": drift,
     "changes": lambda pipe, count: [judge_changes(pipe, count)],
 }
@@ -441,9 +438,10 @@ def phenomena(args) -> None:
     file = args.out / "examples" / "phenomena.md"
     file.parent.mkdir(parents=True, exist_ok=True)
     for name in args.only or [n for n in PHENOMENA if n != "guidance" or not pipe.sampler.distilled]:
-        found = markdown(PHENOMENA[name](pipe, args.prompts)) + f"\n{args.prompts} videos for each row.\n"
+        found = markdown(PHENOMENA[name](pipe, args.prompts)) + f"\n--prompts {args.prompts}\n"
         tables = read_tables(file) | {f"{name}, {args.model}": found}
-        file.write_text("".join(f"## {title}\n\n{table}\n" for title, table in sorted(tables.items())))
+        text = "".join(f"## {title}\n\n{table}\n" for title, table in sorted(tables.items()))
+        outputs.replace(file, lambda new, text=text: new.write_text(text))
         print(f"\n{name}, {args.model}\n\n{found}", flush=True)
 
 

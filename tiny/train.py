@@ -1,4 +1,4 @@
-"""Train the tiny MAGI on the tiny world: `python tiny/train.py all` makes all of tiny/ but the LoRA.
+"""Train the tiny MAGI on the tiny world: `python tiny/train.py all` makes all models of tiny/ but the LoRA.
 
     vae    the video autoencoder, on crops first, then on whole frames      -> tiny/vae/
     dit    text encoder and DiT together, on the latents of many clips: at half size (--size 64), where a
@@ -6,15 +6,20 @@
     distill  three branches and many steps into one branch and few          -> tiny/distill/
     clips  mp4 files with captions that teach a new colour or shape (--teach cyan, cross)  -> --out
     lora   the same, by `training.py lora`, and what the judge says         -> tiny/lora/cyan.safetensors
-    eval   what the judge says of prompts that were never trained on; phenomena: of what the report describes
+    eval   what the judge says of prompts that were never trained on
     steps  base and distilled at 64 to 4 steps: a table and a plot          -> tiny/examples/steps.*
+    phenomena  what the report describes, measured: tables                  -> tiny/examples/phenomena.md
+    examples   the picture and the video that the README goes on from       -> tiny/examples/
 
 Each stage keeps checkpoints in --work and goes on from the last one when it is started again, after a kill
 too: the data of a step depend on its number alone, and on how many processes share it (`torchrun
 --nproc_per_node 2 tiny/train.py dit` takes two thirds of the time of one with two threads). To export a
 checkpoint as it is, give the number of its step as --steps. bf16 autocast where that is faster, EMA of the
-weights; the loss is written to --work/STAGE.csv and drawn in STAGE.png. Ours, as it suits so small a model,
-where the report has AdamW at 1e-4: Muon for the matrices, AdamW for the rest, at higher rates.
+weights; the loss is written to --work/STAGE.csv and drawn in STAGE.png. Our choice for so small a model is
+Muon for the matrices and AdamW for the rest, at higher rates; the report has AdamW at 1e-4.
+
+Contents: 1 attention on a CPU, 2 optimizer and loop, 3 VAE, 4 text and DiT, 5 clips as latents, 6 training
+the DiT, 7 distillation and LoRA, 8 command line.
 """
 
 from __future__ import annotations
@@ -32,7 +37,7 @@ from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict
 from itertools import islice
 from pathlib import Path
-from types import MethodType, SimpleNamespace
+from types import SimpleNamespace
 from typing import NamedTuple
 
 HERE = Path(__file__).resolve().parent
@@ -52,7 +57,7 @@ from measure import (  # noqa: E402
     judge_prompts,
     phenomena,
     psnr,
-    to_video,
+    to_tensor,
     write_steps,
 )
 from safetensors.torch import load_file  # noqa: E402
@@ -69,7 +74,7 @@ import training  # noqa: E402
 
 SIZE, GRID = world.SIZE, world.SIZE // 8  # side of the frame in pixels and in latents
 
-# ------------------------------------------------------------------------------------ attention on a CPU
+# ---------------------------------------------------------------------------------- 1 attention on a CPU
 # magi.block_attention is one call per chunk, which suits few long chunks. For many short ones in a batch
 # there are two faster ways, both with the signature of magi.py, section 2.
 
@@ -106,21 +111,28 @@ def block_attention(q: Tensor, k: Tensor, v: Tensor, spans: Tensor, out: Tensor 
     return result if out is None else out.copy_(result)
 
 
-def weighted_mean(q: Tensor, k: Tensor, v: Tensor, valid: Tensor) -> Tensor:
+def weighted_mean(q: Tensor, k: Tensor, v: Tensor, valid: Tensor | None = None) -> Tensor:
     """Attention written out: at these sizes PyTorch's fused CPU attention takes longer, its backward ten
-    times so. q (b, kv, rows, d), k and v (b, keys, kv, d), valid (b or 1, 1, 1, keys) -> q's shape."""
-    scores = (q @ k.permute(0, 2, 3, 1)).masked_fill(~valid, float("-inf"))
+    times so. q (b, kv, rows, d), scaled; k and v (b, keys, kv, d); valid (b or 1, 1, 1, keys), default: all
+    -> q's shape."""
+    scores = q @ k.permute(0, 2, 3, 1)
+    if valid is not None:
+        scores = scores.masked_fill(~valid, float("-inf"))
     return scores.softmax(-1).to(v) @ v.transpose(1, 2)
 
 
-def attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """magi.attention: one chunk that sees all keys."""
-    return block_attention(q, k, v, torch.tensor([[[0, k.shape[1]]]]))
+def few_tokens(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """magi.attention written out, for the VAE."""
+    scale = q.shape[-1] ** -0.5
+    return weighted_mean(scale * q.transpose(1, 2), k, v).transpose(1, 2)
 
 
 CPU_OPS = dataclasses.replace(
-    magi.TORCH_OPS, name="many short chunks", attention=attention, block_attention=block_attention
+    magi.TORCH_OPS, name="many short chunks", attention=few_tokens, block_attention=block_attention
 )
+
+
+# ---------------------------------------------------------------------------------- 2 optimizer and loop
 
 
 class Muon(torch.optim.Optimizer):
@@ -166,8 +178,7 @@ def orthogonal(matrix: Tensor, steps: int = 5) -> Tensor:
 
 
 def fit(name: str, model: nn.Module, loss_of_step, steps: int, lr: float, work: Path, every: int = 500,
-        ema_decay: float = 0.999, warmup: int = 100, weight_decay: float = 0.02, report=None
-        ) -> nn.Module:  # fmt: skip
+        warmup: int = 100, report=None) -> nn.Module:  # fmt: skip
     """`training.fit` with Muon at rate lr and decay for the matrices of the blocks, AdamW at lr, but at most
     1e-3, for all else, and the moving average of the weights as its result. Of n processes each computes one
     of every n losses: loss_of_step gets step * n + the number of the process."""
@@ -175,11 +186,11 @@ def fit(name: str, model: nn.Module, loss_of_step, steps: int, lr: float, work: 
     inner = {k for k, p in named if p.ndim == 2 and ("layers." in k or "block" in k) and "bias" not in k}
     matrices, others = ([p for k, p in named if (k in inner) == which] for which in (True, False))
     optimizers = [
-        Muon(matrices, lr, weight_decay=weight_decay),
+        Muon(matrices, lr, weight_decay=0.02),
         torch.optim.AdamW(others, min(lr, 1e-3), (0.9, 0.95), weight_decay=0),
     ]
     return training.fit(name, model, loss_of_step, steps, optimizers, work, every=every, warmup=warmup,
-                        accumulate=parallel.ranks(), ema_decay=ema_decay, report=report)  # fmt: skip
+                        accumulate=parallel.ranks(), ema_decay=0.999, report=report)  # fmt: skip
 
 
 @functools.cache
@@ -201,20 +212,20 @@ def autocast(device: str = "cpu") -> torch.autocast:
     return torch.autocast(device, torch.bfloat16, enabled=device != "cpu" or autocast_is_faster())
 
 
-# ------------------------------------------------------------------------------------------------ VAE
+# ------------------------------------------------------------------------------------------------- 3 VAE
 
 
-def pieces(step: int, clips: int, crops: int, size: int, length: int):
-    """`crops` squares of `size` pixels out of `length` frames of each of the step's own clips.
+def pieces(index: int, clips: int, crops: int, size: int, length: int):
+    """`crops` squares of `size` pixels out of `length` frames of each of the clips of this loss.
 
     Returns (clips * crops, 3, length, size, size) in [-1, 1], the things' masks (..., 1, ...) and where each
     square starts (clips * crops, 2), y and x, in latents. All but one square a clip are at a thing: there a
     square of 48 pixels has rims in half of its patches, the whole frame in a tenth.
     """
     video, masks, corners = [], [], []
-    rng = np.random.default_rng([step, 7])
+    rng = np.random.default_rng([index, 7])
     for k in range(clips):
-        clip = world.make_clip(step * 8 + k)
+        clip = world.make_clip(index * 8 + k)
         start = int(rng.integers(0, len(clip.camera) - length + 1))
         frames = world.render(clip, start, start + length)
         mask = clip.masks(start, start + length).max(0)
@@ -228,7 +239,7 @@ def pieces(step: int, clips: int, crops: int, size: int, length: int):
             video.append(frames[:, y : y + size, x : x + size])
             masks.append(mask[:, y : y + size, x : x + size])
             corners.append(corner)
-    return to_video(np.stack(video)), torch.from_numpy(np.stack(masks))[:, None], np.stack(corners)
+    return to_tensor(np.stack(video)), torch.from_numpy(np.stack(masks))[:, None], np.stack(corners)
 
 
 def near(mask: Tensor) -> Tensor:
@@ -236,33 +247,27 @@ def near(mask: Tensor) -> Tensor:
     return F.max_pool3d(mask, (1, 5, 5), 1, (0, 2, 2))
 
 
-def few_tokens(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """magi.attention written out: at these sizes a CPU takes less time for it, for its backward above all."""
-    q, k, v = (u.transpose(1, 2) for u in (q, k, v))
-    return ((q * q.shape[-1] ** -0.5 @ k.transpose(2, 3)).softmax(-1).to(v) @ v).transpose(1, 2)
-
-
 def see_crops(part: nn.Module) -> None:
     """Let encoder or decoder take crops: part.corners (B, 2) says where each lies, so that it has the
     positions of that place. None: whole frames."""
     whole = part.positions
 
-    def positions(self, size):
-        if self.corners is None:
+    def positions(size):
+        if part.corners is None:
             return whole(size)
         T, H, W = size
-        y = self.corners[:, :1] + torch.arange(H)  # (B, H)
-        x = self.corners[:, 1:] + torch.arange(W)
+        y = part.corners[:, :1] + torch.arange(H)  # (B, H)
+        x = part.corners[:, 1:] + torch.arange(W)
         index = (torch.arange(T)[:, None, None] * GRID + y[:, None, :, None]) * GRID + x[:, None, None, :]
         index = F.pad(1 + index.flatten(1), (1, 0))  # the class token first
         return whole((T, GRID, GRID))[0][index]
 
     part.corners = None
-    part.positions = MethodType(positions, part)
+    part.positions = positions
 
 
 CROP, NOISE, EDGE = 48, 0.1, 0.5  # side of crops in pixels; noise on latents at most, in deviations; weight
-UNSEEN = 24  # clips of the report
+UNSEEN = 24  # clips that each checkpoint of the VAE is measured on
 
 
 def reconstruction(vae: magi.VAE, video: Tensor, weight: Tensor, noise: Tensor) -> tuple[Tensor, Tensor]:
@@ -270,8 +275,9 @@ def reconstruction(vae: magi.VAE, video: Tensor, weight: Tensor, noise: Tensor) 
     loss, recon = training.vae_loss(vae, video, weight, latent_noise=noise)
     error = recon.float() - video
     square = error**2
-    across = (weight[..., 1:] * error.diff(dim=-1).abs()).mean()  # ringing and soft rims are slopes that
-    down = (weight[..., 1:, :] * error.diff(dim=-2).abs()).mean()  # the original does not have
+    # Ringing and soft rims are slopes that the original does not have.
+    across = (weight[..., 1:] * error.diff(dim=-1).abs()).mean()
+    down = (weight[..., 1:, :] * error.diff(dim=-2).abs()).mean()
     loss = loss + 2 * (weight * square).mean() + EDGE * (across + down)
     return loss, square.detach().mean()
 
@@ -281,7 +287,7 @@ def train_vae(args) -> None:
     weights in this folder, so that latents stay as they are."""
     torch.manual_seed(0)
     vae = magi.VAE(magi.VAE_PRESETS["tiny"])
-    vae.ops = dataclasses.replace(CPU_OPS, name="few tokens", attention=few_tokens)
+    vae.ops = CPU_OPS
     if args.init:
         vae.load_state_dict(magi.load_vae(args.init / "vae").state_dict())
         vae.encoder.requires_grad_(False)
@@ -309,7 +315,7 @@ def train_vae(args) -> None:
         return value, {"psnr": (10 * torch.log10(4 / square)).item()}
 
     test = [world.make_clip(10**6 + i, heldout=None) for i in range(UNSEEN)]
-    video = to_video(np.stack([world.render(clip, 36, 48) for clip in test]))
+    video = to_tensor(np.stack([world.render(clip, 36, 48) for clip in test]))
     mask = near(torch.from_numpy(np.stack([clip.masks(36, 48).max(0) for clip in test]))[:, None])
 
     @torch.no_grad()
@@ -368,7 +374,7 @@ def save_model(folder: Path, model: nn.Module, config: dict, **extra: dict[str, 
     print(f"wrote {folder}")
 
 
-# ------------------------------------------------------------------------------------------------ text + DiT
+# ---------------------------------------------------------------------------------------- 4 text and DiT
 
 
 class Tiny(nn.Module):
@@ -384,6 +390,7 @@ class Tiny(nn.Module):
             preset.sampler, height=size, width=size, text_scales=(2.5, 2.5, 2.5, 1.0, 1.0)
         )
         self.dit = magi.DiT(preset.dit)
+        assert preset.dit.text_length <= LONGEST
         self.dit.ops = CPU_OPS
         width = preset.dit.text_dim
         self.t5 = T5EncoderModel(
@@ -473,7 +480,7 @@ def tokenizer(spiece: Path):
     return SentencePieceProcessor(model_file=str(spiece))
 
 
-# ---------------------------------------------------------------------------------------- clips as latents
+# ------------------------------------------------------------------------------------- 5 clips as latents
 
 
 class Film(NamedTuple):
@@ -551,7 +558,7 @@ class Films:
         latents, images, captions = [], [], []
         device = next(self.vae.parameters()).device
         for some in batched(films, 8):
-            video = to_video(np.stack([f.frames for f in some])).to(device)
+            video = to_tensor(np.stack([f.frames for f in some])).to(device)
             with autocast(device.type):
                 latents.append((self.vae.encode(video) * magi.SCALE_FACTOR).bfloat16().cpu())
                 images.append((self.vae.encode(video[:, :, 3:4]) * magi.SCALE_FACTOR).bfloat16().cpu())
@@ -565,7 +572,7 @@ def batched(items: Iterable, size: int) -> Iterator[list]:
         yield some
 
 
-def draw(films: Films, rng: np.random.Generator, n: int, count: int, of: int, model: Tiny) -> dict:
+def make_batch(films: Films, rng: np.random.Generator, n: int, count: int, of: int, model: Tiny) -> dict:
     """The first n chunks of `count` films, as the losses of training.py take them."""
     data, part = films.draw(rng, count, of), slice(n * magi.CHUNK)
     device = model.dit.null_text.device
@@ -579,7 +586,7 @@ def draw(films: Films, rng: np.random.Generator, n: int, count: int, of: int, mo
     }
 
 
-# ------------------------------------------------------------------------------------- training the DiT
+# ------------------------------------------------------------------------------------ 6 training the DiT
 
 
 def train_dit(args) -> None:
@@ -611,9 +618,9 @@ def train_dit(args) -> None:
         rng = np.random.default_rng([i, 11])
         shown = batch_size * step  # chunks so far, each about sixteen times
         if n > 1:
-            batch = draw(films, rng, n, batch_size // n, min(args.films, 128 + shown // 64), model)
+            batch = make_batch(films, rng, n, batch_size // n, min(args.films, 128 + shown // 64), model)
         else:
-            batch = draw(singles, rng, 1, batch_size, min(args.singles, 512 + shown // 16), model)
+            batch = make_batch(singles, rng, 1, batch_size, min(args.singles, 512 + shown // 16), model)
         generator = torch.Generator().manual_seed(i)
         cfg = alone if n == 1 else together
         with autocast(args.device):
@@ -645,7 +652,7 @@ def followed(pipe: magi.MAGI, size: int) -> str:
     return ", ".join(f"{name} {share:.0%}" for name, share in scores.items())
 
 
-# ----------------------------------------------------------------------------------- distillation, LoRA
+# ------------------------------------------------------------------------------ 7 distillation and LoRA
 
 
 def distill(args) -> None:
@@ -673,7 +680,7 @@ def distill(args) -> None:
         num_steps = training.shortcut_steps(step)
         n = int(np.random.default_rng([step, 12]).choice([1, 2, 3, 4], p=[0.3, 0.15, 0.15, 0.4]))
         rng = np.random.default_rng([i, 13])
-        batch = draw(films, rng, n, args.batch // parallel.ranks() // n, args.films, model)
+        batch = make_batch(films, rng, n, args.batch // parallel.ranks() // n, args.films, model)
         generator = torch.Generator().manual_seed(i)
         with autocast(args.device):
             loss = training.shortcut_loss(
@@ -777,7 +784,7 @@ def examples(args) -> None:
     print(f"wrote {folder}")
 
 
-# ------------------------------------------------------------------------------------------- command line
+# ---------------------------------------------------------------------------------------- 8 command line
 
 STAGES = {"vae": train_vae, "dit": train_dit, "distill": distill, "lora": train_lora, "clips": write_clips,
           "examples": examples, "eval": evaluate, "steps": write_steps, "phenomena": phenomena}  # fmt: skip
@@ -800,30 +807,24 @@ RECIPES = {
 }
 
 
-def count(text: str) -> int:
-    if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number of at least 1")
-    return int(text)
-
-
 def parser() -> argparse.ArgumentParser:
     how = argparse.RawDescriptionHelpFormatter
     options = argparse.ArgumentParser(description=__doc__, formatter_class=how)
-    flag = options.add_argument
+    flag, count = options.add_argument, finetune.number(int, 1)
     flag("stage", choices=[*STAGES, "all"], help="all: vae, dit at half and at full size, distill")
     flag("--work", type=Path, default=HERE / "work", help="checkpoints, latents, loss curves")
     flag("--out", type=Path, default=HERE, help="where the finished models go")
     flag("--steps", type=count, help="if not as many as in RECIPES; rates fall in the last third")
-    flag("--lr", type=float, help="highest rate, if not that in RECIPES")
+    flag("--lr", type=finetune.number(float, 0), help="highest rate, if not that in RECIPES")
     flag("--batch", type=count, help="vae: clips, at most 8; else chunks of all processes")
     flag("--every", type=count, default=250, help="steps from checkpoint to checkpoint")
-    flag("--size", type=int, choices=[64, 128], default=SIZE, help="dit: of frames, in pixels")
+    flag("--size", type=int, choices=[64, 128], default=SIZE, help="dit, distill: of frames, in pixels")
     flag("--init", type=Path, help="vae, dit: go on from the weights in this folder, such as tiny")
     flag("--singles", type=count, default=40000, help="dit: clips of one chunk, of each process")
     flag("--films", type=count, default=4000, help="dit, distill: clips of four chunks, of each process")
-    flag("--workers", type=int, default=0, help="processes that paint clips; 0: this one")
-    flag("--device", default="cpu", help="of the DiT's training")
-    flag("--compile", action="store_true", help="a quarter faster; takes a minute and g++")
+    flag("--workers", type=finetune.number(int, 0), default=0, help="dit, distill: to paint clips")
+    flag("--device", default="cpu", help="dit, distill: where to train")
+    flag("--compile", action="store_true", help="vae, dit, distill: a quarter faster; takes a minute and g++")
     new = [*world.NEW_COLOURS, *world.NEW_SHAPES]
     flag("--teach", choices=new, default=new[0], help="clips, lora: what is new")
     flag("--clips", type=count, default=10000, help="clips, lora: videos of each kind, at most")
@@ -846,32 +847,34 @@ def run(stage: str, args: argparse.Namespace, **changes) -> None:
         least = 4 * parallel.ranks()  # a clip of four chunks for each process
         if stage in ("dit", "distill") and args.batch % least:
             raise ValueError(f"batch {args.batch} must be a multiple of {least}")
+    if stage == "clips" and args.out == HERE:
+        raise ValueError("clips: say with --out which folder to write them to")
     STAGES[stage](args)
     if parallel.ranks() > 1:
         dist.barrier()  # what one has written the next stage reads
 
 
-def main() -> None:
-    args, started = parser().parse_args(), time.time()
-    try:
-        if args.init and not args.init.is_dir():
-            raise ValueError(f"{args.init} is no folder: check the path")
-        parallel.start(args.device)
-        with parallel.first_speaks():
-            if args.stage == "all":
-                run("vae", args)
-                run("dit", args, size=64)
-                run("dit", args, size=128, init=args.out)
-                run("distill", args)
-            else:
-                run(args.stage, args)
-    except (ValueError, OSError) as error:
-        print("train:", " ".join(str(error).split()), file=sys.stderr)
-        sys.exit(2)
-    if parallel.rank() == 0:
+def run_all(args: argparse.Namespace) -> None:
+    started = time.time()
+    if args.init and not args.init.is_dir():
+        raise ValueError(f"{args.init} is no folder: check the path")
+    parallel.start(args.device)
+    with parallel.first_speaks():
+        if args.stage == "all":
+            run("vae", args)
+            run("dit", args, size=64)
+            run("dit", args, size=128, init=args.out)
+            run("distill", args)
+        else:
+            run(args.stage, args)
         print(f"{(time.time() - started) / 60:.1f} minutes")
 
 
+def main(argv: list[str] | None = None) -> int:
+    """The command line -> its exit code."""
+    args = parser().parse_args(argv)
+    return finetune.exit_code("train", lambda: run_all(args))
+
+
 if __name__ == "__main__":
-    main()
-    parallel.leave(0)
+    parallel.leave(main())

@@ -6,16 +6,19 @@
 judge.py reads colours, shapes, motions and places back from frames. One chunk is 24 frames, one second;
 whatever changes does so on the first frame of a chunk. The grammar ([ ] optional, | choice, lower case):
 
-    caption = ["now"] clause ["and" clause] [kind] [place]    "now" only where something has just changed
+    caption = ["now"] clause ["and" clause] [how] [place]     "now" only where something has just changed
     clause  = thing verb                                      verb from MOTIONS, place from PLACES
     thing   = ("a" | "an") COLOUR SHAPE
     verb    = phrase | "stops" | "turns and" phrase           the last two only where the motion has changed
+    how     = ("in front of" | "behind" | "and hits") thing | "behind a wall" | "and the camera follows"
+            | "and the camera pans" ("left" | "right")
 
     "a red ball bounces"    "now a blue square turns and slides to the right at night"    "a white ring stops"
 
-What happens in a clip is its kind:
+What happens in a clip is its kind. Where a chunk begins a colour may change in all kinds, a shape in all but
+pass and hit, a motion in alone and apart:
 
-    alone   one thing, whose motion, colour or shape may change where a chunk begins
+    alone   one thing
     apart   two things, in the left and the right half
     pass    one thing goes by "in front of" or "behind" another, which rests
     hit     one thing slides along the ground "and hits" another: equal masses, it stops, the other goes on
@@ -24,10 +27,11 @@ What happens in a clip is its kind:
     follow  one thing slides "and the camera follows": it keeps its place in the frame, the world goes by
 
 Physics: free fall with GRAVITY; "bounces" loses nothing, "falls" keeps RESTITUTION of the speed at each
-impact; slides are free until FRICTION brings them to rest MARGIN before the frame's edge; a swing is a sine
-and an orbit a circle, both of fixed period. A clip's orbit begins at its top: from anywhere, both ways round
-would look the same in the mean, and a model that learned the mean first did not learn to tell them apart.
-No caption tells speed, size, height or layout: a few frames do.
+impact; slides are free until FRICTION brings them to rest MARGIN before the frame's edge, or 1 px after a
+wall; a swing is a sine and an orbit a circle, both of fixed period. A clip that begins with an orbit begins
+at the top of its circle: from a random start both directions have the same average video, and a model that
+learned the average first never told them apart. No caption tells speed, size, height or layout: a few frames
+do.
 The camera moves the ground by its whole way and what stands above the horizon by half of it. Positions are
 pixels from the frame's top-left corner, x to the right, y down; inside `trajectory` x + iy.
 
@@ -183,8 +187,8 @@ def fall(t: np.ndarray, height: float) -> np.ndarray:
     return out
 
 
-def trajectory(motions, size: float, floor: float, rng: np.random.Generator, at: complex | None = None):
-    """One drawn path through a list of motions, one a chunk; `at` fixes the start.
+def trajectory(motions, size: float, floor: float, rng: np.random.Generator):
+    """One drawn path through a list of motions, one a chunk.
 
     Returns the centres (24 len(motions),), complex, and whether they show what the motions say.
     """
@@ -199,11 +203,11 @@ def trajectory(motions, size: float, floor: float, rng: np.random.Generator, at:
         start = complex(start.real, ground)  # most things stand on the ground
     if motions[0] in SLIDES:  # from the far side, to have somewhere to go
         start = inside(start - SIZE * SLIDES[motions[0]]) + rng.uniform(0, 12) * SLIDES[motions[0]]
-    elif motions[0] in ORBITS:  # from the top, or both ways round would begin alike (see the head)
+    elif motions[0] in ORBITS:  # see the head
         start = mid - 1j * radius
     elif motions[0] == "fall":
         start = complex(start.real, rng.uniform(top, mid.imag))
-    at = start if at is None else at
+    at = start  # where the thing is
     pieces, legible = [], True
     for motion, run in groupby(motions):
         t = np.arange(1.0, CHUNK * len(list(run)) + 1)  # from 1: the first frame of a run has moved already
@@ -250,7 +254,7 @@ class Layout:
     place: str
     horizon: int  # y where the ground begins
     floor: int  # y on which things stand
-    draw: tuple[float, ...]  # 24 uniform numbers for what varies: hills, bushes, pattern, sun
+    numbers: tuple[float, ...]  # 24 uniform numbers for what varies: hills, bushes, pattern, sun
 
 
 def draw_layout(place: str, rng: np.random.Generator) -> Layout:
@@ -269,7 +273,7 @@ SKIES = {  # far hills, near hills, bushes or furniture, the sun or moon
 
 def _sky(layout: Layout, x: np.ndarray) -> np.ndarray:
     """What stands above the horizon at the columns x: (horizon, len(x), 3) float."""
-    u, h = layout.draw, layout.horizon
+    u, h = layout.numbers, layout.horizon
     y = (np.arange(h, dtype=np.float32) + 0.5)[:, None]
     x = x.astype(np.float32)[None]
     top, bottom = (np.array(c, np.float32) for c in PLACES[layout.place][1:3])
@@ -316,7 +320,7 @@ def _sky(layout: Layout, x: np.ndarray) -> np.ndarray:
 
 def _ground(layout: Layout, x: np.ndarray) -> np.ndarray:
     """What lies below the horizon at the columns x: (128 - horizon, len(x), 3) float."""
-    u, h = layout.draw, layout.horizon
+    u, h = layout.numbers, layout.horizon
     y = (np.arange(SIZE - h, dtype=np.float32) + 0.5)[:, None]
     x = x.astype(np.float32)[None]
     depth = np.sqrt(y / (SIZE - h))  # pattern rows grow towards the viewer
@@ -337,7 +341,7 @@ def _ground(layout: Layout, x: np.ndarray) -> np.ndarray:
 def _vignette() -> np.ndarray:
     """(128, 128, 1): the picture darkens towards its edges, which also tells the model where they are."""
     p = (np.arange(SIZE, dtype=np.float32) + 0.5) / SIZE * 2 - 1
-    return (1 - 0.16 * (p[:, None] ** 4 + p**4) / 1.0)[..., None].astype(np.float32)
+    return (1 - 0.16 * (p[:, None] ** 4 + p**4))[..., None].astype(np.float32)
 
 
 VIGNETTE = _vignette()
@@ -545,7 +549,7 @@ def _xy(path: np.ndarray) -> np.ndarray:
     return np.stack([path.real, path.imag], 1)
 
 
-def _film(kind, plans, layout, rng, patience) -> Clip | None:
+def _draw_clip(kind, plans, layout, rng, patience) -> Clip | None:
     """The clip of a list of triples an object; None if `patience` draws give no legible path."""
     chunks = len(plans[0])
     n, camera, wall, pan = chunks * CHUNK, np.zeros(chunks * CHUNK), None, ""
@@ -637,7 +641,8 @@ PAIRS = ("apart", "pass", "hit")
 
 
 def make_clip(seed: int, chunks: int = 4, events=0.4, heldout: bool | None = False, kind: str = "") -> Clip:
-    """The clip of a seed, of any kind or of the one given. events: chance of a change where a chunk starts.
+    """The clip of a seed, of any kind or of the one given. events: chance of a change where a chunk starts
+    in "alone"; other kinds change less.
 
     heldout: False for clips without any held-out triple (training), True for held-out triples only (without
     events), None for any.
@@ -666,7 +671,7 @@ def make_clip(seed: int, chunks: int = 4, events=0.4, heldout: bool | None = Fal
         twins = len(plans) > 1 and any(a[0] == b[0] for a, b in zip(*plans, strict=True))
         if fits and not twins:
             layout = draw_layout(draw(PLACES), rng)
-            if clip := _film(kind, plans, layout, rng, patience=12):
+            if clip := _draw_clip(kind, plans, layout, rng, patience=12):
                 return clip
 
 
@@ -687,7 +692,7 @@ def scene(colour="red", shape="ball", motion="bounce", place="day", chunks: int 
     if kind in PAIRS or set(plan[2]) - set(CAN[kind]):
         raise ValueError(f"no {kind!r} clip of one thing that does {plan[2]}; its motions: {CAN[kind]}")
     rng = np.random.default_rng([seed, 129])
-    clip = _film(kind, [[*zip(*plan, strict=True)]], draw_layout(place, rng), rng, patience=2000)
+    clip = _draw_clip(kind, [[*zip(*plan, strict=True)]], draw_layout(place, rng), rng, patience=2000)
     if clip is None:
         raise ValueError(f"no room for {plan[2]}; after a slide to an edge, slide away from it")
     return clip
@@ -730,15 +735,15 @@ def train_tokenizer(file: str, size: int = 288) -> None:
 # --------------------------------------------------------------------------------------------- 7 command line
 
 
-def sheet(file: str, seeds=range(8), step: int = 12, kind: str = "") -> None:
-    """Writes a PNG: a clip a row, every `step`th frame, a gap between chunks. Prints the captions."""
+def sheet(file: str, kind: str = "") -> None:
+    """Writes a PNG: a clip a row, every twelfth frame, a gap between chunks. Prints the captions."""
     import imageio.v3 as imageio
 
     rows = []
-    for seed in seeds:
+    for seed in range(8):
         clip = make_clip(seed, kind=kind)
-        frames = clip.frames[::step]
-        gap = [((2, 2), (2 if i % (CHUNK // step) else 10, 2), (0, 0)) for i in range(len(frames))]
+        frames = clip.frames[::12]
+        gap = [((2, 2), (2 if i % 2 else 10, 2), (0, 0)) for i in range(len(frames))]
         rows.append(np.concatenate([*map(np.pad, frames, gap)], 1))
         print(seed, clip.kind, *clip.captions, sep=" | ")
     imageio.imwrite(file, np.concatenate(rows))
