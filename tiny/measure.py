@@ -23,6 +23,7 @@ from torch import Tensor
 
 import magi
 import outputs
+import sample
 
 NAMES = ("colour", "shape", "motion")
 LOST = 64.0  # how far off a thing counts that is not there, in pixels
@@ -45,15 +46,20 @@ def psnr(a: Tensor, b: Tensor) -> float:
     return (10 * torch.log10(4 / ((a.clamp(-1, 1) - b) ** 2).mean())).item()
 
 
-def encode_once(pipe: magi.MAGI, t5: Path) -> None:
-    """Keep the text encoder in memory, so that each of many short videos does not read it again."""
-    encoder = functools.cache(magi.T5(t5, pipe.dit.cfg.text_length, dtype=torch.float32, keep=True).__call__)
+def load_model(folder: Path) -> magi.MAGI:
+    """A small model as sample.py runs it: in bf16 where this CPU is fast at it. Its text encoder stays in
+    memory, so that each of many short videos does not read it again."""
+    pipe = magi.load(folder, dtype="bfloat16" if sample.bf16_is_fast("cpu") else None)
+    t5 = magi.T5(folder.parent / "t5", pipe.dit.cfg.text_length, dtype=torch.float32, keep=True)
+    encoder = functools.cache(t5.__call__)
     pipe.encode_text = lambda captions: encoder(tuple(captions))
+    return pipe
 
 
 def sample_video(pipe: magi.MAGI, prompt, frames: int, seed: int, **settings) -> np.ndarray:
-    """A whole video, uint8 (frames, height, width, 3)."""
-    return np.concatenate(list(pipe(prompt, num_frames=frames, seed=seed, **settings)))
+    """A whole video, uint8 (frames, height, width, 3), computed as in sample.py."""
+    with sample.arithmetic("cpu", "bfloat16"):
+        return np.concatenate(list(pipe(prompt, num_frames=frames, seed=seed, **settings)))
 
 
 def right(verdict, wanted: world.Triple) -> list[bool]:
@@ -179,8 +185,7 @@ def judge_long(pipe: magi.MAGI, count: int, chunks: int = 16) -> float:
 def evaluate(args) -> None:
     """Print what the README states of the model --model, with what it is held to."""
     say = lambda name, result: print(f"{name:<36}{result}", flush=True)
-    pipe, n = magi.load(args.out / args.model), args.prompts
-    encode_once(pipe, args.out / "t5")
+    pipe, n = load_model(args.out / args.model), args.prompts
     say("VAE, unseen clips", f"{judge_vae(pipe.vae, min(n, 60)):.1f} dB (goal 38)")
     [found] = step_counts(pipe, n, [pipe.sampler.num_steps])
     say("t2v", ", ".join(f"{name} {found[name]:.0%}" for name in NAMES) + " (goal 95 % each)")
@@ -226,8 +231,7 @@ def write_steps(args) -> None:
     rows = []
     for folder, steps in (("base", (64, 32, 16, 8, 4)), ("distill", (64, 32, 16, 12, 8, 4))):
         if (args.out / folder).is_dir():
-            pipe = magi.load(args.out / folder)
-            encode_once(pipe, args.out / "t5")
+            pipe = load_model(args.out / folder)
             rows = rows or [{"model": "true clips, VAE", "steps": ""} | through_vae(pipe.vae, args.prompts)]
             rows += [{"model": folder} | row for row in step_counts(pipe, args.prompts, steps)]
             print(*rows[-len(steps) :], sep="\n", flush=True)
@@ -433,8 +437,7 @@ PHENOMENA = {
 def phenomena(args) -> None:
     """The tables of the phenomena, all or --only some, for the model --model: printed, and kept in
     examples/phenomena.md, where a table takes the place of the last one of that name and model."""
-    pipe = magi.load(args.out / args.model)
-    encode_once(pipe, args.out / "t5")
+    pipe = load_model(args.out / args.model)
     file = args.out / "examples" / "phenomena.md"
     file.parent.mkdir(parents=True, exist_ok=True)
     for name in args.only or [n for n in PHENOMENA if n != "guidance" or not pipe.sampler.distilled]:

@@ -538,8 +538,7 @@ def test_evaluation_measures_what_it_says(oracle):
 
 def test_the_evaluation_prints_all_figures(oracle, monkeypatch, tmp_path, capsys):
     oracle.vae = None
-    monkeypatch.setattr(magi, "load", lambda folder: oracle)
-    monkeypatch.setattr(measure, "encode_once", lambda *args: None)
+    monkeypatch.setattr(measure, "load_model", lambda folder: oracle)
     monkeypatch.setattr(measure, "judge_vae", lambda vae, count: 40.0)
     measure.evaluate(SimpleNamespace(out=tmp_path, model="base", prompts=2))
     lines = capsys.readouterr().out.splitlines()
@@ -622,8 +621,7 @@ def test_steps_and_their_table(oracle, tmp_path):
 
 def test_tables_of_phenomena_take_the_place_of_older_ones(tmp_path, monkeypatch):
     pipe = SimpleNamespace(sampler=SimpleNamespace(distilled=False))
-    monkeypatch.setattr(magi, "load", lambda folder: pipe)
-    monkeypatch.setattr(measure, "encode_once", lambda *args: None)
+    monkeypatch.setattr(measure, "load_model", lambda folder: pipe)
     file = tmp_path / "examples" / "phenomena.md"
     assert measure.read_tables(file) == {}
     for model, time, only in (("base", 1.0, None), ("distill", 2.0, ["wait"]), ("base", 3.0, ["wait"])):
@@ -632,4 +630,4 @@ def test_tables_of_phenomena_take_the_place_of_older_ones(tmp_path, monkeypatch)
         measure.phenomena(SimpleNamespace(out=tmp_path, model=model, prompts=7, only=only))
     tables = measure.read_tables(file)
     assert [*tables] == ["rest, base", "wait, base", "wait, distill"]
-    assert tables["wait, base"] == "| time |\n| --- |\n| 3.00 |\n\n7 videos for each row.\n"
+    assert tables["wait, base"] == "| time |\n| --- |\n| 3.00 |\n\n--prompts 7\n"

@@ -52,9 +52,9 @@ import world  # noqa: E402
 from judge import judge  # noqa: E402
 from measure import (  # noqa: E402
     PHENOMENA,
-    encode_once,
     evaluate,
     judge_prompts,
+    load_model,
     phenomena,
     psnr,
     to_tensor,
@@ -761,8 +761,7 @@ def judge_lora(args, file: Path) -> None:
         if not (args.out / folder).is_dir():
             continue
         for scale in (0.0, 1.0):
-            pipe = magi.load(args.out / folder)
-            encode_once(pipe, args.out / "t5")
+            pipe = load_model(args.out / folder)
             training.load_lora(pipe.dit, file, scale)
             for kind, wanted in ((f"{args.teach}, held out", prompts), ("old", others)):
                 scores = judge_prompts(pipe, wanted, 24, functools.partial(judge, **known))
