@@ -183,7 +183,7 @@ def command(*flags: str, **more) -> subprocess.Popen:
 
 def assert_close(a: np.ndarray, b: np.ndarray) -> None:
     """As far as H.264 is exact."""
-    assert a.shape == b.shape and np.abs(a.astype(int) - b).mean() < 3
+    assert a.shape == b.shape and np.abs(a.astype(int) - b).mean() < 5
 
 
 def test_lines_that_come_while_it_runs_go_to_the_next_chunks():
@@ -229,10 +229,13 @@ def test_a_file_of_prompts_makes_a_video_a_line(tmp_path):
         "000-a-red-ball-bounces.mp4",
         "001-a-red-ball-bounces.mp4",
     ]
-    pipe = magi.load(TINY / "distill")
+    pipe, expected = magi.load(TINY / "distill"), []
     for name, prompts, seed in (("000", [RED], 7), ("001", [RED, BLUE], 8)):
-        expected = np.concatenate(list(pipe(prompts, num_frames=48, seed=seed, height=64, width=64)))
-        assert_close(frames_of((tmp_path / "made" / f"{name}-a-red-ball-bounces.mp4").read_bytes()), expected)
+        expected.append(np.concatenate(list(pipe(prompts, num_frames=48, seed=seed, height=64, width=64))))
+        file = tmp_path / "made" / f"{name}-a-red-ball-bounces.mp4"
+        assert_close(frames_of(file.read_bytes()), expected[-1])
+    with pytest.raises(AssertionError):
+        assert_close(*expected)
 
 
 @pytest.mark.parametrize(
