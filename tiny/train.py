@@ -791,8 +791,8 @@ STAGES = {"vae": train_vae, "dit": train_dit, "distill": distill, "lora": train_
 
 class Recipe(NamedTuple):
     """What made the shipped weights, but for two repairs on the way. Until step 14,000 of "dit 128" the loss
-    counted cells with a thing three times (notebook 5 tells why that was wrong). Until step 18,000 orbits began
-    anywhere (world.py, head); after that most batches had two to four times as many clips with orbits.
+    counted cells with a thing three times (notebook 5 tells why that was wrong). Until step 18,000 orbits
+    began anywhere (world.py, head); after that most batches had two to four times as many clips of orbits.
     """
 
     steps: int
