@@ -996,7 +996,6 @@ def plot_loss(log: Path) -> None:
 
 
 if __name__ == "__main__":
-    import parallel
     from finetune import main
 
     parallel.leave(main())
