@@ -1615,14 +1615,20 @@ class MAGI:
         prefix = None if pixels is None else self.encode(pixels)
         chunks = sample(self.dit, text, mask, cfg, special_tokens=self.special_tokens, prefix=prefix,
                         progress=progress)
-        # `sample` takes one latent frame of a video for an image, and yields it again.
-        skip = 1 if video is not None and prefix.shape[1] == 1 else 0
-        return self._frames(chunks, wanted, skip)
+        given = None if video is None else prefix[:, prefix.shape[1] // CHUNK * CHUNK :]
+        return self._frames(chunks, wanted, given)
 
-    def _frames(self, chunks: Iterator[tuple[int, Tensor]], wanted: float, skip: int) -> Iterator[np.ndarray]:
-        """Decode chunks, less `skip` latent frames of the first, to `wanted` video frames in all."""
+    def _frames(self, chunks: Iterator[tuple[int, Tensor]], wanted: float, given: Tensor | None
+                ) -> Iterator[np.ndarray]:
+        """Decode chunks, to `wanted` video frames in all. Where the first begins with `given` latent frames
+        of a video, it is decoded with them, since a VAE does better on whole chunks, and they are left out."""
         for i, latent in chunks:
-            frames = self.decode(latent[:, skip if i == 0 else 0 :])
+            skip = 0
+            if i == 0 and given is not None:
+                skip = FRAMES_PER_LATENT * given.shape[1]
+                if latent.shape[1] < CHUNK:              # `sample` yields one given frame, as of an image
+                    latent = torch.cat([given.to(latent), latent], dim=1)
+            frames = self.decode(latent)[skip:]
             frames = frames[: int(min(wanted, len(frames)))]
             wanted -= len(frames)
             yield frames

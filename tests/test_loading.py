@@ -59,17 +59,22 @@ def test_a_video_goes_on_after_its_last_frames(pipe):
     assert same(seen, same_end) and not same(seen, other_end)
 
 
-def test_four_frames_of_video_are_no_image(pipe):
-    """One latent frame is given in both cases, but what goes on after a video does not repeat it."""
-    video = np.random.default_rng(0).integers(0, 255, (4, 32, 48, 3), np.uint8)
+@pytest.mark.parametrize("given", [4, 8, 24, 32])
+def test_a_continuation_is_decoded_with_the_frames_that_begin_its_chunk(pipe, given):
+    """They are not shown again. (Four frames are one latent frame, as an image is, and yet no image.)"""
+    video = np.random.default_rng(0).integers(0, 255, (given, 32, 48, 3), np.uint8)
     x = pipe.vae.encode(media.fit_frames(video, 32, 48))[0] * magi.SCALE_FACTOR
     text, mask = pipe.encode_text(["a red ball"])
     cfg = dataclasses.replace(pipe.sampler, num_frames=20)
     latents = dict(magi.sample(pipe.dit, text, mask, cfg, special_tokens=pipe.special_tokens, prefix=x))[0]
-    expected = pipe.vae.decode(latents[None, :, 1:] / magi.SCALE_FACTOR)[0].clamp(-1, 1)
+    begun = x.shape[1] % 6
+    new = latents[:, -(6 - begun) :]
+    whole = torch.cat([x[:, x.shape[1] - begun :], new], dim=1)[None]
+    expected = pipe.vae.decode(whole / magi.SCALE_FACTOR)[0, :, 4 * begun :].clamp(-1, 1)
     frames = next(iter(pipe((text, mask), video=video, num_frames=20)))
-    assert frames.shape[0] == 20
-    assert np.abs(frames.transpose(3, 0, 1, 2) - (expected.numpy() + 1) * 127.5).max() < 1
+    assert len(frames) == min(20, expected.shape[1])
+    pixels = (expected[:, : len(frames)].numpy() + 1) * 127.5
+    assert np.abs(frames.transpose(3, 0, 1, 2) - pixels).max() < 1
 
 
 def test_the_image_is_the_first_frame(pipe):

@@ -804,7 +804,7 @@ RECIPES = {
     "vae": Recipe(4600, 3e-3, 7),
     "dit 64": Recipe(9400, 3e-3, 32),
     "dit 128": Recipe(22100, 1.5e-3, 16),
-    "distill": Recipe(2400, 1e-3, 16),
+    "distill": Recipe(1500, 1e-3, 16),
     "lora": Recipe(250, 2e-3, 16),
 }
 
