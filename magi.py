@@ -1620,13 +1620,14 @@ class MAGI:
 
     def _frames(self, chunks: Iterator[tuple[int, Tensor]], wanted: float, given: Tensor | None
                 ) -> Iterator[np.ndarray]:
-        """Decode chunks, to `wanted` video frames in all. Where the first begins with `given` latent frames
-        of a video, it is decoded with them, since a VAE does better on whole chunks, and they are left out."""
+        """Decode chunks, to `wanted` video frames in all. Where the first chunk begins with `given` latent
+        frames of a video, it is decoded with them, as a VAE is at its best on whole chunks; they are not
+        shown again."""
         for i, latent in chunks:
             skip = 0
             if i == 0 and given is not None:
                 skip = FRAMES_PER_LATENT * given.shape[1]
-                if latent.shape[1] < CHUNK:              # `sample` yields one given frame, as of an image
+                if latent.shape[1] < CHUNK:              # a lone given frame `sample` yields, as of an image
                     latent = torch.cat([given.to(latent), latent], dim=1)
             frames = self.decode(latent)[skip:]
             frames = frames[: int(min(wanted, len(frames)))]

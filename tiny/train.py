@@ -805,7 +805,7 @@ RECIPES = {
     "dit 64": Recipe(9400, 3e-3, 32),
     "dit 128": Recipe(22100, 1.5e-3, 16),
     "distill": Recipe(1500, 1e-3, 16),
-    "lora": Recipe(250, 2e-3, 16),
+    "lora": Recipe(120, 2e-3, 16),
 }
 
 
