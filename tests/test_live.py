@@ -1036,9 +1036,9 @@ def test_browser_a_server_that_is_killed_and_started_again_is_found(page, server
         look(lambda: page.text("status") == "say what to show")
         page.driver.get_log("browser")  # of the time without a server
         page.say(RED)
-        page.plays(0.4, 32)
+        page.plays(0.4, 64)
         look(lambda: re.match(r"buffering · [1-9]\d*\.\d\d s of computing", page.text("status")))
-        page.plays(0.7, 32)
+        page.plays(0.7, 64)
         page.no_errors()
         page.driver.get("about:blank")
     film.close()
