@@ -1625,10 +1625,9 @@ class MAGI:
         shown again."""
         for i, latent in chunks:
             skip = 0
-            if i == 0 and given is not None:
+            if i == 0 and given is not None:             # a lone given frame is in `latent` already
+                latent = torch.cat([given.to(latent), latent], dim=1)[:, -CHUNK:]
                 skip = FRAMES_PER_LATENT * given.shape[1]
-                if latent.shape[1] < CHUNK:              # a lone given frame `sample` yields, as of an image
-                    latent = torch.cat([given.to(latent), latent], dim=1)
             frames = self.decode(latent)[skip:]
             frames = frames[: int(min(wanted, len(frames)))]
             wanted -= len(frames)
