@@ -183,7 +183,7 @@ def command(*flags: str, **more) -> subprocess.Popen:
 
 def assert_close(a: np.ndarray, b: np.ndarray) -> None:
     """As far as H.264 is exact."""
-    assert a.shape == b.shape and np.abs(a.astype(int) - b).mean() < 5
+    assert a.shape == b.shape and np.abs(a.astype(int) - b).mean() < 3
 
 
 def test_lines_that_come_while_it_runs_go_to_the_next_chunks():
