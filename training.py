@@ -141,7 +141,7 @@ def draw_prefix(dit: DiT, latents: Tensor, text: Tensor, text_mask: Tensor, imag
             f"{tuple(text_mask.shape)}")
     task = torch.rand(B, generator=generator)
     length = torch.rand(B, generator=generator)
-    most = max(CHUNK - 1, T - CHUNK)                                         # something is left to predict
+    most = T - 1                                                             # something is left to predict
     video = (2 + length * (most - 1)).long().clamp(max=most)
     is_image = task < cfg.image_share
     is_video = ~is_image & (task < cfg.image_share + cfg.video_share)

@@ -61,7 +61,7 @@ def test_loss_counts_noisy_chunks_only_but_gradients_reach_the_clean_ones():
     hook.remove()
     used = seen["v"].grad.abs().sum((1, 3, 4)) > 0  # (B, T) frames with a loss
     frames_used = used.sum(1)
-    assert (frames_used < 18).all() and (frames_used >= 6).all()
+    assert (frames_used < 18).all() and (frames_used >= 1).all()
     first = (~used).int().argmin(dim=1)
     assert all(used[b, first[b] :].all() and not used[b, : first[b]].any() for b in range(2))
     assert latents.grad[:, :, :1].abs().sum() > 0  # through the keys of clean chunks
@@ -121,7 +121,7 @@ def test_shares_of_tasks():
     clips = torch.zeros(batch, 1, 18, 1, 1), torch.zeros(batch, 3, 14, 12), torch.zeros(batch, 3, 14)
     *_, frames = training.draw_prefix(small()[0], *clips, None, cfg, generator)
     assert abs((frames == 1).float().mean() - 0.3) < 0.04 and abs((frames > 1).float().mean() - 0.2) < 0.04
-    assert frames.max() == 12 and (frames == 2).any()
+    assert frames.max() == 17 and (frames == 2).any()  # something is left to predict
 
 
 def test_an_empty_caption_is_null_text_under_the_flag_of_a_caption():

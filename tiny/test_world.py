@@ -65,6 +65,27 @@ def test_drawn_clips_carry_their_captions_and_duration_tokens():
         assert torch.equal(text[0, i, 1], model.tokens["hq_token"][0])
 
 
+@pytest.mark.parametrize("compiled", [False, pytest.param(True, marks=pytest.mark.slow)])
+def test_attention_in_training_is_that_of_magi_with_its_gradients(compiled):
+    torch.manual_seed(0)
+    attend = torch.compile(train.block_attention) if compiled else train.block_attention
+    for keys, spans in (
+        (24, [[[0, 8], [0, 16], [8, 24]], [[0, 8], [8, 16], [0, 24]]]),  # three chunks, two clips
+        (9, [[[0, 4], [4, 5], [5, 9]], [[0, 9], [2, 4], [4, 9]]]),  # texts
+    ):
+        ins = [
+            torch.randn(2, n, heads, 16, requires_grad=True) for n, heads in ((24, 4), (keys, 2), (keys, 2))
+        ]
+        results = []
+        for op in (attend, magi.block_attention):
+            out = torch.zeros(2, 24, 2, 4, 16)
+            whole = op(*ins, torch.tensor(spans), out=out[:, :, 1])
+            grads = torch.autograd.grad((whole * torch.arange(16.0)).sum(), ins)
+            results.append([out, *grads])
+        for ours, expected in zip(*results, strict=True):
+            torch.testing.assert_close(ours, expected, rtol=1e-5, atol=1e-5)
+
+
 def test_films_are_encoded_once_each_from_its_seed(tmp_path, monkeypatch):
     made, args = [], settings(tmp_path)
     make = lambda seed, chunks, size: made.append((seed, chunks, size)) or seed
