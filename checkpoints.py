@@ -114,8 +114,8 @@ def check_vae_config(cfg: Any) -> None:
             f"the patch ({cfg.patch_length} frames, {cfg.patch_size} px)")
     require(cfg.embed_dim % cfg.num_heads == 0,
             f"embed_dim {cfg.embed_dim} must be a multiple of num_heads {cfg.num_heads}")
-    require(cfg.use_final_proj or cfg.embed_dim % cfg.patch_volume == 0,
-            f"embed_dim {cfg.embed_dim} must be a multiple of {cfg.patch_volume}, "
+    require(cfg.use_final_proj or cfg.embed_dim % math.prod(cfg.patch) == 0,
+            f"embed_dim {cfg.embed_dim} must be a multiple of {math.prod(cfg.patch)}, "
             f"or set use_final_proj")
 
 

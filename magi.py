@@ -123,13 +123,14 @@ class VAEConfig:
         checkpoints.check_vae_config(self)
 
     @property
-    def patch_volume(self) -> int:
-        return self.patch_length * self.patch_size**2
+    def patch(self) -> tuple[int, int, int]:
+        """Frames, rows and columns that one token stands for."""
+        return self.patch_length, self.patch_size, self.patch_size
 
     @property
     def out_features(self) -> int:
         """Channels of a token before the pixel shuffle: a whole number for each pixel of its patch."""
-        return 4 * self.patch_volume if self.use_final_proj else self.embed_dim
+        return 4 * math.prod(self.patch) if self.use_final_proj else self.embed_dim
 
 
 @dataclass(frozen=True)
@@ -256,8 +257,8 @@ class LayerNorm1p(nn.LayerNorm):
 
 
 def small_normal(*shape: int) -> nn.Parameter:
-    """A learned table with a deviation of 0.02. (Not by torch.randn, which on the meta device imports
-    torch._dynamo; that takes a second.)"""
+    """A learned table with a deviation of 0.02. (Other ways, such as 0.02 * torch.randn, import
+    torch._dynamo on the meta device, which takes a second.)"""
     return nn.Parameter(nn.init.trunc_normal_(torch.empty(shape), std=0.02))
 
 
@@ -349,8 +350,8 @@ def matmul_float32(x: Tensor, weight: Tensor) -> Tensor:
     """x weight^T, returned in float32: (..., in), (out, in) -> (..., out).
 
     The product of two bf16 (or e4m3) numbers is exact in float32, so bf16 instructions that sum in float32
-    give the same result at several times the speed. On a CPU that has them PyTorch offers them only with the
-    sum rounded to bf16, as after every other linear layer. Neither way is taken for training.
+    give the same result at several times the speed. A GPU returns that sum in float32; a CPU rounds it to
+    bf16, as after every other linear layer. Neither way is taken where gradients are wanted.
     """
     if x.dtype == weight.dtype == torch.bfloat16 and not torch.is_grad_enabled():
         if x.is_cuda:
@@ -445,9 +446,8 @@ class VAEBlock(nn.Module):
     def normalise(u: Tensor) -> Tensor:
         """To mean 0 and deviation 1 per head. 1e-5 is added to the deviation; F.layer_norm adds it to the
         variance."""
-        centred = u - u.mean(-1, keepdim=True)
-        deviation = centred.square().mean(-1, keepdim=True).sqrt()
-        return centred / (deviation + 1e-5)
+        deviation, mean = torch.std_mean(u, dim=-1, correction=0, keepdim=True)
+        return (u - mean) / (deviation + 1e-5)
 
 
 class VAETransformer(nn.Module):
@@ -483,8 +483,7 @@ class VAETransformer(nn.Module):
 class VAEEncoder(VAETransformer):
     def __init__(self, cfg: VAEConfig):
         super().__init__(cfg)
-        patch = (cfg.patch_length, cfg.patch_size, cfg.patch_size)
-        self.patch_embed = nn.Conv3d(cfg.in_chans, cfg.embed_dim, patch, patch)
+        self.patch_embed = nn.Conv3d(cfg.in_chans, cfg.embed_dim, cfg.patch, cfg.patch)
         self.last_layer = nn.Linear(cfg.embed_dim, 2 * cfg.z_chans)
 
     def forward(self, video: Tensor, ops: Ops = TORCH_OPS) -> tuple[Tensor, Tensor]:
@@ -500,14 +499,14 @@ class VAEEncoder(VAETransformer):
 class VAEDecoder(VAETransformer):
     def __init__(self, cfg: VAEConfig):
         super().__init__(cfg)
-        self.patch = dict(pt=cfg.patch_length, ph=cfg.patch_size, pw=cfg.patch_size)
+        self.patch = dict(zip(("pt", "ph", "pw"), cfg.patch, strict=True))
         self.proj_in = nn.Linear(cfg.z_chans, cfg.embed_dim)
         width = cfg.out_features
         self.final: nn.Module = nn.Identity()
         if cfg.use_final_proj:
             self.final = nn.Sequential(nn.Linear(cfg.embed_dim, width), nn.LayerNorm(width))
         # The shuffle leaves each pixel a few channels; a convolution over them hides the patches' seams.
-        self.last_layer = nn.Conv3d(width // cfg.patch_volume, cfg.in_chans, 3, padding=1)
+        self.last_layer = nn.Conv3d(width // math.prod(cfg.patch), cfg.in_chans, 3, padding=1)
 
     def forward(self, latent: Tensor, ops: Ops = TORCH_OPS) -> Tensor:       # (B, 16, T, H, W)
         T, H, W = latent.shape[2:]
@@ -526,9 +525,8 @@ class VAE(nn.Module):
 
     def __init__(self, cfg: VAEConfig):
         super().__init__()
-        self.cfg = cfg
+        self.cfg, self.patch = cfg, cfg.patch
         self.ops: Ops = TORCH_OPS
-        self.patch = (cfg.patch_length, cfg.patch_size, cfg.patch_size)
         self.encoder = VAEEncoder(cfg)
         self.decoder = VAEDecoder(cfg)
         self.map_tiles: Callable = map           # parallel.py deals the tiles out to several GPUs here
@@ -565,7 +563,7 @@ class VAE(nn.Module):
 
     def decode(self, latent: Tensor, tile: tuple[int, int, int] | None = (12, 256, 256),
                overlap: float = 0.25) -> Tensor:
-        """(B, 16, T, H, W) -> video (B, 3, 4T, 8H, 8W). 4 frames for each latent frame: cut an image to 1."""
+        """(B, 16, T, H, W) -> video (B, 3, 4T, 8H, 8W). 4 a latent frame; of an image keep the first."""
         if tile is None:
             return self.decoder(latent, self.ops)
 
@@ -596,21 +594,19 @@ class VAE(nn.Module):
         pieces = []
         for frame in frames:
             tiles = iter(self.map_tiles(fn, [(frame, row, column) for row in rows for column in columns]))
-            above: list[Tensor] = []                     # the row above, for this one to blend with
-            joined = []
+            joined, above = [], None
             for _ in rows:
-                current: list[Tensor] = []               # this row, for its neighbours to blend with
-                kept = []                                # what it contributes to the result
-                for i in range(len(columns)):
-                    raw = out = next(tiles)
+                raw = list(itertools.islice(tiles, len(columns)))
+                blended: list[Tensor] = []
+                seen = blended if neighbour == "blended" else raw            # what a neighbour blends with
+                for i, out in enumerate(raw):
                     if above:
                         out = _blend(above[i], out, overlap_h, dim=-2)
-                    if current:
-                        out = _blend(current[-1], out, overlap_w, dim=-1)
-                    current.append(out if neighbour == "blended" else raw)
-                    kept.append(out[..., :keep_h, :keep_w])
-                joined.append(torch.cat(kept, dim=-1))
-                above = current
+                    if i > 0:
+                        out = _blend(seen[i - 1], out, overlap_w, dim=-1)
+                    blended.append(out)
+                joined.append(torch.cat([out[..., :keep_h, :keep_w] for out in blended], dim=-1))
+                above = seen
             pieces.append(torch.cat(joined, dim=-2))
         return torch.cat(pieces, dim=2)
 
@@ -810,8 +806,8 @@ class FP8Linear(nn.Module):
 
 def _linear(cfg: DiTConfig, index: int, n_in: int, n_out: int, kind: str, otherwise: type[Linear] = Linear
             ) -> nn.Module:
-    """A linear of layer `index`: FP8Linear in an fp8 model, except in the first and last layer, which lose
-    too much by it; there, and in other models, `otherwise`."""
+    """A linear of layer `index`: FP8Linear in an fp8 model, except in the first and last layer, which
+    would lose too much accuracy. There, and in other models, it is an `otherwise`."""
     if cfg.fp8 and 0 < index < cfg.num_layers - 1:
         return FP8Linear(n_in, n_out, kind)
     return otherwise(n_in, n_out, cfg.torch_dtype)
@@ -819,7 +815,7 @@ def _linear(cfg: DiTConfig, index: int, n_in: int, n_out: int, kind: str, otherw
 
 class CachedAttention(nn.Module):
     """Self-attention over the chunks of this forward and the cached ones before them. It has no weights; it
-    is a module so that parallel.py can replace it."""
+    is a module so that parallel.py can put talk between GPUs around its forward."""
 
     def __init__(self, index: int):
         super().__init__()
@@ -1151,7 +1147,7 @@ class Step(NamedTuple):
     """What one step of a run does."""
 
     chunks: tuple[ChunkInput, ...]       # what its forwards hold, oldest first; clean ones lead
-    d: float                             # of a distilled model: the same in every stage, so for all chunks
+    d: float                             # of a distilled model: every stage has the same, so all chunks do
     enters: int | None                   # the chunk that is made from noise before this step
     forget: int                          # chunks before this one are never read again
     done: int | None                     # the chunk that is clean after this step
@@ -1168,7 +1164,7 @@ def clean_input(cfg: SamplerConfig, chunk: int, prefix: bool = False) -> ChunkIn
 
 
 def life(cfg: SamplerConfig, chunk: int, prefix_chunks: int) -> list[ChunkInput]:
-    """What forwards show of a generated chunk, step by step: num_steps times noisy, then once clean."""
+    """The inputs of a generated chunk, one a step: num_steps times noisy, then once clean."""
     inputs = []
     grid = timestep_grid(cfg.num_steps, cfg.shortcut_mode).tolist()
     for i, (t, after) in enumerate(itertools.pairwise(grid)):
@@ -1224,8 +1220,8 @@ def plan(cfg: SamplerConfig, chunks: int | None, prefix_chunks: int = 0,
         if all(len(inputs) == 1 for inputs in ahead.values()):
             return                                       # all are done, and nobody will read the last keys
 
-        # What is still read, by the chunks in flight and by those to come? Of the latter it is enough to ask
-        # those with ranges of their own, and the next one without: it sees further back than all after it.
+        # Forget what neither the chunks in flight nor those to come will read. Of the latter those count that
+        # have ranges of their own, and the next one without: it sees further back than all after it.
         # (A config of a chunk's own may not look further back than the run's: `check_own_config`.)
         plain = next(chunk for chunk in itertools.count(newest + 1) if chunk not in exceptions)
         to_come = [life(cfg, chunk, P) for chunk in (plain, *exceptions) if newest < chunk < K]
@@ -1267,7 +1263,7 @@ class Branch(NamedTuple):
     stores: bool = False                 # this branch's keys of clean chunks go to the cache
 
 
-# In the one forward that stores a chunk's keys, the other branches use their own fresh ones for it.
+# One branch stores the keys of a clean chunk. In that step the others see keys that they compute themselves.
 BASE_BRANCHES = {
     "text": Branch(captioned=True),
     "previous": Branch(captioned=False, stores=True),
@@ -1346,8 +1342,8 @@ def sample(dit: DiT, text: Tensor | Iterator[tuple], text_mask: Tensor | None, s
                     is used for all further chunks. The item None ends the video with the chunks in flight
     special_tokens  name -> (1, C)
     prefix          (16, T, H, W), clean latents that come first
-    noise           (16, 6 K, H, W), in place of the seeded noise; prefix chunks count. H and W of the video
-                    are those of prefix or noise, the sampler's height and width only without both
+    noise           (16, 6 K, H, W), in place of the seeded noise; K counts prefix chunks too. H and W are
+                    those of prefix or noise, the sampler's height and width only without both
     skip            False: compute also what is multiplied by zero
 
     Yields float32 latents (16, 6, H, W), less the frames that were given; only an image run (a prefix of one
@@ -1384,8 +1380,17 @@ def _one_by_one(text: Tensor, mask: Any, shape: tuple[int, ...]) -> Iterator[tup
     return zip(texts, masks, strict=True)
 
 
+def _endless(items: Iterable[tuple | None]) -> Iterator[tuple | None]:
+    """The items, then the last of them for ever."""
+    item: tuple | None = None
+    for item in items:  # noqa: B007
+        yield item
+    require(item is not None, "there is no prompt: give at least one, which may be empty")
+    yield from itertools.repeat(item)
+
+
 class Entry(NamedTuple):
-    """What a chunk brings with it when it enters."""
+    """Text and config of one chunk."""
 
     text: Tensor                         # (L, C) special tokens and caption, or null text
     mask: Tensor                         # (L,)
@@ -1397,7 +1402,7 @@ class _Run:
 
     def __init__(self, dit: DiT, cfg: SamplerConfig, K: int | None, P: int, texts: Iterator[tuple],
                  table: dict[str, Tensor], prefix: Tensor, noise: Tensor | None, skip: bool):
-        self.dit, self.cfg, self.K, self.P, self.texts, self.skip = dit, cfg, K, P, texts, skip
+        self.dit, self.cfg, self.K, self.P, self.texts, self.skip = dit, cfg, K, P, _endless(texts), skip
         self.noise = noise
         null = dit.null_text.detach().float()                                # (L, C)
         self.table = {name: v.to(null) for name, v in table.items()}
@@ -1405,7 +1410,6 @@ class _Run:
         self.branches = DISTILLED_BRANCHES if cfg.distilled else BASE_BRANCHES
         self.cache = KVCache()
         self.entries: dict[int, Entry] = {}                                  # of the chunks in flight
-        self.item: tuple | None = ()             # the newest of the texts; (): none yet; None: the end
         # Null text, the learned text that stands for no caption: negative tokens are among its unmasked rows.
         mask = (torch.arange(len(null), device=null.device) < dit.cfg.null_length).long()
         names = token_names(cfg.negative_tokens, NEGATIVE_TOKENS)
@@ -1438,24 +1442,23 @@ class _Run:
         """Guided velocity of every noisy chunk; the keys of clean ones are stored on the way."""
         noisy = step.noisy
         shares = {c.chunk: branch_shares(self.entries[c.chunk].cfg, c, c == noisy[0]) for c in noisy}
-        calls = {}                                       # of each branch that is needed
+        inputs: dict[str, list[ChunkInput]] = {}         # what each branch holds, of those that are needed
         for name, branch in self.branches.items():
             wanted = [chunk for chunk, share in shares.items() if share[name] != 0 or not self.skip]
             if branch.stores:
                 wanted += [c.chunk for c in step.chunks if c.clean]
+            inputs[name] = needed(wanted, step.chunks)
             if branch.alone:
-                inputs = [c._replace(first_seen=c.chunk) for c in noisy if c.chunk in wanted]
-            else:
-                inputs = needed(wanted, step.chunks)
-            if inputs:
-                calls[name] = self.call(inputs, branch, step.d, x)
-        v = {}
-        for name, out in zip(calls, self.dit.forward_all([*calls.values()]), strict=True):
-            chunks = calls[name][1]["chunks"]
-            v[name] = dict(zip(chunks, out.chunk(len(chunks), dim=2), strict=True))
-        guided: dict[int, Any] = {}
-        for chunk, share in shares.items():              # shares sum to 1, so one of them is not zero
-            guided[chunk] = sum(weight * v[name][chunk] for name, weight in share.items() if weight != 0)
+                inputs[name] = [c._replace(first_seen=c.chunk) for c in noisy if c.chunk in wanted]
+        inputs = {name: held for name, held in inputs.items() if held}
+        outs = self.dit.forward_all([self.call(held, self.branches[name], step.d, x)
+                                     for name, held in inputs.items()])
+        guided: dict[int, Tensor] = {}                   # shares sum to 1, so each chunk gets a velocity
+        for (name, held), out in zip(inputs.items(), outs, strict=True):
+            for c, v in zip(held, out.chunk(len(held), dim=2), strict=True):
+                share = 0 if c.clean else shares[c.chunk][name]
+                if share != 0:
+                    guided[c.chunk] = guided.get(c.chunk, 0) + share * v
         return guided
 
     def call(self, inputs: Sequence[ChunkInput], branch: Branch, d: float, x: dict[int, Tensor]
@@ -1475,11 +1478,10 @@ class _Run:
     def enter(self, chunk: int) -> SamplerConfig | None:
         """Take the next of the texts for a generated chunk (after the last one, that one again) and give the
         chunk's config; None if the video ends before it."""
-        self.item = next(self.texts, self.item)
-        if self.item is None:
+        item = next(self.texts)
+        if item is None:
             return None
-        require(self.item, "there is no prompt: give at least one, which may be empty")
-        text, mask, *own = self.item
+        text, mask, *own = item
         require(text.shape == self.null.text.shape and mask.shape == self.null.mask.shape,
                 f"text {tuple(text.shape)} and text_mask {tuple(mask.shape)} of chunk {chunk - self.P} "
                 f"must be {tuple(self.null.text.shape)} and {tuple(self.null.mask.shape)}")

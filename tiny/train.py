@@ -790,10 +790,10 @@ STAGES = {"vae": train_vae, "dit": train_dit, "distill": distill, "lora": train_
 
 
 class Recipe(NamedTuple):
-    """What made the shipped weights, but for three repairs on the way. Until step 14,000 of "dit 128" the loss
+    """What made the shipped weights, but for repairs on the way. Until step 14,000 of "dit 128" the loss
     counted cells with a thing three times (notebook 5 tells why that was wrong). Until step 18,000 orbits
     began anywhere (world.py, head); after that most batches had two to four times as many clips of orbits.
-    Given frames were at most all but the last chunk; since then they are all but the last frame.
+    Given frames were at most all but those of the last chunk; now they may be all but the last.
     """
 
     steps: int
