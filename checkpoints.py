@@ -221,18 +221,18 @@ def with_settings(cfg: Any, settings: dict[str, Any]) -> Any:
 # or lively start, how much of the video is left. The name in a config -> the name of the tensor in
 # special_tokens.safetensors, in the order of prepending.
 SPECIAL_TOKENS = {
-    "static": "static_first_frames_token",
-    "dynamic": "dynamic_first_frames_token",
-    "borderness": "borderness_token",
-    "hq": "hq_token",
-    "3d": "three_d_model_token",
-    "2d": "two_d_anime_token",
-    "duration": "duration_token_{}",      # 1 to 8: how many chunks are left, this one included
+    "static": "static_first_frames_token",                   # the first frames stand still
+    "dynamic": "dynamic_first_frames_token",                 # they move
+    "borderness": "borderness_token",                        # bars or a frame around the picture
+    "hq": "hq_token",                                        # high quality
+    "3d": "three_d_model_token",                             # the look of a 3D model
+    "2d": "two_d_anime_token",                               # the look of an animated cartoon
+    "duration": "duration_token_{}",                         # 1 to 8: chunks left, this one included
 }
 NEGATIVE_TOKENS = {
-    "caption": "caption_token",
+    "caption": "caption_token",                              # writing in the picture
     "logo": "logo_token",
-    "trans": "trans_token",
+    "trans": "trans_token",                                  # a transition from scene to scene
     "borderness": "borderness_token",
 }
 
