@@ -219,7 +219,8 @@ def with_settings(cfg: Any, settings: dict[str, Any]) -> Any:
 
 # Learned vectors in the width of the text, put in front of it, control what captions cannot: quality, a still
 # or lively start, how much of the video is left. The name in a config -> the name of the tensor in
-# special_tokens.safetensors, in the order of prepending.
+# special_tokens.safetensors, in the order of prepending. (No source describes them: the comments give the
+# plain sense of their names.)
 SPECIAL_TOKENS = {
     "static": "static_first_frames_token",                   # the first frames stand still
     "dynamic": "dynamic_first_frames_token",                 # they move
