@@ -452,6 +452,7 @@ def check(args: argparse.Namespace) -> SimpleNamespace:
     notes: list[str] = []
     require(not args.told or parallel.ranks() == 1, "--prompt - is read by one process: leave torchrun out")
     dit, native = read_configs(args.model)
+    parallel.check_heads(dit, parallel.ranks())
     cfg = settings(args, dit, native, notes)
     fastest = 50 if args.out.suffix.lower() == ".gif" else 1000
     require(cfg.fps <= fastest, f"fps {cfg.fps} is too fast: {str(args.out)!r} can play {fastest} at most")
@@ -527,8 +528,8 @@ def prepare(argv: list[str] | None, locks: contextlib.ExitStack) -> list[dict]:
     elif args.told:
         texts = [told_by(io.FileIO(0, closefd=False), run.cfg.num_frames is None, say)]
     else:
-        texts = encode_text(args, run.text_length, run.device)
-    pipe = load(args, run.device)
+        texts = parallel.agreed(encode_text)(args, run.text_length, run.device)
+    pipe = parallel.agreed(load)(args, run.device)
     locks.enter_context(arithmetic(run.device, args.dtype))
     runs = []
     for i, (text, out) in enumerate(zip(texts, outs, strict=True)):
@@ -681,7 +682,8 @@ def main(argv: list[str] | None = None) -> int:
             return 130
         except (MemoryError, RuntimeError) as error:
             if parallel.lost_another(error):
-                say("error: another process has stopped, and this one with it; what was written stays")
+                if parallel.first_to_tell():
+                    say("error: another process has stopped, and all with it; what was written stays", stderr)
                 return 1
             if not checkpoints.out_of_memory(error):
                 raise                                                       # a fault in the code: show it all

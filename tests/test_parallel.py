@@ -9,11 +9,12 @@ import os
 import signal
 import subprocess
 import sys
+import time
 
 import parallel_worker as worker
 import pytest
 import torch
-from common import HERE, bad, relative
+from common import HERE, bad, relative, run_python
 
 import magi
 import parallel
@@ -196,10 +197,21 @@ def test_the_flag_prints_the_plan(capsys):
 # --------------------------------------------------------------------------------------------------- failures
 
 
-def test_a_killed_process_takes_the_others_with_it(models):
-    first = start("forever", models, stdout=subprocess.PIPE)
-    second = int(first.stdout.readline())
-    assert first.stdout.readline() == "running\n"
-    os.kill(second, signal.SIGKILL)
-    said, _ = first.communicate(timeout=20)
-    assert said.splitlines()[-1] == "another process is gone"
+@pytest.mark.parametrize("rank", [0, 1])
+def test_a_killed_process_takes_the_others_with_it(models, rank):
+    (models / "forever.mp4").unlink(missing_ok=True)
+    job = start("forever", models, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    ids = [int(word) for word in job.stdout.readline().split()]
+    while not (models / "forever.mp4").exists():
+        assert job.poll() is None
+        time.sleep(0.05)
+    os.kill(ids[rank], signal.SIGKILL)
+    _, said = job.communicate(timeout=20)
+    assert said.splitlines()[-1].startswith("error: another process has stopped") and "Traceback" not in said
+
+
+def test_torchrun_with_a_count_that_does_not_divide_says_which_do(tmp_path):
+    flags = ["--prompt", "a red ball", "--num_frames", "24", "--out", tmp_path / "a.mp4"]
+    run = run_python("-m", "torch.distributed.run", "--nproc_per_node", 3, HERE / "sample.py", *flags)
+    ours = [line for line in run.stderr.splitlines() if line.startswith("error:")]
+    assert ours == ["error: 3 processes cannot share 2 key/value heads: start 1 or 2"]
