@@ -122,6 +122,13 @@ def chunk_and_kind(text: str) -> tuple[int, str]:
     return int(found[1]), found[2] or "cut"
 
 
+def number_and_card(text: str) -> tuple[list[int], list[float]]:
+    found = re.fullmatch(r"(?:(\d+)x)?(\d+(?:\.\d+)?)", text)
+    if found is None:
+        raise argparse.ArgumentTypeError(f"{text!r} is not the GB of a card, such as 48, or 4x48 for four")
+    return [int(found[1] or 1)], [float(found[2])]
+
+
 def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     """The flags, under the names of SamplerConfig's fields where there is one."""
     parser = Parser(prog="sample.py", allow_abbrev=False, usage="python sample.py --prompt TEXT [more flags]",
@@ -189,7 +196,8 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
          help="of the transformer's blocks; default: the model's, or bfloat16 for blocks and VAE on a CPU "
          "with instructions for it")
     flag("--stream", choices=["cpu", "disk"], help="weights come layer by layer: for a GPU that is too small")
-    flag("--plan", action="store_true", help="say what this run needs on which GPUs, and compute nothing")
+    flag("--plan", type=number_and_card, nargs="?", const=([1, 8], [12, 24, 80]), metavar="[N x]GB",
+         help="say what this run needs on which GPUs, or on one of 48 GB (48), four (4x48): compute nothing")
     flag("--backend", choices=["auto", "torch", "triton"], default="auto",
          help="default: auto, on a GPU the fastest that is right for each operation")
     # fmt: on
@@ -507,7 +515,13 @@ def plan(args: argparse.Namespace) -> str:
         beside["vae"] = read_config(args.vae, "vae", magi.VAEConfig)
     if (args.t5 / "config.json").is_file():
         beside["t5"] = read_json(args.t5 / "config.json")
-    return planner.plan(dit, settings(args, dit, native, []), **beside)
+    told, (numbers, cards) = args.prompt == ["-"], args.plan
+    if len(numbers) == 1:
+        require(not told or numbers == [1], "prompts that come while it runs are read by one process: --plan "
+                f"{cards[0]:g}")
+        parallel.check_heads(dit, numbers[0])
+    dit = dataclasses.replace(dit, dtype=args.dtype or dit.dtype)
+    return planner.plan(dit, settings(args, dit, native, []), numbers, cards, keep_t5=told, **beside)
 
 
 def prepare(argv: list[str] | None, locks: contextlib.ExitStack) -> list[dict]:

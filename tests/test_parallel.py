@@ -14,8 +14,9 @@ import time
 import parallel_worker as worker
 import pytest
 import torch
-from common import HERE, bad, relative, run_python
+from common import HERE, assert_refused, bad, relative, run_main, run_python
 
+import live
 import magi
 import parallel
 import planner
@@ -192,6 +193,63 @@ def test_the_flag_prints_the_plan(capsys):
     middle, large = (line.split() for line in capsys.readouterr().out.splitlines()[-2:])
     assert middle == "24 GB --stream cpu as it is".split()
     assert large == "80 GB as it is as it is".split()
+
+
+def printed(main, *flags) -> list[list[str]]:
+    """The words of each line of a plan."""
+    code, out, err = run_main(main, "--plan", *flags)
+    assert code == 0 and not err
+    return [line.split() for line in out.splitlines()]
+
+
+@pytest.mark.parametrize("main, flags", [(live.main, []), (sample.main, ["--prompt", "-"])])
+def test_a_t5_that_stays_is_planned_with_the_rest(main, flags):
+    lines = printed(main, "--model", "4.5B-distill", "--window", 1, *flags)
+    assert lines[2][:2] == ["1", "-"] and lines[2][-1] == "27.06"  # 18.19 and 8.87 of T5
+    assert [line[0] for line in lines[2:4]] == ["1", "1"] and lines[4][
+        0
+    ] == "--stream"  # not several processes
+    assert lines[-2] == "24 GB --stream cpu".split()
+    code, _, err = run_main(main, "--plan", "4x48", *flags)
+    assert code == 2 and "read by one process: --plan 48" in err
+
+
+def test_the_plan_is_of_the_dtype_that_is_asked_for():
+    halves, floats = (
+        printed(sample.main, "--model", "4.5B-base", "--dtype", d) for d in ("bfloat16", "float32")
+    )
+    cache = lambda lines: float(lines[2][5])
+    assert cache(floats) == pytest.approx(2 * cache(halves), abs=0.02)
+
+
+@pytest.mark.parametrize(
+    "card, number, size, way",
+    [
+        ("48", "one", "48", "as it is"),
+        ("4x16", "4", "16", "as it is"),
+        ("12.5", "one", "12.5", "--stream cpu"),
+    ],
+)
+def test_the_plan_for_a_card_of_ones_own(card, number, size, way):
+    head, line = printed(sample.main, card, "--model", "4.5B-distill", "--window", 2)[-2:]
+    assert head[:4] == ["A", "card", "of", number] and line == [size, "GB", *way.split()]
+
+
+def test_several_processes_do_not_keep_all_layers_each():
+    *_, memory, _, _, line = printed(sample.main, "8x12", "--model", "24B-base")
+    assert line == "12 GB --stream disk".split()
+    assert " ".join(memory).startswith("--stream cpu keeps 66.01 GiB of layers in host memory")
+
+
+@pytest.mark.parametrize(
+    "card, message",
+    [
+        ("24B", "'24B' is not the GB of a card, such as 48, or 4x48"),
+        ("3x48", "3 processes cannot share 8 key/value heads: start 1 or 2 or 4 or 8"),
+    ],
+)
+def test_cards_that_cannot_be_planned_for_are_refused(card, message):
+    assert_refused(sample.main, ["--plan", card, "--model", "4.5B-base"], message)
 
 
 # --------------------------------------------------------------------------------------------------- failures
