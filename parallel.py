@@ -185,18 +185,18 @@ def exchange(u: Tensor) -> Tensor:
     return got
 
 
-def check_heads(cfg: magi.DiTConfig, R: int) -> None:
-    """ValueError if so many processes cannot share the heads."""
-    counts = [str(r) for r in range(1, cfg.num_kv_heads + 1) if cfg.num_kv_heads % r == 0]
-    require(str(R) in counts, f"{R} processes cannot share {cfg.num_kv_heads} key/value heads: start "
-            f"{' or '.join(counts)}")
+def check_heads(cfg: magi.DiTConfig) -> None:
+    """ValueError if the ranks cannot share the heads."""
+    Hkv, R = cfg.num_kv_heads, ranks()
+    counts = " or ".join(str(r) for r in range(1, Hkv + 1) if Hkv % r == 0)
+    require(Hkv % R == 0, f"{R} processes cannot share {Hkv} key/value heads: start {counts}")
 
 
 class Share:
     """Shares a DiT's tokens among the ranks."""
 
     def __init__(self, dit: magi.DiT):
-        check_heads(dit.cfg, ranks())
+        check_heads(dit.cfg)
         self.patchify, self.size = dit.patchify, 0                           # size: tokens of a chunk
         dit.patchify = self.first_tokens
         dit.layers[0].register_forward_pre_hook(self.first_angles)

@@ -24,6 +24,7 @@ import torch
 import magi
 import parallel
 import training
+from checkpoints import require
 
 # ------------------------------------------------------------------------------------------------------------
 # 1  A video
@@ -63,7 +64,7 @@ def sizes(dit: magi.DiTConfig, vae: magi.VAEConfig) -> tuple[tuple[int, ...], in
 
 def needs(dit: magi.DiTConfig, run: magi.SamplerConfig, vae: magi.VAEConfig = magi.VAE_PRESETS["magi"],
           t5: dict = T5_XXL, *, R: int = 1, stream: bool = False, keep_t5: bool = False) -> Memory:
-    """Memory of a long run on each of R ranks, with the torch backend. keep_t5: for prompts that come later."""
+    """Memory of a long run on each of R ranks, with the torch backend. keep_t5: as of magi.load."""
     layers, others, tiler = sizes(dit, vae)
     weights = others + (0 if stream else sum(layers) // R)
 
@@ -157,8 +158,9 @@ def plan(dit: magi.DiTConfig, run: magi.SamplerConfig, numbers: Sequence[int] = 
     sample.py --plan. keep_t5, and more, vae and t5: of `needs`."""
     most = 1 if keep_t5 else dit.num_kv_heads            # one process reads the prompts
     counts = [r for r in range(1, most + 1) if dit.num_kv_heads % r == 0]
-    numbers = [R for R in numbers if R in counts]
-    more["keep_t5"] = keep_t5
+    ways = " or ".join(f"--plan {R}x{cards[0]:g}" for R in counts)
+    require(set(numbers) & set(counts), f"{numbers[0]} GPUs cannot share this run: give {ways}")
+    numbers, more["keep_t5"] = [R for R in numbers if R in counts], keep_t5
     parts = [field.name for field in dataclasses.fields(Memory)] + ["total"]
     t5 = "stays, and is among the weights" if keep_t5 else "comes first and goes"
     lines = [f"GiB on each GPU, {run.height}x{run.width}, window {run.window} (T5 {t5}):",

@@ -211,7 +211,7 @@ def test_a_t5_that_stays_is_planned_with_the_rest(main, flags):
     ] == "--stream"  # not several processes
     assert lines[-2] == "24 GB --stream cpu".split()
     code, _, err = run_main(main, "--plan", "4x48", *flags)
-    assert code == 2 and "read by one process: --plan 48" in err
+    assert code == 2 and "4 GPUs cannot share this run: give --plan 1x48\n" in err
 
 
 def test_the_plan_is_of_the_dtype_that_is_asked_for():
@@ -245,7 +245,7 @@ def test_several_processes_do_not_keep_all_layers_each():
     "card, message",
     [
         ("24B", "'24B' is not the GB of a card, such as 48, or 4x48"),
-        ("3x48", "3 processes cannot share 8 key/value heads: start 1 or 2 or 4 or 8"),
+        ("3x48", "3 GPUs cannot share this run: give --plan 1x48 or --plan 2x48"),
     ],
 )
 def test_cards_that_cannot_be_planned_for_are_refused(card, message):
