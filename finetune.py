@@ -839,7 +839,7 @@ def exit_code(name: str, action: Callable[[], None]) -> int:
         if not parallel.lost_another(error):
             raise
         complaint, code = "another process has stopped, and this one with it; the last checkpoint is kept", 1
-    if parallel.rank() == 0:
+    if parallel.first_to_tell() if code == 1 else parallel.rank() == 0:
         print(f"{name}:", complaint, file=sys.stderr)
     return code
 

@@ -80,15 +80,15 @@ def resolved(path: Path) -> Path:
 def claimed(path: Path, inputs: Iterable[str | Path] = ()) -> Iterator[Path]:
     """An output for us alone: where to write, links resolved. ValueError if nothing can be written there, if
     it is one of the inputs, or if another run writes it."""
-    require(not path.exists() or not any(os.path.exists(file) and path.samefile(file) for file in inputs),
-            f"{str(path)!r} is an input: give the output another name")
-    path = check_output(path)
+    path = check_output(path, inputs)
     with locked(path):
         yield path
 
 
-def check_output(path: Path) -> Path:
-    """Where to write, a link resolved. ValueError if nothing can be written there."""
+def check_output(path: Path, inputs: Iterable[str | Path] = ()) -> Path:
+    """Where to write, a link resolved. ValueError if nothing can be written there, or it is an input."""
+    require(not path.exists() or not any(os.path.exists(file) and path.samefile(file) for file in inputs),
+            f"{str(path)!r} is an input: give the output another name")
     name, folder, path = str(path), path.parent, resolved(path)
     require(not path.is_dir(), f"cannot write {name!r}: it is a folder, add a file name")
     require(not path.exists() or path.is_file(), f"cannot write {name!r}: it is no ordinary file")

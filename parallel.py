@@ -45,6 +45,7 @@ import itertools
 import math
 import os
 import sys
+import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from datetime import timedelta
@@ -87,6 +88,8 @@ def leave(code: int) -> NoReturn:
     """End this process, as sys.exit does; one of several ends at once, since the threads of its process group
     may still free tensors, which is fatal (SIGABRT) while the interpreter shuts down."""
     if ranks() > 1:
+        if code and rank() > 0:
+            time.sleep(1)                                    # torchrun ends all with one: rank 0 must speak
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(code)
@@ -147,6 +150,14 @@ def lost_another(error: BaseException) -> bool:
     return ranks() > 1 and (isinstance(error, dist.DistError) or "peer" in str(error))
 
 
+def first_to_tell() -> bool:
+    """Is this the first process to ask? It tells that another is gone, which may be rank 0, for all."""
+    try:
+        return dist.distributed_c10d._get_default_store().add("told", 1) == 1
+    except dist.DistError:                                   # what they share was in that other process
+        return True
+
+
 # ------------------------------------------------------------------------------------------------------------
 # 2  Tokens and heads
 # ------------------------------------------------------------------------------------------------------------
@@ -174,14 +185,18 @@ def exchange(u: Tensor) -> Tensor:
     return got
 
 
+def check_heads(cfg: magi.DiTConfig) -> None:
+    """ValueError if the ranks cannot share the heads."""
+    Hkv, R = cfg.num_kv_heads, ranks()
+    counts = " or ".join(str(r) for r in range(1, Hkv + 1) if Hkv % r == 0)
+    require(Hkv % R == 0, f"{R} processes cannot share {Hkv} key/value heads: start {counts}")
+
+
 class Share:
     """Shares a DiT's tokens among the ranks."""
 
     def __init__(self, dit: magi.DiT):
-        Hkv, R = dit.cfg.num_kv_heads, ranks()
-        counts = [str(r) for r in range(1, Hkv + 1) if Hkv % r == 0]
-        require(str(R) in counts, f"{R} processes cannot share {Hkv} key/value heads: start "
-                f"{', '.join(counts[:-1])} or {counts[-1]}")
+        check_heads(dit.cfg)
         self.patchify, self.size = dit.patchify, 0                           # size: tokens of a chunk
         dit.patchify = self.first_tokens
         dit.layers[0].register_forward_pre_hook(self.first_angles)

@@ -24,6 +24,7 @@ import torch
 import magi
 import parallel
 import training
+from checkpoints import require
 
 # ------------------------------------------------------------------------------------------------------------
 # 1  A video
@@ -37,7 +38,7 @@ T5_XXL = dict(d_model=4096, num_layers=24, vocab_size=32128, d_ff=10240)     # o
 class Memory:
     """Bytes on one rank."""
 
-    weights: int                 # of the DiT, kept all the time
+    weights: int                 # of the DiT, and of a T5 that stays: kept all the time
     passing: int                 # layers that are put together, or streamed: one computes, the next comes
     vae: int
     cache: int                   # keys and values of clean chunks
@@ -62,8 +63,8 @@ def sizes(dit: magi.DiTConfig, vae: magi.VAEConfig) -> tuple[tuple[int, ...], in
 
 
 def needs(dit: magi.DiTConfig, run: magi.SamplerConfig, vae: magi.VAEConfig = magi.VAE_PRESETS["magi"],
-          t5: dict = T5_XXL, *, R: int = 1, stream: bool = False) -> Memory:
-    """Memory of a long run on each of R ranks, with the torch backend."""
+          t5: dict = T5_XXL, *, R: int = 1, stream: bool = False, keep_t5: bool = False) -> Memory:
+    """Memory of a long run on each of R ranks, with the torch backend. keep_t5: as of magi.load."""
     layers, others, tiler = sizes(dit, vae)
     weights = others + (0 if stream else sum(layers) // R)
 
@@ -103,14 +104,15 @@ def needs(dit: magi.DiTConfig, run: magi.SamplerConfig, vae: magi.VAEConfig = ma
     second = 4 * 3 * 24 * run.height * run.width                             # a chunk in pixels
     words = 2 * t5["vocab_size"] * t5["d_model"]                             # of T5, in bfloat16
     block = 2 * (4 * t5["d_model"] ** 2 + 3 * t5["d_model"] * t5["d_ff"])
+    encoder = words + block * (2 if stream else t5["num_layers"])
     return Memory(
-        weights=weights,
+        weights=weights + keep_t5 * encoder,
         passing=passing[worst],
         vae=tiler,
         cache=cached * s * dit.num_layers * 2 * (G // R) * b,
         activations=activations(worst),
         decoding=2 * second + max(second, tile),
-        t5=words + block * (2 if stream else t5["num_layers"]),
+        t5=encoder,
     )
 
 
@@ -123,6 +125,7 @@ def fits(size: float, card: float) -> bool:
 NARROW = dict(window=1, kv_ranges=(2,))
 SMALL = dict(height=480, width=832)
 CHANGES = {                      # what takes less memory, the gentlest first: is it streamed? other settings
+    # (Several processes stream from the disk, whose pages they share; each would keep all layers on its CPU.)
     "as it is": (False, {}),
     "--stream cpu": (True, {}),
     "--window 1 --kv_range 2": (False, NARROW),
@@ -138,26 +141,40 @@ def smallest_change(dit: magi.DiTConfig, run: magi.SamplerConfig, card: float, R
     for name, (stream, settings) in CHANGES.items():
         memory = needs(dit, dataclasses.replace(run, **settings), R=R, stream=stream, **more)
         if fits(memory.total, card):
-            return name, memory
+            return name.replace("cpu", "disk") if R > 1 else name, memory
     return "nothing here", memory
 
 
-def plan(dit: magi.DiTConfig, run: magi.SamplerConfig, cards: Sequence[float] = (12, 24, 80), **more: Any
-         ) -> str:
-    """What a run takes, in ways to run it, and what makes it fit: the text of sample.py --plan. more: vae and
-    t5 of `needs`."""
+def pinned(dit: magi.DiTConfig) -> int:
+    """Bytes of host memory for --stream cpu: PyTorch rounds what it pins up to a power of two."""
+    with torch.device("meta"):
+        weights = magi.DiT(dit).layers.state_dict().values()
+    return sum(1 << (u.nbytes - 1).bit_length() for u in weights)
+
+
+def plan(dit: magi.DiTConfig, run: magi.SamplerConfig, numbers: Sequence[int] = (1, 8),
+         cards: Sequence[float] = (12, 24, 80), keep_t5: bool = False, **more: Any) -> str:
+    """What a run takes, in ways to run it, and what makes it fit so many cards of so many GB: the text of
+    sample.py --plan. keep_t5, and more, vae and t5: of `needs`."""
+    most = 1 if keep_t5 else dit.num_kv_heads            # one process reads the prompts
+    counts = [r for r in range(1, most + 1) if dit.num_kv_heads % r == 0]
+    ways = " or ".join(f"--plan {R}x{cards[0]:g}" for R in counts)
+    require(set(numbers) & set(counts), f"{numbers[0]} GPUs cannot share this run: give {ways}")
+    numbers, more["keep_t5"] = [R for R in numbers if R in counts], keep_t5
     parts = [field.name for field in dataclasses.fields(Memory)] + ["total"]
-    lines = [f"GiB on each GPU, {run.height}x{run.width}, window {run.window} (T5 comes first and goes):",
+    t5 = "stays, and is among the weights" if keep_t5 else "comes first and goes"
+    lines = [f"GiB on each GPU, {run.height}x{run.width}, window {run.window} (T5 {t5}):",
              "processes  stream " + " ".join(f"{part:>11}" for part in parts)]
-    counts = [r for r in (1, 2, 4, 8) if dit.num_kv_heads % r == 0]
     for R, stream in [(1, False), (1, True), *((r, False) for r in counts[1:])]:
         memory = needs(dit, run, R=R, stream=stream, **more)
         columns = " ".join(f"{getattr(memory, part) / GIB:11.2f}" for part in parts)
         lines.append(f"{R:9}  {'cpu' if stream else '-':>6} {columns}")
-    lines.append(f"\nA card of    {'one':63}eight (torchrun --nproc_per_node 8 sample.py ...)")
+    lines.append(f"--stream cpu keeps {pinned(dit) / GIB:.2f} GiB of layers in host memory, disk keeps none")
+    names = {R: f"{R} (torchrun --nproc_per_node {R} sample.py ...)" for R in numbers} | {1: "one"}
+    lines.append("\nA card of    " + "".join(f"{names[R]:63}" for R in numbers).rstrip())
     for card in cards:
-        ways = [smallest_change(dit, run, card, R, **more)[0] for R in (1, 8) if R in counts]
-        lines.append(f"{card:6} GB    " + "".join(f"{way:63}" for way in ways).rstrip())
+        ways = [smallest_change(dit, run, card, R, **more)[0] for R in numbers]
+        lines.append(f"{card:6g} GB    " + "".join(f"{way:63}" for way in ways).rstrip())
     return "\n".join(lines)
 
 

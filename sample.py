@@ -122,6 +122,13 @@ def chunk_and_kind(text: str) -> tuple[int, str]:
     return int(found[1]), found[2] or "cut"
 
 
+def number_and_card(text: str) -> tuple[list[int], list[float]]:
+    found = re.fullmatch(r"(?:(\d+)x)?(\d+(?:\.\d+)?)", text)
+    if found is None:
+        raise argparse.ArgumentTypeError(f"{text!r} is not the GB of a card, such as 48, or 4x48 for four")
+    return [int(found[1] or 1)], [float(found[2])]
+
+
 def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     """The flags, under the names of SamplerConfig's fields where there is one."""
     parser = Parser(prog="sample.py", allow_abbrev=False, usage="python sample.py --prompt TEXT [more flags]",
@@ -189,7 +196,8 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
          help="of the transformer's blocks; default: the model's, or bfloat16 for blocks and VAE on a CPU "
          "with instructions for it")
     flag("--stream", choices=["cpu", "disk"], help="weights come layer by layer: for a GPU that is too small")
-    flag("--plan", action="store_true", help="say what this run needs on which GPUs, and compute nothing")
+    flag("--plan", type=number_and_card, nargs="?", const=([1, 8], [12, 24, 80]), metavar="[N x]GB",
+         help="say what this run needs on which GPUs, or on one of 48 GB (48), four (4x48): compute nothing")
     flag("--backend", choices=["auto", "torch", "triton"], default="auto",
          help="default: auto, on a GPU the fastest that is right for each operation")
     # fmt: on
@@ -273,6 +281,7 @@ def check_prompts(args: argparse.Namespace) -> None:
     if args.prompt_file:
         require(args.num_frames != "inf",
                 "--prompt_file makes many videos, so none is endless: leave --num_frames inf out")
+        require(str(args.out) != "-", "--out - is one video, --prompt_file makes many: give --out a folder")
         with reading("prompt file", args.prompt_file):
             lines = args.prompt_file.read_text("utf-8-sig").splitlines()
         args.videos = [[prompt.strip() for prompt in line.split("|")] for line in lines if line.strip()]
@@ -307,7 +316,9 @@ def claim_outputs(args: argparse.Namespace, locks: contextlib.ExitStack) -> list
                 f"--out {str(args.out)!r} must be a folder, for the videos of --prompt_file")
         folder.mkdir(exist_ok=True)
         names = [re.sub(r"[^a-z0-9]+", "-", prompts[0].lower())[:40].strip("-") for prompts in args.videos]
-        return [claimed(folder / f"{i:03d}{'-' * bool(name)}{name}.mp4") for i, name in enumerate(names)]
+        files = [folder / f"{i:03d}{'-' * bool(name)}{name}.mp4" for i, name in enumerate(names)]
+        locks.enter_context(outputs.locked(folder / "*.mp4"))                # one for all: it is an open file
+        return [outputs.check_output(file, inputs) for file in files]
     if str(args.out) == "-":
         return [take_stdout(locks)]
     require(args.out.suffix.lower() in media.WRITERS,
@@ -452,6 +463,7 @@ def check(args: argparse.Namespace) -> SimpleNamespace:
     notes: list[str] = []
     require(not args.told or parallel.ranks() == 1, "--prompt - is read by one process: leave torchrun out")
     dit, native = read_configs(args.model)
+    parallel.check_heads(dit)
     cfg = settings(args, dit, native, notes)
     fastest = 50 if args.out.suffix.lower() == ".gif" else 1000
     require(cfg.fps <= fastest, f"fps {cfg.fps} is too fast: {str(args.out)!r} can play {fastest} at most")
@@ -506,7 +518,8 @@ def plan(args: argparse.Namespace) -> str:
         beside["vae"] = read_config(args.vae, "vae", magi.VAEConfig)
     if (args.t5 / "config.json").is_file():
         beside["t5"] = read_json(args.t5 / "config.json")
-    return planner.plan(dit, settings(args, dit, native, []), **beside)
+    dit, told = dataclasses.replace(dit, dtype=args.dtype or dit.dtype), args.prompt == ["-"]
+    return planner.plan(dit, settings(args, dit, native, []), *args.plan, keep_t5=told, **beside)
 
 
 def prepare(argv: list[str] | None, locks: contextlib.ExitStack) -> list[dict]:
@@ -527,8 +540,8 @@ def prepare(argv: list[str] | None, locks: contextlib.ExitStack) -> list[dict]:
     elif args.told:
         texts = [told_by(io.FileIO(0, closefd=False), run.cfg.num_frames is None, say)]
     else:
-        texts = encode_text(args, run.text_length, run.device)
-    pipe = load(args, run.device)
+        texts = parallel.agreed(encode_text)(args, run.text_length, run.device)
+    pipe = parallel.agreed(load)(args, run.device)
     locks.enter_context(arithmetic(run.device, args.dtype))
     runs = []
     for i, (text, out) in enumerate(zip(texts, outs, strict=True)):
@@ -540,20 +553,29 @@ def prepare(argv: list[str] | None, locks: contextlib.ExitStack) -> list[dict]:
     return runs
 
 
+T5_BATCH = 16                                                                # captions at a time
+
+
 def encode_text(args: argparse.Namespace, length: int, device: str) -> list[tuple]:
     """The prompts of each video as the model reads them: text (n, L, C) and mask (n, L). T5 is gone when this
     returns, before the model itself is read."""
+    captions = list(dict.fromkeys(args.prompt or [""]))                      # equal ones are encoded once
+    encoded: dict[str, tuple] = {}
     with reading("text encoder", args.t5):
         t5 = parallel.T5(args.t5, length, device, stream=args.stream)
-        text, mask = t5(args.prompt or [""])
+        for i in range(0, len(captions), T5_BATCH):
+            t5.keep = i + T5_BATCH < len(captions)                           # it is gone after the last ones
+            batch = captions[i : i + T5_BATCH]
+            encoded |= zip(batch, zip(*t5(batch), strict=True), strict=True)
+    rows = [[encoded[caption] for caption in prompts or [""]] for prompts in args.videos]
+    texts = [tuple(map(torch.stack, zip(*row, strict=True))) for row in rows]
     if args.save_text and parallel.rank() == 0:
         about = {"prompts": json.dumps(args.prompt)}
         try:
-            outputs.save({"text": text, "mask": mask}, args.save_text, about)
+            outputs.save(dict(zip(("text", "mask"), texts[0], strict=True)), args.save_text, about)
         except SafetensorError as error:
             raise OSError(f"cannot write {str(args.save_text)!r}: {error}") from None
-    counts = [len(prompts) or 1 for prompts in args.videos]
-    return list(zip(text.split(counts), mask.split(counts), strict=True))
+    return texts
 
 
 def load(args: argparse.Namespace, device: str) -> magi.MAGI:
@@ -612,20 +634,22 @@ def generate(frames, cfg, chunks: float, out: Any, device: str, report: Callable
     bar, progress = progress_bar(chunks)
     name, suffix = (out, out.suffix.lower()) if isinstance(out, Path) else ("-", ".mp4")
     writer = media.WRITERS[suffix](out, cfg.fps) if out else None
+    is_stream = out and not isinstance(out, Path)        # a write may wait for its reader, even for ever
     code, made, first, last = 0, 0, 0.0, 0.0
     start = time.perf_counter()
     try:
         for chunk in frames(progress=progress):
-            with uninterrupted():
+            with contextlib.nullcontext() if is_stream else uninterrupted():
                 if writer:
                     writer.write(chunk)
                 made, last = made + len(chunk), time.perf_counter() - start
                 first = first or last
-    except KeyboardInterrupt:
-        signal.signal(signal.SIGINT, signal.SIG_IGN)                         # once is enough
-        code = 130
-    except BrokenPipeError:                                                  # the player was closed
-        os.dup2(os.open(os.devnull, os.O_WRONLY), out.fileno())
+    except (KeyboardInterrupt, BrokenPipeError) as error:                    # or the player was closed
+        if isinstance(error, KeyboardInterrupt):
+            signal.signal(signal.SIGINT, signal.SIG_IGN)                     # once is enough
+            code = 130
+        if is_stream:                                                        # whose rest nobody reads
+            os.dup2(os.open(os.devnull, os.O_WRONLY), out.fileno())
     except (OSError, ValueError, FloatingPointError) as error:
         where = f"cannot write {str(name)!r}: " if isinstance(error, OSError) else ""
         say(f"error: {where}{error}")
@@ -681,7 +705,8 @@ def main(argv: list[str] | None = None) -> int:
             return 130
         except (MemoryError, RuntimeError) as error:
             if parallel.lost_another(error):
-                say("error: another process has stopped, and this one with it; what was written stays")
+                if parallel.first_to_tell():
+                    say("error: another process has stopped, and all with it; what was written stays", stderr)
                 return 1
             if not checkpoints.out_of_memory(error):
                 raise                                                       # a fault in the code: show it all

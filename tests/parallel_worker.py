@@ -2,8 +2,7 @@
 
 cases    groups of 2 and of 4 processes: every run of CASES and more; what came out and what it took ->
          FOLDER/cases.RANKS.RANK.pt
-forever  2 processes that sample without end; says the id of the second one, and the first one says "running"
-         after each second of video
+forever  2 processes of sample.py that make FOLDER/forever.mp4 without end; says their ids
 
 What takes seconds to import is imported once: the processes are forks of one that has computed nothing.
 """
@@ -268,15 +267,11 @@ def cases(rank: int, size: int, folder: Path) -> None:
 
 
 def forever(rank: int, size: int, folder: Path) -> None:
+    import sample
+
     join(rank, size, folder)
-    dit = parallel.load_dit(folder / "base")
-    run = dataclasses.replace(RUN, num_frames=None)
-    say = print if rank == 0 else lambda *_, **__: None
-    try:
-        for _ in magi.sample(dit, **drawn(dit.cfg, 0, run)):
-            say("running", flush=True)
-    except RuntimeError as error:
-        say("another process is gone" if parallel.lost_another(error) else repr(error), flush=True)
+    flags = f"--num_frames inf --device cpu --model {folder}/base --text {folder}/text.safetensors"
+    sys.exit(sample.main([*flags.split(), "--out", f"{folder}/forever.mp4"]))
 
 
 def join(rank: int, size: int, folder: Path) -> None:
@@ -299,9 +294,14 @@ def main() -> None:
     job, folder = sys.argv[1], Path(sys.argv[2])
     torch.set_num_threads(1)
     if job == "forever":
-        first, second = fork(forever, 2, folder)
-        print(second.pid, flush=True)
-        first.join()
+        import sample  # noqa: F401
+
+        text = drawn(SMALL, 0, RUN)
+        save({"text": text["text"][None], "mask": text["text_mask"][None]}, folder / "text.safetensors")
+        processes = fork(forever, 2, folder)
+        print(*(process.pid for process in processes), flush=True)
+        for process in processes:
+            process.join()
         return
     for size in (2, 4):
         processes = fork(cases, size, folder)

@@ -9,12 +9,14 @@ import os
 import signal
 import subprocess
 import sys
+import time
 
 import parallel_worker as worker
 import pytest
 import torch
-from common import HERE, bad, relative
+from common import HERE, assert_refused, bad, relative, run_main, run_python
 
+import live
 import magi
 import parallel
 import planner
@@ -193,13 +195,81 @@ def test_the_flag_prints_the_plan(capsys):
     assert large == "80 GB as it is as it is".split()
 
 
+def printed(main, *flags) -> list[list[str]]:
+    """The words of each line of a plan."""
+    code, out, err = run_main(main, "--plan", *flags)
+    assert code == 0 and not err
+    return [line.split() for line in out.splitlines()]
+
+
+@pytest.mark.parametrize("main, flags", [(live.main, []), (sample.main, ["--prompt", "-"])])
+def test_a_t5_that_stays_is_planned_with_the_rest(main, flags):
+    lines = printed(main, "--model", "4.5B-distill", "--window", 1, *flags)
+    assert lines[2][:2] == ["1", "-"] and lines[2][-1] == "27.06"  # 18.19 and 8.87 of T5
+    assert [line[0] for line in lines[2:4]] == ["1", "1"] and lines[4][
+        0
+    ] == "--stream"  # not several processes
+    assert lines[-2] == "24 GB --stream cpu".split()
+    code, _, err = run_main(main, "--plan", "4x48", *flags)
+    assert code == 2 and "4 GPUs cannot share this run: give --plan 1x48\n" in err
+
+
+def test_the_plan_is_of_the_dtype_that_is_asked_for():
+    halves, floats = (
+        printed(sample.main, "--model", "4.5B-base", "--dtype", d) for d in ("bfloat16", "float32")
+    )
+    cache = lambda lines: float(lines[2][5])
+    assert cache(floats) == pytest.approx(2 * cache(halves), abs=0.02)
+
+
+@pytest.mark.parametrize(
+    "card, number, size, way",
+    [
+        ("48", "one", "48", "as it is"),
+        ("4x16", "4", "16", "as it is"),
+        ("12.5", "one", "12.5", "--stream cpu"),
+    ],
+)
+def test_the_plan_for_a_card_of_ones_own(card, number, size, way):
+    head, line = printed(sample.main, card, "--model", "4.5B-distill", "--window", 2)[-2:]
+    assert head[:4] == ["A", "card", "of", number] and line == [size, "GB", *way.split()]
+
+
+def test_several_processes_do_not_keep_all_layers_each():
+    *_, memory, _, _, line = printed(sample.main, "8x12", "--model", "24B-base")
+    assert line == "12 GB --stream disk".split()
+    assert " ".join(memory).startswith("--stream cpu keeps 66.01 GiB of layers in host memory")
+
+
+@pytest.mark.parametrize(
+    "card, message",
+    [
+        ("24B", "'24B' is not the GB of a card, such as 48, or 4x48"),
+        ("3x48", "3 GPUs cannot share this run: give --plan 1x48 or --plan 2x48"),
+    ],
+)
+def test_cards_that_cannot_be_planned_for_are_refused(card, message):
+    assert_refused(sample.main, ["--plan", card, "--model", "4.5B-base"], message)
+
+
 # --------------------------------------------------------------------------------------------------- failures
 
 
-def test_a_killed_process_takes_the_others_with_it(models):
-    first = start("forever", models, stdout=subprocess.PIPE)
-    second = int(first.stdout.readline())
-    assert first.stdout.readline() == "running\n"
-    os.kill(second, signal.SIGKILL)
-    said, _ = first.communicate(timeout=20)
-    assert said.splitlines()[-1] == "another process is gone"
+@pytest.mark.parametrize("rank", [0, 1])
+def test_a_killed_process_takes_the_others_with_it(models, rank):
+    (models / "forever.mp4").unlink(missing_ok=True)
+    job = start("forever", models, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    ids = [int(word) for word in job.stdout.readline().split()]
+    while not (models / "forever.mp4").exists():
+        assert job.poll() is None
+        time.sleep(0.05)
+    os.kill(ids[rank], signal.SIGKILL)
+    _, said = job.communicate(timeout=20)
+    assert said.splitlines()[-1].startswith("error: another process has stopped") and "Traceback" not in said
+
+
+def test_torchrun_with_a_count_that_does_not_divide_says_which_do(tmp_path):
+    flags = ["--prompt", "a red ball", "--num_frames", "24", "--out", tmp_path / "a.mp4"]
+    run = run_python("-m", "torch.distributed.run", "--nproc_per_node", 3, HERE / "sample.py", *flags)
+    ours = [line for line in run.stderr.splitlines() if line.startswith("error:")]
+    assert ours == ["error: 3 processes cannot share 2 key/value heads: start 1 or 2"]

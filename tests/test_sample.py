@@ -1,7 +1,9 @@
 """The command line, sample.py: videos, flags, interruptions, bad input."""
 
+import contextlib
 import copy
 import dataclasses
+import io
 import itertools
 import json
 import math
@@ -12,6 +14,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 from types import SimpleNamespace
@@ -330,6 +333,59 @@ def test_sample_notes_flags_that_do_nothing(model_folder, tmp_path, planned, cap
     assert run_sample(model_folder, *flags) == 0 and capsys.readouterr().err == ""
 
 
+# --------------------------------------------------------------------------------------------- many videos
+
+
+def many(tmp_path: Path, *lines: str):
+    """The checked flags of --prompt_file."""
+    (tmp_path / "lines.txt").write_text("\n".join(lines))
+    flags = ["--prompt_file", tmp_path / "lines.txt", "--out", tmp_path / "made"]
+    args = sample.parse_arguments([str(flag) for flag in flags])
+    sample.check_flags(args)
+    return args
+
+
+def test_many_videos_are_claimed_by_one_lock(tmp_path):
+    args = many(tmp_path, *["a red ball"] * 100)
+    before = len(os.listdir("/proc/self/fd"))
+    with contextlib.ExitStack() as locks:
+        assert len(set(sample.claim_outputs(args, locks))) == 100
+        assert len(os.listdir("/proc/self/fd")) <= before + 1
+        with pytest.raises(ValueError, match="another run is writing"):
+            sample.claim_outputs(args, locks)
+    args.video = tmp_path / "made" / "007-a-red-ball.mp4"
+    args.video.touch()
+    with pytest.raises(ValueError, match="007-a-red-ball.mp4' is an input"), contextlib.ExitStack() as locks:
+        sample.claim_outputs(args, locks)
+
+
+def test_many_captions_are_encoded_in_batches_and_equal_ones_once(tmp_path, monkeypatch):
+    asked = []
+
+    class Numbers(sample.parallel.T5):
+        """What stands for T5: the number in a caption is its text."""
+
+        def __call__(self, captions):
+            asked.append((len(captions), self.keep))
+            return torch.tensor([[[float(caption)]] for caption in captions]), torch.ones(len(captions), 1)
+
+    monkeypatch.setattr(sample.parallel, "T5", Numbers)
+    numbers = [*range(20), *range(20), 3]
+    args = many(tmp_path, *map(str, numbers), "5 | 4 | 5")
+    args.t5 = HERE / "tiny" / "t5"
+    texts = sample.encode_text(args, 1, "cpu")
+    assert asked == [(16, True), (4, False)]
+    assert [text.flatten().tolist() for text, _ in texts] == [*([n] for n in numbers), [5, 4, 5]]
+    assert [mask.shape for _, mask in texts[-2:]] == [(1, 1), (3, 1)]
+
+
+def test_many_videos_are_not_for_a_pipe(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Path("lines.txt").write_text("a red ball\n")
+    flags = ["--prompt_file", "lines.txt", "--out", "-"]
+    assert_refused(sample.main, flags, "--out - is one video", out=tmp_path / "-")
+
+
 # ---------------------------------------------------------------------------------------------- interruptions
 
 
@@ -398,6 +454,37 @@ def test_sample_ctrl_c_before_the_first_chunk_keeps_the_old_file(model_folder, t
     monkeypatch.setattr(magi, "sample", interrupted)
     assert run_sample(model_folder, "--prompt", "a", "--out", out) == 130
     assert out.read_text() == "an older video" and capsys.readouterr().out.startswith("interrupted")
+
+
+def test_ctrl_c_ends_a_video_whose_player_has_paused():
+    """The pipe is full, so the write waits; if Ctrl-C does not end that, the player goes on after a while."""
+    reader, writer = os.pipe()
+    os.set_blocking(writer, False)
+    with contextlib.suppress(BlockingIOError):
+        while True:
+            os.write(writer, bytes(4096))
+    os.set_blocking(writer, True)
+    played = []
+    ctrl_c = threading.Timer(0.1, os.kill, (os.getpid(), signal.SIGINT))
+    player = threading.Timer(5, lambda: played.append(os.read(reader, 2**20)))
+    waiting = [ctrl_c, player]
+
+    class Pipe(io.FileIO):
+        def write(self, data):
+            while waiting:
+                waiting.pop().start()
+            return super().write(data)
+
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        with io.BufferedWriter(Pipe(writer, "wb")) as out:
+            run = SimpleNamespace(fps=24)
+            assert sample.generate(lambda progress: [shades(range(24))], run, 1, out, "cpu") == 130
+        assert not played
+    finally:
+        player.cancel()
+        signal.signal(signal.SIGINT, before)
+        os.close(reader)
 
 
 def test_sample_ctrl_c_while_loading(monkeypatch, capsys):
