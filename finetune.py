@@ -119,8 +119,9 @@ def read_captions(folder: Path, skip_bad: bool = False) -> dict[Path, tuple[str,
             rows = list(csv.DictReader(file))
         return captions_of_rows(folder, rows, skip_bad)
     files = sorted(path for path in folder.rglob("*") if path.suffix.lower() in SUFFIXES and path.is_file())
-    videos = [path for path in files if not is_sample(path)
-              and not any(part.startswith(".") for part in path.relative_to(folder).parts)]
+    # What is hidden is no clip, and neither is a sample of a run whose work folder is among the clips.
+    videos = [path for path in files if not any(u.startswith(".") for u in path.relative_to(folder).parts)
+              and not (path.parent.name == "samples" and (path.parent.parent / "settings.json").is_file())]
     require(videos, f"no videos in {str(folder)!r}: give files such as a.mp4 and captions a.txt")
     found = {}
     for path in videos:
@@ -132,11 +133,6 @@ def read_captions(folder: Path, skip_bad: bool = False) -> dict[Path, tuple[str,
             with reading("caption", text):
                 found[path] = as_captions(text.read_text("utf-8-sig"))
     return found
-
-
-def is_sample(path: Path) -> bool:
-    """Was this video made by a run, whose work folder is then among the clips?"""
-    return path.parent.name == "samples" and (path.parent.parent / "train.csv").is_file()
 
 
 def captions_of_rows(folder: Path, rows: list[dict[str, Any]], skip_bad: bool
@@ -478,11 +474,10 @@ def check_model(args: argparse.Namespace) -> DiT:
     """The base model on the meta device. ValueError if it cannot be trained, or not like this."""
     cfg = read_config(args.model, "dit", DiTConfig)
     sampler = training.lora_sampler(read_config(args.model, "sampler", SamplerConfig), args.lora)
-    trained = " with ".join(map(str, [args.model, *args.lora]))
     require(not cfg.fp8, f"{args.model} has fp8 weights, too coarse for the small changes of training: "
             f"use the bf16 model; its LoRA can be used with the fp8 one")
-    require(not sampler.distilled, f"{trained} is a distilled model: train on the base model, then "
-            f"distill that, or use its LoRA with the distilled one")
+    require(not sampler.distilled, f"{args.model} (or its --lora) is distilled: train on the base model, "
+            f"then distill that, or use its LoRA with the distilled one")
     is_8bit, several = args.optimizer == "adamw8bit", parallel.ranks() > 1
     require(not is_8bit or importlib.util.find_spec("torchao"),
             "--optimizer adamw8bit needs torchao: pip install torchao, or use adamw")

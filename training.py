@@ -892,7 +892,7 @@ def fit(name: str, model: nn.Module, loss_of_step: Callable[[int], tuple[Tensor,
     trained = {k: p for k, p in model.named_parameters() if p.requires_grad}
     rates = [[group["lr"] for group in optimizer.param_groups] for optimizer in optimizers]
     ema = {k: p.detach().clone() for k, p in trained.items()} if ema_decay else {}
-    first = saved = 0
+    first = kept = 0
     if file.exists():
         with reading("checkpoint", file):
             several = parallel.ranks() > 1               # which take a part each
@@ -903,7 +903,7 @@ def fit(name: str, model: nn.Module, loss_of_step: Callable[[int], tuple[Tensor,
             for k, p in trained.items():
                 p.copy_(like(state["model"][k], p))
         ema = {k: like(v, trained[k]) for k, v in state["ema"].items()}
-        first = saved = state["step"]
+        first = kept = state["step"]
         for optimizer, saved in zip(optimizers, state["optimizers"], strict=True):
             optimizer.load_state_dict(saved)
 
@@ -943,9 +943,9 @@ def fit(name: str, model: nn.Module, loss_of_step: Callable[[int], tuple[Tensor,
                 losses.append(float(loss.detach()))
             mean_loss = sum_of_all(sum(losses)) / accumulate
             if not math.isfinite(mean_loss):
-                kept = f", or end with --steps {saved}: so many are in {file}" if saved else ""
+                end = f", or end with --steps {kept}: so many are in {file}" if kept else ""
                 raise FloatingPointError(f"the loss of step {step} is {mean_loss}, and will be again: try a "
-                                         f"lower --lr with a new --work{kept}")
+                                         f"lower --lr with a new --work{end}")
             finish_gradients([*trained.values()])
             for optimizer in optimizers:
                 optimizer.step()
@@ -965,7 +965,7 @@ def fit(name: str, model: nn.Module, loss_of_step: Callable[[int], tuple[Tensor,
             is_last, stops = step + 1 == steps, sum_of_all(len(asked)) > 0   # all end at the same step
             if (step + 1) % every == 0 or is_last or stops:
                 save_state(step + 1)
-                saved = step + 1
+                kept = step + 1
             if stops:
                 bar.close()
                 raise KeyboardInterrupt(f"stopped after step {step + 1} of {steps}, all of which are saved")
