@@ -43,7 +43,7 @@ import os
 import re
 import shutil
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
@@ -52,6 +52,7 @@ from typing import Any
 import numpy as np
 import torch
 import torch.nn.functional as F
+from safetensors import SafetensorError
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
@@ -69,11 +70,22 @@ from magi import CHUNK, FRAMES_PER_LATENT, DiT, DiTConfig, SamplerConfig
 
 FPS = 24
 CHUNK_FRAMES = CHUNK * FRAMES_PER_LATENT                                     # 24: one second
-SUFFIXES = (".mp4", ".mov", ".mkv", ".webm", ".avi", ".m4v", ".mpg", ".mpeg", ".gif", ".ts")
+SUFFIXES = (".mp4", ".mov", ".mkv", ".webm", ".avi", ".m4v", ".mpg", ".mpeg", ".ts", ".mts", ".m2ts", ".3gp",
+            ".wmv", ".flv", ".ogv", ".gif", ".apng")
 
 
 def say(text: str) -> None:
     tqdm.write(text, file=sys.stderr)
+
+
+@contextlib.contextmanager
+def skipping(skip_bad: bool, warn: Callable[[str], None] = say) -> Iterator[None]:
+    """What is wrong with a clip ends the run; with skip_bad it only ends this block."""
+    try:
+        yield
+    except ValueError as error:
+        require(skip_bad, f"{error}; --skip-bad leaves such clips out")
+        warn(f"skipped: {error}")
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -92,70 +104,86 @@ class Video:
     width: int
 
 
-def read_captions(folder: Path) -> dict[Path, tuple[str, ...]]:
+def read_captions(folder: Path, skip_bad: bool = False) -> dict[Path, tuple[str, ...]]:
     """The videos of a folder and their captions. ValueError for a file that is missing, or has no caption."""
+    require(not folder.is_file(), f"the data {str(folder)!r} is a file: give the folder that it is in")
     require(folder.is_dir(), f"the data folder {str(folder)!r} does not exist: give one with videos and "
             f"captions")
     jsonl, table = folder / "metadata.jsonl", folder / "metadata.csv"
     if jsonl.is_file():
         with reading("captions", jsonl):
             rows = [json.loads(line) for line in jsonl.read_text("utf-8-sig").splitlines() if line.strip()]
-        return captions_of_rows(folder, rows)
+        return captions_of_rows(folder, rows, skip_bad)
     if table.is_file():
         with reading("captions", table), table.open(newline="", encoding="utf-8-sig") as file:
             rows = list(csv.DictReader(file))
-        return captions_of_rows(folder, rows)
-    videos = sorted(path for path in folder.rglob("*") if path.suffix.lower() in SUFFIXES and path.is_file())
+        return captions_of_rows(folder, rows, skip_bad)
+    files = sorted(path for path in folder.rglob("*") if path.suffix.lower() in SUFFIXES and path.is_file())
+    # What is hidden is no clip, and neither is a sample of a run whose work folder is among the clips.
+    videos = [path for path in files if not any(u.startswith(".") for u in path.relative_to(folder).parts)
+              and not (path.parent.name == "samples" and (path.parent.parent / "settings.json").is_file())]
     require(videos, f"no videos in {str(folder)!r}: give files such as a.mp4 and captions a.txt")
     found = {}
     for path in videos:
         text = path.with_suffix(".txt")
-        require(text.is_file(), f"clip {path.name!r} has no caption: write it to {text.name!r} (an empty "
-                f"file for none), or list all clips in metadata.jsonl")
-        with reading("caption", text):
-            found[path] = as_captions(text.read_text("utf-8-sig"))
+        text = text if text.is_file() else path.with_suffix(".TXT")
+        with skipping(skip_bad):
+            require(text.is_file(), f"clip {path.name!r} has no caption: write it to {f'{path.stem}.txt'!r} "
+                    f"(an empty file for none), or list all clips in metadata.jsonl")
+            with reading("caption", text):
+                found[path] = as_captions(text.read_text("utf-8-sig"))
     return found
 
 
-def captions_of_rows(folder: Path, rows: list[dict[str, Any]]) -> dict[Path, tuple[str, ...]]:
-    found = {}
+def captions_of_rows(folder: Path, rows: list[dict[str, Any]], skip_bad: bool
+                     ) -> dict[Path, tuple[str, ...]]:
+    found: dict[Path, tuple[str, ...]] = {}
+    require(rows, f"the metadata in {str(folder)!r} has no rows: list the clips, or remove it")
     for i, row in enumerate(rows, 1):
-        require(isinstance(row, dict) and row.get("file_name") and row.get("text") is not None,
-                f"row {i} of the metadata in {str(folder)!r} lacks file_name or text: {row}")
-        path = folder / row["file_name"]
-        require(path.is_file(), f"{path.name!r} of the metadata is not in {str(folder)!r}: add it, or "
-                f"take out its row")
-        found[path] = as_captions(row["text"])
+        where = f"row {i} of the metadata in {str(folder)!r}"
+        with skipping(skip_bad):
+            require(isinstance(row, dict) and row.get("file_name") and row.get("text") is not None,
+                    f"{where} lacks file_name or text: {row}")
+            name, text = row["file_name"], row["text"]
+            require(None not in row, f"{where} has too many columns: put a text with commas in quotes: {row}")
+            require(isinstance(name, str), f"{where}: file_name is {name!r}, and must be a string")
+            lines = text if isinstance(text, list) else [text]
+            require(all(isinstance(line, str) for line in lines),
+                    f"{where}: text is {text!r}, and must be a string or a list of them")
+            path = folder / name
+            require(path not in found, f"{where}: {name!r} is in a row above, too: take one of them out")
+            require(path.is_file(), f"{where}: {name!r} does not exist: add it, or take out its row")
+            found[path] = as_captions(text)
     return found
 
 
-def as_captions(text: str | list) -> tuple[str, ...]:
-    lines = text.splitlines() if isinstance(text, str) else [str(line) for line in text]
-    return tuple(line.strip() for line in lines if line.strip()) or ("",)
+def as_captions(text: str | list[str]) -> tuple[str, ...]:
+    """An empty line is a second without a caption, but those at the end are none."""
+    lines = [line.strip() for line in (text.splitlines() if isinstance(text, str) else text)]
+    while lines and not lines[-1]:
+        lines.pop()
+    return tuple(lines) or ("",)
 
 
 def find_videos(folder: Path, cache: Path, skip_bad: bool = False) -> list[Video]:
     """Every clip of a folder, each looked into (what was seen is kept in the cache). ValueError for the first
     that cannot be read or is shorter than a second; with skip_bad these are named and left out."""
     seen_file = cache / "videos.json"
-    seen = json.loads(seen_file.read_text()) if seen_file.is_file() else {}
-    captions, videos = read_captions(folder), []
-    for path, text in tqdm(captions.items(), desc="look at clips", unit="clip", disable=None, leave=False):
-        key = file_key(path)
-        try:
-            if key not in seen:
-                seen[key] = probe(path)
-            frames, height, width = seen[key]
-            require(frames >= CHUNK_FRAMES, f"clip {path.name!r} has {frames} frames at {FPS} fps: at least "
-                    f"{CHUNK_FRAMES} (one second) are needed")
-        except ValueError as error:
-            require(skip_bad, f"{error}; --skip-bad leaves such clips out")
-            say(f"skipped: {error}")
-            continue
-        videos.append(Video(path, text, frames // CHUNK_FRAMES, height, width))
-    require(videos, f"no clip of {str(folder)!r} can be used")
+    seen = read_json(seen_file, "cache") if seen_file.is_file() else {}
+    captions, videos = read_captions(folder, skip_bad), []
+    bar = tqdm(captions.items(), desc="look at clips", unit="clip", disable=None, leave=False)
     cache.mkdir(parents=True, exist_ok=True)
-    outputs.replace(seen_file, lambda new: new.write_text(json.dumps(seen)))
+    try:
+        for path, text in bar:
+            with skipping(skip_bad):
+                key = file_key(path)
+                seen[key] = frames, height, width = seen.get(key) or probe(path)
+                require(frames >= CHUNK_FRAMES, f"clip {path.name!r} has {frames} frames at {FPS} fps: at "
+                        f"least {CHUNK_FRAMES} (one second) are needed")
+                videos.append(Video(path, text, frames // CHUNK_FRAMES, height, width))
+    finally:
+        outputs.replace(seen_file, lambda new: new.write_text(json.dumps(seen)))
+    require(videos, f"no clip of {str(folder)!r} can be used")
     return videos
 
 
@@ -262,7 +290,7 @@ class Cache:
 
     @functools.cached_property
     def t5_key(self) -> str:
-        return model_key(sorted(self.t5.glob("*")))
+        return model_key(sorted(file for file in self.t5.glob("*") if file.is_file()))
 
     def latent_file(self, piece: Piece) -> Path:
         named = dataclasses.replace(piece, path=Path(file_key(piece.path)), captions=("",) * piece.chunks)
@@ -279,15 +307,11 @@ class Cache:
         if not missing:
             return list(pieces)
         (self.folder / "latents").mkdir(parents=True, exist_ok=True)
-        vae, bad = magi.load_vae(self.vae, device, self.vae_dtype), set()
+        vae = magi.load_vae(self.vae, device, self.vae_dtype)
         for piece in tqdm(missing, desc="encode clips", unit="piece", disable=None):
-            try:
+            with skipping(skip_bad, warn):
                 outputs.save(encode_piece(vae, piece), self.latent_file(piece), {"piece": str(piece)})
-            except ValueError as error:
-                require(skip_bad, f"{error}; --skip-bad leaves such clips out")
-                warn(f"skipped: {error}")
-                bad.add(piece)
-        return [piece for piece in pieces if piece not in bad]
+        return [piece for piece in pieces if self.latent_file(piece).is_file()]
 
     def encode_captions(self, captions: Sequence[str], device: str, length: int) -> None:
         """Encode the captions that are missing."""
@@ -400,18 +424,21 @@ class Batches:
         return {name: torch.stack(tensors).to(device) for name, tensors in stacked.items()}
 
 
-def check_captions(captions: dict[str, str], t5: Path, length: int) -> None:
-    """ValueError for a caption (-> what it belongs to) that is longer than the model takes. Only the
+def caption_check(t5: Path, length: int) -> Callable[[str, str], None]:
+    """What raises ValueError for a caption (of this owner) that is longer than the model takes. Only the
     tokenizer is read."""
     from sentencepiece import SentencePieceProcessor
 
     file = t5 / "spiece.model"
     require(file.is_file(), f"no text encoder in {str(t5)!r}: {file} does not exist; give one with --t5")
     tokenizer = SentencePieceProcessor(model_file=str(file))
-    for caption, owner in captions.items():
+
+    def check(caption: str, owner: str) -> None:
         count = len(tokenizer.encode(clean_caption(caption))) + 1            # </s>
         require(count <= length, f"{owner} has {count} tokens, the model takes {length}: shorten it, or "
                 f"write one line a second ({caption[:40]!r}...)")
+
+    return check
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -446,11 +473,11 @@ def finetune(args: argparse.Namespace) -> None:
 def check_model(args: argparse.Namespace) -> DiT:
     """The base model on the meta device. ValueError if it cannot be trained, or not like this."""
     cfg = read_config(args.model, "dit", DiTConfig)
-    sampler = read_config(args.model, "sampler", SamplerConfig)
+    sampler = training.lora_sampler(read_config(args.model, "sampler", SamplerConfig), args.lora)
     require(not cfg.fp8, f"{args.model} has fp8 weights, too coarse for the small changes of training: "
             f"use the bf16 model; its LoRA can be used with the fp8 one")
-    require(not sampler.distilled, f"{args.model} is a distilled model: train on the base model, then "
-            f"distill that, or use its LoRA with the distilled one")
+    require(not sampler.distilled, f"{args.model} (or its --lora) is distilled: train on the base model, "
+            f"then distill that, or use its LoRA with the distilled one")
     is_8bit, several = args.optimizer == "adamw8bit", parallel.ranks() > 1
     require(not is_8bit or importlib.util.find_spec("torchao"),
             "--optimizer adamw8bit needs torchao: pip install torchao, or use adamw")
@@ -479,8 +506,11 @@ def check_output(out: Path, work: Path, rank: int) -> None:
     parent = next(path for path in out.absolute().parents if path.exists())
     writable = parent.is_dir() and os.access(parent, os.W_OK)
     require(writable, f"--out {str(out)!r} cannot be made: {parent} is read-only, or no folder")
-    require(not out.exists() or (work / "settings.json").is_file(), f"{str(out)!r} exists and was not made "
-            f"by this run: choose another --out, or remove it")
+    settings = work / "settings.json"
+    before = read_json(settings, "settings") if settings.is_file() else {"out": None}
+    is_ours = before.get("out", setting(out)) == setting(out)                # older versions noted none
+    require(not out.exists() or is_ours, f"{str(out)!r} exists and was not made by this run: choose another "
+            f"--out, or remove it")
 
 
 def look_at_data(args: argparse.Namespace, base: DiT) -> Batches:
@@ -494,33 +524,48 @@ def look_at_data(args: argparse.Namespace, base: DiT) -> Batches:
     cache = Cache(folder, args.vae, args.t5, dtype)
     height, width = args.size or (sampler.height, sampler.width)
     most_tokens = args.tokens or args.seconds * tokens_of_chunk(height, width)
-    videos = find_videos(args.data, folder, args.skip_bad)
+    check = caption_check(args.t5, base.cfg.text_length - len(sampler.special_tokens))
+    check(args.sample_prompt or "", "--sample-prompt")
+    videos = []
+    for video in find_videos(args.data, folder, args.skip_bad):
+        with skipping(args.skip_bad):
+            for caption in video.captions[: video.seconds]:
+                check(caption, f"the caption of clip {video.path.name!r}")
+            videos.append(video)
+    require(videos, f"no clip of {str(args.data)!r} can be used")
     pieces = cut(videos, height * width, args.seconds, most_tokens)
-    captions = {text: f"the caption of clip {p.path.name!r}" for p in pieces for text in p.captions}
-    if args.sample_prompt:
-        captions[args.sample_prompt] = "--sample-prompt"
-    check_captions(captions, args.t5, base.cfg.text_length - len(sampler.special_tokens))
     return Batches(cache, pieces, sampler, table, base.cfg.text_length, most_tokens, args.seed)
 
 
 # What decides the weights that come out. A run that goes on must have the same; other settings may change,
 # `steps` among them: the rates then follow the new number.
-FIXED = ("command", "model", "rank", "lora", "lr", "warmup", "size", "seconds", "tokens", "accumulate",
-         "seed", "optimizer")
+FIXED = ("command", "model", "vae", "t5", "rank", "lora", "lr", "warmup", "size", "seconds", "tokens",
+         "accumulate", "seed", "optimizer")
+
+
+def setting(value: Any) -> str:
+    """As it is noted: a path does not depend on how it is spelled."""
+    if isinstance(value, list):
+        return str([setting(item) for item in value])
+    return str(value.resolve() if isinstance(value, Path) else value)
 
 
 def claim_work(args: argparse.Namespace, pieces: Sequence[Piece], stack: contextlib.ExitStack) -> None:
     """Take the work folder for this run and note its settings; ValueError if another run is in it, or if it
     began with other settings."""
-    args.work.mkdir(parents=True, exist_ok=True)
+    for folder in (args.work, args.out.parent):
+        folder.mkdir(parents=True, exist_ok=True)
     stack.enter_context(outputs.locked(args.work))
-    data = short_hash(str([(file_key(piece.path), piece) for piece in pieces]))
-    now = {name: str(getattr(args, name)) for name in FIXED} | {"data": data}
+    keys = [file_key(piece.path) for piece in pieces]
+    resolved = [dataclasses.replace(piece, path=piece.path.resolve()) for piece in pieces]
+    data, spelled = (short_hash(str(list(zip(keys, some, strict=True)))) for some in (resolved, pieces))
+    now = {name: setting(getattr(args, name)) for name in (*FIXED, "out")} | {"data": data}
     file = args.work / "settings.json"
     if file.is_file():
-        before = read_json(file, "settings")
-        changed = [f"{name} (was {before.get(name)}, is {value})" for name, value in now.items()
-                   if before.get(name) != value]
+        before = read_json(file, "settings")             # older versions noted paths as they were spelled
+        changed = [f"{name} (was {before[name]}, is {now[name]})" for name in FIXED
+                   if name in before and now[name] not in (before[name], setting(Path(before[name])))]
+        changed += ["clips or captions have changed"] * (before.get("data") not in (data, spelled))
         require(not changed, f"the run in {str(args.work)!r} began with other settings: "
                 f"{', '.join(changed)}; choose another --out, or remove {args.work}")
     outputs.replace(file, lambda new: new.write_text(json.dumps(now, indent=1) + "\n"))
@@ -597,7 +642,7 @@ class Training:
     def sampler(self) -> SamplerConfig:
         """How the result is sampled."""
         plain = self.batches.sampler
-        return dataclasses.replace(plain, distilled=True, num_steps=16) if self.is_distillation else plain
+        return training.distilled(plain) if self.is_distillation else plain
 
     @property
     def is_distillation(self) -> bool:
@@ -620,7 +665,8 @@ class Training:
         except KeyboardInterrupt as stop:
             if str(stop) and (args.work / "train.pt").is_file():             # "": asked twice, within a step
                 self.write()
-            raise KeyboardInterrupt(f"{stop}; the same command goes on") from None
+            how = str(stop) or "stopped within a step, which is lost"
+            raise KeyboardInterrupt(f"{how}; the same command goes on") from None
         self.write()
 
     def loss(self, i: int) -> tuple[Tensor, dict[str, float]]:
@@ -823,23 +869,35 @@ def merge(args: argparse.Namespace) -> None:
     for file in args.lora:
         training.load_lora(dit, file)
     weights = training.merge_lora(dit).state_dict()
-    write_model(args.out, args.model, weights, read_json(args.model / "config.json"))
+    sampler = training.lora_sampler(read_config(args.model, "sampler", SamplerConfig), args.lora)
+    config = read_json(args.model / "config.json") | {"sampler": asdict(sampler)}
+    write_model(args.out, args.model, weights, config)
 
 
 def exit_code(name: str, action: Callable[[], None]) -> int:
     """Do it -> the exit code of a command of this name, which says in one line what went wrong."""
+    is_told = parallel.rank() == 0
     try:
         action()
         return 0
     except KeyboardInterrupt as stop:
         complaint, code = str(stop) or "stopped", 130
-    except (ValueError, FloatingPointError, OSError) as error:
+    except (ValueError, FloatingPointError, OSError, SafetensorError) as error:      # the last: a full disk
         complaint, code = " ".join(str(error).split()), 2
-    except RuntimeError as error:
-        if not parallel.lost_another(error):
+    except (MemoryError, RuntimeError) as error:
+        code = 1
+        if parallel.lost_another(error):
+            complaint = "another process has stopped, and all with it; the last checkpoint is kept"
+            is_told = parallel.first_to_tell()
+        elif isinstance(error, checkpoints.KernelError):
+            complaint, is_told = str(error), True                            # no other process knows it
+        elif checkpoints.out_of_memory(error):
+            complaint = (f"out of memory: training needs less with a smaller --size, --seconds or --tokens, "
+                         f"or with --stream cpu ({' '.join(str(error).split())})")
+            is_told = True
+        else:
             raise
-        complaint, code = "another process has stopped, and this one with it; the last checkpoint is kept", 1
-    if parallel.first_to_tell() if code == 1 else parallel.rank() == 0:
+    if is_told:
         print(f"{name}:", complaint, file=sys.stderr)
     return code
 

@@ -338,6 +338,7 @@ def take_stdout(locks: contextlib.ExitStack):
 
 def settings(args: argparse.Namespace, dit, cfg, notes: list[str]):
     """The SamplerConfig of the run: the model's, or that of --config_file, with the given flags on top."""
+    cfg = training.lora_sampler(cfg, args.lora)
     if args.config_file:
         cfg = official_settings(args, dit, cfg, notes)
     given = {field.name: getattr(args, field.name, None) for field in dataclasses.fields(cfg)}

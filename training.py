@@ -616,6 +616,17 @@ def lora_metadata(file: str | Path) -> dict[str, str]:
         return f.metadata() or {}
 
 
+def distilled(sampler: SamplerConfig) -> SamplerConfig:
+    """How a base model is sampled once `training.py distill` has made it one of few steps and one branch."""
+    return sampler if sampler.distilled else dataclasses.replace(sampler, distilled=True, num_steps=16)
+
+
+def lora_sampler(sampler: SamplerConfig, files: Iterable[str | Path]) -> SamplerConfig:
+    """How a model is sampled with these LoRAs: one that was distilled distils the model, too."""
+    is_distillation = any(lora_metadata(file).get("command") == "distill" for file in files)
+    return distilled(sampler) if is_distillation else sampler
+
+
 def lora_config(file: str | Path) -> dict:
     """Where alpha is no tensor: PEFT keeps it in a JSON beside the file, diffusers in the file's header."""
     header = json.loads(lora_metadata(file).get("lora_adapter_metadata", "{}"))
@@ -690,6 +701,12 @@ def export_lora(file: str | Path, out: str | Path, style: str = "peft") -> None:
     from safetensors.torch import load_file
 
     require(style in EXPORT_NAMES, f"LoRA format {style!r} is not one of {', '.join(EXPORT_NAMES)}")
+    out = Path(out)
+    if style == "peft" and out.suffix != ".safetensors":
+        out = out / "adapter_model.safetensors"
+    config_file = out.with_name("adapter_config.json")                       # for peft alone
+    for path in (out, config_file) if style == "peft" else (out,):
+        require(not path.exists(), f"{str(path)!r} exists: choose another --out")
     with reading("LoRA", file):
         tensors = load_file(file)
     require(tensors and all(name.endswith((".lora.down", ".lora.up")) for name in tensors),
@@ -703,9 +720,6 @@ def export_lora(file: str | Path, out: str | Path, style: str = "peft") -> None:
         named |= {down_name: down, up_name: up}
         if style == "kohya":
             named[f"lora_unet_{key}.alpha"] = torch.tensor(float(len(down)))
-    out = Path(out)
-    if style == "peft" and out.suffix != ".safetensors":
-        out = out / "adapter_model.safetensors"
     out.parent.mkdir(parents=True, exist_ok=True)
     outputs.save(named, out, lora_metadata(file))
     if style == "peft":
@@ -715,7 +729,7 @@ def export_lora(file: str | Path, out: str | Path, style: str = "peft") -> None:
         config = {"peft_type": "LORA", "r": rank, "lora_alpha": rank, "rank_pattern": others,
                   "alpha_pattern": others, "target_modules": layers, "bias": "none", "inference_mode": True,
                   "base_model_name_or_path": lora_metadata(file).get("base_model")}
-        out.with_name("adapter_config.json").write_text(json.dumps(config, indent=1) + "\n")
+        config_file.write_text(json.dumps(config, indent=1) + "\n")
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -878,7 +892,7 @@ def fit(name: str, model: nn.Module, loss_of_step: Callable[[int], tuple[Tensor,
     trained = {k: p for k, p in model.named_parameters() if p.requires_grad}
     rates = [[group["lr"] for group in optimizer.param_groups] for optimizer in optimizers]
     ema = {k: p.detach().clone() for k, p in trained.items()} if ema_decay else {}
-    first = 0
+    first = kept = 0
     if file.exists():
         with reading("checkpoint", file):
             several = parallel.ranks() > 1               # which take a part each
@@ -889,7 +903,7 @@ def fit(name: str, model: nn.Module, loss_of_step: Callable[[int], tuple[Tensor,
             for k, p in trained.items():
                 p.copy_(like(state["model"][k], p))
         ema = {k: like(v, trained[k]) for k, v in state["ema"].items()}
-        first = state["step"]
+        first = kept = state["step"]
         for optimizer, saved in zip(optimizers, state["optimizers"], strict=True):
             optimizer.load_state_dict(saved)
 
@@ -897,8 +911,17 @@ def fit(name: str, model: nn.Module, loss_of_step: Callable[[int], tuple[Tensor,
         state = {"model": {k: p.detach() for k, p in trained.items()}, "ema": ema, "step": step,
                  "optimizers": [optimizer.state_dict() for optimizer in optimizers]}
         state = gathered(state)
-        if is_first:
+        if not is_first:
+            return
+        try:
             outputs.replace(file, lambda new: torch.save(state, new))
+        except RuntimeError as error:                    # so PyTorch calls a full disk
+            raise OSError(f"cannot write {str(file)!r}, is the disk full? What was saved before is kept, and "
+                          f"the same command goes on ({error})") from None
+        try:
+            plot_loss(log)
+        except Exception as error:
+            bar.write(f"{name}: the loss cannot be drawn: {error}")
 
     rows: list[list[Any]] = read_log(log, before=first)
     log.write_text("".join(",".join(map(str, row)) + "\n" for row in rows))
@@ -920,8 +943,9 @@ def fit(name: str, model: nn.Module, loss_of_step: Callable[[int], tuple[Tensor,
                 losses.append(float(loss.detach()))
             mean_loss = sum_of_all(sum(losses)) / accumulate
             if not math.isfinite(mean_loss):
-                raise FloatingPointError(f"the loss of step {step} is {mean_loss}: try a lower rate; the "
-                                         f"last checkpoint ({file}) is kept")
+                end = f", or end with --steps {kept}: so many are in {file}" if kept else ""
+                raise FloatingPointError(f"the loss of step {step} is {mean_loss}, and will be again: try a "
+                                         f"lower --lr with a new --work{end}")
             finish_gradients([*trained.values()])
             for optimizer in optimizers:
                 optimizer.step()
@@ -941,6 +965,7 @@ def fit(name: str, model: nn.Module, loss_of_step: Callable[[int], tuple[Tensor,
             is_last, stops = step + 1 == steps, sum_of_all(len(asked)) > 0   # all end at the same step
             if (step + 1) % every == 0 or is_last or stops:
                 save_state(step + 1)
+                kept = step + 1
             if stops:
                 bar.close()
                 raise KeyboardInterrupt(f"stopped after step {step + 1} of {steps}, all of which are saved")
@@ -948,8 +973,6 @@ def fit(name: str, model: nn.Module, loss_of_step: Callable[[int], tuple[Tensor,
                 with exchanged(model, ema):
                     bar.write(f"{name} {step + 1}: {report()}")
     model.load_state_dict(ema, strict=False)
-    if rows and is_first:
-        plot_loss(log)
     return model.eval()
 
 
@@ -967,11 +990,12 @@ def exchanged(model: nn.Module, weights: dict[str, Tensor]) -> Iterator[None]:
 
 
 def read_log(log: Path, before: int) -> list[list[str]]:
-    """The rows of a CSV for steps before this one: what came later is computed again."""
+    """The rows of a CSV for steps before this one: what came later is computed again. One that was cut off
+    is left out."""
     if not log.exists():
         return []
-    with log.open(newline="") as table:
-        return [row for row in csv.reader(table) if row and row[0].isdecimal() and int(row[0]) < before]
+    lines = [line for line in log.read_text().splitlines(keepends=True) if line.endswith("\n")]
+    return [row for row in csv.reader(lines) if len(row) > 1 and row[0].isdecimal() and int(row[0]) < before]
 
 
 def plot_loss(log: Path) -> None:

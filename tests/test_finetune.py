@@ -6,6 +6,7 @@ import math
 import os
 import signal
 import types
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -22,6 +23,7 @@ from common import (
     write_model,
 )
 from parallel_worker import watch_layers
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 import finetune
@@ -115,8 +117,90 @@ def test_captions_may_stand_in_one_file(data, tmp_path, kind):
     found = finetune.read_captions(tmp_path)
     assert found == {tmp_path / name: tuple(text.split("\n")) for name, text in CAPTIONS.items()}
     (tmp_path / "one.mp4").unlink()
-    with bad("'one.mp4' of the metadata is not in"):
+    with bad("row 1 of the metadata in .*: 'one.mp4' does not exist"):
         finetune.read_captions(tmp_path)
+
+
+def test_an_empty_line_is_a_second_without_a_caption():
+    assert (
+        finetune.as_captions("a\n\n b\n\n \n") == finetune.as_captions(["a", " ", "b", ""]) == ("a", "", "b")
+    )
+    assert finetune.as_captions("\na") == ("", "a") and finetune.as_captions("\n\n") == ("",)
+    assert finetune.as_captions([]) == finetune.as_captions("") == ("",)
+
+
+@pytest.mark.parametrize(
+    ("row", "words"),
+    [
+        ('{"file_name": "b.mp4", "text": 3}', "row 2 .*: text is 3, and must be a string or a list"),
+        ('{"file_name": "b.mp4", "text": ["a", null]}', "row 2 .*: text is .'a', None., and must be"),
+        ('{"file_name": ["b.mp4"], "text": "a"}', "row 2 .*: file_name is .'b.mp4'., and must be a string"),
+        ('{"file_name": "./a.mp4", "text": "a"}', "row 2 .*: './a.mp4' is in a row above"),
+        ('{"file_name": "b.mp4"}', "row 2 .* lacks file_name or text"),
+        ('"b.mp4"', "row 2 .* lacks file_name or text"),
+    ],
+)
+def test_a_bad_row_is_named(tmp_path, capsys, row, words):
+    for name in ("a", "b"):
+        (tmp_path / f"{name}.mp4").touch()
+    (tmp_path / "metadata.jsonl").write_text('{"file_name": "a.mp4", "text": "a"}\n' + row)
+    with bad(words):
+        finetune.read_captions(tmp_path)
+    assert finetune.read_captions(tmp_path, skip_bad=True) == {tmp_path / "a.mp4": ("a",)}
+    assert capsys.readouterr().err.startswith("skipped: row 2")
+
+
+def test_tables_with_a_surplus_column_or_without_rows(tmp_path):
+    (tmp_path / "a.mp4").touch()
+    (tmp_path / "metadata.csv").write_text("file_name,text\na.mp4,red, and blue\n")
+    with bad("row 1 .* too many columns: put a text with commas in quotes"):
+        finetune.read_captions(tmp_path)
+    (tmp_path / "metadata.csv").write_text("file_name,text\n")
+    with bad("has no rows"):
+        finetune.read_captions(tmp_path)
+
+
+def test_which_files_of_a_folder_are_clips(tmp_path, capsys):
+    """Those that cameras and the web have; what is hidden and what a run has made is not."""
+    for folder in ("data/sub", "data/.cache", "data/my.work/samples", "data/samples"):
+        (tmp_path / folder).mkdir(parents=True)
+    data = tmp_path / "data"
+    names = ["a.3gp", "b.mts", "c.M2TS", "d.wmv", "e.flv", "f.apng", "g.ogv", "samples/h.mp4", "sub/i.mp4"]
+    for name in names:
+        (data / name).touch()
+        (data / name).with_suffix(".TXT" if name == "sub/i.mp4" else ".txt").write_text(name)
+    for name in ("._a.mp4", ".cache/a.mp4", "my.work/samples/000250.mp4", "my.work/settings.json"):
+        (data / name).touch()
+    assert finetune.read_captions(data) == {data / name: (name,) for name in names}
+    (data / "a.txt").unlink()
+    with bad("'a.3gp' has no caption: write it to 'a.txt' .* --skip-bad leaves such clips out"):
+        finetune.read_captions(data)
+    assert list(finetune.read_captions(data, skip_bad=True)) == [data / name for name in names[1:]]
+    assert capsys.readouterr().err.startswith("skipped: clip 'a.3gp' has no caption")
+    with bad("is a file: give the folder"):
+        finetune.read_captions(data / "b.txt")
+
+
+def test_what_was_seen_of_good_clips_is_kept_when_one_is_bad(data, tmp_path, monkeypatch):
+    for name in (*CAPTIONS, "z.mp4"):
+        source = data / min(name, "two.mp4")
+        (tmp_path / name).symlink_to(source)
+        (tmp_path / name).with_suffix(".txt").write_text("a")
+    (tmp_path / "z.mp4").unlink()
+    (tmp_path / "z.mp4").write_bytes(b"no video")
+    with bad("z.mp4"):
+        finetune.find_videos(tmp_path, tmp_path / "cache")
+    write_clip(tmp_path / "z.mp4", 30)
+    looked_at, probe = [], finetune.probe
+    monkeypatch.setattr(finetune, "probe", lambda path: looked_at.append(path.name) or probe(path))
+    assert len(finetune.find_videos(tmp_path, tmp_path / "cache")) == 3 and looked_at == ["z.mp4"]
+
+
+def test_a_t5_folder_may_hold_folders(tmp_path):
+    (tmp_path / "spiece.model").write_bytes(b"t5")
+    before = finetune.Cache(tmp_path, None, tmp_path).t5_key
+    (tmp_path / ".cache").mkdir()
+    assert finetune.Cache(tmp_path, None, tmp_path).t5_key == before
 
 
 def test_what_is_cached_is_what_the_sampler_would_encode(cached, model_folder):
@@ -228,11 +312,14 @@ def test_bad_clips_are_skipped_if_asked(cached, model_folder, tmp_path, no_weigh
     data = tmp_path / "data"
     data.mkdir()
     (data / "a.mp4").write_bytes(b"no video")
-    (data / "one.mp4").symlink_to(cached / "one.mp4")
+    for name in ("one", "long", "silent"):
+        (data / f"{name}.mp4").symlink_to(cached / "one.mp4")
     for name in ("a", "one"):
         (data / f"{name}.txt").write_text("a red")
+    (data / "long.txt").write_text("a red ball bounces and bounces and bounces")
     code, _, err = train(model_folder, data, tmp_path / "a.safetensors", "--skip-bad", "--plan")
     assert code == 0 and "skipped: cannot read video" in err and "a.mp4" in err and "1 clips, 1 s" in err
+    assert "skipped: the caption of clip 'long.mp4' has" in err and "skipped: clip 'silent.mp4' has no" in err
 
 
 def test_models_and_outputs_that_cannot_be(cached, model_folder, tmp_path, no_weights, monkeypatch):
@@ -248,9 +335,14 @@ def test_models_and_outputs_that_cannot_be(cached, model_folder, tmp_path, no_we
     out.write_bytes(b"mine")
     refused(train(model_folder, cached, out), "exists and was not made by this run")
     assert out.read_bytes() == b"mine"
+    training.save_lora(
+        training.add_lora(magi.load_dit(model_folder), 2), tmp_path / "d.safetensors", {"command": "distill"}
+    )
+    merged_first = ("--lora", tmp_path / "d.safetensors")
+    refused(train(model_folder, cached, tmp_path / "b.safetensors", *merged_first), "--lora) is distilled")
     for part, change, words in (
         ("dit", {"fp8": True}, "fp8 weights"),
-        ("sampler", {"distilled": True}, "a distilled"),
+        ("sampler", {"distilled": True}, "is distilled"),
     ):
         config = json.loads((model_folder / "config.json").read_text())
         config[part] |= change
@@ -345,6 +437,8 @@ def test_a_run_that_ended_early_goes_on_to_the_same_result(
         refused(
             train(model_folder, cached, out, "--lr", 1), "began with other settings: lr (was None, is 1.0)"
         )
+        monkeypatch.chdir(model_folder)
+        model_folder, cached = Path("../base"), Path(os.path.relpath(cached))  # the same, spelled otherwise
         calls[:] = [0] * 10
         assert train(model_folder, cached, out)[0] == 0
     assert len(calls) == 10 + (2 if how == "killed" else 1)
@@ -368,9 +462,133 @@ def test_a_loss_that_is_not_finite_ends_the_run_and_keeps_what_was_there(
         return loss(*args, **kwargs) * (math.nan if len(calls) == 4 else 1)
 
     monkeypatch.setattr(training, "flow_matching_loss", broken)
-    code, _, err = train(model_folder, cached, out)
-    assert code == 2 and "the loss of step 3 is nan" in err and "train.pt" in err
-    assert torch.load(tmp_path / "a.work" / "train.pt")["step"] == 2
+    advice = "a lower --lr with a new --work, or end with --steps 2: so many are in"
+    for before in (0, 2):  # the second time it goes on, and meets the same
+        calls[:] = [1] * before
+        code, _, err = train(model_folder, cached, out)
+        assert code == 2 and "the loss of step 3 is nan" in err and advice in err and "train.pt" in err
+    assert torch.load(tmp_path / "a.work" / "train.pt")["step"] == 2 and not out.exists()
+    assert train(model_folder, cached, out, "--steps", 2)[0] == 0
+    assert training.lora_metadata(out)["steps"] == "2" and len(losses(out)) == 2
+    calls[:] = [0] * 3
+    code, _, err = train(model_folder, cached, tmp_path / "b.safetensors")
+    assert code == 2 and "the loss of step 0 is nan" in err and "new --work\n" in err
+
+
+@pytest.mark.parametrize(
+    ("error", "words"),
+    [
+        (torch.OutOfMemoryError("CUDA out of memory. Tried\nto allocate 2 GiB"), "Tried to allocate 2 GiB"),
+        (MemoryError(), "--stream cpu"),
+        (RuntimeError("[enforce fail at alloc_cpu.cpp] . can't allocate memory"), "alloc_cpu"),
+    ],
+)
+def test_out_of_memory_is_one_line(cached, model_folder, tmp_path, monkeypatch, error, words):
+    def full(*_, **__):
+        raise error
+
+    monkeypatch.setattr(training, "flow_matching_loss", full)
+    code, _, err = train(model_folder, cached, tmp_path / "a.safetensors")
+    last = err.splitlines()[-1]
+    assert code == 1 and last.startswith("training: out of memory") and words in last, err
+    assert all(flag in last for flag in ("--size", "--seconds", "--tokens", "--stream"))
+    with pytest.raises(RuntimeError, match="a mistake"):
+        error = RuntimeError("a mistake")
+        train(model_folder, cached, tmp_path / "a.safetensors")
+
+
+def test_a_full_disk_is_one_line(cached, model_folder, tmp_path, monkeypatch):
+    def full(*_, **__):
+        raise RuntimeError("[enforce fail at inline_container.cc:672] . unexpected pos 704 vs 598")
+
+    def full_too(*_):
+        raise SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")
+
+    out = tmp_path / "a.safetensors"
+    with monkeypatch.context() as patch:
+        patch.setattr(torch, "save", full)
+        code, _, err = train(model_folder, cached, out)
+        assert code == 2 and "train.pt', is the disk full? What was saved before is kept" in err
+        assert err.splitlines()[-1].startswith("training: cannot write")
+    with monkeypatch.context() as patch:
+        patch.setattr(finetune.outputs, "save_file", full_too)
+        code, _, err = train(model_folder, cached, out)
+        assert code == 2 and err.splitlines()[-1].startswith("training: Error while serializing"), err
+    assert train(model_folder, cached, out)[0] == 0
+
+
+def test_ctrl_c_twice_stops_within_a_step(cached, model_folder, tmp_path, monkeypatch):
+    def twice(self):
+        os.kill(os.getpid(), signal.SIGINT)
+        os.kill(os.getpid(), signal.SIGINT)
+        types.SimpleNamespace()  # the handler has run by now
+
+    monkeypatch.setattr(training.AdamW, "step", twice)
+    code, _, err = train(model_folder, cached, tmp_path / "a.safetensors")
+    assert code == 130 and err.splitlines()[-1].startswith("training: stopped within a step"), err
+
+
+def test_a_run_with_a_folder_of_its_own_replaces_no_other_file(cached, model_folder, tmp_path, no_weights):
+    """A work folder allows its own --out alone, whose folder is made before anything is trained."""
+    out, mine, work = tmp_path / "new" / "z.safetensors", tmp_path / "mine.safetensors", tmp_path / "w"
+    with pytest.raises(pytest.fail.Exception, match="weights are loaded"):
+        train(model_folder, cached, out, "--work", work)
+    assert out.parent.is_dir() and (work / "settings.json").is_file()
+    mine.write_bytes(b"mine")
+    refused(train(model_folder, cached, mine, "--work", work), "mine.safetensors", "was not made by this run")
+    assert mine.read_bytes() == b"mine"
+    out.write_bytes(b"its own")
+    with pytest.raises(pytest.fail.Exception, match="weights are loaded"):
+        train(model_folder, cached, out, "--work", work)
+
+
+def test_a_run_whose_clips_or_encoders_changed_is_refused(
+    cached, model_folder, tmp_path, no_weights, monkeypatch
+):
+    out, data = tmp_path / "a.safetensors", tmp_path / "data"
+    data.mkdir()
+    (data / "one.mp4").symlink_to(cached / "one.mp4")
+    (data / "one.txt").write_text("a red")
+    with pytest.raises(pytest.fail.Exception, match="weights are loaded"):
+        train(model_folder, data, out)
+    (tmp_path / "t5").symlink_to(model_folder.parent / "t5")  # the same by another name
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "spiece.model").symlink_to(model_folder.parent / "t5" / "spiece.model")
+    with pytest.raises(pytest.fail.Exception, match="weights are loaded"):
+        train(model_folder, data, out, "--t5", tmp_path / "t5")
+    refused(train(model_folder, data, out, "--t5", tmp_path / "other"), "other settings: t5 (was", "other)")
+    (data / "one.txt").write_text("a blue")
+    refused(train(model_folder, data, out), "other settings: clips or captions have changed; choose another")
+
+
+def test_a_run_of_an_older_version_goes_on(cached, model_folder, tmp_path, no_weights, monkeypatch):
+    """It noted paths as they were spelled, and neither the output nor the encoders."""
+    monkeypatch.chdir(cached.parent)
+    line, out = (Path(os.path.relpath(model_folder)), Path(cached.name)), tmp_path / "a.safetensors"
+    with pytest.raises(pytest.fail.Exception, match="weights are loaded"):
+        train(*line, out)
+    settings = json.loads((tmp_path / "a.work" / "settings.json").read_text())
+    pieces = finetune.cut(finetune.find_videos(line[1], tmp_path), 32 * 48, 2)
+    spelled = [(finetune.file_key(piece.path), piece) for piece in pieces]
+    for name in ("out", "vae", "t5"):
+        del settings[name]
+    settings |= {"model": str(line[0]), "data": finetune.short_hash(str(spelled))}
+    (tmp_path / "a.work" / "settings.json").write_text(json.dumps(settings))
+    out.touch()
+    with pytest.raises(pytest.fail.Exception, match="weights are loaded"):
+        train(*line, out)
+
+
+def test_a_run_may_write_among_its_clips(cached, model_folder, tmp_path):
+    data = tmp_path / "data"
+    data.mkdir()
+    for file in cached.iterdir():
+        (data / file.name).symlink_to(file)
+    flags = ("--sample-every", 1, "--sample-seconds", 1, "--cache", data / "cache")
+    for steps in (1, 2):
+        code, _, err = train(model_folder, data, data / "o.safetensors", *flags, "--steps", steps)
+        assert code == 0 and "2 clips, 3 s" in err, err
+    assert len(list((data / "o.work" / "samples").iterdir())) == 2
 
 
 def test_all_weights_and_distillation_make_model_folders(cached, model_folder, tmp_path):
@@ -386,8 +604,12 @@ def test_all_weights_and_distillation_make_model_folders(cached, model_folder, t
         pipe = magi.load(tmp_path / command)
         frames = np.concatenate(list(pipe("a red ball", num_frames=24, num_steps=4)))
         assert frames.shape == (24, 32, 48, 3)
-    assert train(model_folder, cached, tmp_path / "a.safetensors", "--rank", 2, command="distill")[0] == 0
-    training.load_lora(pipe.dit, tmp_path / "a.safetensors")
+    lora, merged = tmp_path / "a.safetensors", tmp_path / "merged"
+    assert train(model_folder, cached, lora, "--rank", 2, command="distill")[0] == 0
+    training.load_lora(pipe.dit, lora)
+    assert run_main(finetune.main, "merge", "--model", model_folder, "--lora", lora, "--out", merged)[0] == 0
+    made = magi.read_config(merged, "sampler", magi.SamplerConfig)
+    assert made == magi.read_config(tmp_path / "distill", "sampler", magi.SamplerConfig) and made.distilled
 
 
 # ------------------------------------------------------------- layers one at a time, several processes
@@ -529,6 +751,23 @@ def test_merge_and_export_from_the_command_line(finished, model_folder, tmp_path
     assert run_main(finetune.main, "export", "--lora", finished, "--out", tmp_path / "peft")[0] == 0
     config = json.loads((tmp_path / "peft" / "adapter_config.json").read_text())
     assert config["r"] == config["lora_alpha"] == 2 and "layers.0.attn.q" in config["target_modules"]
+    kept = magi.read_config(model_folder, "sampler", magi.SamplerConfig)
+    assert magi.read_config(out, "sampler", magi.SamplerConfig) == kept
+
+
+def test_an_export_replaces_nothing(trained_lora, tmp_path):
+    lora, config = tmp_path / "a.safetensors", tmp_path / "adapter_config.json"
+    lora.write_bytes(trained_lora.read_bytes())
+    export = lambda out, style: run_main(
+        finetune.main, "export", "--lora", lora, "--out", out, "--format", style
+    )
+    refused(export(lora, "kohya"), "a.safetensors' exists: choose another --out")
+    assert lora.read_bytes() == trained_lora.read_bytes()
+    config.write_text("theirs")
+    refused(export(tmp_path / "b.safetensors", "peft"), "adapter_config.json' exists")
+    refused(export(tmp_path, "peft"), "adapter_config.json' exists")
+    assert config.read_text() == "theirs" and sorted(tmp_path.iterdir()) == [lora, config]
+    assert export(tmp_path / "b.safetensors", "kohya")[0] == 0
 
 
 # ------------------------------------------------------------------------------------------ memory, optimiser

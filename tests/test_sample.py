@@ -649,6 +649,26 @@ def test_sample_takes_a_lora(model_folder, tmp_path, capsys):
     assert same(frames["plain"], frames["off"]) and not same(frames["plain"], frames["on"])
 
 
+def test_a_distilled_lora_makes_the_model_a_distilled_one(model_folder, tmp_path, planned, capsys):
+    dit = training.add_lora(magi.load_dit(model_folder), rank=2)
+    for command in ("lora", "distill"):
+        training.save_lora(dit, tmp_path / f"{command}.safetensors", {"command": command})
+    flags = ("--prompt", "a", "--out", tmp_path / "a.mp4")
+    for loras, more, expected in (
+        (["lora"], [], (False, 4)),
+        (["distill"], [], (True, 16)),
+        (["lora", "distill"], ["--num_steps", 8], (True, 8)),
+    ):
+        more = more + [word for name in loras for word in ("--lora", tmp_path / f"{name}.safetensors")]
+        assert run_sample(model_folder, *flags, *more) == 0
+        assert (planned["cfg"].distilled, planned["cfg"].num_steps) == expected
+        assert planned["frames"].keywords["sampler"] == planned["cfg"]
+    already = write_model(tmp_path / "distilled", distilled=True, num_steps=8)
+    beside = ("--vae", model_folder.parent / "vae", "--t5", model_folder.parent / "t5")
+    assert run_sample(already, *flags, *beside, "--lora", tmp_path / "distill.safetensors") == 0
+    assert planned["cfg"].num_steps == 8
+
+
 def test_sample_refuses_loras_that_do_not_fit(model_folder, tmp_path, no_weights):
     flags = ["--model", model_folder, "--prompt", "a", "--out", tmp_path / "a.mp4", "--lora"]
     training.save_lora(training.add_lora(copy.deepcopy(small()[0]), 2), tmp_path / "other.safetensors")

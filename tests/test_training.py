@@ -264,6 +264,29 @@ def test_training_goes_on_with_the_log_of_an_older_version(tmp_path, monkeypatch
     assert [values["error"] for values in shown] == ["0", "0.5", "2", "2.5"]
 
 
+def test_the_loss_is_drawn_when_the_state_is_saved_and_may_fail(tmp_path, monkeypatch):
+    model, drawn = torch.nn.Linear(4, 1), []
+
+    def draw(log: Path) -> None:
+        saved = torch.load(tmp_path / "toy.pt")["step"]
+        drawn.append((saved, len(training.read_log(log, before=99))))
+        raise OSError("no font")
+
+    monkeypatch.setattr(training, "plot_loss", draw)
+    loss = lambda step: (model(torch.ones(1, 4)).square().mean(), {})
+    training.fit("toy", model, loss, 5, [torch.optim.AdamW(model.parameters())], tmp_path, every=2)
+    assert drawn == [(2, 2), (4, 4), (5, 5)]
+
+
+def test_rows_that_were_cut_off_are_left_out(tmp_path):
+    log = tmp_path / "toy.csv"
+    for end in ("2", "2\n", "2,0.", "2,0.5,0.1,"):
+        log.write_text("0,0.7,0.1\r\n1,0.6,0.1\n" + end)
+        assert training.read_log(log, before=9) == [["0", "0.7", "0.1"], ["1", "0.6", "0.1"]], end
+    training.plot_loss(log)
+    assert (tmp_path / "toy.png").stat().st_size > 1000
+
+
 def test_a_report_changes_nothing(tmp_path):
     ends = []
     for report in (None, lambda: "fine"):
