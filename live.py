@@ -496,10 +496,11 @@ function connect() {                        // with a new player: the server may
   video.src = URL.createObjectURL(source);
   socket = new WebSocket(location.origin.replace("http", "ws") + "/live?" + query);
   socket.binaryType = "arraybuffer";
-  socket.onclose = async ({reason}) => {
+  socket.onclose = async ({reason, wasClean}) => {
     state = null; away = reason;
     if (reason) return;
     setTimeout(connect, 1000);
+    if (wasClean) return;
     const answer = await fetch("live?" + query).catch(() => null);           // does a server say no?
     away = [403, 503].includes(answer?.status) ? await answer.text() : "";
   };
