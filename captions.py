@@ -99,17 +99,23 @@ def told_by(stream: BinaryIO, endless: bool, say: Callable[[str], None]) -> Iter
     Reading begins when the first chunk asks. `say` warns of lines that are no prompts, empty ones are passed
     over. The stream should be unbuffered: Python cannot end while a thread waits inside a buffered one.
     """
-    lines: queue.SimpleQueue[str | None] = queue.SimpleQueue()
+    lines: queue.Queue[str | None] = queue.Queue(8)                          # a faster writer waits
 
     def read() -> None:
-        for line in stream:
-            try:
-                if text := check_text(line.decode(errors="surrogateescape").strip("\ufeff"), MAX_TOLD):
-                    lines.put(text)
-            except ValueError as error:
-                say(f"warning: {error}; this line is passed over")
-        lines.put(None)
+        try:
+            for line in stream:
+                try:
+                    if text := check_text(line.decode(errors="surrogateescape").strip("\ufeff"), MAX_TOLD):
+                        lines.put(text)
+                except ValueError as error:
+                    say(f"warning: {error}; this line is passed over")
+        except OSError as error:
+            say(f"warning: standard input cannot be read: {error}")
+        finally:
+            lines.put(None)
 
+    if stream.isatty():
+        say("standard input is a terminal: type a prompt and press Enter, or Ctrl-D for the end")
     threading.Thread(target=read, name="prompts", daemon=True).start()
     prompt = lines.get()                                                     # the first chunk waits for it
     require(prompt is not None, "standard input ended before there was a prompt")

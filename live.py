@@ -24,10 +24,12 @@ if __name__ == "__main__":
 import asyncio
 import base64
 import contextlib
+import copy
 import dataclasses
 import io
 import itertools
 import json
+import os
 import re
 import secrets
 import socket
@@ -35,12 +37,14 @@ import sys
 import tempfile
 import threading
 import time
+import warnings
 from collections import deque
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
+import av
 import numpy as np
 from PIL import Image
 
@@ -55,7 +59,7 @@ except ImportError:                                                          # m
     web = None  # type: ignore[assignment]
 
 MAX_WAITING = 8                                        # prompts that no chunk has asked for yet
-MAX_UPLOAD, MAX_VISITORS = 32 * 2**20, 20              # bytes
+MAX_UPLOAD, MAX_CLIP, MAX_VISITORS = 32 * 2**20, 180, 20                     # bytes, seconds
 SHOWN = 4                                              # seconds of film on the strip, before those in flight
 
 # ------------------------------------------------------------------------------------------------------------
@@ -119,8 +123,11 @@ class Live:
     """
 
     def __init__(self, pipe: magi.MAGI, matrix: np.ndarray | None = None,
-                 arithmetic: contextlib.AbstractContextManager = contextlib.nullcontext()):
-        self.pipe, self.cfg, self.matrix, self.arithmetic = pipe, pipe.sampler, matrix, arithmetic
+                 arithmetic: contextlib.AbstractContextManager = contextlib.nullcontext(),
+                 cfg: magi.SamplerConfig | None = None, notes: Callable[[str], list[str]] = lambda text: []):
+        """notes: what the speaker is told about a prompt."""
+        self.pipe, self.matrix, self.arithmetic, self.notes = pipe, matrix, arithmetic, notes
+        self.cfg = cfg or pipe.sampler
         self.folder = tempfile.TemporaryDirectory()
         self.file, self.size = Path(self.folder.name, "film.mp4"), 0
         self.file.touch()
@@ -129,7 +136,8 @@ class Live:
         self.prompt = ""                                         # the newest
         self.made, self.position = 0.0, 0.0                      # seconds of film: in all, and played
         self.pace, self.waited = 0.0, 0.0                        # seconds: see `shoot` and `clock`
-        self.running, self.paused, self.error, self.latency = False, False, "", ""
+        self.running, self.paused, self.error, self.note, self.latency = False, False, "", "", ""
+        self.given: dict = {}                                    # the image= or video= of the newest take
         self.takes: deque[dict | None] = deque(maxlen=1)         # what to begin next; None: nothing any more
         self.changed = threading.Condition()
         self.thread = threading.Thread(target=self.work, daemon=True)
@@ -154,14 +162,17 @@ class Live:
             magi.shot_transition(self.cfg, 1, kind)                          # ValueError where it cannot
         with self.changed:
             self.prompt, self.latency = text, "Your prompt is on its way."
+            self.note = " ".join(self.notes(text))
             self.cards.append(Card(text, kind, time.monotonic()))
         if not self.running:
             self.begin()
 
-    def begin(self, **start: Any) -> None:
-        """A new take: seed=, or image= or video= to go on from."""
-        require(self.prompt, "say what to show, for example: a red ball bounces")
-        self.takes.append(start)
+    def begin(self, seed: int | None = None, **given: Any) -> None:
+        """A new take, with another seed, or an image= or video= to go on from. What is left out stays."""
+        self.cfg = self.cfg if seed is None else dataclasses.replace(self.cfg, seed=seed)
+        self.given = given or self.given
+        require(self.prompt, "say what to show, for example: a red ball bounces; then this is used")
+        self.takes.append({"sampler": self.cfg} | self.given)
         self.update(running=True, paused=False, error="")
 
     def played(self, seconds: float) -> None:
@@ -195,8 +206,8 @@ class Live:
                     self.shoot(start)
             except NewTake:
                 pass
-            except Exception as error:                                       # the page lives on
-                self.update(running=False, error=one_line(error))
+            except Exception as error:                   # the page lives on; what was given may be at fault
+                self.update(running=False, error=one_line(error), given={})
                 print(f"error: {self.error}", file=sys.stderr)
 
     def shoot(self, start: dict) -> None:
@@ -230,15 +241,21 @@ class Live:
         self.wait(lambda: not self.paused)
 
     def add(self, frames: np.ndarray) -> float:
-        """Frames become film; returns how many seconds."""
-        seconds, data = len(frames) / self.cfg.fps, self.fragments.add(frames)
-        picture = data_uri(frames[len(frames) // 2])
-        with self.changed, self.file.open("ab") as file:
-            self.size = self.size or file.write(self.fragments.init)
+        """Frames become film, all of them or (on a full disk) none; returns how many seconds."""
+        seconds, fragments = len(frames) / self.cfg.fps, copy.copy(self.fragments)
+        data, picture = fragments.add(frames), data_uri(frames[len(frames) // 2])
+        with self.changed:
+            begin = self.size or len(fragments.init)
+            try:
+                with self.file.open("ab") as file:
+                    file.write(data if self.size else fragments.init + data)
+            except OSError:
+                os.truncate(self.file, self.size)
+                raise
             card = self.find("flying")[0]
-            card.state, card.picture, card.start, card.offset = "made", picture, self.made, self.size
+            card.state, card.picture, card.start, card.offset = "made", picture, self.made, begin
             card.least = max(card.least, self.clock() - card.asked)         # and all its steps are made
-            self.size += file.write(data)
+            self.size, self.fragments = begin + len(data), fragments
             self.made += seconds
             if len(self.find("made")) > SHOWN:
                 del self.cards[0]
@@ -262,7 +279,7 @@ class Live:
     def state(self) -> dict:
         with self.changed:
             return dict(made=self.made, pace=self.pace, running=self.running, paused=self.paused,
-                        prompt=self.prompt, latency=self.latency, error=self.error,
+                        prompt=self.prompt, latency=self.latency, error=self.error, note=self.note,
                         cards=[vars(card) for card in self.cards], width=self.cfg.width,
                         height=self.cfg.height, codec=self.fragments.codec if self.size else "")
 
@@ -302,6 +319,9 @@ def read_upload(data: bytes, cfg: magi.SamplerConfig) -> dict:
         try:
             if picture:
                 return {"image": media.read_image(file, size)}
+            with reading("video", file), av.open(str(file)) as clip:
+                seconds = (clip.duration or 0) / av.time_base
+            require(seconds <= MAX_CLIP, f"the clip lasts {seconds:.0f} s, {MAX_CLIP} at most: give its end")
             return {"video": media.read_video(file, cfg.fps, count=32, size=size)}
         except ValueError as error:
             raise ValueError(str(error).replace(repr(str(file)), "that you chose")) from None
@@ -326,6 +346,7 @@ class Server:
 
         self.live = live
         self.visitors: dict[str, web.WebSocketResponse] = {}                 # by name, the speaker first
+        self.uploads: set[asyncio.Task] = set()                              # that are being read
         self.app = web.Application(middlewares=[guarded])
         self.app.add_routes([web.get("/", self.page), web.get("/live", self.talk),
                              web.get("/film.mp4", self.film)])
@@ -348,7 +369,7 @@ class Server:
         self.visitors[name] = visitor
         sent, told = 0, ""
         try:
-            while not visitor.closed:
+            while not visitor.closed and self.visitors.get(name) is visitor:
                 state = json.dumps(self.live.state() | {"speaks": self.speaks(name)})
                 if state != told:
                     await visitor.send_str(state)
@@ -358,8 +379,12 @@ class Server:
                     await visitor.send_bytes(film)
                 with contextlib.suppress(TimeoutError):
                     message = await visitor.receive(timeout=0.05)
-                    if message.type in (web.WSMsgType.TEXT, web.WSMsgType.BINARY):
+                    if message.type is web.WSMsgType.TEXT:
                         await self.obey(name, visitor, message.data)
+                    if message.type is web.WSMsgType.BINARY:                 # read while the film goes on
+                        self.uploads.add(task := asyncio.create_task(self.obey(name, visitor, message.data)))
+                        task.add_done_callback(self.uploads.discard)
+            await visitor.close(message=b"this page is open in another tab: reload it to go on here")
         except ConnectionError:
             pass                                                             # the visitor has left
         finally:
@@ -371,7 +396,7 @@ class Server:
             del self.visitors[name]
 
     def speaks(self, name: str) -> bool:
-        return next(iter(self.visitors)) == name
+        return next(iter(self.visitors), None) == name
 
     async def obey(self, name: str, visitor: web.WebSocketResponse, data: str | bytes) -> None:
         """{"at": seconds} of any player; of the one who speaks {"say": text, "kind": ...}, {"pause": ...},
@@ -385,16 +410,19 @@ class Server:
                     raise ValueError("someone else speaks to this film: you are watching")
                 case {"say": text, "kind": kind}:
                     live.say(text, kind or None)
+                    await visitor.send_json({"said": text})
                 case {"pause": _}:
                     live.update(paused=not live.paused)
                 case {"seed": _}:
                     live.begin(seed=secrets.randbelow(2**31))
                 case bytes():
+                    require(len(self.uploads) == 1, "another file is being read: wait for it")
                     live.begin(**await asyncio.to_thread(read_upload, data, live.cfg))
                 case _:
                     raise ValueError("this page does not fit the server: reload it")
         except Exception as error:
-            await visitor.send_json({"problem": one_line(error)})
+            with contextlib.suppress(ConnectionError):                       # the visitor has left
+                await visitor.send_json({"problem": one_line(error)})
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -460,7 +488,7 @@ const send = what => socket.readyState == 1 && socket.send(JSON.stringify(what))
 const LARGEST = 32 * 2 ** 20, query = new URLSearchParams(location.search);
 query.set("visitor", sessionStorage.visitor ||= Math.random().toString(36).slice(2));
 $("download").href = "film.mp4" + location.search;
-let socket, source, buffer, queue, state, problem = "", kept = 20;         // seconds behind the player
+let socket, source, buffer, queue, state, problem = "", away = "", kept = 20;  // seconds behind the player
 
 function connect() {                        // with a new player: the server may be a new one, too
   source = new MediaSource(); buffer = state = null; queue = [];
@@ -468,30 +496,47 @@ function connect() {                        // with a new player: the server may
   video.src = URL.createObjectURL(source);
   socket = new WebSocket(location.origin.replace("http", "ws") + "/live?" + query);
   socket.binaryType = "arraybuffer";
-  socket.onclose = () => { state = null; setTimeout(connect, 1000); };
+  socket.onclose = async ({reason, wasClean}) => {
+    state = null; away = reason;
+    if (reason) return;
+    setTimeout(connect, 1000);
+    if (wasClean) return;
+    const answer = await fetch("live?" + query).catch(() => null);           // does a server say no?
+    away = [403, 503].includes(answer?.status) ? await answer.text() : "";
+  };
   socket.onmessage = ({data}) => {
     const news = typeof data == "string" ? JSON.parse(data) : queue.push(data);
     if (news.problem) problem = news.problem;
+    if (news.said === prompt.value) prompt.value = "";
     if (news.cards) state = news;
   };
 }
 
 function play() {                           // feed the player, and drop what it has played
-  if (!buffer && state.codec && source.readyState == "open")
-    buffer = source.addSourceBuffer(`video/mp4; codecs="${state.codec}"`);
   const now = video.currentTime, there = video.buffered, last = there.length - 1;
-  if (buffer && !buffer.updating) {
-    if (last >= 0 && now - there.start(0) > kept) buffer.remove(0, now - kept / 2);
-    else if (queue.length) buffer.appendBuffer(queue.shift());
-  }
+  send({at: now});
+  if (video.error) throw video.error;
   if (last >= 0 && (now < there.start(last) || there.end(last) - now > 10))     // over a gap, or far behind
     video.currentTime = Math.max(there.start(last), there.end(last) - 1);
   if (state.paused) video.pause(); else if (video.paused && last >= 0) video.play().catch(() => {});
-  send({at: now});
+  if (!buffer && state.codec && source.readyState == "open")
+    buffer = source.addSourceBuffer(`video/mp4; codecs="${state.codec}"`);
+  if (!buffer || buffer.updating) return;
+  if (last >= 0 && now - there.start(0) > kept) buffer.remove(0, now - kept / 2);
+  else if (queue.length) { buffer.appendBuffer(queue[0]); queue.shift(); }
+}
+
+function tick() {
+  try { if (state) play(); } catch (error) {
+    if (error.name == "QuotaExceededError") kept /= 2;                       // the fragment is tried again
+    else problem = `this browser cannot play the film: ${error.message}`;
+    if (video.error) { state = null; socket.close(); }                       // with a new player from here on
+  }
+  show();
 }
 
 function show() {
-  const words = [!state ? "no server: trying again"
+  const words = [!state ? away || "no server: trying again"
     : !state.running ? (state.prompt ? "stopped: say something" : "say what to show")
     : state.paused ? "paused: nothing is computed"
     : !state.made ? "the first second is being made"
@@ -499,8 +544,9 @@ function show() {
   if (state?.pace) words.push(state.pace.toFixed(2) + " s of computing per second of film");
   if (state && !state.speaks) words.push("someone else speaks, you are watching");
   set($("status"), "textContent", words.join(" · "));
-  set($("problem"), "textContent", problem || state?.error || "");
+  set($("problem"), "textContent", problem || state?.error || state?.note || "");
   set($("controls"), "disabled", !state?.speaks);
+  set($("download"), "hidden", !state?.codec);
   if (!state) return;
   set($("pause"), "textContent", state.paused ? "Go on" : "Pause");
   set($("latency"), "textContent", state.latency);
@@ -530,7 +576,6 @@ form.onsubmit = event => {                  // every button says its name: say, 
   const {name, value} = event.submitter;
   problem = "";
   send({[name]: prompt.value, kind: value});
-  if (name == "say") prompt.value = "";
 };
 prompt.onkeydown = event => {
   if (event.key == "Enter" && !event.shiftKey) { event.preventDefault(); form.requestSubmit($("say")); }
@@ -541,7 +586,7 @@ $("file").onchange = () => {
   if (!problem) socket.send(file);
   $("file").value = "";
 };
-if (window.MediaSource) { connect(); setInterval(() => { if (state) play(); show(); }, 100); }
+if (window.MediaSource) { connect(); setInterval(tick, 100); }
 else $("problem").textContent = "this browser has no MediaSource: try another, or download the film";
 </script></html>
 """
@@ -572,6 +617,8 @@ def main(argv: list[str] | None = None) -> int:
         unwanted = " and ".join(f"--{name}" for name in ON_PAGE if getattr(args, name))
         require(not unwanted, f"prompts, pictures, clips and cuts are given on the page, whose video "
                 f"has no end: leave {unwanted} out")
+        require(not any(word.startswith("--out") for word in others), "the film is downloaded from the page: "
+                "leave --out out")
         args.prompt, args.num_frames, args.out = ["-"], "inf", Path("-")
         if args.plan:
             print(sample.plan(args))
@@ -582,9 +629,10 @@ def main(argv: list[str] | None = None) -> int:
         door = listen(page.host, page.port)
         for note in run.notes:
             sample.say(note)
-        pipe = sample.load(args, run.device)
-        pipe.sampler = run.cfg
-        serve(Live(pipe, matrix, sample.arithmetic(run.device, args.dtype)), door, page.host)
+        film = Live(sample.load(args, run.device), matrix, sample.arithmetic(run.device, args.dtype), run.cfg,
+                    lambda text: sample.notes_on_late_prompt(args, run.cfg, text))
+        warnings.showwarning = lambda message, *_, **__: film.update(note=f"warning: {message}")
+        serve(film, door, page.host)
     except KeyboardInterrupt:
         pass
     except (ValueError, OSError, ImportError) as error:
@@ -605,6 +653,7 @@ def serve(live: Live, door: socket.socket, asked: str) -> None:
     """Until Ctrl-C."""
     token = "" if asked in ("127.0.0.1", "localhost", "::1") else secrets.token_urlsafe(16)
     host, port = door.getsockname()[:2]
+    host = socket.gethostname() if host in ("0.0.0.0", "::") else host      # which no browser could open
     host = f"[{host}]" if ":" in host else host
     print(f"http://{host}:{port}/" + (f"?token={token}" if token else ""), flush=True)
     web.run_app(Server(live, token).app, sock=door, print=None, access_log=None, shutdown_timeout=1)

@@ -45,7 +45,7 @@ import math
 import re
 import time
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from difflib import get_close_matches
 from functools import partial
 from pathlib import Path
@@ -443,6 +443,23 @@ def notes_on_prompts(args: argparse.Namespace, cfg, native, chunks: float) -> li
     return notes
 
 
+def notes_on_late_prompt(args: argparse.Namespace, cfg, prompt: str) -> list[str]:
+    """The same for one that is told while the video is made."""
+    alone = dict(prompt=[prompt], videos=[[prompt]], image=None, video=None)
+    return notes_on_prompts(argparse.Namespace(**vars(args) | alone), cfg, cfg, 1)
+
+
+def noted(prompts: Iterable[str | None], args: argparse.Namespace, cfg) -> Iterator[str | None]:
+    """The prompts of told_by, with the notes on each new one."""
+    before = None
+    for prompt in prompts:
+        if prompt and prompt != before:
+            for note in notes_on_late_prompt(args, cfg, prompt):
+                say(note)
+        before = prompt
+        yield prompt
+
+
 def load_text(path: str, dit) -> tuple:
     """What --save_text wrote: text (n, L, C) and mask (n, L)."""
     with reading("text", path):
@@ -539,7 +556,8 @@ def prepare(argv: list[str] | None, locks: contextlib.ExitStack) -> list[dict]:
     if args.text:
         texts = [run.text]
     elif args.told:
-        texts = [told_by(io.FileIO(0, closefd=False), run.cfg.num_frames is None, say)]
+        lines = io.FileIO(0, closefd=False)
+        texts = [noted(told_by(lines, run.cfg.num_frames is None, say), args, run.cfg)]
     else:
         texts = parallel.agreed(encode_text)(args, run.text_length, run.device)
     pipe = parallel.agreed(load)(args, run.device)

@@ -11,6 +11,7 @@ import json
 import os
 import queue
 import re
+import resource
 import shutil
 import signal
 import socket
@@ -20,7 +21,9 @@ import threading
 import time
 import tracemalloc
 import urllib.request
+import warnings
 import zlib
+from fractions import Fraction
 from pathlib import Path
 
 import av
@@ -158,6 +161,65 @@ def test_lines_of_a_stream_are_prompts():
     stream = io.BytesIO(b"\xef\xbb\xbfone\r\n\n  \n two \xc3\xa9\n\xff\xfe\nthree\n" + long + b"\nfour")
     assert list(told(stream, say=said.append)) == ["one", "two é", "three", "four", None]
     assert "not UTF-8" in said[0] and "at most 2,000 characters" in said[1] and len(said) == 2
+
+
+class Endless(io.RawIOBase):
+    """`yes`, until it is `over`."""
+
+    read, over = 0, False
+
+    def readline(self, size: int = -1) -> bytes:
+        self.read += 1
+        return b"" if self.over else b"y\n"
+
+    def isatty(self) -> bool:
+        return True
+
+
+def test_lines_are_read_no_faster_than_they_are_used():
+    stream, said = Endless(), []
+    prompts = captions.told_by(stream, True, said.append)
+    assert next(prompts) == "y"
+    until(lambda: stream.read >= 9)
+    time.sleep(0.1)
+    assert stream.read <= 11
+    stream.over = True
+    assert list(prompts)[-1] is None
+    assert said == ["standard input is a terminal: type a prompt and press Enter, or Ctrl-D for the end"]
+
+
+class Broken(io.RawIOBase):
+    """What `0>/dev/null` makes of standard input."""
+
+    def readline(self, size: int = -1) -> bytes:
+        raise OSError("Bad file descriptor")
+
+
+def test_a_stream_that_cannot_be_read_is_its_end():
+    said = []
+
+    def first() -> None:
+        try:
+            next(captions.told_by(Broken(), True, said.append))
+        except ValueError as error:
+            said.append(str(error))
+
+    threading.Thread(target=first, daemon=True).start()
+    until(lambda: len(said) == 2, 10)
+    assert said == [
+        "warning: standard input cannot be read: Bad file descriptor",
+        "standard input ended before there was a prompt",
+    ]
+
+
+def test_late_prompts_get_the_notes_of_early_ones(tmp_path, monkeypatch):
+    lines = ["a purple dog dances", "a purple dog dances", "\u72d7", RED, RED]
+    monkeypatch.setattr(sample, "told_by", lambda *_: iter(lines))
+    flags = ("--num_frames", "96", "--steps", "4", "--out", tmp_path / "a.mp4")
+    code, _, err = run_main(sample.main, "--prompt", "-", *flags, *QUICK)
+    assert code == 0 and err.count("note: this small model has never seen 'dog', 'dances'") == 1
+    assert err.count("nothing of the prompt '\u72d7' can be read by the text encoder: say it in English") == 1
+    assert err.count("note: ") == 3  # that on the size is not repeated, and there is none on what is known
 
 
 @pytest.mark.parametrize("frames", [None, 72])
@@ -435,6 +497,85 @@ def test_a_crash_leaves_the_page_alive_and_the_film_whole(film, monkeypatch, cap
     assert now > made and len(frames) == now * 24
 
 
+@contextlib.contextmanager
+def full_disk(room: int):
+    """No file may grow beyond so many bytes."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (room, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
+@pytest.mark.parametrize("seconds", [0, 2])
+def test_a_full_disk_leaves_the_film_as_it_was(film, seconds):
+    if seconds:
+        film.say(RED)
+        play(film, seconds)
+        until(lambda: still(film))
+    made = film.made
+    with full_disk(film.size + 400):
+        film.say(RED)
+        film.played(made)
+        until(lambda: film.error)
+    assert "too large" in film.error and film.made == made
+    assert film.file.stat().st_size == film.size and bool(film.size) == bool(seconds)
+    film.say(BLUE)
+    starts = play(film, made + 3)
+    until(lambda: still(film))
+    assert {made, made + 1} <= starts
+    with av.open(io.BytesIO(film.file.read_bytes())) as file:
+        times = [frame.time for frame in file.decode(video=0)]
+    assert times == pytest.approx([i / 24 for i in range(round(24 * film.made))])
+
+
+def takes_of(film: live.Live) -> list[dict]:
+    """What each take of the film is begun with."""
+    takes = []
+
+    def pipe(prompts, progress, **start):
+        takes.append(start)
+        return small()(prompts, progress=progress, **start)
+
+    film.pipe = pipe
+    return takes
+
+
+def test_a_picture_waits_for_the_first_prompt_and_goes_with_the_next_seeds(film):
+    takes, picture = takes_of(film), np.full((64, 64, 3), 90, np.uint8)
+    with pytest.raises(ValueError, match="say what to show.* then this is used"):
+        film.begin(image=picture)
+    assert not film.running
+    film.say(RED)
+    until(lambda: len(takes) == 1)
+    film.begin(seed=99)
+    until(lambda: len(takes) == 2)
+    film.begin(video=picture[None].repeat(8, 0))
+    until(lambda: len(takes) == 3)
+    assert [take["sampler"].seed for take in takes] == [small().sampler.seed, 99, 99]
+    assert takes[0]["image"] is takes[1]["image"] is picture and "image" not in takes[2]
+
+
+def test_after_an_error_the_seed_stays_and_the_picture_goes(film):
+    """It may be what was wrong."""
+    takes = takes_of(film)
+    film.say(RED)
+    film.begin(seed=99, image=np.zeros(5, np.uint8))
+    until(lambda: film.error)
+    film.say(RED)
+    play(film, 1)
+    assert takes[-1]["sampler"].seed == 99 and "image" not in takes[-1]
+
+
+def test_a_prompt_is_followed_by_its_notes(film):
+    film.notes = lambda text: [f"note: what is {word!r}?" for word in text.split() if word != "ball"]
+    film.say("dog cat")
+    assert film.state()["note"] == "note: what is 'dog'? note: what is 'cat'?"
+    film.say("ball")
+    assert film.state()["note"] == ""
+
+
 def test_an_error_before_the_first_second_is_one_line_too(film):
     film.pipe.special_tokens, kept = {}, film.pipe.special_tokens
     try:
@@ -561,6 +702,19 @@ def test_a_picture_of_very_many_pixels_is_refused():
         live.read_upload(bytes(data), small().sampler)
 
 
+def test_a_long_clip_is_refused_before_it_is_decoded(monkeypatch):
+    file = io.BytesIO()
+    with av.open(file, "w", format="mp4") as out:
+        stream = out.add_stream("libx264", rate=Fraction(1, 100))
+        stream.height, stream.width, stream.pix_fmt = 32, 48, "yuv420p"
+        for _ in range(3):
+            out.mux(stream.encode(av.VideoFrame(48, 32, "yuv420p")))
+        out.mux(stream.encode())
+    monkeypatch.setattr(live.media, "read_video", None)
+    with pytest.raises(ValueError, match="the clip lasts 300 s, 180 at most: give its end"):
+        live.read_upload(file.getvalue(), small().sampler)
+
+
 # ----------------------------------------------------------------------------------------------- server
 
 
@@ -677,6 +831,54 @@ def test_one_speaks_and_another_watches(film):
     serving(film, talk)
 
 
+def test_of_two_tabs_with_one_name_the_newer_goes_on(film):
+    """A browser that duplicates a tab copies its name."""
+
+    async def talk(client):
+        first = await client.ws_connect("/live?visitor=a")
+        await heard(first, lambda m: m["speaks"])
+        second = await client.ws_connect("/live?visitor=a")
+        while (message := await first.receive(timeout=20)).type.name == "TEXT":
+            pass
+        assert message.type.name == "CLOSE" and "open in another tab" in message.extra
+        await heard(second, lambda m: m["speaks"])
+        await second.send_json({"say": RED, "kind": ""})
+        await heard(second, lambda m: m.get("running"))
+        await second.close()
+
+    serving(film, talk)
+    assert not live.Server(film).speaks("a")  # nor does anybody, where nobody is
+
+
+def test_an_upload_is_read_while_the_film_goes_on(film, monkeypatch):
+    read = threading.Event()
+    monkeypatch.setattr(live, "read_upload", lambda *_: {} if read.wait(20) else None)
+    film.prompt = RED
+
+    async def talk(client):
+        async with client.ws_connect("/live?visitor=a") as socket:
+            await socket.send_bytes(b"a file")
+            await socket.send_json({"pause": ""})
+            assert not (await heard(socket, lambda m: m.get("paused")))["running"]
+            await socket.send_bytes(b"another")
+            assert "another file is being" in (await heard(socket, lambda m: "problem" in m))["problem"]
+            read.set()
+            await heard(socket, lambda m: m.get("running"))
+
+    serving(film, talk)
+
+
+def test_a_prompt_that_was_taken_is_said_back(film):
+    async def talk(client):
+        async with client.ws_connect("/live?visitor=a") as socket:
+            for text in ("x" * 2001, RED):
+                await socket.send_json({"say": text, "kind": ""})
+            answers = [await heard(socket, lambda m: m.keys() & {"said", "problem"}) for _ in range(2)]
+            assert "at most 2,000" in answers[0]["problem"] and answers[1] == {"said": RED}
+
+    serving(film, talk)
+
+
 def test_nonsense_is_answered_by_one_line(film):
     async def talk(client):
         async with client.ws_connect("/live?visitor=a") as socket:
@@ -775,12 +977,36 @@ def test_the_fragments_a_visitor_gets_are_the_film(film):
         (["--image", "ball.png"], "leave --image out"),
         (["--num_frames", "48", "--fit", "pad"], "leave --fit and --num_frames out"),
         (["--prompt_file", "lines.txt"], "--prompt_file"),
+        (["--out", "out.mp4"], "downloaded from the page: leave --out out"),
+        (["--output-path=film.mp4"], "downloaded from the page: leave --out out"),
         (["--colour", "red"], "--colour"),
     ],
 )
 def test_a_bad_flag_is_one_line_and_code_2(flags, message):
     code, _, err = run_main(live.main, *flags)
     assert code == 2 and message in err and err.startswith("error: ") and err.count("\n") == 1
+
+
+def test_the_flags_and_notes_of_the_command_line_reach_the_film(monkeypatch):
+    films = []
+    monkeypatch.setattr(live, "serve", lambda film, door, host: films.append((film, door.close())))
+    with warnings.catch_warnings():
+        run_main(live.main, "--port", "0", "--seed", "5", "--steps", "4")
+        film = films[0][0]
+        takes = takes_of(film)
+        film.say("a dog" + 70 * " ball")
+        assert "never seen 'dog'" in film.note
+        until(lambda: "tokens; only the first 64 are used" in film.note)
+    film.close()
+    cfg = takes[0]["sampler"]
+    assert (cfg.seed, cfg.num_steps, cfg.num_frames) == (5, 4, None)
+
+
+def test_the_address_is_one_that_other_machines_can_open(film, monkeypatch, capsys):
+    monkeypatch.setattr(live.web, "run_app", lambda *_, **__: None)
+    with live.listen("0.0.0.0", 0) as door:
+        live.serve(film, door, "0.0.0.0")
+    assert capsys.readouterr().out.startswith(f"http://{socket.gethostname()}:")
 
 
 def test_ctrl_c_ends_the_page_quietly(capfd):
@@ -1006,6 +1232,79 @@ def test_browser_old_buffer_is_dropped(page, server):
     assert page.js("video.currentTime - video.buffered.start(0)") < 4.5
     page.plays()
     page.no_errors()
+
+
+@browser_test
+def test_browser_a_player_that_fails_says_so_and_is_replaced(page):
+    """By a fragment that is none, then by a browser without H.264."""
+    page.plays()
+    page.js("queue.unshift(new Uint8Array([0, 0, 0, 8, 77, 77, 77, 77]))")
+    look(lambda: "this browser cannot play the film: " in page.text("problem"))
+    page.plays()
+    page.js("window.add = source.addSourceBuffer, problem = ''")
+    page.js("MediaSource.prototype.addSourceBuffer = () => { throw Error('no H.264') }, socket.close()")
+    look(lambda: page.text("problem") == "this browser cannot play the film: no H.264")
+    page.js("MediaSource.prototype.addSourceBuffer = window.add")
+    page.plays()
+
+
+@browser_test
+def test_browser_a_full_buffer_costs_no_film(page):
+    """The fragment for which there is no room is given to the player later."""
+    page.plays()
+    page.js("window.append = buffer.appendBuffer, window.full = 0")
+    page.js(
+        "SourceBuffer.prototype.appendBuffer = function (data) { if (++window.full % 2)"
+        " throw new DOMException('full', 'QuotaExceededError'); window.append.call(this, data) }"
+    )
+    made = page.js("state.made")
+    look(lambda: page.js("video.currentTime") > made)
+    assert page.js("window.full > 1 && video.buffered.length == 1 && kept < 20")
+    page.no_errors()
+
+
+@browser_test
+def test_browser_a_prompt_that_is_refused_stays_in_its_box(page):
+    page.js("prompt.value = 'x'.repeat(2001)")
+    page.click("say")
+    look(lambda: "at most 2,000 characters" in page.text("problem"))
+    assert page.js("prompt.value.length") == 2001
+    page.js("prompt.value = ''")
+    page.say(BLUE)
+    look(lambda: page.js("prompt.value") == "")
+    page.no_errors()
+
+
+@browser_test
+def test_browser_a_tab_that_is_duplicated_goes_on_instead(page):
+    page.plays()
+    first = page.driver.current_window_handle
+    page.js("window.open(location.href) && 0")
+    look(lambda: "open in another tab: reload it" in page.text("status"))
+    (second,) = set(page.driver.window_handles) - {first}
+    page.driver.switch_to.window(second)
+    look(lambda: page.js("state?.speaks"))
+    page.plays()
+    page.driver.close()
+    page.driver.switch_to.window(first)
+    page.driver.refresh()
+    look(lambda: page.js("state?.speaks"))
+
+
+@browser_test
+def test_browser_who_is_turned_away_reads_why(browser, film, monkeypatch):
+    with socket.create_server(("127.0.0.1", 0)) as door:
+        port = door.getsockname()[1]
+    monkeypatch.setattr(live, "MAX_VISITORS", 0)
+    with serving_in_a_thread(film, port):
+        look(lambda: not socket.socket().connect_ex(("127.0.0.1", port)))
+        browser.get(f"http://127.0.0.1:{port}/")
+        status = browser.find_element("id", "status")
+        look(lambda: status.text == "too many are watching")
+        monkeypatch.setattr(live, "MAX_VISITORS", 1)
+        look(lambda: status.text == "say what to show")
+        assert not browser.find_element("id", "download").is_displayed()  # nothing is made
+        browser.get("about:blank")
 
 
 @browser_test
