@@ -835,6 +835,9 @@ def exit_code(name: str, action: Callable[[], None]) -> int:
         complaint, code = str(stop) or "stopped", 130
     except (ValueError, FloatingPointError, OSError) as error:
         complaint, code = " ".join(str(error).split()), 2
+    except checkpoints.KernelError as error:                                 # of any process
+        print(f"{name}:", error, file=sys.stderr)
+        return 1
     except RuntimeError as error:
         if not parallel.lost_another(error):
             raise

@@ -45,6 +45,7 @@ from torch import Tensor, nn
 from triton.errors import TritonError
 
 import magi
+from checkpoints import KernelError
 
 kernels = magi.load_kernels()
 OPERATIONS = ("attention", "block_attention", "norm_rotary", "gated_residual", "swiglu", "fp8_matmul")
@@ -259,7 +260,7 @@ def cache_folder() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "magi"
 
 
-class BrokenGPU(RuntimeError):
+class BrokenGPU(KernelError):
     """A kernel has ended all work of this process on the GPU."""
 
 
@@ -319,7 +320,7 @@ class Chooser:
             return self.ready[line](*args, **options)
         except (RuntimeError, AssertionError, TritonError) as error:         # those of checkpointing pass
             choice = self.choices[line]
-            if self.strict or isinstance(error, torch.OutOfMemoryError) or choice["use"] == "torch":
+            if isinstance(error, torch.OutOfMemoryError) or choice["use"] == "torch":
                 raise
             self.fail(choice, operation, error)      # it was right before, and is not at these sizes
             self.ready[line] = plain
@@ -371,14 +372,14 @@ class Chooser:
         self.save()
 
     def fail(self, choice: dict, operation: str, error: Exception, name: str | None = None) -> None:
-        """Note, and say once, that a candidate is out. Raises RuntimeError where none may take its place."""
+        """Note, and say once, that a candidate is out. Raises KernelError where none may take its place."""
         name = name or choice["use"]
         reason = (str(error) or type(error).__name__).strip().splitlines()[0][:160]
-        choice["failed"][name], choice["use"] = reason, "torch"
-        choice["ms"].pop(name, None)
         what = f"{self.card.name}: {operation} by {name} fails: {reason}"
         if self.strict:
-            raise RuntimeError(f"{what} (use the backend 'auto' or 'torch')") from error
+            raise KernelError(f"{what} (use the backend 'auto' or 'torch')") from error
+        choice["failed"][name], choice["use"] = reason, "torch"
+        choice["ms"].pop(name, None)
         self.save()
         try:
             self.card.synchronize()

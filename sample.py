@@ -679,6 +679,9 @@ def main(argv: list[str] | None = None) -> int:
         except KeyboardInterrupt:
             print("interrupted before anything was written")
             return 130
+        except checkpoints.KernelError as error:
+            say(f"error: {error}", stderr)
+            return 1
         except (MemoryError, RuntimeError) as error:
             if parallel.lost_another(error):
                 say("error: another process has stopped, and this one with it; what was written stays")

@@ -14,6 +14,7 @@ import subprocess
 import sys
 import warnings
 import weakref
+from functools import partial
 from pathlib import Path
 
 os.environ["TRITON_INTERPRET"] = "1"  # before Triton is imported
@@ -22,6 +23,7 @@ sys.path[:0] = [str(ROOT), str(ROOT / "tools")]
 
 import pytest  # noqa: E402
 import torch  # noqa: E402
+from common import run_main  # noqa: E402
 from torch.utils._python_dispatch import TorchDispatchMode  # noqa: E402
 from torch.utils.checkpoint import checkpoint  # noqa: E402
 
@@ -31,7 +33,11 @@ pytest.importorskip("triton")
 kernels = magi.load_kernels()
 import bench_kernels  # noqa: E402
 
+import checkpoints  # noqa: E402
+import finetune  # noqa: E402
 import kernel_choice  # noqa: E402
+import live  # noqa: E402
+import sample  # noqa: E402
 
 E4M3 = torch.float8_e4m3fn
 
@@ -690,6 +696,88 @@ def test_milliseconds_is_a_median_and_gives_up_on_the_slow(monkeypatch):
     assert measured(250, 1) == (250, 1) and measured(150, 60, 1) == (105, 2)
     assert measured(40, 1, enough=20) == (40, 1)  # too slow to be of use
     assert measured(10, 30, 11, enough=20) == (11, 3)
+
+
+# ------------------------------------------------------------------------- what the command lines say of it
+
+
+def right(plain, *args, **options):
+    return plain(*args, **options)
+
+
+def off(plain, *args, **options):
+    return plain(*args, **options) * 1.1
+
+
+def without_room(plain, *args, **options):
+    return too_big(None)
+
+
+def breaking(plain, *args, **options):
+    raise RuntimeError("CUDA error: an illegal memory access was encountered\nwith a long story")
+
+
+@pytest.fixture
+def command_lines(monkeypatch, tmp_path):
+    """command_lines(kernel, ...) -> programs have a stand-in card, and this kernel for every operation."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+
+    def functions(operation, kernel):
+        plain = getattr(magi.TORCH_OPS, operation)
+        return {"triton": candidate("triton", partial(kernel, plain)), "torch": candidate("torch", plain)}
+
+    def start(kernel, stand=None, strict=False):
+        monkeypatch.setattr(kernel_choice, "candidates", partial(functions, kernel=kernel))
+        ops = kernel_choice.chosen_ops(kernel_choice.Chooser((stand or Stand(triton=1.0)).card, strict))
+        monkeypatch.setattr(magi, "get_ops", lambda *_: ops)
+
+    return start
+
+
+FAILURES = {
+    "too little shared memory": (without_room, True, "out of resource: shared memory.*'auto' or 'torch'"),
+    "wrong numbers": (off, True, "result is off by 1.0e-01.*'auto' or 'torch'"),
+    "a broken GPU": (breaking, False, "illegal memory access was encountered, and .* Run it again"),
+}
+
+
+@pytest.fixture(params=FAILURES)
+def failure(request, command_lines):
+    """What stderr says of a kernel that fails and has no one to take its place."""
+    kernel, strict, says = FAILURES[request.param]
+    command_lines(kernel, Stand(broken=not strict), strict)
+    return f"Stand-in 9000: [a-z_]+ by triton fails: .*{says}.*"
+
+
+def sample_flags(model_folder, tmp_path) -> tuple:
+    given = ("--model", model_folder, "--text", model_folder.parent / "text.safetensors")
+    return *given, "--num_frames", 1, "--device", "cpu", "--out", tmp_path / "out.mp4"
+
+
+def test_sample_says_in_one_line_which_kernel_failed(failure, model_folder, tmp_path):
+    code, _, err = run_main(sample.main, *sample_flags(model_folder, tmp_path))
+    assert code == 1 and re.fullmatch(f"error: {failure}\n", err), err
+
+
+def test_training_says_in_one_line_which_kernel_failed(failure, capsys):
+    swiglu = lambda: magi.get_ops("auto", "cpu").swiglu(tensors((6, 20))[0])
+    assert finetune.exit_code("training", swiglu) == 1
+    assert re.fullmatch(f"training: {failure}\n", capsys.readouterr().err)
+
+
+def test_the_page_says_in_one_line_which_kernel_failed(failure):
+    with pytest.raises(checkpoints.KernelError) as error:
+        magi.get_ops("auto", "cpu").swiglu(tensors((6, 20))[0])
+    assert re.fullmatch(failure, live.one_line(error.value))
+
+
+def test_a_strict_kernel_that_fails_later_is_named_too(choosing):
+    (u,) = tensors((6, 20))
+    later = lambda u: magi.swiglu(u) if made["triton"].calls < 3 else crash(u)
+    ops, made = choosing(strict=True, triton=later)
+    ops.swiglu(u)
+    with pytest.raises(checkpoints.KernelError, match="swiglu by triton fails: .*illegal instruction"):
+        ops.swiglu(u)
 
 
 # ------------------------------------------------------------------------------ the true candidates, on a CPU
