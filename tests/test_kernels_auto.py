@@ -14,6 +14,7 @@ import subprocess
 import sys
 import warnings
 import weakref
+from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
 
@@ -551,10 +552,57 @@ def test_a_kernel_that_takes_the_process_with_it_is_avoided_by_the_next(choosing
 
     choosing(triton=dies)[0].swiglu(u)
     (file,) = choosing.folder.iterdir()
-    file.write_bytes(left[0])
+    living, dead = (f"(process {pid}, ".encode() for pid in (os.getpid(), 2**30))
+    assert living in left[0]
+    file.write_bytes(left[0].replace(living, dead))
     ops, made = choosing(triton=magi.swiglu)
     assert torch.equal(ops.swiglu(u), magi.swiglu(u)) and made["triton"].calls == 0
     assert "swiglu by triton fails: the process ended while it was tried" in ops.report()
+
+
+def test_two_that_choose_at_once_take_nothing_from_each_other(choosing):
+    """The second starts while the first tries a kernel, and ends before it, with one more size."""
+    (u, wide), stand, second = tensors((6, 20), (6, 40)), Stand(triton=0.1), []
+
+    def tried(small):
+        if not second:
+            second.append(choosing(stand, triton=magi.swiglu)[0])
+            second[0].swiglu(u)
+            second[0].swiglu(wide)
+        return magi.swiglu(small)
+
+    choosing(stand, triton=tried)[0].swiglu(u)
+    ops, made = choosing(stand, triton=magi.swiglu)
+    for known in second[0], ops:
+        known.swiglu(u)
+        known.swiglu(wide)
+        assert "swiglu triton" in known.report() and "fails" not in known.report()
+    assert made["triton"].calls == 2 and len(list(choosing.folder.iterdir())) == 1
+
+
+def test_the_mark_of_a_process_holds_when_it_is_dead_or_its_number_has_another(choosing):
+    with subprocess.Popen(["sleep", "60"]) as other:
+        name = kernel_choice.process_name(other.pid)
+        assert kernel_choice.in_trial(f"{kernel_choice.TRIED} ({name})")
+        assert not kernel_choice.in_trial(f"{kernel_choice.TRIED} ({name}0)")  # began at another time
+        other.kill()
+        os.waitid(os.P_PID, other.pid, os.WEXITED | os.WNOWAIT)  # nobody has asked how it ended
+        assert not kernel_choice.in_trial(f"{kernel_choice.TRIED} ({name})")
+    assert not kernel_choice.in_trial(f"{kernel_choice.TRIED} ({name})")
+    assert not kernel_choice.in_trial("result is off by 1.0e-02")
+
+
+def test_all_that_write_at_once_are_in_the_file(choosing):
+    def save(i):
+        chooser = kernel_choice.Chooser(Stand().card, strict=False)
+        chooser.choices[f"swiglu {i}"] = {"use": "torch", "ms": {}, "failed": {}}
+        chooser.save(f"swiglu {i}")
+
+    choosing(triton=magi.swiglu)
+    with ThreadPoolExecutor(8) as pool:
+        list(pool.map(save, range(40)))
+    choices = kernel_choice.Chooser(Stand().card, strict=False).choices
+    assert choices.keys() == {f"swiglu {i}" for i in range(40)}
 
 
 def test_an_interrupted_check_leaves_nothing_behind(choosing):
