@@ -42,8 +42,15 @@ def require(ok: Any, message: str) -> None:
         raise Refused(message)
 
 
+class KernelError(RuntimeError):
+    """A kernel is wrong or fails, and no other may take its place: it says which, and what to do."""
+
+
 def out_of_memory(error: BaseException) -> bool:
-    return isinstance(error, MemoryError) or isinstance(error, RuntimeError) and "memory" in str(error)
+    """Too little memory, by whatever names the libraries have for it; "illegal memory access" is none."""
+    says_so = re.search("out of memory|not enough memory|(can't|cannot) allocate memory", str(error), re.I)
+    return (isinstance(error, MemoryError | torch.OutOfMemoryError)
+            or isinstance(error, RuntimeError) and bool(says_so))
 
 
 @contextlib.contextmanager

@@ -30,7 +30,7 @@ import hashlib
 import json
 import math
 import os
-import tempfile
+import re
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -45,6 +45,8 @@ from torch import Tensor, nn
 from triton.errors import TritonError
 
 import magi
+import outputs
+from checkpoints import KernelError
 
 kernels = magi.load_kernels()
 OPERATIONS = ("attention", "block_attention", "norm_rotary", "gated_residual", "swiglu", "fp8_matmul")
@@ -52,6 +54,7 @@ FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 # Relative error of a result that rounding explains; of a gradient, twice as much.
 BARS = {torch.float32: 2e-4, torch.float16: 4e-3, torch.bfloat16: 1.5e-2}
 LONG = 5.0                        # ms: where calls are shorter, FlexAttention is not worth its compiling
+TRIED = "the process ended while it was tried"
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -259,7 +262,22 @@ def cache_folder() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "magi"
 
 
-class BrokenGPU(RuntimeError):
+def process_name(pid: int | str) -> str:
+    """A living process by its number and, as numbers are used again, its start; "" if there is none."""
+    try:
+        state, *fields = Path(f"/proc/{pid}/stat").read_text(errors="replace").rpartition(")")[2].split()
+    except OSError:
+        return ""
+    return "" if state == "Z" else f"process {pid}, started at {fields[18]}"
+
+
+def in_trial(why: str) -> bool:
+    """Whether this is the mark of a process that still lives, which may yet find the kernel right."""
+    mark = re.fullmatch(rf"{TRIED} \((process (\d+), .*)\)", why)
+    return mark is not None and process_name(mark[2]) == mark[1]
+
+
+class BrokenGPU(KernelError):
     """A kernel has ended all work of this process on the GPU."""
 
 
@@ -272,7 +290,8 @@ class Chooser:
         digest = hashlib.sha256(self.about.encode()).hexdigest()
         self.file = cache_folder() / f"kernels-{digest[:16]}.json"
         # line of `size_class` -> {"use": name, "ms": {name: time}, "failed": {name: why}}
-        self.choices = self.remembered()
+        self.choices = {line: choice for line, choice in self.remembered().items()
+                        if not any(map(in_trial, choice["failed"].values()))}
         self.ready: dict[str, Callable] = {}         # what this process has called
         self.said: set[str] = set()
 
@@ -289,15 +308,15 @@ class Chooser:
         except Exception:
             return {}
 
-    def save(self) -> None:
-        """Write a new file and put it in the old one's place, so that no reader finds half of it."""
+    def save(self, line: str) -> None:
+        """Put what is known of this line into the file; other lines may be another process's by now."""
         try:
             self.file.parent.mkdir(parents=True, exist_ok=True)
-            handle, name = tempfile.mkstemp(dir=self.file.parent)
-            with os.fdopen(handle, "w", encoding="utf-8") as file:
-                json.dump({"about": self.about, "choices": self.choices}, file, indent=1)
-            os.replace(name, self.file)
-        except OSError:
+            with outputs.locked(self.file, wait=True):
+                choices = self.remembered() | {line: self.choices.get(line)}
+                known = {"about": self.about, "choices": {k: v for k, v in choices.items() if v}}
+                outputs.replace(self.file, lambda new: new.write_text(json.dumps(known, indent=1)))
+        except (OSError, ValueError):
             pass                                     # a home that cannot be written: choose again next time
 
     @torch.compiler.disable
@@ -319,9 +338,9 @@ class Chooser:
             return self.ready[line](*args, **options)
         except (RuntimeError, AssertionError, TritonError) as error:         # those of checkpointing pass
             choice = self.choices[line]
-            if self.strict or isinstance(error, torch.OutOfMemoryError) or choice["use"] == "torch":
+            if isinstance(error, torch.OutOfMemoryError) or choice["use"] == "torch":
                 raise
-            self.fail(choice, operation, error)      # it was right before, and is not at these sizes
+            self.fail(line, error)                   # it was right before, and is not at these sizes
             self.ready[line] = plain
             return plain(*args, **options)
 
@@ -343,8 +362,9 @@ class Chooser:
             for name, function in functions.items():
                 if self.strict and name != "triton" or name == "flex" and best < LONG:
                     continue
-                choice["failed"][name] = "the process ended while it was tried"
-                self.save()                          # should it end, the next process reads this
+                choice["failed"][name] = f"{TRIED} ({process_name(os.getpid())})"
+                if not self.strict:                  # which tries again whatever was
+                    self.save(line)                  # should it end, the next process reads this
                 try:
                     require_equal(outcome(function, small, backward), exact)
                     self.card.synchronize()
@@ -356,7 +376,7 @@ class Chooser:
                     torch.cuda.empty_cache()
                     del choice["failed"][name]
                 except Exception as error:
-                    self.fail(choice, operation, error, name)
+                    self.fail(line, error, name)
                 else:
                     del choice["failed"][name]
                 best = min(best, choice["ms"].get(name, best))
@@ -366,20 +386,21 @@ class Chooser:
             raise                                    # it is remembered
         except BaseException:                        # Ctrl-C, no memory: nothing is known
             del self.choices[line]
-            self.save()
+            self.save(line)
             raise
-        self.save()
+        self.save(line)
 
-    def fail(self, choice: dict, operation: str, error: Exception, name: str | None = None) -> None:
-        """Note, and say once, that a candidate is out. Raises RuntimeError where none may take its place."""
+    def fail(self, line: str, error: Exception, name: str | None = None) -> None:
+        """Note, and say once, that a candidate is out. Raises KernelError where none may take its place."""
+        choice, operation = self.choices[line], line.split()[0]
         name = name or choice["use"]
         reason = (str(error) or type(error).__name__).strip().splitlines()[0][:160]
-        choice["failed"][name], choice["use"] = reason, "torch"
-        choice["ms"].pop(name, None)
         what = f"{self.card.name}: {operation} by {name} fails: {reason}"
         if self.strict:
-            raise RuntimeError(f"{what} (use the backend 'auto' or 'torch')") from error
-        self.save()
+            raise KernelError(f"{what} (use the backend 'auto' or 'torch')") from error
+        choice["failed"][name], choice["use"] = reason, "torch"
+        choice["ms"].pop(name, None)
+        self.save(line)
         try:
             self.card.synchronize()
         except Exception:

@@ -51,7 +51,7 @@ from PIL import Image
 import magi
 import media
 from captions import MAX_TOLD, check_text
-from checkpoints import reading, require
+from checkpoints import KernelError, reading, require
 
 try:
     from aiohttp import web
@@ -291,8 +291,9 @@ class Live:
 
 
 def one_line(error: Exception) -> str:
-    """For people: a ValueError speaks for itself, others say what they are."""
-    kind = "" if isinstance(error, ValueError | FloatingPointError) else f"{type(error).__name__}: "
+    """For people: errors of ours speak for themselves, others say what they are."""
+    ours = isinstance(error, ValueError | FloatingPointError | KernelError)
+    kind = "" if ours else f"{type(error).__name__}: "
     return " ".join(f"{kind}{error}".split())[:300]
 
 

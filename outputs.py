@@ -31,9 +31,9 @@ OUR_FILES = ("config.json", "spiece.model", "model.safetensors.index.json", "pre
 
 
 @contextmanager
-def locked(path: Path) -> Iterator[None]:
-    """Nobody else may write this file or folder for so long: ValueError if another run does. The lock is a
-    file beside it, which the system frees even after kill -9."""
+def locked(path: Path, wait: bool = False) -> Iterator[None]:
+    """Nobody else may write this file or folder for so long: ValueError if another run does, or `wait` for
+    its end. The lock is a file beside it, which the system frees even after kill -9."""
     try:
         import fcntl
     except ImportError:                                  # Windows
@@ -47,7 +47,7 @@ def locked(path: Path) -> Iterator[None]:
         except OSError as error:
             raise ValueError(f"cannot write in folder {str(path.parent)!r}: {error.strerror}") from None
         try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
         except BlockingIOError:
             os.close(file)
             raise ValueError(f"another run is writing {str(path)!r}: wait for its end, or give this one "

@@ -722,6 +722,9 @@ def main(argv: list[str] | None = None) -> int:
         except KeyboardInterrupt:
             print("interrupted before anything was written")
             return 130
+        except checkpoints.KernelError as error:
+            say(f"error: {error}", stderr)
+            return 1
         except (MemoryError, RuntimeError) as error:
             if parallel.lost_another(error):
                 if parallel.first_to_tell():

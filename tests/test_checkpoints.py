@@ -57,6 +57,25 @@ def test_running_out_of_memory_is_not_the_files_fault(error, tmp_path):
     assert info.value is error
 
 
+@pytest.mark.parametrize(
+    "error, is_it",
+    [
+        (
+            RuntimeError("[enforce fail] CPUAllocator: can't allocate memory: you tried to allocate 9"),
+            True,
+        ),
+        (RuntimeError("DefaultCPUAllocator: not enough memory: you tried to allocate 9 bytes."), True),
+        (RuntimeError("unable to mmap 9 bytes from file <f>: Cannot allocate memory (12)"), True),
+        (RuntimeError("MPS backend out of memory (MPS allocated: 9 GB)"), True),
+        (RuntimeError("CUDA error: an illegal memory access was encountered"), False),
+        (RuntimeError("out of resource: shared memory, Required: 231424, Hardware limit: 101376"), False),
+        (ValueError("out of memory"), False),
+    ],
+)
+def test_not_every_error_that_speaks_of_memory_is_too_little_of_it(error, is_it):
+    assert checkpoints.out_of_memory(error) is is_it
+
+
 def test_ctrl_c_passes_through(tmp_path):
     with pytest.raises(KeyboardInterrupt), checkpoints.reading("weights", tmp_path):
         raise KeyboardInterrupt

@@ -713,7 +713,7 @@ def test_two_processes_and_one_go_on_with_each_others_runs_to_the_same_result(al
     outs, said = together
     assert [code for code, _, _ in said[0]] == [0, 0, 0, 2] == [code for code, _, _ in said[1]]
     assert_same_run(outs["lora"], alone["lora"][2])
-    for name, most in (("full", 1e-3), ("mixed", 0.3)):
+    for name, most in (("full", 1e-3), ("mixed", 0.5)):
         model, _, out = alone[name]
         before, a, b = (magi.load_dit(folder).state_dict() for folder in (model, out, outs[name]))
         for key in before:

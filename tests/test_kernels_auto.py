@@ -14,6 +14,8 @@ import subprocess
 import sys
 import warnings
 import weakref
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 
 os.environ["TRITON_INTERPRET"] = "1"  # before Triton is imported
@@ -22,6 +24,7 @@ sys.path[:0] = [str(ROOT), str(ROOT / "tools")]
 
 import pytest  # noqa: E402
 import torch  # noqa: E402
+from common import run_main  # noqa: E402
 from torch.utils._python_dispatch import TorchDispatchMode  # noqa: E402
 from torch.utils.checkpoint import checkpoint  # noqa: E402
 
@@ -31,7 +34,11 @@ pytest.importorskip("triton")
 kernels = magi.load_kernels()
 import bench_kernels  # noqa: E402
 
+import checkpoints  # noqa: E402
+import finetune  # noqa: E402
 import kernel_choice  # noqa: E402
+import live  # noqa: E402
+import sample  # noqa: E402
 
 E4M3 = torch.float8_e4m3fn
 
@@ -545,10 +552,57 @@ def test_a_kernel_that_takes_the_process_with_it_is_avoided_by_the_next(choosing
 
     choosing(triton=dies)[0].swiglu(u)
     (file,) = choosing.folder.iterdir()
-    file.write_bytes(left[0])
+    living, dead = (f"(process {pid}, ".encode() for pid in (os.getpid(), 2**30))
+    assert living in left[0]
+    file.write_bytes(left[0].replace(living, dead))
     ops, made = choosing(triton=magi.swiglu)
     assert torch.equal(ops.swiglu(u), magi.swiglu(u)) and made["triton"].calls == 0
     assert "swiglu by triton fails: the process ended while it was tried" in ops.report()
+
+
+def test_two_that_choose_at_once_take_nothing_from_each_other(choosing):
+    """The second starts while the first tries a kernel, and ends before it, with one more size."""
+    (u, wide), stand, second = tensors((6, 20), (6, 40)), Stand(triton=0.1), []
+
+    def tried(small):
+        if not second:
+            second.append(choosing(stand, triton=magi.swiglu)[0])
+            second[0].swiglu(u)
+            second[0].swiglu(wide)
+        return magi.swiglu(small)
+
+    choosing(stand, triton=tried)[0].swiglu(u)
+    ops, made = choosing(stand, triton=magi.swiglu)
+    for known in second[0], ops:
+        known.swiglu(u)
+        known.swiglu(wide)
+        assert "swiglu triton" in known.report() and "fails" not in known.report()
+    assert made["triton"].calls == 2 and len(list(choosing.folder.iterdir())) == 1
+
+
+def test_the_mark_of_a_process_holds_when_it_is_dead_or_its_number_has_another(choosing):
+    with subprocess.Popen(["sleep", "60"]) as other:
+        name = kernel_choice.process_name(other.pid)
+        assert kernel_choice.in_trial(f"{kernel_choice.TRIED} ({name})")
+        assert not kernel_choice.in_trial(f"{kernel_choice.TRIED} ({name}0)")  # began at another time
+        other.kill()
+        os.waitid(os.P_PID, other.pid, os.WEXITED | os.WNOWAIT)  # nobody has asked how it ended
+        assert not kernel_choice.in_trial(f"{kernel_choice.TRIED} ({name})")
+    assert not kernel_choice.in_trial(f"{kernel_choice.TRIED} ({name})")
+    assert not kernel_choice.in_trial("result is off by 1.0e-02")
+
+
+def test_all_that_write_at_once_are_in_the_file(choosing):
+    def save(i):
+        chooser = kernel_choice.Chooser(Stand().card, strict=False)
+        chooser.choices[f"swiglu {i}"] = {"use": "torch", "ms": {}, "failed": {}}
+        chooser.save(f"swiglu {i}")
+
+    choosing(triton=magi.swiglu)
+    with ThreadPoolExecutor(8) as pool:
+        list(pool.map(save, range(40)))
+    choices = kernel_choice.Chooser(Stand().card, strict=False).choices
+    assert choices.keys() == {f"swiglu {i}" for i in range(40)}
 
 
 def test_an_interrupted_check_leaves_nothing_behind(choosing):
@@ -690,6 +744,88 @@ def test_milliseconds_is_a_median_and_gives_up_on_the_slow(monkeypatch):
     assert measured(250, 1) == (250, 1) and measured(150, 60, 1) == (105, 2)
     assert measured(40, 1, enough=20) == (40, 1)  # too slow to be of use
     assert measured(10, 30, 11, enough=20) == (11, 3)
+
+
+# ------------------------------------------------------------------------- what the command lines say of it
+
+
+def right(plain, *args, **options):
+    return plain(*args, **options)
+
+
+def off(plain, *args, **options):
+    return plain(*args, **options) * 1.1
+
+
+def without_room(plain, *args, **options):
+    return too_big(None)
+
+
+def breaking(plain, *args, **options):
+    raise RuntimeError("CUDA error: an illegal memory access was encountered\nwith a long story")
+
+
+@pytest.fixture
+def command_lines(monkeypatch, tmp_path):
+    """command_lines(kernel, ...) -> programs have a stand-in card, and this kernel for every operation."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+
+    def functions(operation, kernel):
+        plain = getattr(magi.TORCH_OPS, operation)
+        return {"triton": candidate("triton", partial(kernel, plain)), "torch": candidate("torch", plain)}
+
+    def start(kernel, stand=None, strict=False):
+        monkeypatch.setattr(kernel_choice, "candidates", partial(functions, kernel=kernel))
+        ops = kernel_choice.chosen_ops(kernel_choice.Chooser((stand or Stand(triton=1.0)).card, strict))
+        monkeypatch.setattr(magi, "get_ops", lambda *_: ops)
+
+    return start
+
+
+FAILURES = {
+    "too little shared memory": (without_room, True, "out of resource: shared memory.*'auto' or 'torch'"),
+    "wrong numbers": (off, True, "result is off by 1.0e-01.*'auto' or 'torch'"),
+    "a broken GPU": (breaking, False, "illegal memory access was encountered, and .* Run it again"),
+}
+
+
+@pytest.fixture(params=FAILURES)
+def failure(request, command_lines):
+    """What stderr says of a kernel that fails and has no one to take its place."""
+    kernel, strict, says = FAILURES[request.param]
+    command_lines(kernel, Stand(broken=not strict), strict)
+    return f"Stand-in 9000: [a-z_]+ by triton fails: .*{says}.*"
+
+
+def sample_flags(model_folder, tmp_path) -> tuple:
+    given = ("--model", model_folder, "--text", model_folder.parent / "text.safetensors")
+    return *given, "--num_frames", 1, "--device", "cpu", "--out", tmp_path / "out.mp4"
+
+
+def test_sample_says_in_one_line_which_kernel_failed(failure, model_folder, tmp_path):
+    code, _, err = run_main(sample.main, *sample_flags(model_folder, tmp_path))
+    assert code == 1 and re.fullmatch(f"error: {failure}\n", err), err
+
+
+def test_training_says_in_one_line_which_kernel_failed(failure, capsys):
+    swiglu = lambda: magi.get_ops("auto", "cpu").swiglu(tensors((6, 20))[0])
+    assert finetune.exit_code("training", swiglu) == 1
+    assert re.fullmatch(f"training: {failure}\n", capsys.readouterr().err)
+
+
+def test_the_page_says_in_one_line_which_kernel_failed(failure):
+    with pytest.raises(checkpoints.KernelError) as error:
+        magi.get_ops("auto", "cpu").swiglu(tensors((6, 20))[0])
+    assert re.fullmatch(failure, live.one_line(error.value))
+
+
+def test_a_strict_kernel_that_fails_later_is_named_too(choosing):
+    (u,) = tensors((6, 20))
+    later = lambda u: magi.swiglu(u) if made["triton"].calls < 3 else crash(u)
+    ops, made = choosing(strict=True, triton=later)
+    ops.swiglu(u)
+    with pytest.raises(checkpoints.KernelError, match="swiglu by triton fails: .*illegal instruction"):
+        ops.swiglu(u)
 
 
 # ------------------------------------------------------------------------------ the true candidates, on a CPU
