@@ -711,22 +711,18 @@ def lesson(new: str, heldout: bool) -> list[world.Triple]:
     return [triple for triple in triples if world.held_out(*triple) == heldout]
 
 
-OLD = 3  # clips of old things for each that is new
-
-
 def write_clips(args) -> None:
-    """A folder for `training.py lora`: mp4 files, each with a caption a second, a quarter of them in a colour
-    or shape that no training clip had, the others in the old ones. Without these the model would forget what
-    it is not shown; with one for each new clip it forgot some. Clips that are there already stay."""
+    """A folder for `training.py lora`: mp4 files, each with a caption a second, half of them in a colour or
+    shape that no training clip had, half in the old ones. Without these the model would forget what it is not
+    shown. Clips that are there already are left alone."""
     triples = lesson(args.teach, heldout=False)
     shown = [(*triple, [*world.PLACES][(i + k) % 4]) for i, triple in enumerate(triples) for k in range(2)]
     shown = shown[: args.clips]
     args.out.mkdir(parents=True, exist_ok=True)
-    for i, names in enumerate(tqdm(shown, desc="write clips", unit_scale=1 + OLD)):
-        clips = {f"{args.teach}{i:03}": world.scene(*names, chunks=2, seed=i // 2)}
-        clips |= {f"old{k:03}": world.make_clip(k, chunks=2) for k in range(i, OLD * len(shown), len(shown))}
-        for name, clip in clips.items():
-            video, captions = (args.out / f"{name}.{suffix}" for suffix in ("mp4", "txt"))
+    for i, names in enumerate(tqdm(shown, desc="write clips", unit_scale=2)):
+        new = world.scene(*names, chunks=2, seed=i // 2)
+        for kind, clip in ((args.teach, new), ("old", world.make_clip(i, chunks=2))):
+            video, captions = (args.out / f"{kind}{i:03}.{suffix}" for suffix in ("mp4", "txt"))
             if not captions.exists():
                 video.unlink(missing_ok=True)
                 writer = media.Mp4Writer(video, world.FPS)
@@ -810,7 +806,7 @@ RECIPES = {
     "dit 64": Recipe(9400, 3e-3, 32),
     "dit 128": Recipe(22100, 1.5e-3, 16),
     "distill": Recipe(1500, 1e-3, 16),
-    "lora": Recipe(140, 1.5e-3, 16),
+    "lora": Recipe(120, 2e-3, 16),
 }
 
 
@@ -834,7 +830,7 @@ def parser() -> argparse.ArgumentParser:
     flag("--compile", action="store_true", help="vae, dit, distill: a quarter faster; takes a minute and g++")
     new = [*world.NEW_COLOURS, *world.NEW_SHAPES]
     flag("--teach", choices=new, default=new[0], help="clips, lora: what is new")
-    flag("--clips", type=count, default=10000, help="clips, lora: videos of what is new, at most")
+    flag("--clips", type=count, default=10000, help="clips, lora: videos of each kind, at most")
     flag("--rank", type=count, default=4, help="of the LoRA")
     flag("--model", default="base", help="eval, phenomena: base or distill, in --out")
     flag("--prompts", type=count, default=100, help="eval, steps, phenomena: how many videos")
