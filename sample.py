@@ -572,19 +572,16 @@ def prepare(argv: list[str] | None, locks: contextlib.ExitStack) -> list[dict]:
     return runs
 
 
-T5_BATCH = 16                                                                # captions at a time
-
-
 def encode_text(args: argparse.Namespace, length: int, device: str) -> list[tuple]:
     """The prompts of each video as the model reads them: text (n, L, C) and mask (n, L). T5 is gone when this
     returns, before the model itself is read."""
     captions = list(dict.fromkeys(args.prompt or [""]))                      # equal ones are encoded once
+    batches = [captions[i : i + 16] for i in range(0, len(captions), 16)]
     encoded: dict[str, tuple] = {}
     with reading("text encoder", args.t5):
         t5 = parallel.T5(args.t5, length, device, stream=args.stream)
-        for i in range(0, len(captions), T5_BATCH):
-            t5.keep = i + T5_BATCH < len(captions)                           # it is gone after the last ones
-            batch = captions[i : i + T5_BATCH]
+        for batch in batches:
+            t5.keep = batch is not batches[-1]                               # it is gone after the last ones
             encoded |= zip(batch, zip(*t5(batch), strict=True), strict=True)
     rows = [[encoded[caption] for caption in prompts or [""]] for prompts in args.videos]
     texts = [tuple(map(torch.stack, zip(*row, strict=True))) for row in rows]
