@@ -621,6 +621,8 @@ class Training:
             if str(stop) and (args.work / "train.pt").is_file():             # "": asked twice, within a step
                 self.write()
             raise KeyboardInterrupt(f"{stop}; the same command goes on") from None
+        if report := getattr(self.dit.ops, "report", None):                  # which kernels were used
+            say(report())
         self.write()
 
     def loss(self, i: int) -> tuple[Tensor, dict[str, float]]:
@@ -850,7 +852,8 @@ def exit_code(name: str, action: Callable[[], None]) -> int:
 def main(argv: Sequence[str] | None = None) -> int:
     """The command line -> its exit code."""
     args = parser().parse_args(argv)
-    return exit_code("training", lambda: run(args))
+    with checkpoints.short_warnings(say):
+        return exit_code("training", lambda: run(args))
 
 
 if __name__ == "__main__":

@@ -47,7 +47,7 @@ from PIL import Image
 import magi
 import media
 from captions import MAX_TOLD, check_text
-from checkpoints import KernelError, reading, require
+from checkpoints import KernelError, reading, require, short_warnings
 
 try:
     from aiohttp import web
@@ -557,6 +557,7 @@ ON_PAGE = ("mode", "prompt", "prompt_file", "text", "save_text", "image", "video
            "transition", "num_frames")                 # flags of sample.py that are not for the page
 
 
+@short_warnings(lambda line: print(line, file=sys.stderr))
 def main(argv: list[str] | None = None) -> int:
     """The command line -> its exit code: 2 for what is wrong, else 130, since Ctrl-C ends it."""
     import sample
@@ -610,6 +611,8 @@ def serve(live: Live, door: socket.socket, asked: str) -> None:
     print(f"http://{host}:{port}/" + (f"?token={token}" if token else ""), flush=True)
     web.run_app(Server(live, token).app, sock=door, print=None, access_log=None, shutdown_timeout=1)
     live.close()
+    if report := getattr(live.pipe.dit.ops, "report", None):                 # which kernels were used
+        print(report())
 
 
 if __name__ == "__main__":

@@ -12,11 +12,13 @@ import re
 import shutil
 import subprocess
 import sys
+import time
 import warnings
 import weakref
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 
 os.environ["TRITON_INTERPRET"] = "1"  # before Triton is imported
 ROOT = Path(__file__).resolve().parent.parent
@@ -24,7 +26,7 @@ sys.path[:0] = [str(ROOT), str(ROOT / "tools")]
 
 import pytest  # noqa: E402
 import torch  # noqa: E402
-from common import run_main  # noqa: E402
+from common import run_main, shades  # noqa: E402
 from torch.utils._python_dispatch import TorchDispatchMode  # noqa: E402
 from torch.utils.checkpoint import checkpoint  # noqa: E402
 
@@ -38,6 +40,7 @@ import checkpoints  # noqa: E402
 import finetune  # noqa: E402
 import kernel_choice  # noqa: E402
 import live  # noqa: E402
+import media  # noqa: E402
 import sample  # noqa: E402
 
 E4M3 = torch.float8_e4m3fn
@@ -817,6 +820,45 @@ def test_the_page_says_in_one_line_which_kernel_failed(failure):
     with pytest.raises(checkpoints.KernelError) as error:
         magi.get_ops("auto", "cpu").swiglu(tensors((6, 20))[0])
     assert re.fullmatch(failure, live.one_line(error.value))
+
+
+def assert_told(out: str, err: str) -> None:
+    """A line for each operation that is wrong, without Python's line of source; the report is last."""
+    fails = [line for line in err.splitlines() if "fails: " in line]
+    assert fails and len(set(fails)) == len(fails), err
+    for line in fails:
+        assert re.fullmatch("warning: Stand-in 9000: [a-z_]+ by triton fails: .* something else .*", line)
+    assert "RuntimeWarning" not in err and "self.fail" not in err
+    assert out.count("kernels on Stand-in 9000: ") == 1 and "gated_residual torch" in out
+
+
+def test_training_tells_of_its_kernels(command_lines, model_folder, tmp_path):
+    (tmp_path / "data").mkdir()
+    media.Mp4Writer(tmp_path / "data" / "a.mp4", 24).write(shades(range(24)))
+    (tmp_path / "data" / "a.txt").write_text("a red")
+    command_lines(off)
+    flags = ("--model", model_folder, "--data", tmp_path / "data", "--out", tmp_path / "a.safetensors")
+    quick = ("--device", "cpu", "--rank", 2, "--steps", 1, "--sample-every", 0, "--backend", "auto")
+    code, _, err = run_main(finetune.main, "lora", *flags, *quick, "--seconds", 1)
+    assert code == 0, err
+    told, _, report = err.rpartition("kernels on ")
+    assert_told(f"kernels on {report}", told)
+
+
+def test_the_page_tells_of_its_kernels(command_lines, model_folder, monkeypatch):
+    def run_app(film, **_):
+        film.say("a red ball bounces")
+        end = time.monotonic() + 60
+        while not film.made and time.monotonic() < end:
+            time.sleep(0.01)
+        assert film.made and not film.error
+
+    monkeypatch.setattr(live, "web", SimpleNamespace(run_app=run_app))
+    monkeypatch.setattr(live, "Server", lambda film, token: SimpleNamespace(app=film))
+    command_lines(off)
+    code, out, err = run_main(live.main, "--model", model_folder, "--device", "cpu", "--port", 0)
+    assert code == 130, err
+    assert_told(out, err)
 
 
 def test_a_strict_kernel_that_fails_later_is_named_too(choosing):
