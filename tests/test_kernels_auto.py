@@ -470,6 +470,17 @@ def test_triton_is_strict(choosing, reason):
             ops.swiglu(u)
 
 
+def test_triton_is_not_taken_for_right_where_memory_ran_out(choosing):
+    def no_room(u):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    (u,) = tensors((6, 20))
+    with pytest.raises(torch.OutOfMemoryError):
+        choosing(strict=True, triton=no_room)[0].swiglu(u)
+    with pytest.raises(checkpoints.KernelError, match="off by 1.0e-02"):  # the next run checks again
+        choosing(strict=True, triton=wrong)[0].swiglu(u)
+
+
 def test_triton_that_is_right_is_checked_once_and_never_timed(choosing, monkeypatch):
     (u,) = tensors((6, 20))
     for calls in (3, 2):  # one check and two calls; then the file says that it was checked
