@@ -16,6 +16,7 @@ import math
 import os
 import re
 import sys
+import warnings
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any, TypeVar
@@ -44,6 +45,14 @@ def require(ok: Any, message: str) -> None:
 
 class KernelError(RuntimeError):
     """A kernel is wrong or fails, and no other may take its place: it says which, and what to do."""
+
+
+@contextlib.contextmanager
+def short_warnings(say: Callable[[str], Any]) -> Iterator[None]:
+    """In a command line, a warning is one line, without the line of source that Python adds."""
+    with warnings.catch_warnings():
+        warnings.showwarning = lambda message, *_, **__: say(" ".join(f"warning: {message}".split()))
+        yield
 
 
 def out_of_memory(error: BaseException) -> bool:

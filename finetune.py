@@ -668,6 +668,8 @@ class Training:
             how = str(stop) or "stopped within a step, which is lost"
             raise KeyboardInterrupt(f"{how}; the same command goes on") from None
         self.write()
+        if report := getattr(self.dit.ops, "report", None):                  # which kernels were used
+            say(report())
 
     def loss(self, i: int) -> tuple[Tensor, dict[str, float]]:
         """Forward number i: its loss, and what the log says of it."""
@@ -905,7 +907,8 @@ def exit_code(name: str, action: Callable[[], None]) -> int:
 def main(argv: Sequence[str] | None = None) -> int:
     """The command line -> its exit code."""
     args = parser().parse_args(argv)
-    return exit_code("training", lambda: run(args))
+    with checkpoints.short_warnings(say):
+        return exit_code("training", lambda: run(args))
 
 
 if __name__ == "__main__":

@@ -51,7 +51,7 @@ from PIL import Image
 import magi
 import media
 from captions import MAX_TOLD, check_text
-from checkpoints import KernelError, reading, require
+from checkpoints import KernelError, reading, require, short_warnings
 
 try:
     from aiohttp import web
@@ -602,6 +602,7 @@ ON_PAGE = ("mode", "prompt", "prompt_file", "text", "save_text", "image", "video
            "transition", "num_frames")                 # flags of sample.py that are not for the page
 
 
+@short_warnings(lambda line: print(line, file=sys.stderr))
 def main(argv: list[str] | None = None) -> int:
     """The command line -> its exit code: 2 for what is wrong, else 130, since Ctrl-C ends it."""
     import sample
@@ -632,7 +633,13 @@ def main(argv: list[str] | None = None) -> int:
             sample.say(note)
         film = Live(sample.load(args, run.device), matrix, sample.arithmetic(run.device, args.dtype), run.cfg,
                     lambda text: sample.notes_on_late_prompt(args, run.cfg, text))
-        warnings.showwarning = lambda message, *_, **__: film.update(note=f"warning: {message}")
+
+        def show(message: object, *_: object, **__: object) -> None:
+            """A warning goes to the terminal and to the page."""
+            sample.say(f"warning: {message}", sys.stderr)
+            film.update(note=f"warning: {message}")
+
+        warnings.showwarning = show
         serve(film, door, page.host)
     except KeyboardInterrupt:
         pass
@@ -659,6 +666,8 @@ def serve(live: Live, door: socket.socket, asked: str) -> None:
     print(f"http://{host}:{port}/" + (f"?token={token}" if token else ""), flush=True)
     web.run_app(Server(live, token).app, sock=door, print=None, access_log=None, shutdown_timeout=1)
     live.close()
+    if report := getattr(live.pipe.dit.ops, "report", None):                 # which kernels were used
+        print(report())
 
 
 if __name__ == "__main__":

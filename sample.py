@@ -44,7 +44,6 @@ import json
 import math
 import re
 import time
-import warnings
 from collections.abc import Callable, Iterable, Iterator
 from difflib import get_close_matches
 from functools import partial
@@ -703,9 +702,8 @@ def main(argv: list[str] | None = None) -> int:
     """Run the command line and return the exit code: see the top of the file. A flag that argparse refuses
     leaves by SystemExit(2)."""
     on_ctrl_c = signal.getsignal(signal.SIGINT)
-    with warnings.catch_warnings(), contextlib.redirect_stdout(Quiet(sys.stdout)), \
+    with checkpoints.short_warnings(say), contextlib.redirect_stdout(Quiet(sys.stdout)), \
             contextlib.redirect_stderr(Quiet(sys.stderr)) as stderr, contextlib.ExitStack() as locks:
-        warnings.showwarning = lambda message, *_, **__: say(f"warning: {message}")
         try:
             code = 0
             for run in prepare(argv, locks):

@@ -187,36 +187,68 @@ MODELS = {                                      # tokens in a chunk, Hq, D, FFN 
 # fmt: on
 
 
-def comparisons(device: str) -> Iterator[tuple[str, Tensor, Tensor, float]]:
-    """(what, ours, the reference's, relative error allowed) of every operation on this device."""
+def comparisons(device: str) -> Iterator[tuple[str, Callable[[], Sequence[list[Tensor]]], float]]:
+    """(what, a call, relative error allowed) of every operation on this device. The call returns our results
+    and the reference's: the output and, of attention, gradients, which may be off by twice as much."""
     make = lambda *shape: torch.randn(*shape, device=device)
     spans = torch.tensor([[[0, 500], [130, 731], [7, 1031]], [[0, 3], [400, 1031], [399, 401]]])
+
+    def attention(dtype: torch.dtype, hd: int) -> Sequence[list[Tensor]]:
+        shapes = (999, 6), (1031, 2), (1031, 2)
+        inputs = [make(2, tokens, heads, hd).to(dtype) for tokens, heads in shapes]
+        grad = make(2, 999, 6, hd).to(dtype)
+        results = []
+        for op, kind in ((kernels.block_attention, dtype), (magi.block_attention, torch.float64)):
+            q, k, v = (u.to(kind, copy=True).requires_grad_() for u in inputs)
+            with torch.enable_grad():
+                out = op(q, k, v, spans)
+            results.append([out, *torch.autograd.grad(out, (q, k, v), grad.to(kind))])
+        return results
+
+    norm = lambda width, **kind: magi.LayerNorm1p(width, **kind).to(device)
+    arguments = {
+        "norm_rotary": lambda dtype: (make(2, 300, 24, 128).to(dtype), norm(128), 20 * make(300, 48)),
+        "norm_rotary without angles": lambda dtype: (make(2, 300, 24, 128).to(dtype), norm(128, dtype=dtype),
+                                                     None),
+        "gated_residual": lambda dtype: (make(2, 300, 3072).to(dtype), make(2, 3, 3072).to(dtype),
+                                         make(2, 300, 3072), norm(3072)),
+        "swiglu": lambda dtype: (make(2, 300, 3072).to(dtype),),
+        "fp8_matmul": lambda dtype: (make(999, 3072).to(dtype), make(1000, 3072).to(torch.float8_e4m3fn),
+                                     torch.rand(1, 3072, device=device) + 0.5, make(1).abs()),
+    }
+
+    def other(name: str, dtype: torch.dtype) -> Sequence[list[Tensor]]:
+        args, operation = arguments[name](dtype), name.split()[0]
+        return [[getattr(ops, operation)(*args)] for ops in (kernels, magi)]
+
     for dtype, bar in ((torch.float32, 1e-4), (torch.float16, 2e-3), (torch.bfloat16, 1.5e-2)):
         for hd in (16, 32, 64, 128):
-            shapes = (999, 6), (1031, 2), (1031, 2)
-            inputs = [make(2, tokens, heads, hd).to(dtype) for tokens, heads in shapes]
-            grad = make(2, 999, 6, hd).to(dtype)
-            results = []
-            for op, kind in ((kernels.block_attention, dtype), (magi.block_attention, torch.float64)):
-                q, k, v = (u.to(kind, copy=True).requires_grad_() for u in inputs)
-                with torch.enable_grad():
-                    out = op(q, k, v, spans)
-                results.append([out, *torch.autograd.grad(out, (q, k, v), grad.to(kind))])
-            for name, ours, exact in zip(("out", "dq", "dk", "dv"), *results, strict=True):
-                yield f"attention {dtype} hd {hd} {name}", ours, exact, bar if name == "out" else 2 * bar
+            yield f"attention {dtype} hd {hd}", partial(attention, dtype, hd), bar
     for dtype, bar in ((torch.float32, 1e-5), (torch.bfloat16, 5e-3)):
-        x, angles = make(2, 300, 24, 128).to(dtype), 20 * make(300, 48)
-        for name, norm, turns in (("norm_rotary", magi.LayerNorm1p(128), angles),
-                                  ("norm_rotary without angles", magi.LayerNorm1p(128, dtype=dtype), None)):
-            ours, exact = (op(x, norm.to(device), turns) for op in (kernels.norm_rotary, magi.norm_rotary))
-            yield f"{name} {dtype}", ours, exact, bar
-        x, gate, update = make(2, 300, 3072).to(dtype), make(2, 3, 3072).to(dtype), make(2, 300, 3072)
-        gated = x, gate, update, magi.LayerNorm1p(3072).to(device)
-        yield f"gated_residual {dtype}", kernels.gated_residual(*gated), magi.gated_residual(*gated), bar
-        yield f"swiglu {dtype}", kernels.swiglu(x), magi.swiglu(x), bar
-    weight = make(1000, 3072).to(torch.float8_e4m3fn)
-    args = make(999, 3072).bfloat16(), weight, torch.rand(1, 3072, device=device) + 0.5, make(1).abs()
-    yield "fp8_matmul", kernels.fp8_matmul(*args), magi.fp8_matmul(*args), 2e-3
+        for name in [name for name in arguments if name != "fp8_matmul"]:
+            yield f"{name} {dtype}", partial(other, name, dtype), bar
+    yield "fp8_matmul", partial(other, "fp8_matmul", torch.bfloat16), 2e-3
+
+
+def failed_checks(device: str) -> dict[str, str]:
+    """Check every operation and print by how much it is off. Of what fails: name -> why, in a few words."""
+    failed = {}
+    for what, compare, bar in comparisons(device):
+        try:
+            for name, ours, exact in zip(("", " dq", " dk", " dv"), *compare(), strict=False):
+                allowed = 2 * bar if name else bar
+                error = ((ours.double() - exact.double()).norm() / exact.double().norm()).item()
+                print(f"{what + name:48} relative error {error:.1e}  (bar {allowed:.0e})")
+                if not error < allowed:                                      # nan is not
+                    failed[what + name] = f"off by {error:.1e}"
+        except Exception as error:                  # what cannot run here must not end the table
+            print(f"{what:48} {in_short(error)}")
+            failed[what] = in_short(error)
+    return failed
+
+
+def in_short(error: Exception) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0][:60]
 
 
 class Case(NamedTuple):
@@ -245,14 +277,14 @@ def cases(device: str) -> Iterator[Case]:
             out = op(*(u.requires_grad_() for u in (q, k, v)), spans)
         return partial(torch.autograd.grad, out, (q, k, v), torch.ones_like(out), retain_graph=True)
 
-    def fp8(kind: str, rows: int, width: int, cols: int) -> Callable:
+    def fp8(how: str | Callable, rows: int, width: int, cols: int) -> Callable:
         one, w8 = torch.ones(1, device=device), make(cols, width, dtype=torch.float8_e4m3fn)
-        if kind == "whole":
-            return partial(kernels.fp8_matmul, make(rows, width), w8, one.expand(width), one)
-        if kind == "bf16":
+        if callable(how):
+            return partial(how, make(rows, width), w8, one.expand(width), one)
+        if how == "bf16 product":
             return partial(F.linear, make(rows, width), w8.bfloat16())
         x8 = make(rows, width, dtype=torch.float8_e4m3fn)
-        if kind == "scaled_mm":
+        if how == "torch._scaled_mm alone":
             return partial(torch._scaled_mm, x8, w8.t(), one, one, out_dtype=torch.bfloat16)
         out = torch.empty(rows, cols, device=device, dtype=torch.bfloat16)
         tiles = tiles_for("fp8", kernels.arch_of(torch.device(device)))
@@ -283,10 +315,11 @@ def cases(device: str) -> Iterator[Case]:
                 label = what if name == "triton" else f"- {name}"
                 yield Case(label, "bf16", work, partial(attention, op, c, Hq, span, keys, backward))
         for name, width, cols in (("q", D, Hq * 128), ("fc1", D, fc1), ("fc2", fc2, D)):
-            kinds = {f"{model} fp8 {name}, with quantising": "whole", "- product alone": "product",
-                     "- torch._scaled_mm alone": "scaled_mm", "- bf16 product": "bf16"}
-            for label, kind in kinds.items():
-                yield Case(label, "fp8", 2 * 4 * c * width * cols, partial(fp8, kind, 4 * c, width, cols))
+            ways = kernel_choice.candidates("fp8_matmul")
+            ways |= {how: how for how in ("product alone", "torch._scaled_mm alone", "bf16 product")}
+            for how, op in ways.items():
+                label = f"{model} fp8 {name}, with quantising" if how == "triton" else f"- {how}"
+                yield Case(label, "fp8", 2 * 4 * c * width * cols, partial(fp8, op, 4 * c, width, cols))
         for name, work in (("gated_residual", 6 * 4 * c * D), ("norm_rotary", 4 * 4 * c * Hq * 128),
                            ("norm", 4 * 4 * c * Hq * 128), ("swiglu", 6 * 4 * c * fc2)):
             for who, ops in ((f"{model} {name}", kernels.TRITON_OPS), ("- PyTorch", magi.TORCH_OPS)):
@@ -294,13 +327,10 @@ def cases(device: str) -> Iterator[Case]:
 
 
 @torch.no_grad()
-def report(device: str, file: Path) -> None:
-    """Check every operation, time every case; print both, write the times to a file as a markdown table, line
-    by line, so that what is measured stays. Raises ValueError if a result is off."""
-    for label, ours, exact, bar in comparisons(device):
-        error = ((ours.double() - exact.double()).norm() / exact.double().norm()).item()
-        print(f"{label:48} relative error {error:.1e}  (bar {bar:.0e})")
-        magi.require(error < bar, f"{label} is wrong: error {error}")
+def report(device: str, file: Path) -> bool:
+    """Check every operation, time every case; print both, write what fails and the times to a file as a
+    markdown table, line by line, so that what is measured stays. True if all checks pass."""
+    failed = failed_checks(device)
     card = torch.cuda.get_device_name(device)
     known = (peaks for name, peaks in PEAKS.items() if all(word in card for word in name.split()))
     peaks = dict(zip(("bf16", "fp8", "memory"), next(known, (math.nan,) * 3), strict=True))
@@ -312,6 +342,8 @@ def report(device: str, file: Path) -> None:
         write(f"{card}, torch {torch.__version__}, triton {triton.__version__}\n")
         write(f"| {'':44} | {'ms':>9} | {'rate':>14} | of peak |")
         write(f"|{'-' * 46}|{'-' * 10}:|{'-' * 15}:|{'-' * 8}:|")
+        for what, why in failed.items():
+            write(f"| {what:44} | check failed: {why} | | |")
         for case in cases(device):
             unit, size = ("GB/s", 1e9) if case.peak == "memory" else ("TFLOP/s", 1e12)
             try:
@@ -320,8 +352,9 @@ def report(device: str, file: Path) -> None:
                 share = f"{rate / peaks[case.peak]:.0%}".replace("nan%", "-")
                 row = f"{ms:9.3f} | {rate:6.1f} {unit:7} | {share:>7}"
             except Exception as error:              # what cannot run here must not end the table
-                row = f"failed: {(str(error) or type(error).__name__).splitlines()[0][:60]} | | "
+                row = f"failed: {in_short(error)} | | "
             write(f"| {case.what:44} | {row} |")
+    return not failed
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -340,11 +373,10 @@ def main(argv: Sequence[str] | None = None) -> int:
                      f"device {args.device!r} is unknown: try cuda or cuda:1")
         kernels.arch_of(torch.device(args.device))
         with torch.cuda.device(args.device):
-            report(args.device, args.out)
+            return 0 if report(args.device, args.out) else 1
     except ValueError as error:
         print(f"kernels: {error} (python kernels.py --compile needs no GPU)", file=sys.stderr)
         return 2
-    return 0
 
 
 if __name__ == "__main__":
