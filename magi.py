@@ -1447,9 +1447,10 @@ class _Run:
             wanted = [chunk for chunk, share in shares.items() if share[name] != 0 or not self.skip]
             if branch.stores:
                 wanted += [c.chunk for c in step.chunks if c.clean]
-            inputs[name] = needed(wanted, step.chunks)
             if branch.alone:
                 inputs[name] = [c._replace(first_seen=c.chunk) for c in noisy if c.chunk in wanted]
+            else:
+                inputs[name] = needed(wanted, step.chunks)
         inputs = {name: held for name, held in inputs.items() if held}
         outs = self.dit.forward_all([self.call(held, self.branches[name], step.d, x)
                                      for name, held in inputs.items()])
