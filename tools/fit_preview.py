@@ -24,7 +24,8 @@ import outputs  # noqa: E402
 import sample  # noqa: E402
 
 
-def fit_preview(pipe: magi.MAGI, prompts: Sequence[str], file: Path) -> float:
+def fit_preview(pipe: magi.MAGI, prompts: Sequence[str], file: Path,
+                sampler: magi.SamplerConfig | None = None) -> float:
     """Write the matrix of a model's VAE to the file; returns the error, of 255."""
     latents, colours = [], []
 
@@ -33,7 +34,7 @@ def fit_preview(pipe: magi.MAGI, prompts: Sequence[str], file: Path) -> float:
             latents.append(p.latents[p.now.done][0].flatten(1).T.float().cpu().numpy())   # (6 H W, 16)
 
     for seed, prompt in enumerate(prompts):
-        for frames in pipe(prompt, num_frames=48, seed=seed, progress=watch):
+        for frames in pipe(prompt, sampler=sampler, num_frames=48, seed=seed, progress=watch):
             n, h, w, _ = frames.shape                                        # (24, 8 H, 8 W, 3)
             colours.append(frames.reshape(n // 4, 4, h // 8, 8, w // 8, 8, 3).mean((1, 3, 5)).reshape(-1, 3))
     y = np.concatenate(colours)
@@ -51,8 +52,7 @@ def main(argv: list[str] | None = None) -> int:
         run = sample.check(args)
         with outputs.claimed(args.vae / "preview.json") as file:
             pipe = sample.load(args, run.device)
-            pipe.sampler = run.cfg
-            print(f"{file}: off by {fit_preview(pipe, args.prompt, file):.1f} of 255")
+            print(f"{file}: off by {fit_preview(pipe, args.prompt, file, run.cfg):.1f} of 255")
     except (ValueError, OSError) as error:
         sample.say(f"error: {error}")
         return 2
