@@ -37,7 +37,6 @@ import sys
 import tempfile
 import threading
 import time
-import warnings
 from collections import deque
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -634,13 +633,13 @@ def main(argv: list[str] | None = None) -> int:
         film = Live(sample.load(args, run.device), matrix, sample.arithmetic(run.device, args.dtype), run.cfg,
                     lambda text: sample.notes_on_late_prompt(args, run.cfg, text))
 
-        def show(message: object, *_: object, **__: object) -> None:
-            """A warning goes to the terminal and to the page."""
-            sample.say(f"warning: {message}", sys.stderr)
-            film.update(note=f"warning: {message}")
+        def told(warning: str) -> None:
+            """It goes to the terminal and to the page."""
+            print(warning, file=sys.stderr)
+            film.update(note=warning)
 
-        warnings.showwarning = show
-        serve(film, door, page.host)
+        with short_warnings(told):
+            serve(film, door, page.host)
     except KeyboardInterrupt:
         pass
     except (ValueError, OSError, ImportError) as error:

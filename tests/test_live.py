@@ -21,7 +21,6 @@ import threading
 import time
 import tracemalloc
 import urllib.request
-import warnings
 import zlib
 from fractions import Fraction
 from pathlib import Path
@@ -988,17 +987,19 @@ def test_a_bad_flag_is_one_line_and_code_2(flags, message):
 
 
 def test_the_flags_and_notes_of_the_command_line_reach_the_film(monkeypatch):
-    films = []
-    monkeypatch.setattr(live, "serve", lambda film, door, host: films.append((film, door.close())))
-    with warnings.catch_warnings():
-        run_main(live.main, "--port", "0", "--seed", "5", "--steps", "4")
-        film = films[0][0]
-        takes = takes_of(film)
+    takes = []
+
+    def serve(film, door, host):
+        door.close()
+        takes.append(takes_of(film))
         film.say("a dog" + 70 * " ball")
         assert "never seen 'dog'" in film.note
         until(lambda: "tokens; only the first 64 are used" in film.note)
-    film.close()
-    cfg = takes[0]["sampler"]
+        film.close()
+
+    monkeypatch.setattr(live, "serve", serve)
+    run_main(live.main, "--port", "0", "--seed", "5", "--steps", "4")
+    cfg = takes[0][0]["sampler"]
     assert (cfg.seed, cfg.num_steps, cfg.num_frames) == (5, 4, None)
 
 
