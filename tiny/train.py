@@ -793,7 +793,7 @@ class Recipe(NamedTuple):
     """What made the shipped weights, but for repairs on the way. Until step 14,000 of "dit 128" the loss
     counted cells with a thing three times (notebook 5 tells why that was wrong). Until step 18,000 orbits
     began anywhere (world.py, head); after that most batches had two to four times as many clips of orbits.
-    Given frames were at most all but those of the last chunk; now they may be all but the last.
+    The given frames of a clip ended before its last chunk; now they may be all frames but the last.
     """
 
     steps: int
