@@ -1,5 +1,7 @@
 """Settings and fixtures of test_magi.py, tests/ and tiny/test_world.py; helpers are in tests/common.py."""
 
+import os
+
 import numpy as np
 import pytest
 import torch
@@ -11,7 +13,10 @@ from safetensors.torch import save_file
 import magi
 import media
 
-torch.set_num_threads(1)  # the models are small: threads would only wait for each other on a busy machine
+# The models are small: threads would only wait for each other on a busy machine. Commands that the tests start
+# read the variable: without it each counts the idle cores, and another number of threads rounds sums anew.
+torch.set_num_threads(1)
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 settings.register_profile("repeatable", derandomize=True, deadline=None)  # the same examples in every clone
 settings.load_profile("repeatable")
 

@@ -11,7 +11,8 @@ def share_the_machine() -> None:
 
     Threads that wait for each other spin for a moment and then sleep: those that only spin keep, on a busy
     machine, the very thread they wait for from running. Where every core is busy already, half as many
-    threads as cores lose less time in waiting.
+    threads as cores lose less time in waiting. Another number of threads adds in another order: the same seed
+    may then give a pixel that differs by a level of 255; a number set by the user makes runs equal.
     """
     if "OMP_WAIT_POLICY" not in os.environ:
         os.environ["OMP_WAIT_POLICY"] = "PASSIVE"
