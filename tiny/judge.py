@@ -14,6 +14,7 @@ Contents: 1 judge, 2 measures, 3 command line (how often the judge is right on t
 from __future__ import annotations
 
 import argparse
+import math
 from collections import Counter
 from dataclasses import dataclass
 from functools import lru_cache
@@ -68,8 +69,12 @@ def _soften(images: np.ndarray) -> np.ndarray:
     """3 x 3 mean over axes 1 and 2, where edge pixels are repeated."""
     pad = [(0, 0), (1, 1), (1, 1)] + [(0, 0)] * (images.ndim - 3)
     wide = np.pad(images, pad, mode="edge")
-    rows = wide[:, :-2] + wide[:, 1:-1] + wide[:, 2:]
-    return (rows[:, :, :-2] + rows[:, :, 1:-1] + rows[:, :, 2:]) / 9
+    rows = wide[:, :-2] + wide[:, 1:-1]
+    rows += wide[:, 2:]  # in place: new memory for each sum takes longer than the sum
+    mean = rows[:, :, :-2] + rows[:, :, 1:-1]
+    mean += rows[:, :, 2:]
+    mean /= 9
+    return mean
 
 
 def _chroma(rgb: np.ndarray) -> np.ndarray:
@@ -84,21 +89,17 @@ def _paints(frames: np.ndarray, colours: dict) -> dict[str, np.ndarray]:
     A paint in light and shadow keeps its direction in the plane of chroma, near which it must lie; white is
     what is bright without chroma.
     """
-    flat, out = _chroma(frames), {}
-    length = np.hypot(*np.moveaxis(flat, -1, 0))
-    hue = np.arctan2(flat[..., 1], flat[..., 0])
-    hues = {name: np.arctan2(*_chroma(np.array(c, float))[::-1]) for name, c in colours.items()}
-    hues.pop("white", None)
-    away = {name: np.abs((hue - h + np.pi) % (2 * np.pi) - np.pi) for name, h in hues.items()}
+    flat, out = np.moveaxis(_chroma(frames), -1, 0).copy(), {}
+    pure = {name: _chroma(np.array(c, float)) for name, c in colours.items() if name != "white"}
+    full = {name: math.hypot(x, y) for name, (x, y) in pure.items()}
+    along = {name: (flat[0] * float(x) + flat[1] * float(y)) / full[name] for name, (x, y) in pure.items()}
     # neighbours such as red and orange meet halfway between their hues
-    nearest = np.argmin([*away.values()], 0)
-    for i, name in enumerate(away):
-        full = np.hypot(*_chroma(np.array(colours[name], float)))
-        part = (length * np.cos(np.minimum(away[name], np.pi / 2)) / full - 0.22) / 0.46
-        out[name] = np.where(nearest == i, np.clip(part, 0, 1), 0)
+    nearest = np.maximum.reduce([*along.values()])
+    for name, part in along.items():
+        out[name] = np.where(part == nearest, np.clip((part / full[name] - 0.22) / 0.46, 0, 1), 0)
     if "white" in colours:
-        darkest = frames.min(-1)
-        out["white"] = np.clip((darkest - 140) / 60, 0, 1) * np.clip((60 - length) / 25, 0, 1)
+        darkest = np.minimum.reduce([*np.moveaxis(frames, -1, 0)])
+        out["white"] = np.clip((darkest - 140) / 60, 0, 1) * np.clip((60 - np.hypot(*flat)) / 25, 0, 1)
     return {name: part.astype(np.float32) for name, part in out.items()}
 
 
@@ -148,11 +149,13 @@ def _tracks(frames: np.ndarray, colours: dict, shapes: tuple[str, ...] = SHAPES)
     found = []
     names, sizes, images, offsets = _silhouettes(shapes)
     for colour, alpha in _paints(frames, colours).items():
+        if np.quantile(alpha.sum((1, 2)), 0.9) < 250:  # the smallest ring has 450
+            continue
         # two softenings: rims where paints mix are thin, and vanish
         solid = np.where(_soften(_soften(alpha)) > 0.45, alpha, 0)
         centre, area = _place(solid)
         most = np.quantile(area, 0.9)
-        if most < 250:  # the smallest ring has 450
+        if most < 250:
             continue
         whole = (area > HIDDEN * most) & ~np.isnan(centre[:, 0])
         _, area = _place(alpha)
