@@ -1,34 +1,51 @@
 """Settings and fixtures of test_magi.py, tests/ and tiny/test_world.py; helpers are in tests/common.py."""
 
+import functools
+import gc
 import os
+import sys
 
-import numpy as np
 import pytest
-import torch
-from common import FOLDER_DIT, FOLDER_VAE, shades, write_folder, write_model, write_t5
 from hypothesis import settings
-from PIL import Image
-from safetensors.torch import save_file
 
-import magi
-import media
-
-# The models are small: threads would only wait for each other on a busy machine. Commands that the tests start
-# read the variable: without it each counts the idle cores, and another number of threads rounds sums anew.
-torch.set_num_threads(1)
+# What takes seconds to import is imported below: the process that only deals out the tests needs none of it.
+# The models are small: threads would only wait for each other on a busy machine. Commands that the tests
+# start read the variable: without it each counts the idle cores, and another number of threads rounds anew.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 settings.register_profile("repeatable", derandomize=True, deadline=None)  # the same examples in every clone
 settings.load_profile("repeatable")
 
 
+@functools.cache
+def keep_imports(transformers: bool) -> None:
+    """A run that drops T5 collects garbage. To look at all that is imported would take a third of a second,
+    each time: from here on that is left out. Called once the tests are imported, and once transformers is.
+    """
+    gc.collect()
+    gc.freeze()
+
+
 def pytest_runtest_setup(item):
+    import torch
+
+    torch.set_num_threads(1)
     torch.manual_seed(0)  # a test draws the same numbers alone and among others
+    keep_imports("transformers" in sys.modules)
 
 
 @pytest.fixture(scope="session")
 def model_folder(tmp_path_factory):
     """A model of random weights; beside it are vae, t5 and inputs: image.png, clip.mp4 (40 frames),
     text.safetensors (a caption of random numbers, so that nobody waits for T5)."""
+    import numpy as np
+    import torch
+    from common import FOLDER_DIT, FOLDER_VAE, shades, write_folder, write_model, write_t5
+    from PIL import Image
+    from safetensors.torch import save_file
+
+    import magi
+    import media
+
     root = tmp_path_factory.mktemp("models")
     torch.manual_seed(0)
     write_folder(root / "vae", magi.VAE(FOLDER_VAE), vae=FOLDER_VAE)
@@ -45,6 +62,8 @@ def model_folder(tmp_path_factory):
 def kernels():
     """kernels.py in Triton's interpreter. Triton decides at its own import, so a test file that asks for this
     sets TRITON_INTERPRET at its top. What is compiled ahead is checked in other processes (run_python)."""
+    import magi
+
     pytest.importorskip("triton")
     module = magi.load_kernels()
     assert module.INTERPRETED, "Triton was imported before TRITON_INTERPRET was set"

@@ -471,7 +471,8 @@ class T5(magi.T5):
 
     def __call__(self, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
         text = from_first(super().__call__)(*args, **kwargs)
-        gc.collect()                                         # streamed blocks and Streamed hold each other
+        if not self.keep:                                    # else each prompt told later waits for this
+            gc.collect()                                     # streamed blocks and Streamed hold each other
         return text
 
     def read(self) -> Any:
