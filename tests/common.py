@@ -271,18 +271,26 @@ def run_main(main, *arguments) -> tuple[int, str, str]:
     return code, out.getvalue(), err.getvalue()
 
 
-FIRST_WORD = {"convert_weights": "convert_weights: ", "sample": "error: "}
+FIRST_WORD = {"convert_weights": "convert_weights: ", "live": "error: ", "sample": "error: "}
 
 
-def assert_refused(main, arguments, *words: str, out: Path | None = None) -> None:
-    """Exit code 2, one line on stderr that has all `words`, and nothing new at or beside `out`."""
-    before = sorted(out.parent.rglob("*")) if out else None
-    code, _, err = run_main(main, *arguments)
-    assert code == 2 and len(err.splitlines()) == 1 and err.endswith("\n"), (arguments, code, err)
-    assert err.startswith(FIRST_WORD[main.__module__]), err
+def assert_one_line(first: str, result: tuple[int, str, str], *words: str) -> str:
+    """A result of run_main is exit code 2 and one line on stderr, from `first` on, that has all `words`: this
+    line."""
+    code, _, err = result
+    assert code == 2 and len(err.splitlines()) == 1 and err.endswith("\n"), (code, err)
+    assert err.startswith(first), err
     for word in words:
         assert word in err, (word, err)
+    return err
+
+
+def assert_refused(main, arguments, *words: str, out: Path | None = None) -> str:
+    """The command line is refused in one line, which is returned, and nothing is new at or beside `out`."""
+    before = sorted(out.parent.rglob("*")) if out else None
+    line = assert_one_line(FIRST_WORD[main.__module__], run_main(main, *arguments), *words)
     assert out is None or sorted(out.parent.rglob("*")) == before
+    return line
 
 
 def environment() -> dict[str, str]:

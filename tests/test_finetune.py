@@ -1,6 +1,7 @@
 """Fine-tuning on a folder of clips (finetune.py), the loop, LoRA files of other programs."""
 
 import dataclasses
+import functools
 import json
 import math
 import os
@@ -14,6 +15,7 @@ import torch
 from common import (
     FOLDER_DIT,
     HERE,
+    assert_one_line,
     bad,
     read_frames,
     relative,
@@ -70,10 +72,7 @@ def train(*args, **kwargs) -> tuple[int, str, str]:
     return run_main(finetune.main, *command_line(*args, **kwargs))
 
 
-def refused(result: tuple[int, str, str], *words: str) -> None:
-    code, _, err = result
-    assert code == 2 and err.startswith("training: ") and len(err.splitlines()) == 1, (code, err)
-    assert all(word in err for word in words), err
+refused = functools.partial(assert_one_line, "training: ")
 
 
 # ------------------------------------------------------------------------------------------------ the data
