@@ -44,6 +44,12 @@ def write_clip(file, frames: int, first: int = 0) -> None:
     writer.close()
 
 
+@pytest.fixture(autouse=True)
+def no_drawing(monkeypatch):
+    """It takes longer than these runs. That of `finished`, which is set up before, has drawn its loss."""
+    monkeypatch.setattr(training, "plot_loss", lambda log: None)
+
+
 @pytest.fixture(scope="module")
 def data(tmp_path_factory):
     """Two clips of one and two seconds, and a bit, with captions; the second has one a second."""

@@ -118,6 +118,7 @@ def test_training_stages_run_and_write_what_load_reads(tmp_path, monkeypatch):
     monkeypatch.setattr(train.Films, "PER_FILE", {1: 4, 4: 2})
     monkeypatch.setattr(train, "UNSEEN", 1)
     monkeypatch.setattr(train, "judge_prompts", lambda *_, **__: {"colour": 0.0})
+    monkeypatch.setattr(training, "plot_loss", lambda log: None)  # takes longer than a step
     more = dict(teach="cyan", clips=2, rank=2)
     train.train_vae(settings(tmp_path, init=tmp_path, batch=1))
     train.train_dit(settings(tmp_path))
