@@ -356,7 +356,7 @@ class Server:
     async def talk(self, request: web.Request) -> web.WebSocketResponse:
         """One visitor: do what is asked, and tell the news, twenty times a second at most."""
         name = request.query.get("visitor", "")[:40] or secrets.token_hex(8)
-        if len(self.visitors) >= MAX_VISITORS:
+        if len(self.visitors.keys() - {name}) >= MAX_VISITORS:               # a reload has its place
             raise web.HTTPServiceUnavailable(text="too many are watching")
         visitor = web.WebSocketResponse(max_msg_size=MAX_UPLOAD + 1, heartbeat=20, compress=False)
         await visitor.prepare(request)
