@@ -240,7 +240,7 @@ class Live:
     def add(self, frames: np.ndarray) -> float:
         """Frames become film, all of them or (on a full disk) none; returns how many seconds."""
         seconds, picture = len(frames) / self.cfg.fps, data_uri(frames[len(frames) // 2])
-        writer = copy.deepcopy(self.writer)                                  # kept if the file takes it all
+        writer = copy.deepcopy(self.writer)              # the old one is kept where the file does not grow
         writer.write(frames)
         with self.changed:
             card = self.find("flying")[0]
@@ -356,14 +356,14 @@ class Server:
     async def talk(self, request: web.Request) -> web.WebSocketResponse:
         """One visitor: do what is asked, and tell the news, twenty times a second at most."""
         name = request.query.get("visitor", "")[:40] or secrets.token_hex(8)
-        if len(self.visitors.keys() - {name}) >= MAX_VISITORS:               # a reload has its place
+        if len(self.visitors.keys() - {name}) >= MAX_VISITORS:               # who reloads is no new one
             raise web.HTTPServiceUnavailable(text="too many are watching")
         visitor = web.WebSocketResponse(max_msg_size=MAX_UPLOAD + 1, heartbeat=20, compress=False)
         await visitor.prepare(request)
         self.visitors[name] = visitor
         sent, told = 0, ""
         try:
-            async with asyncio.TaskGroup() as tasks:                         # the film goes on meanwhile
+            async with asyncio.TaskGroup() as tasks:     # the film goes on while a file is read
                 while not visitor.closed and self.visitors.get(name) is visitor:
                     state = json.dumps(self.live.state() | {"speaks": self.speaks(name)})
                     if state != told:
