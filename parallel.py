@@ -168,19 +168,6 @@ def first_to_tell() -> bool:
 # and each chunk is equal work for all. Where the tokens do not divide, the last ranks' shares end in zeros.
 
 
-def split(u: Tensor, n: int) -> Tensor:
-    """All tokens of n chunks, (B, n s, ...) -> every rank's share of them, (R, B, n s/R, ...)."""
-    u = u.unflatten(1, (n, -1))
-    zeros = u.new_zeros(*u.shape[:2], -u.shape[2] % ranks(), *u.shape[3:])
-    return rearrange(torch.cat([u, zeros], dim=2), "b n (r s) ... -> r b (n s) ...", r=ranks())
-
-
-def join(shares: Tensor, size: int) -> Tensor:
-    """The way back, to chunks of `size` tokens."""
-    chunks = rearrange(shares, "r b (n s) ... -> b n (r s) ...", s=math.ceil(size / ranks()))
-    return chunks[:, :, :size].flatten(1, 2)
-
-
 def exchange(u: Tensor) -> Tensor:
     """(R, ...), of which part r is for rank r -> (R, ...), of which part r is from rank r."""
     got = u.new_empty(u.shape)
@@ -196,44 +183,55 @@ def check_heads(cfg: magi.DiTConfig) -> None:
 
 
 class Share:
-    """Shares a DiT's tokens among the ranks."""
+    """Shares a DiT's tokens among the ranks. s: tokens of a chunk, of which a forward has n."""
 
     def __init__(self, dit: magi.DiT):
         check_heads(dit.cfg)
-        self.patchify, self.size = dit.patchify, 0                           # size: tokens of a chunk
+        self.patchify, self.s = dit.patchify, 0
         dit.patchify = self.first_tokens
         dit.layers[0].register_forward_pre_hook(self.first_angles)
         for layer in dit.layers:
             layer.attn.core.forward = partial(self.attend, layer.attn.core.forward)
         dit.final_linear.register_forward_hook(self.gather)
 
+    def split(self, u: Tensor) -> Tensor:
+        """All tokens (B, n s, ...) -> every rank's share of them (R, B, n s/R, ...)."""
+        u = u.unflatten(1, (-1, self.s))
+        zeros = u.new_zeros(*u.shape[:2], -self.s % ranks(), *u.shape[3:])
+        return rearrange(torch.cat([u, zeros], dim=2), "b n (r s) ... -> r b (n s) ...", r=ranks())
+
+    def join(self, shares: Tensor) -> Tensor:
+        """The way back."""
+        chunks = rearrange(shares, "r b (n s) ... -> b n (r s) ...", s=math.ceil(self.s / ranks()))
+        return chunks[:, :, : self.s].flatten(1, 2)
+
     def first_tokens(self, x: Tensor) -> Tensor:
         """In the place of DiT.patchify, chunk by chunk: all tokens, in float32, are never there."""
         shares = []
         for chunk in x.split(magi.CHUNK, dim=2):
             tokens = self.patchify(chunk)
-            self.size = tokens.shape[1]
-            shares.append(split(tokens, 1)[rank()])
+            self.s = tokens.shape[1]
+            shares.append(self.split(tokens)[rank()])
         return torch.cat(shares, dim=1)
 
     def first_angles(self, layer: nn.Module, args: tuple) -> None:
         ctx = args[1]
-        ctx.angles = split(ctx.angles[None], len(ctx.chunks))[rank(), 0]
+        ctx.angles = self.split(ctx.angles[None])[rank(), 0]
 
     def attend(self, core: Callable, q: Tensor, k: Tensor, v: Tensor, ctx: magi.Context, out: Tensor) -> None:
         """In the place of CachedAttention.forward, which gets all tokens of this rank's heads."""
-        n, R = len(ctx.chunks), ranks()                                      # q (B, n s/R, Hq, hd)
+        R = ranks()                                                          # q (B, n s/R, Hq, hd)
         parts = [rearrange(u, "b n (r h) d -> r b n h d", r=R) for u in (q, k, v)]
-        heads = join(exchange(torch.cat(parts, dim=3)), self.size)           # (B, n s, Hq/R + 2 Hkv/R, hd)
+        heads = self.join(exchange(torch.cat(parts, dim=3)))                 # (B, n s, Hq/R + 2 Hkv/R, hd)
         qkv = heads.split([u.shape[2] // R for u in (q, k, v)], dim=2)
         result = core(*qkv, ctx)                                             # (B, n s, Hq/R, hd)
         del heads, qkv
-        result = exchange(split(result, n))                                  # (R, B, n s/R, Hq/R, hd)
+        result = exchange(self.split(result))                                # (R, B, n s/R, Hq/R, hd)
         out.unflatten(2, (R, -1)).copy_(rearrange(result, "r b n h d -> b n r h d"))
 
     def gather(self, linear: nn.Module, args: tuple, share: Tensor) -> Tensor:
         """This rank's velocities (B, n s/R, ...) -> all (B, n s, ...)."""
-        return join(exchange(share.expand(ranks(), *share.shape)), self.size)
+        return self.join(exchange(share.expand(ranks(), *share.shape)))
 
 
 def deal(device: str, fn: Callable, windows: Sequence) -> Iterator[Tensor]:

@@ -30,16 +30,9 @@ from outputs import save
 SMALL = dataclasses.replace(common.SMALL, num_layers=4, num_heads=8, num_kv_heads=4)
 WIDE = dict(gated_ffn=True, in_channels=32, out_channels=32, x_scale=0.1)
 MIDDLE = dataclasses.replace(
-    SMALL,
-    hidden_size=384,
-    num_heads=6,
-    num_kv_heads=2,
-    head_dim=64,
-    ffn_size=1536,
-    text_dim=64,
-    text_length=40,
-    null_length=8,
-)
+    SMALL, hidden_size=384, num_heads=6, num_kv_heads=2, head_dim=64, ffn_size=1536, text_dim=64,
+    text_length=40, null_length=8,
+)  # fmt: skip
 MODELS = {
     "base": SMALL,
     "three": dataclasses.replace(SMALL, num_heads=3, num_kv_heads=3),
@@ -68,15 +61,9 @@ CASES = {                                     # name: model, frames of prefix in
 }  # fmt: skip
 OF_FOUR = [name for name, (_, _, settings) in CASES.items() if "height" in settings]  # enough for 4 ranks
 BIG = magi.SamplerConfig(
-    num_steps=2,
-    window=2,
-    kv_ranges=(3,),
-    num_frames=96,
-    height=96,
-    width=128,
-    special_tokens=(),
+    num_steps=2, window=2, kv_ranges=(3,), num_frames=96, height=96, width=128, special_tokens=(),
     distilled=True,
-)
+)  # fmt: skip
 
 
 def write_models(folder: Path) -> None:
@@ -239,6 +226,7 @@ def cases(rank: int, size: int, folder: Path) -> None:
     out["text"], out["asked"] = t5("a ball"), t5.asked
     if size == 2:
         out["memory"] = {name: measure(folder, name) for name in BY_TWO}
+    out["streamed"] = run_case(folder, "v2v", "disk")
     out["errors"] = [refusal(lambda: parallel.load_dit(folder / "three"))]
     out["errors"] += [refusal(lambda: parallel.agreed(fails_on_last)(rank, size))]
     torch.save(out, folder / f"cases.{size}.{rank}.pt")

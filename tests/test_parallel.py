@@ -58,6 +58,12 @@ def test_several_processes_make_the_same_video(results, alone, size, name):
 
 
 @pytest.mark.parametrize("size", [2, 4])
+def test_several_processes_may_stream(results, alone, size):
+    for found in results[size]:
+        assert relative(found["streamed"], alone["v2v"]) < 1e-5
+
+
+@pytest.mark.parametrize("size", [2, 4])
 def test_tiles_are_dealt_out(results, models, size):
     for u, v in zip(worker.tiles(models), results[size][0]["tiles"], strict=True):
         assert relative(u, v) < 1e-6
