@@ -464,10 +464,7 @@ class T5(magi.T5):
         with torch.device("meta"):
             model: Any = T5EncoderModel(T5Config.from_pretrained(self.folder, local_files_only=True))
         model = model.to(self.dtype)
-        tied = "encoder.embed_tokens.weight"                 # shared.weight again
-        missing = sorted(model.state_dict().keys() - read_headers(weight_files(self.folder)).keys() - {tied})
-        require(not missing, f"the text encoder in {str(self.folder)!r} lacks {len(missing)} tensor(s), such "
-                f"as {missing[:1]}: convert it again")
+        self.refuse_without(model.state_dict().keys() - read_headers(weight_files(self.folder)).keys())
         Streamed(model, "encoder.block", self.folder, str(self.device), "disk")
         model.encoder.embed_tokens = model.shared
         return model
