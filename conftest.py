@@ -9,8 +9,8 @@ import pytest
 from hypothesis import settings
 
 # What takes seconds to import is imported below: the process that only deals out the tests needs none of it.
-# The models are small: threads would only wait for each other on a busy machine. Commands that the tests
-# start read the variable: without it each counts the idle cores, and another number of threads rounds anew.
+# The models are small: threads would only wait for each other on a busy machine. Commands that tests start
+# read the variable. Without it each counts the idle cores, and another number of threads rounds differently.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 settings.register_profile("repeatable", derandomize=True, deadline=None)  # the same examples in every clone
 settings.load_profile("repeatable")
