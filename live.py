@@ -204,8 +204,8 @@ class Live:
             except NewTake:
                 pass
             except Exception as error:                   # the page lives on; what was given may be at fault
+                print(f"error: {one_line(error)}", file=sys.stderr)
                 self.update(running=False, error=one_line(error), given={})
-                print(f"error: {self.error}", file=sys.stderr)
 
     def shoot(self, start: dict) -> None:
         """Make chunk after chunk of the film, for ever."""

@@ -385,10 +385,9 @@ def test_a_preview_is_fitted_by_a_command_and_read_again(tmp_path):
 def test_a_film_is_made_as_it_is_played_and_no_faster(film):
     assert still(film) and film.made == 0  # nobody has said anything
     film.say(RED)
-    until(lambda: film.made)
+    enough = lambda: film.made > 3 or film.made - film.position >= 0.6 + 1.5 * film.pace
+    until(lambda: film.made and enough())  # on a busy machine a step may take as long as `still` waits
     until(lambda: still(film))
-    lead = 0.6 + 1.5 * film.pace
-    assert film.made - film.position >= lead or film.made > 3
     made = film.made
     film.played(made)
     until(lambda: film.made > made)
