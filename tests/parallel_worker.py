@@ -209,7 +209,7 @@ class FirstEncodes(parallel.T5):
     """T5 is not read: what it is asked for is kept."""
 
     def __init__(self):
-        self.asked = []
+        self.asked, self.keep = [], False
 
 
 def encode(self, captions) -> torch.Tensor:
