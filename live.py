@@ -17,7 +17,7 @@ Contents: 1 Previews, 2 The film, 3 Server, 4 Page, 5 Command line. tools/fit_pr
 from __future__ import annotations
 
 if __name__ == "__main__":
-    from threads import share_the_machine
+    from terminal import share_the_machine
 
     share_the_machine()                                                      # before PyTorch is imported
 
@@ -622,7 +622,7 @@ def main(argv: list[str] | None = None) -> int:
                 "leave --out out")
         args.prompt, args.num_frames, args.out = ["-"], "inf", Path("-")
         if args.plan:
-            print(sample.plan(args))
+            print(sample.memory_table(args))
             return 0
         sample.check_flags(args)
         run = sample.check(args)
@@ -631,7 +631,7 @@ def main(argv: list[str] | None = None) -> int:
         for note in run.notes:
             sample.say(note)
         film = Live(sample.load(args, run.device), matrix, sample.arithmetic(run.device, args.dtype), run.cfg,
-                    lambda text: sample.notes_on_late_prompt(args, run.cfg, text))
+                    lambda text: sample.notes_on_prompts(args, [text]))
 
         def told(warning: str) -> None:
             """It goes to the terminal and to the page."""

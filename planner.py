@@ -17,6 +17,7 @@ import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -24,7 +25,7 @@ import torch
 import magi
 import parallel
 import training
-from checkpoints import require
+from checkpoints import read_config, read_json, require
 
 # ------------------------------------------------------------------------------------------------------------
 # 1  A video
@@ -152,15 +153,20 @@ def pinned(dit: magi.DiTConfig) -> int:
     return sum(1 << (u.nbytes - 1).bit_length() for u in weights)
 
 
-def plan(dit: magi.DiTConfig, run: magi.SamplerConfig, numbers: Sequence[int] = (1, 8),
-         cards: Sequence[float] = (12, 24, 80), keep_t5: bool = False, **more: Any) -> str:
+def memory_table(dit: magi.DiTConfig, run: magi.SamplerConfig, vae: Path, t5: Path, keep_t5: bool,
+                 numbers: Sequence[int], cards: Sequence[float]) -> str:
     """What a run takes, in ways to run it, and what makes it fit so many cards of so many GB: the text of
-    sample.py --plan. keep_t5, and more, vae and t5: of `needs`."""
+    sample.py --plan. VAE and T5 are the released ones if there are none in these folders."""
+    more: dict[str, Any] = {"keep_t5": keep_t5}
+    if (vae / "config.json").is_file():
+        more["vae"] = read_config(vae, "vae", magi.VAEConfig)
+    if (t5 / "config.json").is_file():
+        more["t5"] = read_json(t5 / "config.json")
     most = 1 if keep_t5 else dit.num_kv_heads            # one process reads the prompts
     counts = [r for r in range(1, most + 1) if dit.num_kv_heads % r == 0]
     ways = " or ".join(f"--plan {R}x{cards[0]:g}" for R in counts)
     require(set(numbers) & set(counts), f"{numbers[0]} GPUs cannot share this run: give {ways}")
-    numbers, more["keep_t5"] = [R for R in numbers if R in counts], keep_t5
+    numbers = [R for R in numbers if R in counts]
     parts = [field.name for field in dataclasses.fields(Memory)] + ["total"]
     t5 = "stays, and is among the weights" if keep_t5 else "comes first and goes"
     lines = [f"GiB on each GPU, {run.height}x{run.width}, window {run.window} (T5 {t5}):",
