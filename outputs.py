@@ -17,7 +17,7 @@ from __future__ import annotations
 import os
 import shutil
 import sys
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -85,14 +85,6 @@ def claimed(path: Path, inputs: Iterable[str | Path] = ()) -> Iterator[Path]:
     path = check_output(path, inputs)
     with locked(path):
         yield path
-
-
-@contextmanager
-def claimed_in(folder: Path, names: Iterable[str], inputs: Sequence[str | Path]) -> Iterator[list[Path]]:
-    """The same for videos of these names in a folder, which is made if need be."""
-    folder.mkdir(exist_ok=True)
-    with locked(folder / "*.mp4"):                       # one lock for all: it is an open file
-        yield [check_output(folder / name, inputs) for name in names]
 
 
 @contextmanager

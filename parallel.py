@@ -153,7 +153,7 @@ def lost_another(error: BaseException) -> bool:
 def first_to_tell() -> bool:
     """Is this the first process to ask? It says for all what went wrong: that another is gone, for example,
     which may be rank 0."""
-    if ranks() == 1:
+    if not dist.is_initialized():
         return True
     try:
         return dist.distributed_c10d._get_default_store().add("told", 1) == 1

@@ -205,18 +205,18 @@ def training_needs(dit: magi.DiT, command: str, rank: int, tokens: int, text_tok
         parts = processes if in_layer and p.dtype == shared else 1
         counts.append((0 if stream and in_layer else p.numel() / parts, p.element_size()))
     weights = sum(n * size for n, size in counts)
-    plan: dict[str, float] = {"weights": weights}
+    needed: dict[str, float] = {"weights": weights}
     if stream or processes > 1:          # a layer that is trained brings gradients, in float32 too
-        plan["layers that pass"] = (2 if rank else 5) * layer
+        needed["layers that pass"] = (2 if rank else 5) * layer
     if rank:
         lora = sum(rank * sum(linear.weight.shape) for linear in training.lora_targets(dit).values())
-        plan |= {"LoRA": 4 * lora, "gradients": 4 * lora, "optimiser": 8 * lora}
+        needed |= {"LoRA": 4 * lora, "gradients": 4 * lora, "optimiser": 8 * lora}
     else:
         rounded = sum(2 * n for n, size in counts if size == 2)              # what bf16 has lost
         states = 8 * sum(n for n, _ in counts) + rounded
-        plan |= {"gradients": weights, "optimiser": states if optimizer == "adamw" else states / 4}
+        needed |= {"gradients": weights, "optimiser": states if optimizer == "adamw" else states / 4}
         if command == "distill":
-            plan["teacher"] = weights
+            needed["teacher"] = weights
 
     b, D, F = cfg.torch_dtype.itemsize, cfg.hidden_size, cfg.ffn_size
     A, G = cfg.num_heads * cfg.head_dim, cfg.num_kv_heads * cfg.head_dim     # widths of q, and of k or v
@@ -230,15 +230,15 @@ def training_needs(dit: magi.DiT, command: str, rank: int, tokens: int, text_tok
     branches = 3 if command == "distill" else 1                              # of a teacher, without gradients
     inputs = b * tokens * D * cfg.num_layers
     layers = one_layer * cfg.num_layers if keep_activations else one_layer + inputs
-    plan["activations"] = layers + one_layer * (branches - 1) / 2
-    return plan
+    needed["activations"] = layers + one_layer * (branches - 1) / 2
+    return needed
 
 
-def show_training(plan: dict[str, float], here: float | None) -> str:
-    """The plan in GB (10^9 bytes), what it adds up to, and on which cards that fits."""
-    total = sum(plan.values())
+def show_training(needed: dict[str, float], here: float | None) -> str:
+    """What training_needs gives in GB (10^9 bytes), the sum, and on which cards that fits."""
+    total = sum(needed.values())
     answer = lambda card: "yes" if fits(total, card) else "no"
-    parts = ", ".join(f"{name} {size / 1e9:.2f}" for name, size in plan.items())
+    parts = ", ".join(f"{name} {size / 1e9:.2f}" for name, size in needed.items())
     cards = ", ".join(f"{gb} GB: {answer(gb)}" for gb in (12, 24, 48, 80))
     machine = "" if here is None else f"; this machine, {here / 1e9:.1f} GB: {answer(here / GIB)}"
     return f"a step needs about {total / 1e9:.2f} GB: {parts}\nfits on a card of {cards}{machine}"

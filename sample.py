@@ -45,8 +45,8 @@ from terminal import Parser, Quiet, exit_code, peak_memory, progress_bar, say, u
 # 1  Flags
 # ------------------------------------------------------------------------------------------------------------
 # A sampling flag that is left out is None: its value comes from --config_file or the model's own config.json.
-# Other names for flags, most of them the official code's:
 
+# Other names for flags, most of them the official code's:
 OTHER_NAMES = {
     "image_path": "image", "prefix_video_path": "video", "output_path": "out", "output": "out",
     "num_steps": "steps", "window_size": "window", "frames": "num_frames", "text_scales": "text_scale",
@@ -254,9 +254,11 @@ def claim_outputs(args: argparse.Namespace, locks: contextlib.ExitStack) -> list
         folder = Path("out") if args.out == Path("out.mp4") else args.out
         require(folder.is_dir() or not folder.exists() and not folder.suffix,
                 f"--out {str(args.out)!r} must be a folder, for the videos of --prompt_file")
+        folder.mkdir(exist_ok=True)
         names = [re.sub(r"[^a-z0-9]+", "-", prompts[0].lower())[:40].strip("-") for prompts in args.videos]
-        names = [f"{i:03d}{'-' * bool(name)}{name}.mp4" for i, name in enumerate(names)]
-        return locks.enter_context(outputs.claimed_in(folder, names, inputs))
+        files = [folder / f"{i:03d}{'-' * bool(name)}{name}.mp4" for i, name in enumerate(names)]
+        locks.enter_context(outputs.locked(folder / "*.mp4"))                # one for all: it is an open file
+        return [outputs.check_output(file, inputs) for file in files]
     if str(args.out) == "-":
         return [locks.enter_context(outputs.standard_output())]
     return [locks.enter_context(outputs.claimed(args.out, inputs))]
@@ -391,9 +393,9 @@ def check(args: argparse.Namespace) -> SimpleNamespace:
     size, count = (cfg.height, cfg.width), max(4, args.prefix_frames)
     image = media.read_image(args.image, size, args.fit) if args.image else None
     video = media.read_video(args.video, cfg.fps, None, count, size, args.fit) if args.video else None
-    clip = media.prefix_clip(image, video, args.prefix_frames)
-    given = 0 if video is None else len(clip)
-    total, filled = magi.count_chunks(magi.round_frames(cfg.num_frames), given // magi.FRAMES_PER_LATENT)
+    given = media.prefix_clip(image, video, args.prefix_frames)
+    latents = 0 if given is None else len(given) // magi.FRAMES_PER_LATENT   # whole ones: of an image none
+    total, filled = magi.count_chunks(magi.round_frames(cfg.num_frames), latents)
     chunks = math.inf if total is None else total - filled                   # that are generated
     check_model(args, dit, cfg, chunks)
     for chunk, _ in args.transition:
@@ -441,7 +443,7 @@ def prepare(argv: list[str] | None, locks: contextlib.ExitStack) -> list[dict]:
     runs = []
     for i, (text, out) in enumerate(zip(texts, outs, strict=True)):
         cfg = dataclasses.replace(run.cfg, seed=run.cfg.seed + i)
-        frames = partial(pipe, text, sampler=cfg, image=run.image, video=run.video, fit=args.fit,
+        frames = partial(pipe, text, sampler=cfg, image=run.image, video=run.video,
                          prefix_frames=args.prefix_frames)
         runs.append(dict(frames=frames, cfg=cfg, chunks=run.chunks, out=out, device=run.device,
                          report=getattr(pipe.dit.ops, "report", None)))

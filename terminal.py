@@ -89,8 +89,9 @@ class Parser(argparse.ArgumentParser):
         words = [re.sub(r"^--([\w-]+)", canonical, word) for word in (sys.argv[1:] if args is None else args)]
         parsed = super().parse_args(words, namespace)
         names = [word.partition("=")[0] for word in words if word.startswith("--")]
+        lists = [name for name, flag in self._option_string_actions.items() if isinstance(flag.default, list)]
         for name in names:
-            if names.count(name) > 1 and not isinstance(self._option_string_actions[name].default, list):
+            if names.count(name) > 1 and name not in lists:
                 self.error(f"{name} is given twice: leave one out")
         return parsed
 
