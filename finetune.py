@@ -517,7 +517,7 @@ def look_at_data(args: argparse.Namespace, base: DiT) -> Batches:
     """The pieces of the data folder. ValueError for bad ones."""
     sampler = read_config(args.model, "sampler", SamplerConfig)
     table = checkpoints.read_special_tokens(args.model)
-    magi.check_tokens(sampler, table, base.cfg.text_dim, math.inf)
+    checkpoints.check_tokens(sampler, table, base.cfg.text_dim, math.inf)
     folder = args.cache or args.data.absolute().with_name(f"{args.data.absolute().name}.cache")
     dtype = torch.bfloat16 if "cuda" in args.device else None
     cache = Cache(folder, args.vae, args.t5, dtype)
@@ -584,15 +584,6 @@ def encode(args: argparse.Namespace, batches: Batches) -> str:
     return prompt
 
 
-def load_base(args: argparse.Namespace) -> DiT:
-    """The base model: whole; or this process's part of it; or without its layers, which are streamed."""
-    cfg = read_config(args.model, "dit", DiTConfig)
-    dit = build(lambda: DiT(cfg), args.model)
-    parallel.load_weights(dit, args.model, args.device, args.stream)
-    dit.ops = magi.get_ops(args.backend, args.device)
-    return dit
-
-
 def checkpoint_layers(dit: DiT) -> None:
     """Keep only the input of each layer for the backward pass, and compute the rest again: a third more work,
     and the memory of one layer in place of all."""
@@ -602,7 +593,8 @@ def checkpoint_layers(dit: DiT) -> None:
 
 def make_models(args: argparse.Namespace) -> tuple[DiT, DiT]:
     """The model to train, and its teacher if it is distilled: itself without its LoRA, or a second one."""
-    models = [load_base(args) for _ in range(2 if args.command == "distill" and not args.rank else 1)]
+    load = partial(parallel.load_dit, args.model, args.device, backend=args.backend, stream=args.stream)
+    models = [load(to_train=True) for _ in range(2 if args.command == "distill" and not args.rank else 1)]
     for dit in models:
         for file in args.lora:
             training.merge_lora(training.load_lora(dit, file))

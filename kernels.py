@@ -81,6 +81,7 @@ except ImportError:
         raise
     triton = tl = TensorDescriptor = MagicMock()     # no file can stop here; the rest is for nothing
 
+import checkpoints  # noqa: E402
 import magi  # noqa: E402
 
 # ----------------------------------------------------------------------------------------------------------
@@ -201,7 +202,7 @@ def _store(X, row, left, x, T: tl.constexpr):
 
 INTERPRETED = not HANDED_OVER and not isinstance(_tile, triton.JITFunction)    # was TRITON_INTERPRET=1 set?
 if INTERPRETED:      # its faults are mended there, so that the kernels need to know nothing of them
-    magi.load_module("triton_interpreter", Path(__file__).with_name("tools") / "triton_interpreter.py")
+    checkpoints.load_module("triton_interpreter", Path(__file__).with_name("tools") / "triton_interpreter.py")
 
 
 # ----------------------------------------------------------------------------------------------------------

@@ -137,13 +137,13 @@ CHANGES = {                      # what takes less memory, the gentlest first: i
 
 
 def smallest_change(dit: magi.DiTConfig, run: magi.SamplerConfig, card: float, R: int = 1, **more: Any
-                    ) -> tuple[str, Memory]:
-    """The first of CHANGES with which R cards of so many GB will do, or "nothing here", and what it takes."""
+                    ) -> str:
+    """The first of CHANGES with which R cards of so many GB will do, or "nothing here"."""
     for name, (stream, settings) in CHANGES.items():
         memory = needs(dit, dataclasses.replace(run, **settings), R=R, stream=stream, **more)
         if fits(memory.total, card):
-            return name.replace("cpu", "disk") if R > 1 else name, memory
-    return "nothing here", memory
+            return name.replace("cpu", "disk") if R > 1 else name
+    return "nothing here"
 
 
 def pinned(dit: magi.DiTConfig) -> int:
@@ -179,8 +179,8 @@ def memory_table(dit: magi.DiTConfig, run: magi.SamplerConfig, vae: Path, t5: Pa
     names = {R: f"{R} (torchrun --nproc_per_node {R} sample.py ...)" for R in numbers} | {1: "one"}
     lines.append("\nA card of    " + "".join(f"{names[R]:63}" for R in numbers).rstrip())
     for card in cards:
-        ways = [smallest_change(dit, run, card, R, **more)[0] for R in numbers]
-        lines.append(f"{card:6g} GB    " + "".join(f"{way:63}" for way in ways).rstrip())
+        changes = [smallest_change(dit, run, card, R, **more) for R in numbers]
+        lines.append(f"{card:6g} GB    " + "".join(f"{change:63}" for change in changes).rstrip())
     return "\n".join(lines)
 
 

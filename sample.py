@@ -317,7 +317,7 @@ def check_model(args: argparse.Namespace, dit, cfg, chunks: float) -> None:
     build(lambda: magi.VAE(vae), args.vae)
     for file in args.lora:
         training.check_lora(empty, file)
-    magi.check_tokens(cfg, checkpoints.read_special_tokens(args.model), dit.text_dim, chunks)
+    checkpoints.check_tokens(cfg, checkpoints.read_special_tokens(args.model), dit.text_dim, chunks)
     if not args.text:
         checkpoints.check_text_encoder(args.t5, dit.text_dim)
 
