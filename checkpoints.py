@@ -332,6 +332,12 @@ def read_tensors(file: str | Path, what: str = "weights") -> dict[str, Tensor]:
         return {name: v.float() for name, v in load_file(file).items()}
 
 
+def read_special_tokens(folder: str | Path) -> dict[str, Tensor]:
+    """Name -> (1, C), the learned tokens of a model folder; empty if it has none."""
+    file = Path(folder) / "special_tokens.safetensors"
+    return read_tensors(file, "special tokens") if file.is_file() else {}
+
+
 def headers_of(module: nn.Module) -> dict[str, tuple[tuple[int, ...], bool]]:
     """The same of a module's state dict."""
     return {k: (tuple(v.shape), v.dtype == torch.float8_e4m3fn) for k, v in module.state_dict().items()}

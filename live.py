@@ -17,7 +17,7 @@ Contents: 1 Previews, 2 The film, 3 Server, 4 Page, 5 Command line. tools/fit_pr
 from __future__ import annotations
 
 if __name__ == "__main__":
-    from threads import share_the_machine
+    from terminal import share_the_machine
 
     share_the_machine()                                                      # before PyTorch is imported
 
@@ -49,6 +49,7 @@ import magi
 import media
 from captions import MAX_TOLD, check_text
 from checkpoints import KernelError, reading, require, short_warnings
+from terminal import Parser, say, whole_number
 
 try:
     from aiohttp import web
@@ -614,11 +615,11 @@ def main(argv: list[str] | None = None) -> int:
     """The command line -> its exit code: 2 for what is wrong, else 130, since Ctrl-C ends it."""
     import sample
 
-    parser = sample.Parser(prog="live.py", allow_abbrev=False, description=(__doc__ or "").split("\n")[0],
-                           epilog="sample.py's flags for size, sampling and model work, too.")
+    parser = Parser(prog="live.py", allow_abbrev=False, description=(__doc__ or "").split("\n")[0],
+                    epilog="sample.py's flags for size, sampling and model work, too.")
     parser.add_argument("--host", default="127.0.0.1", help="default: 127.0.0.1; with another one other "
                         "machines see the page too, with the token that is printed")
-    parser.add_argument("--port", type=sample.whole_number, default=8765, help="default: 8765")
+    parser.add_argument("--port", type=whole_number, default=8765, help="default: 8765")
     page, others = parser.parse_known_args(argv)
     args = sample.parse_arguments(others)
     try:
@@ -630,16 +631,16 @@ def main(argv: list[str] | None = None) -> int:
                 "leave --out out")
         args.prompt, args.num_frames, args.out = ["-"], "inf", Path("-")
         if args.plan:
-            print(sample.plan(args))
+            print(sample.memory_table(args))
             return 0
         sample.check_flags(args)
         run = sample.check(args)
         matrix = load_preview(args.vae / "preview.json")
         door = listen(page.host, page.port)
         for note in run.notes:
-            sample.say(note)
+            say(note)
         film = Live(sample.load(args, run.device), matrix, sample.arithmetic(run.device, args.dtype), run.cfg,
-                    lambda text: sample.notes_on_late_prompt(args, run.cfg, text))
+                    lambda text: sample.notes_on_prompts(args, [text]))
 
         def told(warning: str) -> None:
             """It goes to the terminal and to the page."""
@@ -651,7 +652,7 @@ def main(argv: list[str] | None = None) -> int:
     except KeyboardInterrupt:
         pass
     except (ValueError, OSError, ImportError) as error:
-        sample.say(f"error: {error}")
+        say(f"error: {error}")
         return 2
     return 130
 

@@ -153,7 +153,10 @@ def lost_another(error: BaseException) -> bool:
 
 
 def first_to_tell() -> bool:
-    """Is this the first process to ask? It tells that another is gone, which may be rank 0, for all."""
+    """Is this the first process to ask? It says for all what went wrong: that another is gone, for example,
+    which may be rank 0."""
+    if not dist.is_initialized():
+        return True
     try:
         return dist.distributed_c10d._get_default_store().add("told", 1) == 1
     except dist.DistError:                                   # what they share was in that other process

@@ -518,7 +518,9 @@ def test_a_full_disk_is_one_line(cached, model_folder, tmp_path, monkeypatch):
     with monkeypatch.context() as patch:
         patch.setattr(finetune.outputs, "save_file", full_too)
         code, _, err = train(model_folder, cached, out)
-        assert code == 2 and err.splitlines()[-1].startswith("training: Error while serializing"), err
+        assert code == 2 and err.splitlines()[-1].startswith(
+            f"training: cannot write {str(out)!r}: Error while"
+        ), err
     assert train(model_folder, cached, out)[0] == 0
 
 
@@ -737,6 +739,14 @@ def test_the_first_process_speaks_and_writes_for_all(together):
     assert "--accumulate 3: 2 processes share the forwards of a step, so give a multiple of 2" in first[3][2]
     samples = sorted((outs["lora"].parent / "lora.work" / "samples").iterdir())
     assert [sample.name for sample in samples] == ["000001.mp4", "000002.mp4"]
+
+
+def test_what_is_wrong_is_said_once_by_several_processes(model_folder, tmp_path):
+    flags = ("--model", model_folder, "--data", "nowhere", "--out", tmp_path / "a.safetensors")
+    run = run_python("-m", "torch.distributed.run", "--standalone", "--nproc_per_node", 2,
+                     HERE / "training.py", "lora", *flags, "--device", "cpu")  # fmt: skip
+    (line,) = (line for line in run.stderr.splitlines() if line.startswith("training:"))
+    assert "the data folder 'nowhere' does not exist" in line
 
 
 def test_large_models_are_written_in_files_with_an_index(model_folder, tmp_path):
