@@ -2,6 +2,7 @@
 
 import contextlib
 import math
+import multiprocessing
 from pathlib import Path
 from types import SimpleNamespace
 from unittest import mock
@@ -362,7 +363,9 @@ def learn_as_one_of_two(rank: int, folder: Path) -> None:
 
 def test_two_processes_learn_what_one_does(tmp_path):
     """Each has half of the losses and makes half of Muon's updates."""
-    torch.multiprocessing.spawn(learn_as_one_of_two, (tmp_path,), nprocs=2)
+    multiprocessing.set_forkserver_preload(["torch._dynamo"])  # once for both
+    start = torch.multiprocessing.start_processes
+    start(learn_as_one_of_two, (tmp_path,), nprocs=2, start_method="forkserver")
     first, second = (torch.load(tmp_path / f"rank{rank}.pt") for rank in range(2))
     for name, wanted in learn_toy(tmp_path / "one", 1).state_dict().items():
         assert torch.equal(first[name], second[name])
