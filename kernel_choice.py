@@ -113,12 +113,7 @@ def cudnn_first(op: Callable) -> Callable:
     from torch.nn.attention import sdpa_kernel
 
     order = [SDP.CUDNN_ATTENTION, SDP.FLASH_ATTENTION, SDP.EFFICIENT_ATTENTION, SDP.MATH]
-
-    def run(*args: Any) -> Tensor:
-        with sdpa_kernel(order, set_priority=True):
-            return op(*args)
-
-    return run
+    return sdpa_kernel(order, set_priority=True)(op)             # in force during each call of op
 
 
 def flex_attention(q: Tensor, k: Tensor, v: Tensor, spans: Tensor, out: Tensor | None = None) -> Tensor:

@@ -916,6 +916,26 @@ def test_every_operations_small_input_and_candidates(monkeypatch, tmp_path):
                 kernel_choice.require_equal(kernel_choice.outcome(functions[name], given, backward), expected)
 
 
+def test_every_candidate_of_block_attention_writes_where_it_is_told(monkeypatch):
+    """As both attentions of a layer ask for; cuDNN's refused `out`, and so was never used in a run."""
+    from torch.nn.attention import SDPBackend, _cur_sdpa_kernel_backends
+    from torch.nn.attention.flex_attention import flex_attention
+
+    monkeypatch.setattr(kernel_choice, "_flex", lambda: flex_attention)
+    q, k = tensors((1, 12, 2, 16), (1, 14, 1, 16))
+    spans = torch.tensor([[[0, 14], [3, 5]]])
+    expected = magi.block_attention(q, k, k, spans)
+    for name, function in kernel_choice.candidates("block_attention").items():
+        both = torch.zeros(1, 12, 2, 2, 16)
+        with torch.no_grad():
+            out = function(q, k, k, spans, out=both[:, :, 1])
+        assert out.data_ptr() == both[:, :, 1].data_ptr() and not both[:, :, 0].any(), name
+        torch.testing.assert_close(both[:, :, 1], expected, rtol=1e-5, atol=1e-6)
+    first = kernel_choice.cudnn_first(lambda: _cur_sdpa_kernel_backends(with_priority=True)[0])
+    assert [first(), first()] == [SDPBackend.CUDNN_ATTENTION] * 2
+    assert _cur_sdpa_kernel_backends(with_priority=True)[0] != SDPBackend.CUDNN_ATTENTION
+
+
 def test_a_whole_dit_chooses_and_the_next_one_knows(monkeypatch, tmp_path):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     cfg = dataclasses.replace(
