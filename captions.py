@@ -1,7 +1,7 @@
-"""Prompts: what each chunk may be told, and what the official code does to a caption before T5 reads it.
+"""Prompts: what each chunk may be told, what the official code does to a caption, and T5, which reads it.
 
-The rules are not part of the model, but they decide which tokens T5 sees, so all of them are kept, the odd
-ones too. The recorded results of the official code are in goldens/captions.json.
+The rules for captions are not part of the model, but they decide which tokens T5 sees, so all of them are
+kept, the odd ones too. The recorded results of the official code are in goldens/captions.json.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ import contextlib
 import dataclasses
 import functools
 import html
+import itertools
 import math
 import queue
 import re
@@ -17,15 +18,17 @@ import threading
 import urllib.parse
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
-from checkpoints import GUIDANCE, require
+from checkpoints import GUIDANCE, check_text_encoder, require
 
-__all__ = ["MAX_TOLD", "Prompt", "as_prompt", "check_text", "clean_caption", "texts_of", "told_by",
-           "tokenize"]
+__all__ = ["MAX_TOLD", "Prompt", "T5", "as_prompt", "check_text", "clean_caption", "each_chunk", "endless",
+           "texts_of", "told_by", "tokenize"]
 
 Encode = Callable[[Sequence[str]], tuple[Tensor, Tensor]]     # captions -> text (n, L, C), mask (n, L)
 MAX_TOLD = 2_000                         # characters of a prompt that is told while the video is made
@@ -82,6 +85,25 @@ def late_texts(prompts: Iterable, cfg: Any, encode: Encode, transition: Callable
         own = transition(cfg, chunk, prompt.transition) if prompt.transition else cfg
         (text,), (mask,) = remembered(prompt.text)
         yield text, mask, own
+
+
+def each_chunk(text: Tensor, mask: Any, shape: tuple[int, ...]) -> Iterator[tuple]:
+    """Text (L, C) or (chunks, L, C), and its mask, checked -> an iterator over chunks."""
+    require(isinstance(mask, Tensor), "text needs its text_mask, which says which rows are not padding")
+    texts, masks = (text[None], mask[None]) if text.dim() == 2 else (text, mask)
+    require(texts.shape[1:] == shape and masks.shape == texts.shape[:2] and len(texts) > 0,
+            f"text {tuple(text.shape)} and text_mask {tuple(mask.shape)} must be {shape} and ({shape[0]},), "
+            f"or that for each chunk")
+    return zip(texts, masks, strict=True)
+
+
+def endless(items: Iterable[tuple | None]) -> Iterator[tuple | None]:
+    """The items, then the last of them for ever."""
+    item: tuple | None = None
+    for item in items:  # noqa: B007
+        yield item
+    require(item is not None, "there is no prompt: give at least one, which may be empty")
+    yield from itertools.repeat(item)
 
 
 def check_text(text: Any, most: float = math.inf) -> str:
@@ -249,3 +271,47 @@ def tokenize(tokenizer: Any, captions: Sequence[str], length: int) -> tuple[Tens
         ids[row, : len(pieces)] = torch.tensor(pieces, dtype=torch.long)
         mask[row, : len(pieces)] = 1
     return ids, mask
+
+
+class T5:
+    """A T5 encoder folder (config.json, weights, spiece.model), read offline, when captions come.
+
+    The XXL encoder has 4.7 B parameters: 9.5 GB in bfloat16, the default (19 in float32). The DiT needs that
+    memory and a run needs each prompt once, so the model is freed after every call unless `keep` is set.
+    """
+
+    def __init__(self, folder: str | Path, length: int = 800, device: str | torch.device = "cpu",
+                 dtype: torch.dtype = torch.bfloat16, keep: bool = False):
+        self.folder, self.length = Path(folder), length
+        self.device, self.dtype, self.keep = device, dtype, keep
+        self.model: Any = None
+
+    def read(self) -> Any:
+        """The model, a transformers.T5EncoderModel."""
+        check_text_encoder(self.folder)
+        from transformers import T5EncoderModel  # it takes seconds
+        from transformers.utils import logging
+
+        logging.disable_progress_bar()
+        read: Any = T5EncoderModel.from_pretrained
+        model, info = read(self.folder, dtype=self.dtype, local_files_only=True, output_loading_info=True)
+        missing = sorted(set(info["missing_keys"]) - {"encoder.embed_tokens.weight"})  # it is shared.weight
+        require(not missing, f"the text encoder in {str(self.folder)!r} lacks {len(missing)} tensor(s), such "
+                f"as {missing[:1]}: convert it again")               # transformers would make them random
+        return model.to(self.device).eval()
+
+    @torch.no_grad()
+    def __call__(self, captions: Sequence[str], clean: bool = True) -> tuple[Tensor, Tensor]:
+        """Captions -> last hidden state (n, L, text_dim) float32 and mask (n, L), on the CPU."""
+        from sentencepiece import SentencePieceProcessor
+
+        model = self.model or self.read()
+        self.model = model if self.keep else None
+        tokenizer = SentencePieceProcessor(model_file=str(self.folder / "spiece.model"))
+        captions = [clean_caption(c) if clean else c for c in captions]
+        ids, mask = tokenize(tokenizer, captions, self.length)
+        used = max(1, int(mask.sum(1).max()))            # the columns that are not padding everywhere
+        ids, short = ids[:, :used].to(self.device), mask[:, :used].to(self.device)
+        hidden = model(ids, attention_mask=short).last_hidden_state.float().cpu()
+        # Padding is zeroed, so that a result does not depend on what else is in the batch.
+        return F.pad(hidden * mask[:, :used, None], (0, 0, 0, self.length - used)), mask

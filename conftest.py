@@ -13,8 +13,8 @@ from safetensors.torch import save_file
 import magi
 import media
 
-# The models are small: threads would only wait for each other on a busy machine. Commands that the tests start
-# read the variable: without it each counts the idle cores, and another number of threads rounds sums anew.
+# The models are small: threads would only wait for each other on a busy machine. Commands that tests start
+# read the variable. Without it each counts the idle cores, and another number of threads rounds differently.
 torch.set_num_threads(1)
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 settings.register_profile("repeatable", derandomize=True, deadline=None)  # the same examples in every clone

@@ -518,7 +518,7 @@ def look_at_data(args: argparse.Namespace, base: DiT) -> Batches:
     sampler = read_config(args.model, "sampler", SamplerConfig)
     tokens = args.model / "special_tokens.safetensors"
     table = read_tensors(tokens, "special tokens") if tokens.is_file() else {}
-    magi.check_tokens(sampler, table, base.cfg.text_dim, math.inf)
+    checkpoints.check_tokens(sampler, table, base.cfg.text_dim, math.inf)
     folder = args.cache or args.data.absolute().with_name(f"{args.data.absolute().name}.cache")
     dtype = torch.bfloat16 if "cuda" in args.device else None
     cache = Cache(folder, args.vae, args.t5, dtype)

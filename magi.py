@@ -39,7 +39,7 @@ Contents
     1  Configs and presets      the model zoo as one literal table
     2  Shared parts             norms, timestep features, rotary positions, attention: the readable reference
     3  VAE                      ViT encoder and decoder, tiling
-    4  Text                     T5, and learned tokens in front of what it gives
+    4  Text                     what T5 gives, and learned tokens in front of it
     5  KV cache                 keys and values of clean chunks, and which of them a chunk reads
     6  DiT                      fp8 linear, parallel self- and cross-attention, layer, model
     7  Plan                     time grid, attention ranges, and what each forward holds: pure functions
@@ -47,7 +47,7 @@ Contents
     9  Sampler                  the loop over the plan
     10 Loading and the pipeline folders on disk; the one object that a user needs
 
-What lies beside it: captions.py (prompts, caption rules), checkpoints.py (files on disk, checks of configs),
+What lies beside it: captions.py (prompts, T5), checkpoints.py (files on disk, checks of configs),
 training.py (objectives, LoRA), parallel.py (several GPUs, streamed weights), kernels.py (Triton versions of
 section 2), media.py (pictures and video files); README.md lists all files. Left out: CPU offload of the
 cache, which holds only a few chunks, and CUDA graphs.
@@ -69,19 +69,10 @@ import torch.nn.functional as F
 from einops import rearrange, repeat
 from torch import Tensor, nn
 
+import captions
 import checkpoints
-from captions import Prompt, clean_caption, texts_of, tokenize
-from checkpoints import (
-    NEGATIVE_TOKENS,
-    SPECIAL_TOKENS,
-    build,
-    check_tokens,
-    fill,
-    load_module,
-    read_config,
-    require,
-    token_names,
-)
+from captions import T5, Prompt, clean_caption, tokenize
+from checkpoints import NEGATIVE_TOKENS, SPECIAL_TOKENS, build, fill, read_config, require, token_names
 
 __all__ = ["DiT", "DiTConfig", "KVCache", "MAGI", "PRESETS", "Prompt", "SamplerConfig", "T5", "VAE",
            "VAEConfig", "clean_caption", "load", "load_dit", "load_vae", "plan", "sample", "shot_transition",
@@ -408,7 +399,7 @@ def get_ops(backend: str = "torch", device: Device = "cuda") -> Ops:
 
 def load_kernels() -> Any:
     """The file kernels.py, under another module name: Hugging Face has a package called `kernels`."""
-    return load_module("magi_kernels", Path(__file__).with_name("kernels.py"))
+    return checkpoints.load_module("magi_kernels", Path(__file__).with_name("kernels.py"))
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -631,52 +622,8 @@ def _blend(old: Tensor, new: Tensor, width: int, dim: int) -> Tensor:
 # ----------------------------------------------------------------------------------------------------------
 # 4  Text
 # ----------------------------------------------------------------------------------------------------------
-# Each caption is cleaned (captions.py) and read once by T5, whose last hidden state is the text (L, C).
-# Learned vectors, the special tokens, are put in front of it.
-
-
-class T5:
-    """A T5 encoder folder (config.json, weights, spiece.model), read offline, when captions come.
-
-    The XXL encoder has 4.7 B parameters: 9.5 GB in bfloat16, the default (19 in float32). The DiT needs that
-    memory and a run needs each prompt once, so the model is freed after every call unless `keep` is set.
-    """
-
-    def __init__(self, folder: str | Path, length: int = 800, device: Device = "cpu",
-                 dtype: torch.dtype = torch.bfloat16, keep: bool = False):
-        self.folder, self.length = Path(folder), length
-        self.device, self.dtype, self.keep = device, dtype, keep
-        self.model: Any = None
-
-    def read(self) -> Any:
-        """The model, a transformers.T5EncoderModel."""
-        checkpoints.check_text_encoder(self.folder)
-        from transformers import T5EncoderModel  # it takes seconds
-        from transformers.utils import logging
-
-        logging.disable_progress_bar()
-        read: Any = T5EncoderModel.from_pretrained
-        model, info = read(self.folder, dtype=self.dtype, local_files_only=True, output_loading_info=True)
-        missing = sorted(set(info["missing_keys"]) - {"encoder.embed_tokens.weight"})  # it is shared.weight
-        require(not missing, f"the text encoder in {str(self.folder)!r} lacks {len(missing)} tensor(s), such "
-                f"as {missing[:1]}: convert it again")               # transformers would make them random
-        return model.to(self.device).eval()
-
-    @torch.no_grad()
-    def __call__(self, captions: Sequence[str], clean: bool = True) -> tuple[Tensor, Tensor]:
-        """Captions -> last hidden state (n, L, text_dim) float32 and mask (n, L), on the CPU."""
-        from sentencepiece import SentencePieceProcessor
-
-        model = self.model or self.read()
-        self.model = model if self.keep else None
-        tokenizer = SentencePieceProcessor(model_file=str(self.folder / "spiece.model"))
-        captions = [clean_caption(c) if clean else c for c in captions]
-        ids, mask = tokenize(tokenizer, captions, self.length)
-        used = max(1, int(mask.sum(1).max()))            # the columns that are not padding everywhere
-        ids, short = ids[:, :used].to(self.device), mask[:, :used].to(self.device)
-        hidden = model(ids, attention_mask=short).last_hidden_state.float().cpu()
-        # Padding is zeroed, so that a result does not depend on what else is in the batch.
-        return F.pad(hidden * mask[:, :used, None], (0, 0, 0, self.length - used)), mask
+# T5 (captions.py) reads each caption once. Its last hidden state is the text of a chunk, (L, C), in which a
+# mask (L,) marks what is not padding. Learned vectors, the special tokens, are put in front of it.
 
 
 def prepend_tokens(text: Tensor, mask: Tensor, tokens: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
@@ -1364,29 +1311,10 @@ def sample(dit: DiT, text: Tensor | Iterator[tuple], text_mask: Tensor | None, s
         require(noise.shape == shape,
                 f"noise must be {shape} for a run of {K} chunks, not {tuple(noise.shape)}")
     table = special_tokens or {}
-    check_tokens(cfg, table, dit.cfg.text_dim, math.inf if K is None else K - P)
+    checkpoints.check_tokens(cfg, table, dit.cfg.text_dim, math.inf if K is None else K - P)
     if isinstance(text, Tensor):
-        text = _one_by_one(text, text_mask, tuple(dit.null_text.shape))
+        text = captions.each_chunk(text, text_mask, tuple(dit.null_text.shape))
     return _Run(dit, cfg, K, P, text, table, prefix, noise, skip).stream(progress or (lambda _: None))
-
-
-def _one_by_one(text: Tensor, mask: Any, shape: tuple[int, ...]) -> Iterator[tuple]:
-    """Text (L, C) or (chunks, L, C), and its mask, checked -> an iterator over chunks."""
-    require(isinstance(mask, Tensor), "text needs its text_mask, which says which rows are not padding")
-    texts, masks = (text[None], mask[None]) if text.dim() == 2 else (text, mask)
-    require(texts.shape[1:] == shape and masks.shape == texts.shape[:2] and len(texts) > 0,
-            f"text {tuple(text.shape)} and text_mask {tuple(mask.shape)} must be {shape} and ({shape[0]},), "
-            f"or that for each chunk")
-    return zip(texts, masks, strict=True)
-
-
-def _endless(items: Iterable[tuple | None]) -> Iterator[tuple | None]:
-    """The items, then the last of them for ever."""
-    item: tuple | None = None
-    for item in items:  # noqa: B007
-        yield item
-    require(item is not None, "there is no prompt: give at least one, which may be empty")
-    yield from itertools.repeat(item)
 
 
 class Entry(NamedTuple):
@@ -1400,10 +1328,10 @@ class Entry(NamedTuple):
 class _Run:
     """One run of the sampler: its inputs, and the state that it keeps from step to step."""
 
-    def __init__(self, dit: DiT, cfg: SamplerConfig, K: int | None, P: int, texts: Iterator[tuple],
+    def __init__(self, dit: DiT, cfg: SamplerConfig, K: int | None, P: int, texts: Iterator,
                  table: dict[str, Tensor], prefix: Tensor, noise: Tensor | None, skip: bool):
-        self.dit, self.cfg, self.K, self.P, self.texts, self.skip = dit, cfg, K, P, _endless(texts), skip
-        self.noise = noise
+        self.dit, self.cfg, self.K, self.P, self.noise, self.skip = dit, cfg, K, P, noise, skip
+        self.texts = captions.endless(texts)
         null = dit.null_text.detach().float()                                # (L, C)
         self.table = {name: v.to(null) for name, v in table.items()}
         self.prefix = prefix[None].to(null.device, torch.float32)            # (1, 16, T, H, W)
@@ -1614,7 +1542,7 @@ class MAGI:
             import media
 
             pixels = media.prefix_pixels(image, video, prefix_frames, (cfg.height, cfg.width), fit, cfg.fps)
-        text, mask = texts_of(prompt, cfg, self.encode_text, shot_transition)
+        text, mask = captions.texts_of(prompt, cfg, self.encode_text, shot_transition)
         prefix = None if pixels is None else self.encode(pixels)
         chunks = sample(self.dit, text, mask, cfg, special_tokens=self.special_tokens, prefix=prefix,
                         progress=progress)

@@ -409,7 +409,7 @@ def check_model(args: argparse.Namespace, dit, cfg, chunks: float) -> None:
     file = args.model / "special_tokens.safetensors"
     shapes = read_headers([file] if file.is_file() else [])
     table = {name: torch.empty(shape, device="meta") for name, (shape, _) in shapes.items()}
-    magi.check_tokens(cfg, table, dit.text_dim, chunks)
+    checkpoints.check_tokens(cfg, table, dit.text_dim, chunks)
     if not args.text:
         checkpoints.check_text_encoder(args.t5, dit.text_dim)
 
