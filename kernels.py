@@ -55,8 +55,9 @@ from torch.autograd.function import once_differentiable
 import magi
 from checkpoints import load_installed, load_module, require
 
-# Hugging Face has a package of this name. Where it is installed, `import kernels` means that one: transformers
-# imports it, and Python started in this folder finds this file. (magi.py loads it by path, as `magi_kernels`.)
+# Hugging Face has a package of this name. Where it is installed, `import kernels` means that package:
+# transformers imports it, and Python finds this file if it was started in this folder. (magi.py loads this
+# file by its path, as `magi_kernels`.)
 if not (__name__ == "kernels" and load_installed("kernels", __file__)):
     import triton
     import triton.language as tl
