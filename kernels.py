@@ -744,11 +744,11 @@ def flash_attention(q: Tensor, k: Tensor, v: Tensor, spans: Tensor, out: Tensor 
     arch = arch_of(q.device)
     tiles_of = lambda kernel: (tiles or tiles_for)(kernel, arch, hd, q.dtype)
     q, k, v = map(_dense, (q, k, v))
-    # The kernel writes where a token's heads are neighbours and all tokens are equally far apart, and what it
-    # writes has a gradient only if it is a tensor of its own. Otherwise the result is copied.
+    # The kernel writes where a token's heads are neighbours and all tokens are equally far apart. Elsewhere,
+    # and where autograd must learn what was written into `out`, the result is copied.
     direct = (out is not None and out.stride()[2:] == (hd, 1) and out.stride(1) >= Hq * hd
               and (B == 1 or out.stride(0) == N * out.stride(1))
-              and not (torch.is_grad_enabled() and any(u.requires_grad for u in (q, k, v))))
+              and not (torch.is_grad_enabled() and any(u.requires_grad for u in (q, k, v, out))))
     result, lse = _Attention.apply(q, k, v, out if direct else torch.empty_like(q), rows, tiles_of)
     return (result if out is None or direct else out.copy_(result)), lse
 
@@ -790,8 +790,8 @@ TRITON_OPS = magi.Ops(name="triton", attention=attention, block_attention=block_
 #            accumulators: 128 x 256 spills, 128 x 128 does not. sm_100 has memory of its own for sums, so 256
 #            columns fit. 99 KiB: inner steps of 64.
 #
-# What streams past once (section 2, quantising) needs only enough bytes in flight: its tiles stand where it
-# is launched.
+# What streams past once (section 2, and quantising) needs only enough bytes in flight: its tiles stand where
+# it is launched.
 
 # fmt: off
 ATTENTION_TILES = {    # kernel and head width at most: m, n, warps, stages

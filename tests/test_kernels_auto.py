@@ -268,6 +268,21 @@ def test_gradients_pass_through_a_shared_buffer():
         torch.testing.assert_close(ours, expected, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize("first, second", [(True, False), (False, True)])
+def test_gradients_of_one_of_two_that_share_a_buffer(first, second):
+    """As where a LoRA is on one of a layer's attentions, and nothing before it is trained."""
+    q, k = tensors((1, 6, 2, 16), (1, 7, 1, 16))
+    spans, results = torch.tensor([[[0, 7], [3, 5]]]), []
+    for op in (kernels.block_attention, magi.block_attention):
+        both, trained = torch.zeros(1, 6, 2, 2, 16), q.clone().requires_grad_()
+        op(trained if first else q, k, k, spans, out=both[:, :, 0])
+        op(trained if second else q, k, k, spans, out=both[:, :, 1])
+        (grad,) = torch.autograd.grad(both.pow(2).sum(), trained)
+        results.append((both.detach(), grad))
+    for ours, expected in zip(*results, strict=True):
+        torch.testing.assert_close(ours, expected, rtol=1e-4, atol=1e-5)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_norm_without_angles_rounds_as_the_reference(dtype):
     norm = magi.LayerNorm1p(64, dtype=dtype)
