@@ -305,8 +305,8 @@ def norm_rotary(x: Tensor, norm: magi.LayerNorm1p, angles: Tensor | None) -> Ten
             f"angles need a row per token")
     out, tiles = x.new_empty(x.shape), Tiles(8, hd)
     launch(_norm_rotary_kernel, (triton.cdiv(B * N, tiles.m),), tiles, X=x.contiguous(), Weight=norm.weight,
-           Bias=norm.bias, Angles=norm.weight if angles is None else angles.contiguous(),    # or never read
-           Out=out, rows=B * N, tokens=N, heads=heads, eps=norm.eps, HD=hd, PAIRS=turns[1], M=tiles.m)
+           Bias=norm.bias, Angles=None if angles is None else angles.contiguous(), Out=out, rows=B * N,
+           tokens=N, heads=heads, eps=norm.eps, HD=hd, PAIRS=turns[1], M=tiles.m)
 
     def reference(x, weight, bias, angles=None):
         return magi.norm_rotary(x, _norm(weight, bias, norm.eps), angles)
