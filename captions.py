@@ -295,10 +295,14 @@ class T5:
         logging.disable_progress_bar()
         read: Any = T5EncoderModel.from_pretrained
         model, info = read(self.folder, dtype=self.dtype, local_files_only=True, output_loading_info=True)
-        missing = sorted(set(info["missing_keys"]) - {"encoder.embed_tokens.weight"})  # it is shared.weight
-        require(not missing, f"the text encoder in {str(self.folder)!r} lacks {len(missing)} tensor(s), such "
-                f"as {missing[:1]}: convert it again")               # transformers would make them random
+        self.refuse_without(info["missing_keys"])            # transformers would make them random
         return model.to(self.device).eval()
+
+    def refuse_without(self, names: Iterable[str]) -> None:
+        """ValueError if the folder lacks tensors that the model needs."""
+        missing = sorted(set(names) - {"encoder.embed_tokens.weight"})       # it is shared.weight again
+        require(not missing, f"the text encoder in {str(self.folder)!r} lacks {len(missing)} tensor(s), such "
+                f"as {missing[:1]}: convert it again")
 
     @torch.no_grad()
     def __call__(self, captions: Sequence[str], clean: bool = True) -> tuple[Tensor, Tensor]:

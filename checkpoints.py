@@ -334,6 +334,12 @@ def read_tensors(file: str | Path, what: str = "weights") -> dict[str, Tensor]:
         return {name: v.float() for name, v in load_file(file).items()}
 
 
+def read_special_tokens(folder: str | Path) -> dict[str, Tensor]:
+    """Name -> (1, C), the learned tokens of a model folder; empty if it has none."""
+    file = Path(folder) / "special_tokens.safetensors"
+    return read_tensors(file, "special tokens") if file.is_file() else {}
+
+
 def headers_of(module: nn.Module) -> dict[str, tuple[tuple[int, ...], bool]]:
     """The same of a module's state dict."""
     return {k: (tuple(v.shape), v.dtype == torch.float8_e4m3fn) for k, v in module.state_dict().items()}
@@ -365,14 +371,15 @@ def build(make: Callable[[], Module], folder: str | Path) -> Module:
 
 def fill(module: Module, folder: str | Path, device: str | torch.device = "cpu",
          dtype: torch.dtype | None = None, only: Callable[[str], bool] = lambda name: True) -> Module:
-    """Read a folder's weights, those whose names are wanted, straight to the device, as `dtype` or in the
-    dtypes the module has: official files hold in bf16 the norms that are computed in float32."""
+    """Read a folder's weights, those that the module has and whose names are wanted, straight to the device,
+    as `dtype` or in the dtypes the module has: official files hold in bf16 the norms that are computed in
+    float32."""
     from safetensors import safe_open
 
     dtypes = {k: dtype or v.dtype for k, v in module.state_dict().items()}
     for file in weight_files(folder):
         with safe_open(file, "pt", device=str(device)) as f:
-            weights = {k: f.get_tensor(k).to(dtypes[k]) for k in f.keys() if only(k)}
+            weights = {k: f.get_tensor(k).to(dtypes[k]) for k in f.keys() if k in dtypes and only(k)}
         module.load_state_dict(weights, strict=False, assign=True)
     return module.eval().requires_grad_(False)
 

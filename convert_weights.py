@@ -45,15 +45,17 @@ from typing import Any, BinaryIO
 import numpy as np
 import torch
 from einops import rearrange
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from torch import Tensor, nn
 from tqdm import tqdm
 
 import checkpoints
 import magi
+import parallel
 from checkpoints import compare_headers, make_config, read_json, reading, require, weight_files
 from magi import DiTConfig, SamplerConfig, VAEConfig
 from outputs import check_room, new_folder, save
+from terminal import exit_code
 
 INDEX = "model.safetensors.index.json"
 SHARD_BYTES = 5 * 10**9          # no output file is larger, unless a single tensor is
@@ -142,12 +144,31 @@ def configs_from_upstream(config: dict) -> tuple[DiTConfig, SamplerConfig]:
 
 
 def note_on_gpus(config: dict) -> str:
-    """Say how to start on several GPUs, if an official config is for that; else return ""."""
+    """Say how to start on several GPUs, if an official config is for that and this runs on one; else ""."""
     sizes = [config["engine_config"].get(key) for key in ("cp_size", "pp_size")]
     ranks = math.prod(size for size in sizes if type(size) is int)
     note = (f"note: the config is for {ranks} GPUs (cp_size, pp_size); here the launcher sets their number: "
             f"torchrun --nproc_per_node {ranks} sample.py ...")
-    return note if ranks > 1 else ""
+    return note if ranks > 1 and parallel.ranks() == 1 else ""
+
+
+def official_sampler(file: str | Path, model: Path, dit: DiTConfig, sampler: SamplerConfig
+                     ) -> tuple[SamplerConfig, list[str]]:
+    """The sampler of an official JSON for a model of ours, whose own configs these are, and notes on what
+    else in it does not fit."""
+    notes, official = [], read_json(file)
+    with reading("config", file):
+        their_dit, theirs = configs_from_upstream(official)
+    if theirs.distilled != sampler.distilled:
+        kinds = ("a base model", "a distilled one")
+        notes.append(f"note: --config_file describes {kinds[theirs.distilled]}, but "
+                     f"{str(model)!r} is {kinds[sampler.distilled]} and is run as such")
+    if (their_dit.num_layers, their_dit.hidden_size) != (dit.num_layers, dit.hidden_size):
+        notes.append(f"note: only the sampler settings of --config_file are used, it describes another "
+                     f"model ({their_dit.num_layers} layers, this one has {dit.num_layers})")
+    if on_gpus := note_on_gpus(official):
+        notes.append(on_gpus)
+    return dataclasses.replace(theirs, distilled=sampler.distilled), notes
 
 
 def vae_config_from_upstream(config: dict) -> VAEConfig:
@@ -580,15 +601,9 @@ def main(argv: list[str] | None = None) -> int:
     if argv[:1] == ["quantize"]:
         quantizer().add_flags(command)
     args = vars(parser.parse_args(argv))
-    try:
-        args.pop("run")(**args)
-    except (ValueError, OSError, SafetensorError) as error:
-        print("convert_weights:", " ".join(str(error).split()), file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print("convert_weights: interrupted; what was there before is whole", file=sys.stderr)
-        return 130
-    return 0
+    run = args.pop("run")
+    return exit_code("convert_weights", lambda: run(**args),
+                     stopped="interrupted; what was there before is whole")
 
 
 if __name__ == "__main__":

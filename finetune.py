@@ -52,7 +52,6 @@ from typing import Any
 import numpy as np
 import torch
 import torch.nn.functional as F
-from safetensors import SafetensorError
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
@@ -63,6 +62,7 @@ import media
 import outputs
 import parallel
 import planner
+import terminal
 import training
 from captions import clean_caption
 from checkpoints import build, read_config, read_json, read_tensors, reading, require, weight_files
@@ -516,8 +516,7 @@ def check_output(out: Path, work: Path, rank: int) -> None:
 def look_at_data(args: argparse.Namespace, base: DiT) -> Batches:
     """The pieces of the data folder. ValueError for bad ones."""
     sampler = read_config(args.model, "sampler", SamplerConfig)
-    tokens = args.model / "special_tokens.safetensors"
-    table = read_tensors(tokens, "special tokens") if tokens.is_file() else {}
+    table = checkpoints.read_special_tokens(args.model)
     checkpoints.check_tokens(sampler, table, base.cfg.text_dim, math.inf)
     folder = args.cache or args.data.absolute().with_name(f"{args.data.absolute().name}.cache")
     dtype = torch.bfloat16 if "cuda" in args.device else None
@@ -585,15 +584,6 @@ def encode(args: argparse.Namespace, batches: Batches) -> str:
     return prompt
 
 
-def load_base(args: argparse.Namespace) -> DiT:
-    """The base model: whole; or this process's part of it; or without its layers, which are streamed."""
-    cfg = read_config(args.model, "dit", DiTConfig)
-    dit = build(lambda: DiT(cfg), args.model)
-    parallel.load_weights(dit, args.model, args.device, args.stream)
-    dit.ops = magi.get_ops(args.backend, args.device)
-    return dit
-
-
 def checkpoint_layers(dit: DiT) -> None:
     """Keep only the input of each layer for the backward pass, and compute the rest again: a third more work,
     and the memory of one layer in place of all."""
@@ -603,7 +593,8 @@ def checkpoint_layers(dit: DiT) -> None:
 
 def make_models(args: argparse.Namespace) -> tuple[DiT, DiT]:
     """The model to train, and its teacher if it is distilled: itself without its LoRA, or a second one."""
-    models = [load_base(args) for _ in range(2 if args.command == "distill" and not args.rank else 1)]
+    load = partial(parallel.load_dit, args.model, args.device, backend=args.backend, stream=args.stream)
+    models = [load(to_train=True) for _ in range(2 if args.command == "distill" and not args.rank else 1)]
     for dit in models:
         for file in args.lora:
             training.merge_lora(training.load_lora(dit, file))
@@ -876,32 +867,9 @@ def merge(args: argparse.Namespace) -> None:
     write_model(args.out, args.model, weights, config)
 
 
-def exit_code(name: str, action: Callable[[], None]) -> int:
-    """Do it -> the exit code of a command of this name, which says in one line what went wrong."""
-    is_told = parallel.rank() == 0
-    try:
-        action()
-        return 0
-    except KeyboardInterrupt as stop:
-        complaint, code = str(stop) or "stopped", 130
-    except (ValueError, FloatingPointError, OSError, SafetensorError) as error:      # the last: a full disk
-        complaint, code = " ".join(str(error).split()), 2
-    except (MemoryError, RuntimeError) as error:
-        code = 1
-        if parallel.lost_another(error):
-            complaint = "another process has stopped, and all with it; the last checkpoint is kept"
-            is_told = parallel.first_to_tell()
-        elif isinstance(error, checkpoints.KernelError):
-            complaint, is_told = str(error), True                            # no other process knows it
-        elif checkpoints.out_of_memory(error):
-            complaint = (f"out of memory: training needs less with a smaller --size, --seconds or --tokens, "
-                         f"or with --stream cpu ({' '.join(str(error).split())})")
-            is_told = True
-        else:
-            raise
-    if is_told:
-        print(f"{name}:", complaint, file=sys.stderr)
-    return code
+exit_code = partial(
+    terminal.exit_code, kept="the last checkpoint is kept", too_large=": training needs less with a smaller "
+    "--size, --seconds or --tokens, or with --stream cpu")
 
 
 def main(argv: Sequence[str] | None = None) -> int:

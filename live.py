@@ -17,7 +17,7 @@ Contents: 1 Previews, 2 The film, 3 Server, 4 Page, 5 Command line. tools/fit_pr
 from __future__ import annotations
 
 if __name__ == "__main__":
-    from threads import share_the_machine
+    from terminal import share_the_machine
 
     share_the_machine()                                                      # before PyTorch is imported
 
@@ -29,7 +29,6 @@ import dataclasses
 import io
 import itertools
 import json
-import os
 import re
 import secrets
 import socket
@@ -41,7 +40,6 @@ from collections import deque
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
-from urllib.parse import urlsplit
 
 import av
 import numpy as np
@@ -51,6 +49,7 @@ import magi
 import media
 from captions import MAX_TOLD, check_text
 from checkpoints import KernelError, reading, require, short_warnings
+from terminal import Parser, say, whole_number
 
 try:
     from aiohttp import web
@@ -130,7 +129,7 @@ class Live:
         self.folder = tempfile.TemporaryDirectory()
         self.file, self.size = Path(self.folder.name, "film.mp4"), 0
         self.file.touch()
-        self.fragments = media.Fragments(self.cfg.fps)
+        self.writer = media.Mp4Writer(self.file, self.cfg.fps)
         self.cards: list[Card] = []                              # made, in flight, waiting
         self.prompt = ""                                         # the newest
         self.made, self.position = 0.0, 0.0                      # seconds of film: in all, and played
@@ -216,7 +215,7 @@ class Live:
             seconds = self.add(frames)
             pace = (self.clock() - begun) / stages / seconds
             self.pace = 0.7 * (self.pace or pace) + 0.3 * pace
-            self.wait(lambda: not self.paused and self.made - self.position < 0.6 + 1.5 * self.pace)
+            self.wait(lambda: self.made - self.position < 0.6 + 1.5 * self.pace)
             begun, stages = self.clock(), 1
 
     def prompts(self) -> Iterator[magi.Prompt]:
@@ -237,34 +236,29 @@ class Live:
             card.t = min(1.0, c.t + c.dt)
             if self.matrix is not None:
                 card.picture = data_uri(preview(p.guess(c.chunk)[0], self.matrix))
-        self.wait(lambda: not self.paused)
+        self.wait()
 
     def add(self, frames: np.ndarray) -> float:
         """Frames become film, all of them or (on a full disk) none; returns how many seconds."""
-        seconds, fragments = len(frames) / self.cfg.fps, copy.copy(self.fragments)
-        data, picture = fragments.add(frames), data_uri(frames[len(frames) // 2])
+        seconds, picture = len(frames) / self.cfg.fps, data_uri(frames[len(frames) // 2])
+        writer = copy.deepcopy(self.writer)              # the old one is kept where the file does not grow
+        writer.write(frames)
         with self.changed:
-            begin = self.size or len(fragments.init)
-            try:
-                with self.file.open("ab") as file:
-                    file.write(data if self.size else fragments.init + data)
-            except OSError:
-                os.truncate(self.file, self.size)
-                raise
             card = self.find("flying")[0]
-            card.state, card.picture, card.start, card.offset = "made", picture, self.made, begin
-            card.least = max(card.least, self.clock() - card.asked)         # and all its steps are made
-            self.size, self.fragments = begin + len(data), fragments
+            card.state, card.picture, card.start = "made", picture, self.made
+            card.offset = self.size or len(writer.fragments.init)
+            card.least = max(card.least, self.clock() - card.asked)          # and all its steps are made
+            self.writer, self.size = writer, writer.stat.st_size
             self.made += seconds
             if len(self.find("made")) > SHOWN:
                 del self.cards[0]
         return seconds
 
-    def wait(self, ready: Callable[[], bool]) -> None:
-        """Compute nothing until it is `ready`; NewTake if another take is wanted."""
+    def wait(self, ready: Callable[[], bool] = lambda: True) -> None:
+        """Compute nothing while paused or not `ready`; NewTake if another take is wanted."""
         begun = time.perf_counter()
         with self.changed:
-            self.changed.wait_for(lambda: self.takes or ready())
+            self.changed.wait_for(lambda: self.takes or not self.paused and ready())
             self.waited += time.perf_counter() - begun
             if self.takes:
                 raise NewTake
@@ -279,14 +273,14 @@ class Live:
         with self.changed:
             return dict(made=self.made, pace=self.pace, running=self.running, paused=self.paused,
                         prompt=self.prompt, latency=self.latency, error=self.error, note=self.note,
-                        cards=[vars(card) for card in self.cards], width=self.cfg.width,
-                        height=self.cfg.height, codec=self.fragments.codec if self.size else "")
+                        cards=[vars(card) for card in self.cards],
+                        codec=self.writer.fragments.codec if self.size else "")
 
     def after(self, sent: int) -> tuple[int, bytes]:
         """The film's size, and its bytes after `sent`; for who comes (0) the header and the last seconds."""
         with self.changed, self.file.open("rb") as file:
-            file.seek(sent or self.cards[0].offset)
-            return self.size, (b"" if sent else self.fragments.init) + file.read()
+            begin = file.seek(sent or self.cards[0].offset)
+            return self.size, (b"" if sent else self.writer.fragments.init) + file.read(self.size - begin)
 
 
 def one_line(error: Exception) -> str:
@@ -304,6 +298,7 @@ def one_line(error: Exception) -> str:
 
 PICTURES = rb"\x89PNG\r\n\x1a\n|\xff\xd8\xff|GIF8|RIFF....WEBP"
 CLIPS = rb"....ftyp|\x1aE\xdf\xa3|RIFF....AVI "
+LOCAL = ("127.0.0.1", "localhost", "::1")                                    # names of this machine to itself
 POLICY = ("default-src 'none'; script-src 'unsafe-inline'; style-src 'unsafe-inline'; img-src data:; "
           "media-src blob:; connect-src 'self'; frame-ancestors 'none'")
 
@@ -335,18 +330,18 @@ class Server:
         async def guarded(request: web.Request, handler: Callable) -> web.StreamResponse:
             """Without a token, only pages of this machine may ask: another site's name that was made to lead
             here (DNS rebinding) shows in Host, another site's page that talks to us in Origin."""
-            host, origin = request.headers.get("Host", ""), request.headers.get("Origin")
             if token:
                 allowed = secrets.compare_digest(request.query.get("token", "").encode(), token.encode())
             else:
-                allowed = urlsplit(f"//{host}").hostname in ("127.0.0.1", "localhost", "::1")
-            if not allowed or origin not in (None, f"http://{host}", f"https://{host}"):
+                allowed = request.url.host in LOCAL
+            ours = (None, f"http://{request.host}", f"https://{request.host}")
+            if not allowed or request.headers.get("Origin") not in ours:
                 raise web.HTTPForbidden(text="open the address that live.py printed")
             return await handler(request)
 
         self.live = live
         self.visitors: dict[str, web.WebSocketResponse] = {}                 # by name, the speaker first
-        self.uploads: set[asyncio.Task] = set()                              # that are being read
+        self.reading = asyncio.Lock()                                        # one upload at a time
         self.app = web.Application(middlewares=[guarded])
         self.app.add_routes([web.get("/", self.page), web.get("/live", self.talk),
                              web.get("/film.mp4", self.film)])
@@ -361,31 +356,29 @@ class Server:
 
     async def talk(self, request: web.Request) -> web.WebSocketResponse:
         """One visitor: do what is asked, and tell the news, twenty times a second at most."""
-        if len(self.visitors) >= MAX_VISITORS:
+        name = request.query.get("visitor", "")[:40] or secrets.token_hex(8)
+        if len(self.visitors.keys() - {name}) >= MAX_VISITORS:               # who reloads is no new one
             raise web.HTTPServiceUnavailable(text="too many are watching")
         visitor = web.WebSocketResponse(max_msg_size=MAX_UPLOAD + 1, heartbeat=20, compress=False)
         await visitor.prepare(request)
-        name = request.query.get("visitor", "")[:40] or secrets.token_hex(8)
         self.visitors[name] = visitor
         sent, told = 0, ""
         try:
-            while not visitor.closed and self.visitors.get(name) is visitor:
-                state = json.dumps(self.live.state() | {"speaks": self.speaks(name)})
-                if state != told:
-                    await visitor.send_str(state)
-                    told = state
-                if sent < self.live.size:
-                    sent, film = self.live.after(sent)
-                    await visitor.send_bytes(film)
-                with contextlib.suppress(TimeoutError):
-                    message = await visitor.receive(timeout=0.05)
-                    if message.type is web.WSMsgType.TEXT:
-                        await self.obey(name, visitor, message.data)
-                    if message.type is web.WSMsgType.BINARY:                 # read while the film goes on
-                        self.uploads.add(task := asyncio.create_task(self.obey(name, visitor, message.data)))
-                        task.add_done_callback(self.uploads.discard)
+            async with asyncio.TaskGroup() as tasks:     # the film goes on while a file is read
+                while not visitor.closed and self.visitors.get(name) is visitor:
+                    state = json.dumps(self.live.state() | {"speaks": self.speaks(name)})
+                    if state != told:
+                        await visitor.send_str(state)
+                        told = state
+                    if sent < self.live.size:
+                        sent, film = self.live.after(sent)
+                        await visitor.send_bytes(film)
+                    with contextlib.suppress(TimeoutError):
+                        message = await visitor.receive(timeout=0.05)
+                        if message.type in (web.WSMsgType.TEXT, web.WSMsgType.BINARY):
+                            tasks.create_task(self.obey(name, visitor, message.data))
             await visitor.close(message=b"this page is open in another tab: reload it to go on here")
-        except ConnectionError:
+        except* ConnectionError:
             pass                                                             # the visitor has left
         finally:
             asyncio.get_running_loop().call_later(3, self.forget, name, visitor)   # unless it is a reload
@@ -416,13 +409,13 @@ class Server:
                 case {"seed": _}:
                     live.begin(seed=secrets.randbelow(2**31))
                 case bytes():
-                    require(len(self.uploads) == 1, "another file is being read: wait for it")
-                    live.begin(**await asyncio.to_thread(read_upload, data, live.cfg))
+                    require(not self.reading.locked(), "another file is being read: wait for it")
+                    async with self.reading:
+                        live.begin(**await asyncio.to_thread(read_upload, data, live.cfg))
                 case _:
                     raise ValueError("this page does not fit the server: reload it")
         except Exception as error:
-            with contextlib.suppress(ConnectionError):                       # the visitor has left
-                await visitor.send_json({"problem": one_line(error)})
+            await visitor.send_json({"problem": one_line(error)})
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -434,31 +427,38 @@ PAGE = r"""<!doctype html>
 <html lang="en"><meta charset="utf-8"><meta name="viewport" content="width=device-width">
 <title>MAGI-1, live</title><link rel="icon" href="data:,">
 <style>
-  :root { color-scheme: light dark; --accent: light-dark(#0f766e, #5ec4b6); accent-color: var(--accent);
-    --soft: light-dark(#66717a, #98a3a6); --line: light-dark(#dcdbd5, #363f43);
-    --page: light-dark(#f5f4f0, #14181a); --card: light-dark(#fff, #1e2427) }
+  :root { color-scheme: light dark; accent-color: var(--accent);
+    --accent: light-dark(#0f766e, #5ec4b6); --page: light-dark(#f5f4f0, #14181a) }
   * { box-sizing: border-box; font: inherit; margin: 0 }
   body { max-width: 60rem; margin: auto; padding: 1.5rem; background: var(--page);
     font: 15px/1.5 system-ui, sans-serif }
-  header, main, ol { display: flex; flex-wrap: wrap; gap: .5rem 1.5rem; justify-content: space-between }
-  h1 { font-weight: 650 } header span, h2, form p, small { color: var(--soft) }
-  main { margin: 1rem 0 } main > * { flex: 1 1 20rem; min-width: 0 }
+  header, main, ol { display: flex; gap: .5rem 1.5rem }
+  header, main { flex-wrap: wrap; justify-content: space-between; margin-bottom: 1rem }
+  main > * { flex: 1 1 20rem; min-width: 0 }
+  h1 { font-weight: 650 }
+  header span, h2, form p, small, a { color: light-dark(#66717a, #98a3a6) }
   video { max-height: 26rem; background: #000; border-radius: .6rem }
   fieldset { display: grid; grid-template-columns: 1fr 1fr 1fr; gap: .6rem; border: 0; padding: 0 }
+  fieldset:disabled { opacity: .5 }
+  textarea, button, label, li { padding: .4rem .6rem; background: light-dark(#fff, #1e2427); color: inherit;
+    border: 1px solid light-dark(#dcdbd5, #363f43); border-radius: .5rem }
   textarea { grid-column: 1 / -1; min-height: 4.5rem; resize: vertical }
-  textarea, button, label, li { padding: .4rem .6rem; background: var(--card); color: inherit;
-    border: 1px solid var(--line); border-radius: .5rem }
-  button, label { text-align: center; cursor: pointer } a { color: inherit }
-  [type=file] { position: absolute; width: 0; opacity: 0 }
-  #say { background: var(--accent); color: var(--page) } fieldset:disabled { opacity: .5 }
+  button, label { text-align: center; cursor: pointer }
   button:hover, label:hover { border-color: var(--accent) }
   :focus-visible, label:focus-within, .shown { outline: 2px solid var(--accent) }
-  form p { margin-top: .6rem } #problem { color: light-dark(#b3372f, #f08a80) }
-  ol { flex-wrap: nowrap; gap: .6rem; justify-content: start; overflow-x: auto; padding: .2rem }
+  #say { background: var(--accent); color: var(--page) }
+  [type=file] { position: absolute; width: 0; opacity: 0 }
+  form p { margin-top: .6rem }
+  #problem { color: light-dark(#b3372f, #f08a80) }
+  ol { gap: .6rem; overflow-x: auto; padding: .2rem }
   li { flex: 0 0 6rem; list-style: none; font-size: .8rem; line-height: 1.3; overflow-wrap: anywhere }
-  li img { display: block; border-radius: .3rem } progress { height: .4rem } li img, progress { width: 100% }
-  .flying { border-style: dashed } .waiting { opacity: .6 } [src="data:,"] { visibility: hidden }
+  li img, progress { display: block; width: 100% }
+  li img { aspect-ratio: auto 1; border-radius: .3rem }
+  progress { height: .4rem; margin: .3rem 0 }
+  .flying { border-style: dashed }
+  .waiting { opacity: .6 }
   .pixels { image-rendering: pixelated }
+  [src="data:,"] { visibility: hidden }
 </style>
 <header><h1>MAGI-1, live</h1><span id="status" role="status"></span></header>
 <main>
@@ -480,57 +480,68 @@ PAGE = r"""<!doctype html>
 </main>
 <h2>Seconds of film: made, and on their way from noise</h2>
 <ol id="strip" class="pixels"></ol>
-<template id="card"><li><img alt=""><progress></progress><p></p><small></small></li></template>
+<template id="card"><li><img alt=""><progress value="0"></progress><p></p><small></small></li></template>
 <script>
-const $ = id => document.getElementById(id), [video, form, prompt] = [$("video"), $("form"), $("prompt")];
+const $ = id => document.getElementById(id);
+const [video, form, prompt, strip] = ["video", "form", "prompt", "strip"].map($);
 const set = (node, key, value) => { if (node[key] !== value) node[key] = value; };
 const send = what => socket.readyState == 1 && socket.send(JSON.stringify(what));
-const LARGEST = 32 * 2 ** 20, query = new URLSearchParams(location.search);
+const query = new URLSearchParams(location.search);
 query.set("visitor", sessionStorage.visitor ||= Math.random().toString(36).slice(2));
 $("download").href = "film.mp4" + location.search;
-let socket, source, buffer, queue, state, problem = "", away = "", kept = 20;  // seconds behind the player
+let socket, source, buffer, queue, state, problem = "", away = "";
+let kept = 20;                              // seconds of film behind the player
 
 function connect() {                        // with a new player: the server may be a new one, too
-  source = new MediaSource(); buffer = state = null; queue = [];
+  source = new MediaSource();
+  buffer = state = null;
+  queue = [];
   URL.revokeObjectURL(video.src);
   video.src = URL.createObjectURL(source);
   socket = new WebSocket(location.origin.replace("http", "ws") + "/live?" + query);
   socket.binaryType = "arraybuffer";
-  socket.onclose = async ({reason, wasClean}) => {
-    state = null; away = reason;
-    if (reason) return;
-    setTimeout(connect, 1000);
-    if (wasClean) return;
-    const answer = await fetch("live?" + query).catch(() => null);           // does a server say no?
-    away = [403, 503].includes(answer?.status) ? await answer.text() : "";
-  };
   socket.onmessage = ({data}) => {
     const news = typeof data == "string" ? JSON.parse(data) : queue.push(data);
     if (news.problem) problem = news.problem;
     if (news.said === prompt.value) prompt.value = "";
     if (news.cards) state = news;
   };
+  socket.onclose = async ({reason, wasClean}) => {
+    state = null;
+    away = reason;
+    if (reason) return;
+    setTimeout(connect, 1000);
+    if (wasClean) return;
+    const answer = await fetch("live?" + query).catch(() => null);           // does a server say no?
+    away = [403, 503].includes(answer?.status) ? await answer.text() : "";
+  };
 }
 
 function play() {                           // feed the player, and drop what it has played
-  const now = video.currentTime, there = video.buffered, last = there.length - 1;
+  const now = video.currentTime, there = video.buffered;
+  const [start, end] = there.length ? [there.start(0), there.end(there.length - 1)] : [0, 0];
   send({at: now});
   if (video.error) throw video.error;
-  if (last >= 0 && (now < there.start(last) || there.end(last) - now > 10))     // over a gap, or far behind
-    video.currentTime = Math.max(there.start(last), there.end(last) - 1);
-  if (state.paused) video.pause(); else if (video.paused && last >= 0) video.play().catch(() => {});
+  if (now < start || end - now > 10) video.currentTime = Math.max(start, end - 1);   // who came late, or lags
+  if (state.paused) video.pause();
+  else if (video.paused) video.play().catch(() => {});
   if (!buffer && state.codec && source.readyState == "open")
     buffer = source.addSourceBuffer(`video/mp4; codecs="${state.codec}"`);
   if (!buffer || buffer.updating) return;
-  if (last >= 0 && now - there.start(0) > kept) buffer.remove(0, now - kept / 2);
-  else if (queue.length) { buffer.appendBuffer(queue[0]); queue.shift(); }
+  if (now - start > kept) buffer.remove(0, now - kept / 2);
+  else if (queue.length) {
+    buffer.appendBuffer(queue[0]);
+    queue.shift();
+  }
 }
 
 function tick() {
-  try { if (state) play(); } catch (error) {
+  try {
+    if (state) play();
+  } catch (error) {
     if (error.name == "QuotaExceededError") kept /= 2;                       // the fragment is tried again
     else problem = `this browser cannot play the film: ${error.message}`;
-    if (video.error) { state = null; socket.close(); }                       // with a new player from here on
+    if (video.error) socket.close();                                         // then with a new player
   }
   show();
 }
@@ -551,43 +562,42 @@ function show() {
   set($("pause"), "textContent", state.paused ? "Go on" : "Pause");
   set($("latency"), "textContent", state.latency);
   set(prompt, "placeholder", state.prompt || "a red ball bounces");
-  set(video, "className", state.width < 200 ? "pixels" : "");
-  const strip = $("strip"), now = video.currentTime;
-  const shown = state.cards.findLast(card => card.state == "made" && card.start <= now);
-  while (strip.children.length < state.cards.length) strip.append($("card").content.cloneNode(true));
+  set(video, "className", video.videoWidth < 200 ? "pixels" : "");
+  const shown = state.cards.findLast(card => card.state == "made" && card.start <= video.currentTime);
   while (strip.children.length > state.cards.length) strip.lastChild.remove();
-  state.cards.forEach((card, i) => showCard(card, strip.children[i], card == shown));
-}
-
-function showCard(card, li, shown) {
-  const [img, bar, text, note] = li.children;
-  const time = Math.floor(card.start / 60) + ":" + String(Math.floor(card.start % 60)).padStart(2, "0");
-  const word = {made: time, flying: Math.round(100 * card.t) + " %", waiting: "waiting"}[card.state];
-  set(li, "className", shown ? "shown" : card.state);
-  set(img, "src", card.picture || "data:,");
-  img.style.aspectRatio = state.width / state.height;
-  set(bar, "value", card.t);
-  set(text, "textContent", card.text);
-  set(note, "textContent", word + (card.kind ? " · " + card.kind : ""));
+  state.cards.forEach((card, i) => {
+    const li = strip.children[i] ?? strip.appendChild($("card").content.firstChild.cloneNode(true));
+    const [img, bar, text, note] = li.children;
+    const percent = Math.round(100 * card.t) + " %", second = Math.floor(card.start) + " s";
+    const word = {waiting: "waiting", flying: percent, made: second}[card.state];
+    set(li, "className", card == shown ? "shown" : card.state);
+    set(img, "src", card.picture || "data:,");
+    set(bar, "value", card.t);
+    set(text, "textContent", card.text);
+    set(note, "textContent", card.kind ? `${word} · ${card.kind}` : word);
+  });
 }
 
 form.onsubmit = event => {                  // every button says its name: say, pause, seed
   event.preventDefault();
-  const {name, value} = event.submitter;
   problem = "";
-  send({[name]: prompt.value, kind: value});
+  send({[event.submitter.name]: prompt.value, kind: event.submitter.value});
 };
 prompt.onkeydown = event => {
-  if (event.key == "Enter" && !event.shiftKey) { event.preventDefault(); form.requestSubmit($("say")); }
+  if (event.key != "Enter" || event.shiftKey) return;
+  event.preventDefault();
+  form.requestSubmit($("say"));
 };
 $("file").onchange = () => {
-  const file = $("file").files[0];
-  problem = file.size > LARGEST ? "the file is too large: 32 MB at most" : "";
+  const [file] = $("file").files;
+  problem = file.size > 2 ** 25 ? "the file is too large: 32 MB at most" : "";
   if (!problem) socket.send(file);
   $("file").value = "";
 };
-if (window.MediaSource) { connect(); setInterval(tick, 100); }
-else $("problem").textContent = "this browser has no MediaSource: try another, or download the film";
+if (window.MediaSource) {
+  connect();
+  setInterval(tick, 100);
+} else $("problem").textContent = "this browser has no MediaSource: try another, or download the film";
 </script></html>
 """
 
@@ -595,7 +605,6 @@ else $("problem").textContent = "this browser has no MediaSource: try another, o
 # ------------------------------------------------------------------------------------------------------------
 # 5  Command line
 # ------------------------------------------------------------------------------------------------------------
-
 
 ON_PAGE = ("mode", "prompt", "prompt_file", "text", "save_text", "image", "video", "fit", "prefix_frames",
            "transition", "num_frames")                 # flags of sample.py that are not for the page
@@ -606,11 +615,11 @@ def main(argv: list[str] | None = None) -> int:
     """The command line -> its exit code: 2 for what is wrong, else 130, since Ctrl-C ends it."""
     import sample
 
-    parser = sample.Parser(prog="live.py", allow_abbrev=False, description=(__doc__ or "").split("\n")[0],
-                           epilog="sample.py's flags for size, sampling and model work, too.")
+    parser = Parser(prog="live.py", allow_abbrev=False, description=(__doc__ or "").split("\n")[0],
+                    epilog="sample.py's flags for size, sampling and model work, too.")
     parser.add_argument("--host", default="127.0.0.1", help="default: 127.0.0.1; with another one other "
                         "machines see the page too, with the token that is printed")
-    parser.add_argument("--port", type=sample.whole_number, default=8765, help="default: 8765")
+    parser.add_argument("--port", type=whole_number, default=8765, help="default: 8765")
     page, others = parser.parse_known_args(argv)
     args = sample.parse_arguments(others)
     try:
@@ -622,16 +631,16 @@ def main(argv: list[str] | None = None) -> int:
                 "leave --out out")
         args.prompt, args.num_frames, args.out = ["-"], "inf", Path("-")
         if args.plan:
-            print(sample.plan(args))
+            print(sample.memory_table(args))
             return 0
         sample.check_flags(args)
         run = sample.check(args)
         matrix = load_preview(args.vae / "preview.json")
         door = listen(page.host, page.port)
         for note in run.notes:
-            sample.say(note)
+            say(note)
         film = Live(sample.load(args, run.device), matrix, sample.arithmetic(run.device, args.dtype), run.cfg,
-                    lambda text: sample.notes_on_late_prompt(args, run.cfg, text))
+                    lambda text: sample.notes_on_prompts(args, [text]))
 
         def told(warning: str) -> None:
             """It goes to the terminal and to the page."""
@@ -643,7 +652,7 @@ def main(argv: list[str] | None = None) -> int:
     except KeyboardInterrupt:
         pass
     except (ValueError, OSError, ImportError) as error:
-        sample.say(f"error: {error}")
+        say(f"error: {error}")
         return 2
     return 130
 
@@ -658,7 +667,7 @@ def listen(host: str, port: int) -> socket.socket:
 
 def serve(live: Live, door: socket.socket, asked: str) -> None:
     """Until Ctrl-C."""
-    token = "" if asked in ("127.0.0.1", "localhost", "::1") else secrets.token_urlsafe(16)
+    token = "" if asked in LOCAL else secrets.token_urlsafe(16)
     host, port = door.getsockname()[:2]
     host = socket.gethostname() if host in ("0.0.0.0", "::") else host      # which no browser could open
     host = f"[{host}]" if ":" in host else host

@@ -1497,8 +1497,7 @@ def load(folder: str | Path, *, vae: str | Path | None = None, t5: str | Path | 
     sampler = read_config(folder, "sampler", SamplerConfig)
     vae_cfg = read_config(vae, "vae", VAEConfig)
     build(lambda: VAE(vae_cfg), vae)                     # only to check it before the large DiT is read
-    tokens = folder / "special_tokens.safetensors"
-    table = checkpoints.read_tensors(tokens, "special tokens") if tokens.is_file() else {}
+    table = checkpoints.read_special_tokens(folder)
     read_dit, read_vae, encoder = parts
     dit = read_dit(folder, device, dtype, backend)
     return MAGI(dit, read_vae(vae, device, vae_dtype, backend), sampler, table,

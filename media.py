@@ -34,9 +34,8 @@ import torch
 from PIL import Image, ImageCms, UnidentifiedImageError
 
 from checkpoints import reading, require
+from magi import FRAMES_PER_LATENT
 from outputs import replace
-
-FRAMES_PER_LATENT = 4                                                        # as in magi.py
 
 # ------------------------------------------------------------------------------------------------------------
 # 1  From memory

@@ -16,11 +16,13 @@ from __future__ import annotations
 
 import os
 import shutil
+import sys
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -85,6 +87,19 @@ def claimed(path: Path, inputs: Iterable[str | Path] = ()) -> Iterator[Path]:
         yield path
 
 
+@contextmanager
+def standard_output() -> Iterator[BinaryIO]:
+    """Standard output, for a video alone: whatever else is printed meanwhile goes to standard error."""
+    require(not sys.stdout.isatty(), "--out - writes an mp4: send it to a player, such as | ffplay -")
+    sys.stdout.flush()
+    with os.fdopen(os.dup(1), "wb") as stdout:
+        os.dup2(2, 1)
+        try:
+            yield stdout
+        finally:
+            os.dup2(stdout.fileno(), 1)
+
+
 def check_output(path: Path, inputs: Iterable[str | Path] = ()) -> Path:
     """Where to write, a link resolved. ValueError if nothing can be written there, or it is an input."""
     require(not path.exists() or not any(os.path.exists(file) and path.samefile(file) for file in inputs),
@@ -117,7 +132,10 @@ def replace(path: Path, write: Callable[[Path], Any]) -> None:
 def save(tensors: dict[str, Tensor], file: str | Path, metadata: dict[str, str] | None = None) -> None:
     """Write safetensors, whole or not at all."""
     tensors = {name: tensor.contiguous() for name, tensor in tensors.items()}
-    replace(Path(file), lambda new: save_file(tensors, new, metadata))
+    try:
+        replace(Path(file), lambda new: save_file(tensors, new, metadata))
+    except SafetensorError as error:                     # so it calls a full disk
+        raise OSError(f"cannot write {str(file)!r}: {error}") from None
 
 
 # ------------------------------------------------------------------------------------------------- a folder

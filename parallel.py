@@ -50,12 +50,14 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from datetime import timedelta
 from functools import partial
+from operator import methodcaller
 from pathlib import Path
 from typing import Any, NoReturn
 
 import torch
 import torch.distributed as dist
 from einops import rearrange
+from safetensors import safe_open
 from torch import Tensor, nn
 
 import magi
@@ -151,7 +153,10 @@ def lost_another(error: BaseException) -> bool:
 
 
 def first_to_tell() -> bool:
-    """Is this the first process to ask? It tells that another is gone, which may be rank 0, for all."""
+    """Is this the first process to ask? It says for all what went wrong: that another is gone, for example,
+    which may be rank 0."""
+    if not dist.is_initialized():
+        return True
     try:
         return dist.distributed_c10d._get_default_store().add("told", 1) == 1
     except dist.DistError:                                   # what they share was in that other process
@@ -164,18 +169,6 @@ def first_to_tell() -> bool:
 # DeepSpeed-Ulysses (Jacobs et al. 2023), with one turn: a rank has its share of every chunk, not of the
 # sequence. So gates, texts, norms and linears, which know chunks but no neighbours, run on a share unchanged,
 # and each chunk is equal work for all. Where the tokens do not divide, the last ranks' shares end in zeros.
-
-
-def split(u: Tensor, n: int) -> Tensor:
-    """All tokens of n chunks, (B, n s, ...) -> every rank's share of them, (R, B, n s/R, ...)."""
-    u = u.unflatten(1, (n, -1))
-    zeros = u.new_zeros(*u.shape[:2], -u.shape[2] % ranks(), *u.shape[3:])
-    return rearrange(torch.cat([u, zeros], dim=2), "b n (r s) ... -> r b (n s) ...", r=ranks())
-
-
-def join(shares: Tensor, n: int, size: int) -> Tensor:
-    """The way back, to chunks of `size` tokens."""
-    return rearrange(shares, "r b (n s) ... -> b n (r s) ...", n=n)[:, :, :size].flatten(1, 2)
 
 
 def exchange(u: Tensor) -> Tensor:
@@ -193,46 +186,55 @@ def check_heads(cfg: magi.DiTConfig) -> None:
 
 
 class Share:
-    """Shares a DiT's tokens among the ranks."""
+    """Shares a DiT's tokens among the ranks. s: tokens of a chunk, of which a forward has n."""
 
     def __init__(self, dit: magi.DiT):
         check_heads(dit.cfg)
-        self.patchify, self.size = dit.patchify, 0                           # size: tokens of a chunk
+        self.patchify, self.s = dit.patchify, 0
         dit.patchify = self.first_tokens
         dit.layers[0].register_forward_pre_hook(self.first_angles)
         for layer in dit.layers:
             layer.attn.core.forward = partial(self.attend, layer.attn.core.forward)
         dit.final_linear.register_forward_hook(self.gather)
 
+    def split(self, u: Tensor) -> Tensor:
+        """All tokens (B, n s, ...) -> every rank's share of them (R, B, n s/R, ...)."""
+        u = u.unflatten(1, (-1, self.s))
+        zeros = u.new_zeros(*u.shape[:2], -self.s % ranks(), *u.shape[3:])
+        return rearrange(torch.cat([u, zeros], dim=2), "b n (r s) ... -> r b (n s) ...", r=ranks())
+
+    def join(self, shares: Tensor) -> Tensor:
+        """The way back."""
+        chunks = rearrange(shares, "r b (n s) ... -> b n (r s) ...", s=math.ceil(self.s / ranks()))
+        return chunks[:, :, : self.s].flatten(1, 2)
+
     def first_tokens(self, x: Tensor) -> Tensor:
         """In the place of DiT.patchify, chunk by chunk: all tokens, in float32, are never there."""
         shares = []
         for chunk in x.split(magi.CHUNK, dim=2):
             tokens = self.patchify(chunk)
-            self.size = tokens.shape[1]
-            shares.append(split(tokens, 1)[rank()])
+            self.s = tokens.shape[1]
+            shares.append(self.split(tokens)[rank()])
         return torch.cat(shares, dim=1)
 
     def first_angles(self, layer: nn.Module, args: tuple) -> None:
         ctx = args[1]
-        ctx.angles = split(ctx.angles[None], len(ctx.chunks))[rank(), 0]
+        ctx.angles = self.split(ctx.angles[None])[rank(), 0]
 
     def attend(self, core: Callable, q: Tensor, k: Tensor, v: Tensor, ctx: magi.Context, out: Tensor) -> None:
         """In the place of CachedAttention.forward, which gets all tokens of this rank's heads."""
-        n, R = len(ctx.chunks), ranks()                                      # q (B, n s/R, Hq, hd)
+        R = ranks()                                                          # q (B, n s/R, Hq, hd)
         parts = [rearrange(u, "b n (r h) d -> r b n h d", r=R) for u in (q, k, v)]
-        heads = join(exchange(torch.cat(parts, dim=3)), n, self.size)        # (B, n s, Hq/R + 2 Hkv/R, hd)
+        heads = self.join(exchange(torch.cat(parts, dim=3)))                 # (B, n s, Hq/R + 2 Hkv/R, hd)
         qkv = heads.split([u.shape[2] // R for u in (q, k, v)], dim=2)
         result = core(*qkv, ctx)                                             # (B, n s, Hq/R, hd)
         del heads, qkv
-        result = exchange(split(result, n))                                  # (R, B, n s/R, Hq/R, hd)
+        result = exchange(self.split(result))                                # (R, B, n s/R, Hq/R, hd)
         out.unflatten(2, (R, -1)).copy_(rearrange(result, "r b n h d -> b n r h d"))
 
     def gather(self, linear: nn.Module, args: tuple, share: Tensor) -> Tensor:
         """This rank's velocities (B, n s/R, ...) -> all (B, n s, ...)."""
-        every = share.new_empty(ranks(), *share.shape)
-        dist.all_gather_single(every.flatten(0, 1), share.contiguous())
-        return join(every, share.shape[1] // math.ceil(self.size / ranks()), self.size)
+        return self.join(exchange(share.expand(ranks(), *share.shape)))
 
 
 def deal(device: str, fn: Callable, windows: Sequence) -> Iterator[Tensor]:
@@ -249,22 +251,7 @@ def deal(device: str, fn: Callable, windows: Sequence) -> Iterator[Tensor]:
 # ------------------------------------------------------------------------------------------------------------
 
 
-def load_weights(dit: magi.DiT, folder: str | Path, device: str, stream: str | None = None) -> None:
-    """Give a DiT of the meta device its weights. Of the layers these are all, or this rank's share, or none
-    where they are streamed; what is not in a layer is small, and every rank has all of it."""
-    if ranks() == 1 and not stream:
-        fill(dit, folder, device)
-        return
-    fill(dit, folder, device, only=lambda name: not name.startswith("layers."))
-    if stream:
-        dit.streamed = Streamed(dit, dit.layers, folder, "layers.", device, stream)
-        dit.forward_all = partial(side_by_side, dit)
-    else:
-        load = lambda prefix: fill(dit, folder, device, only=lambda name: name.startswith(prefix))
-        shard_layers(dit, load, device)
-
-
-def shard_layers(dit: magi.DiT, load: Callable[[str], Any], device: str) -> None:
+def shard_layers(dit: magi.DiT, folder: str | Path, device: str) -> None:
     """Load a layer, keep 1/R of each of its weights, load the next: no rank ever holds all of them.
 
     PyTorch's FSDP puts a layer together before its turn and frees it after; in training it averages the
@@ -279,34 +266,16 @@ def shard_layers(dit: magi.DiT, load: Callable[[str], Any], device: str) -> None
     mesh = dist.init_device_mesh(torch.device(device).type, (ranks(),))
     shard = partial(fully_shard, mesh=mesh, mp_policy=MixedPrecisionPolicy(reduce_dtype=torch.float32))
     is_mixed = dit.cfg.torch_dtype != torch.float32
+    fill(dit, folder, device, only=lambda name: not name.startswith("layers."))
     for i, layer in enumerate(dit.layers):
-        load(f"layers.{i}.")
+        fill(dit, folder, device, only=methodcaller("startswith", f"layers.{i}."))
         shard(layer, ignored_params={p for p in layer.parameters() if is_mixed and p.dtype == torch.float32})
     shard(dit, ignored_params={p for p in dit.parameters() if not isinstance(p, DTensor)})
 
 
-def layer_reader(module: nn.Module, folder: str | Path, prefix: str) -> Callable[[int], dict[str, Tensor]]:
-    """-> read(i): the weights of layer i, in memory of their own, by their names within the layer."""
-    from safetensors import safe_open
-
-    dtypes = {name: u.dtype for name, u in module.state_dict().items()}
-    files: dict[str, Path] = {}                              # of each weight
-    for file in weight_files(folder):
-        files |= dict.fromkeys(safe_open(file, "pt").keys(), file)
-
-    def read(i: int) -> dict[str, Tensor]:
-        start, weights = f"{prefix}{i}.", {}
-        for name in files:
-            if name.startswith(start):
-                with safe_open(files[name], "pt") as f:      # opened anew: its pages are let go after
-                    weights[name.removeprefix(start)] = f.get_tensor(name).to(dtypes[name], copy=True)
-        return weights
-
-    return read
-
-
 class Streamed:
-    """Layers whose weights come for their turn: while one layer computes, a thread brings the next.
+    """Layers whose weights come for their turn. `name` is their list in the model, of which all else is
+    loaded and stays.
 
     source: "disk", the files of the folder, or "cpu": they are read once and kept there, pinned for a GPU.
     (PyTorch rounds what it pins up to a power of two: 71 GB for the 24B in bf16.) A layer keeps its weights
@@ -314,10 +283,16 @@ class Streamed:
     backward finds the last layer still there.
     """
 
-    def __init__(self, model: nn.Module, layers: Sequence[nn.Module], folder: str | Path, prefix: str,
-                 device: str, source: str):
+    def __init__(self, model: nn.Module, name: str, folder: str | Path, device: str, source: str):
         require(source in ("cpu", "disk"), f"stream {source!r} is not 'cpu' or 'disk'")
-        self.layers, self.device, self.read = list(layers), device, layer_reader(model, folder, prefix)
+        self.layers: Any = model.get_submodule(name)
+        self.prefix, self.device = f"{name}.", device
+        fill(model, folder, device, only=lambda key: not key.startswith(self.prefix))
+        # What stands for a weight that is not there has its shape, type and device, and no memory: a LoRA
+        # that is added later finds what it needs to know.
+        self.nothing = [{key: torch.zeros(1, dtype=u.dtype, device=device).expand(u.shape)
+                         for key, u in layer.state_dict().items()} for layer in self.layers]
+        self.files = {key: file for file in weight_files(folder) for key in safe_open(file, "pt").keys()}
         self.here = -1                                       # the layer that has its weights; -1: none
         self.thread = ThreadPoolExecutor(1)
         self.coming: dict[int, Future] = {}                  # the weights of the layer that is foreseen next
@@ -325,31 +300,33 @@ class Streamed:
         self.copying = torch.cuda.Stream(device) if gpu else None            # beside the one that computes
         if source == "cpu":
             keep = Tensor.pin_memory if gpu else Tensor.contiguous
-            kept = [{name: keep(u) for name, u in self.read(i).items()} for i in range(len(layers))]
+            kept = [{key: keep(u) for key, u in self.read(i).items()} for i in range(len(self.layers))]
             self.read = kept.__getitem__
-        # What stands for a weight that is not there has its shape, type and device, and no memory: a LoRA
-        # that is added later finds what it needs to know.
-        self.nothing = [{name: torch.zeros(1, dtype=u.dtype, device=device).expand(u.shape)
-                         for name, u in layer.state_dict().items()} for layer in layers]
-        for i, layer in enumerate(layers):
+        for i, layer in enumerate(self.layers):
             self.put(i, self.nothing[i])
             layer.forward = partial(self.turn, i, layer.forward)
+
+    def read(self, i: int) -> dict[str, Tensor]:
+        """The weights of layer i by their names within it, in memory of their own."""
+        weights = {}
+        for key, like in self.nothing[i].items():
+            name = f"{self.prefix}{i}.{key}"
+            with safe_open(self.files[name], "pt") as f:     # opened anew: its pages are let go after
+                weights[key] = f.get_tensor(name).to(like.dtype, copy=True)
+        return weights
+
+    def bring(self, i: int) -> dict[str, Tensor]:
+        with torch.cuda.stream(self.copying):
+            return {key: u.to(self.device) for key, u in self.read(i).items()}
 
     def put(self, i: int, weights: dict[str, Tensor]) -> None:
         self.layers[i].load_state_dict(weights, strict=False, assign=True)   # not strict: it may have a LoRA
 
-    def bring(self, i: int) -> dict[str, Tensor]:
-        with torch.cuda.stream(self.copying):
-            return {name: u.to(self.device) for name, u in self.read(i).items()}
-
     def turn(self, i: int, forward: Callable, *args: Any, **kwargs: Any) -> Any:
         """In the place of a layer's forward. (A hook would not be called when a checkpointed layer is
         computed again.)"""
-        if i != self.here:                                   # else another branch has just been here
-            self.enter(i)
-        return forward(*args, **kwargs)
-
-    def enter(self, i: int) -> None:
+        if i == self.here:                                   # another branch has just been here
+            return forward(*args, **kwargs)
         if i not in self.coming:
             self.coming = {i: self.thread.submit(self.bring, i)}
         weights = self.coming.pop(i).result()
@@ -362,6 +339,7 @@ class Streamed:
         following = self.after(before, i)
         self.coming = {following: self.thread.submit(self.bring, following)}
         self.here = i
+        return forward(*args, **kwargs)
 
     def after(self, before: int, i: int) -> int:
         """The layer whose turn comes after those of layers `before` and i. A forward goes up and the next one
@@ -392,25 +370,25 @@ def side_by_side(dit: magi.DiT, calls: Sequence[tuple[tuple, dict]]) -> list[Ten
 SLICE = 4096                     # tokens: enough to keep a GPU busy
 
 
-def in_slices(fn: Callable, *inputs: Tensor) -> Tensor:
-    """fn(*inputs) of tensors (rows, tokens, ...), for at most SLICE tokens at a time."""
-    rows, tokens = inputs[0].shape[:2]
+def in_slices(fn: Callable[[slice], Tensor], x: Tensor) -> Tensor:
+    """fn(slice) for all tokens of x (rows, tokens, ...), at most SLICE of them at a time."""
+    rows, tokens = x.shape[:2]
     size = max(1, SLICE // rows)
     if tokens <= size:
-        return fn(*inputs)
+        return fn(slice(None))
     out: Any = None
-    slices = zip(*(u.split(size, dim=1) for u in inputs), strict=True)
-    for first, part in zip(range(0, tokens, size), slices, strict=True):
-        result = fn(*part)
+    for first in range(0, tokens, size):
+        part = slice(first, first + size)
+        result = fn(part)
         if out is None:
             out = result.new_empty(rows, tokens, *result.shape[2:])
-        out[:, first : first + size] = result
+        out[:, part] = result
     return out
 
 
 def sliced(fn: Callable) -> Callable:
     """A function of tokens, and of more that is the same for all of them."""
-    return lambda x, *rest: in_slices(lambda u: fn(u, *rest), x)
+    return lambda x, *rest: in_slices(lambda part: fn(x[:, part], *rest), x)
 
 
 def slice_widest(dit: magi.DiT) -> magi.DiT:
@@ -418,14 +396,13 @@ def slice_widest(dit: magi.DiT) -> magi.DiT:
     ops = dit.ops
 
     def norm_rotary(x, norm, angles):
-        if angles is None:
-            return in_slices(lambda u: ops.norm_rotary(u, norm, None), x)
-        return in_slices(lambda u, a: ops.norm_rotary(u, norm, a[0]), x, angles[None])
+        turns = lambda part: None if angles is None else angles[part]
+        return in_slices(lambda part: ops.norm_rotary(x[:, part], norm, turns(part)), x)
 
     def gated_residual(x, gate, update, norm):
         chunks = lambda u: u.unflatten(1, (gate.shape[1], -1)).flatten(0, 1)            # (B n, s, D)
-        part = lambda x, update: ops.gated_residual(x, chunks(gate), update, norm)
-        return in_slices(part, chunks(x), chunks(update)).view_as(x)
+        a, g, b = chunks(x), chunks(gate), chunks(update)
+        return in_slices(lambda part: ops.gated_residual(a[:, part], g, b[:, part], norm), a).view_as(x)
 
     if ops.name == "torch":
         dit.ops = dataclasses.replace(
@@ -442,16 +419,24 @@ def slice_widest(dit: magi.DiT) -> magi.DiT:
 
 
 def load_dit(folder: str | Path, device: str = "cpu", dtype: str | None = None, backend: str = "torch",
-             stream: str | None = None) -> magi.DiT:
-    """magi.load_dit for this rank: with its share of the weights, or with none of them (stream)."""
+             stream: str | None = None, to_train: bool = False) -> magi.DiT:
+    """magi.load_dit with this rank's share of the weights, or with none of the layers' (stream). What is not
+    in a layer is small, and every rank has all of it. Unless the model is to be trained, the rank has a share
+    of the tokens, too, and takes them in slices."""
     cfg = read_config(folder, "dit", magi.DiTConfig)
     cfg = dataclasses.replace(cfg, dtype=dtype or cfg.dtype)
     dit = build(lambda: magi.DiT(cfg), folder)
-    if ranks() > 1:
+    if ranks() > 1 and not to_train:
         Share(dit)
-    load_weights(dit, folder, device, stream)
+    if stream:
+        dit.streamed = Streamed(dit, "layers", folder, device, stream)
+        dit.forward_all = partial(side_by_side, dit)
+    elif ranks() > 1:
+        shard_layers(dit, folder, device)
+    else:
+        fill(dit, folder, device)
     dit.ops = magi.get_ops(backend, device)
-    return slice_widest(dit)
+    return dit if to_train else slice_widest(dit)
 
 
 def load_vae(folder: str | Path, device: str = "cpu", *args: Any, **kwargs: Any) -> magi.VAE:
@@ -482,13 +467,9 @@ class T5(magi.T5):
         with torch.device("meta"):
             model: Any = T5EncoderModel(T5Config.from_pretrained(self.folder, local_files_only=True))
         model = model.to(self.dtype)
-        tied = "encoder.embed_tokens.weight"                 # shared.weight again
-        missing = sorted(model.state_dict().keys() - read_headers(weight_files(self.folder)).keys() - {tied})
-        require(not missing, f"the text encoder in {str(self.folder)!r} lacks {len(missing)} tensor(s), such "
-                f"as {missing[:1]}: convert it again")
-        fill(model, self.folder, self.device, only=lambda name: ".block." not in name)
+        self.refuse_without(model.state_dict().keys() - read_headers(weight_files(self.folder)).keys())
+        Streamed(model, "encoder.block", self.folder, str(self.device), "disk")
         model.encoder.embed_tokens = model.shared
-        Streamed(model, model.encoder.block, self.folder, "encoder.block.", str(self.device), "disk")
         return model
 
 

@@ -17,6 +17,7 @@ import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -24,7 +25,7 @@ import torch
 import magi
 import parallel
 import training
-from checkpoints import require
+from checkpoints import read_config, read_json, require
 
 # ------------------------------------------------------------------------------------------------------------
 # 1  A video
@@ -136,13 +137,13 @@ CHANGES = {                      # what takes less memory, the gentlest first: i
 
 
 def smallest_change(dit: magi.DiTConfig, run: magi.SamplerConfig, card: float, R: int = 1, **more: Any
-                    ) -> tuple[str, Memory]:
-    """The first of CHANGES with which R cards of so many GB will do, or "nothing here", and what it takes."""
+                    ) -> str:
+    """The first of CHANGES with which R cards of so many GB will do, or "nothing here"."""
     for name, (stream, settings) in CHANGES.items():
         memory = needs(dit, dataclasses.replace(run, **settings), R=R, stream=stream, **more)
         if fits(memory.total, card):
-            return name.replace("cpu", "disk") if R > 1 else name, memory
-    return "nothing here", memory
+            return name.replace("cpu", "disk") if R > 1 else name
+    return "nothing here"
 
 
 def pinned(dit: magi.DiTConfig) -> int:
@@ -152,15 +153,20 @@ def pinned(dit: magi.DiTConfig) -> int:
     return sum(1 << (u.nbytes - 1).bit_length() for u in weights)
 
 
-def plan(dit: magi.DiTConfig, run: magi.SamplerConfig, numbers: Sequence[int] = (1, 8),
-         cards: Sequence[float] = (12, 24, 80), keep_t5: bool = False, **more: Any) -> str:
+def memory_table(dit: magi.DiTConfig, run: magi.SamplerConfig, vae: Path, t5: Path, keep_t5: bool,
+                 numbers: Sequence[int], cards: Sequence[float]) -> str:
     """What a run takes, in ways to run it, and what makes it fit so many cards of so many GB: the text of
-    sample.py --plan. keep_t5, and more, vae and t5: of `needs`."""
+    sample.py --plan. VAE and T5 are the released ones if there are none in these folders."""
+    more: dict[str, Any] = {"keep_t5": keep_t5}
+    if (vae / "config.json").is_file():
+        more["vae"] = read_config(vae, "vae", magi.VAEConfig)
+    if (t5 / "config.json").is_file():
+        more["t5"] = read_json(t5 / "config.json")
     most = 1 if keep_t5 else dit.num_kv_heads            # one process reads the prompts
     counts = [r for r in range(1, most + 1) if dit.num_kv_heads % r == 0]
     ways = " or ".join(f"--plan {R}x{cards[0]:g}" for R in counts)
     require(set(numbers) & set(counts), f"{numbers[0]} GPUs cannot share this run: give {ways}")
-    numbers, more["keep_t5"] = [R for R in numbers if R in counts], keep_t5
+    numbers = [R for R in numbers if R in counts]
     parts = [field.name for field in dataclasses.fields(Memory)] + ["total"]
     t5 = "stays, and is among the weights" if keep_t5 else "comes first and goes"
     lines = [f"GiB on each GPU, {run.height}x{run.width}, window {run.window} (T5 {t5}):",
@@ -173,8 +179,8 @@ def plan(dit: magi.DiTConfig, run: magi.SamplerConfig, numbers: Sequence[int] = 
     names = {R: f"{R} (torchrun --nproc_per_node {R} sample.py ...)" for R in numbers} | {1: "one"}
     lines.append("\nA card of    " + "".join(f"{names[R]:63}" for R in numbers).rstrip())
     for card in cards:
-        ways = [smallest_change(dit, run, card, R, **more)[0] for R in numbers]
-        lines.append(f"{card:6g} GB    " + "".join(f"{way:63}" for way in ways).rstrip())
+        changes = [smallest_change(dit, run, card, R, **more) for R in numbers]
+        lines.append(f"{card:6g} GB    " + "".join(f"{change:63}" for change in changes).rstrip())
     return "\n".join(lines)
 
 
@@ -199,18 +205,18 @@ def training_needs(dit: magi.DiT, command: str, rank: int, tokens: int, text_tok
         parts = processes if in_layer and p.dtype == shared else 1
         counts.append((0 if stream and in_layer else p.numel() / parts, p.element_size()))
     weights = sum(n * size for n, size in counts)
-    plan: dict[str, float] = {"weights": weights}
+    needed: dict[str, float] = {"weights": weights}
     if stream or processes > 1:          # a layer that is trained brings gradients, in float32 too
-        plan["layers that pass"] = (2 if rank else 5) * layer
+        needed["layers that pass"] = (2 if rank else 5) * layer
     if rank:
         lora = sum(rank * sum(linear.weight.shape) for linear in training.lora_targets(dit).values())
-        plan |= {"LoRA": 4 * lora, "gradients": 4 * lora, "optimiser": 8 * lora}
+        needed |= {"LoRA": 4 * lora, "gradients": 4 * lora, "optimiser": 8 * lora}
     else:
         rounded = sum(2 * n for n, size in counts if size == 2)              # what bf16 has lost
         states = 8 * sum(n for n, _ in counts) + rounded
-        plan |= {"gradients": weights, "optimiser": states if optimizer == "adamw" else states / 4}
+        needed |= {"gradients": weights, "optimiser": states if optimizer == "adamw" else states / 4}
         if command == "distill":
-            plan["teacher"] = weights
+            needed["teacher"] = weights
 
     b, D, F = cfg.torch_dtype.itemsize, cfg.hidden_size, cfg.ffn_size
     A, G = cfg.num_heads * cfg.head_dim, cfg.num_kv_heads * cfg.head_dim     # widths of q, and of k or v
@@ -224,15 +230,15 @@ def training_needs(dit: magi.DiT, command: str, rank: int, tokens: int, text_tok
     branches = 3 if command == "distill" else 1                              # of a teacher, without gradients
     inputs = b * tokens * D * cfg.num_layers
     layers = one_layer * cfg.num_layers if keep_activations else one_layer + inputs
-    plan["activations"] = layers + one_layer * (branches - 1) / 2
-    return plan
+    needed["activations"] = layers + one_layer * (branches - 1) / 2
+    return needed
 
 
-def show_training(plan: dict[str, float], here: float | None) -> str:
-    """The plan in GB (10^9 bytes), what it adds up to, and on which cards that fits."""
-    total = sum(plan.values())
+def show_training(needed: dict[str, float], here: float | None) -> str:
+    """What training_needs gives in GB (10^9 bytes), the sum, and on which cards that fits."""
+    total = sum(needed.values())
     answer = lambda card: "yes" if fits(total, card) else "no"
-    parts = ", ".join(f"{name} {size / 1e9:.2f}" for name, size in plan.items())
+    parts = ", ".join(f"{name} {size / 1e9:.2f}" for name, size in needed.items())
     cards = ", ".join(f"{gb} GB: {answer(gb)}" for gb in (12, 24, 48, 80))
     machine = "" if here is None else f"; this machine, {here / 1e9:.1f} GB: {answer(here / GIB)}"
     return f"a step needs about {total / 1e9:.2f} GB: {parts}\nfits on a card of {cards}{machine}"

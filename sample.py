@@ -16,49 +16,37 @@ Contents: 1 Flags, 2 Checks, 3 Running.
 # ruff: noqa: E402
 from __future__ import annotations
 
-import os
-import signal
-import sys
-
-from threads import share_the_machine
-
-
-def leave(*_) -> None:
-    """On Ctrl-C during imports, which may swallow an exception: nothing has begun, so just go."""
-    os.write(1, b"interrupted before anything was written\n")
-    os._exit(130)
-
+import terminal
 
 if __name__ == "__main__":
-    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:        # not where a shell ignores it
-        signal.signal(signal.SIGINT, leave)
-    share_the_machine()
-    if sys.flags.optimize > 1:                                               # transformers needs docstrings
-        os.execve(sys.executable, [sys.executable, *sys.argv], os.environ | {"PYTHONOPTIMIZE": ""})
+    terminal.begin()                                                         # before PyTorch is imported
 
 import argparse
 import contextlib
 import dataclasses
 import io
+import itertools
 import json
 import math
+import os
 import re
+import signal
+import sys
 import time
-from collections.abc import Callable, Iterable, Iterator
-from difflib import get_close_matches
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-from tqdm import tqdm
+from terminal import Parser, Quiet, exit_code, peak_memory, progress_bar, say, uninterrupted, whole_number
 
 # ------------------------------------------------------------------------------------------------------------
 # 1  Flags
 # ------------------------------------------------------------------------------------------------------------
 # A sampling flag that is left out is None: its value comes from --config_file or the model's own config.json.
-# Hyphens and underscores are the same. Other names for flags, most of them the official code's:
 
+# Other names for flags, most of them the official code's:
 OTHER_NAMES = {
     "image_path": "image", "prefix_video_path": "video", "output_path": "out", "output": "out",
     "num_steps": "steps", "window_size": "window", "frames": "num_frames", "text_scales": "text_scale",
@@ -69,7 +57,6 @@ SUGGESTED = {
     "guidance": "text_scale", "guidance_scale": "text_scale", "cfg": "text_scale", "cfg_scale": "text_scale",
     "negative_prompt": "negative_tokens", "num_inference_steps": "steps", "duration": "num_frames",
 }  # fmt: skip
-REPEATED = ("--prompt", "--transition", "--lora", "--lora_scale")            # others are given once
 
 TINY = Path(__file__).resolve().parent / "tiny"                              # the bundled models
 SHIPPED = {"tiny": TINY / "distill", "tiny-distill": TINY / "distill", "tiny-base": TINY / "base"}
@@ -78,40 +65,6 @@ DEFAULT_MODEL = "tiny"
 
 def model_folder(text: str) -> Path:
     return SHIPPED.get(text, Path(text))
-
-
-def say(message: object, file: Any = None) -> None:
-    """One line on stderr whatever the message looked like, above the progress bar if there is one."""
-    tqdm.write(" ".join(str(message).split()), file=file or sys.stderr)
-
-
-class Parser(argparse.ArgumentParser):
-    """argparse with one line where it would print its usage, too, and a guess at what was meant."""
-
-    def error(self, message: str):
-        if message.startswith("unrecognized arguments: "):
-            word = message.split()[2].partition("=")[0]
-            name = SUGGESTED.get(word.strip("-").replace("-", "_"))
-            near = [f"--{name}"] if name else get_close_matches(word, self._option_string_actions, 1, 0.75)
-            if near:
-                message += f" (did you mean {near[0]}?)"
-            elif not word.startswith("-"):
-                message += " (a prompt of several words needs quotes)"
-        if "not allowed with" in message:
-            message += ": leave one of them out"
-        say(f"error: {message}; see --help")
-        sys.exit(2)
-
-
-def whole_number(text: str, otherwise: str | None = None) -> int | str:
-    """A whole number, or the word `otherwise`."""
-    if text == otherwise:
-        return text
-    try:
-        return int(text)
-    except ValueError:
-        also = f" or {otherwise!r}" if otherwise else ""
-        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number{also}") from None
 
 
 def chunk_and_kind(text: str) -> tuple[int, str]:
@@ -134,6 +87,7 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
                     formatter_class=argparse.RawDescriptionHelpFormatter,
                     description="\n".join((__doc__ or "").splitlines()[:8]),  # none with python -OO
                     epilog="The official --image_path, --prefix_video_path and --output_path work too.")
+    parser.other_names, parser.suggested = OTHER_NAMES, SUGGESTED
     many = dict(nargs="+", metavar="X")
     # fmt: off
     group = parser.add_argument_group("what to make")
@@ -201,17 +155,7 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
          help="default: auto, on a GPU the fastest that is right for each operation")
     # fmt: on
 
-    def canonical(match: re.Match) -> str:
-        name = match[1].replace("-", "_")
-        return "--" + OTHER_NAMES.get(name, name)
-
-    argv = sys.argv[1:] if argv is None else argv
-    argv = [re.sub(r"^--([\w-]+)", canonical, word) for word in argv]
     args = parser.parse_args(argv)
-    names = [word.partition("=")[0] for word in argv if word.startswith("--")]
-    for name in names:                                   # a second value would silently replace the first
-        if names.count(name) > 1 and name not in REPEATED:
-            parser.error(f"{name} is given twice: leave one out")
     args.vae = args.vae or args.model.parent / "vae"
     args.t5 = args.t5 or args.model.parent / "t5"
     return args
@@ -222,7 +166,6 @@ if __name__ == "__main__":
 
 import sentencepiece
 import torch
-from safetensors import SafetensorError
 from safetensors.torch import load_file
 
 import checkpoints
@@ -234,10 +177,9 @@ import parallel
 import planner
 import training
 from captions import check_text, told_by
-from checkpoints import build, check_device, read_config, read_headers, read_json, reading, require
+from checkpoints import build, check_device, read_config, reading, require
 
-if signal.getsignal(signal.SIGINT) is leave:                                 # from here on there may be files
-    signal.signal(signal.SIGINT, signal.default_int_handler)
+terminal.imported()
 
 # ------------------------------------------------------------------------------------------------------------
 # 2  Checks
@@ -257,17 +199,22 @@ def check_flags(args: argparse.Namespace) -> None:
             "--prefix_frames is for --video: leave it out, or add one")
     require(args.fit is None or args.mode != "t2v",
             "--fit is for --image and --video: leave it out, or add one of them")
+    args.prefix_frames = 32 if args.prefix_frames is None else args.prefix_frames
+    args.fit = args.fit or "crop"
     check_prompts(args)
-    require(args.num_frames != "inf" or args.out.suffix.lower() == ".mp4" or str(args.out) == "-",
-            f"--num_frames inf needs an .mp4 file, not {str(args.out)!r}, which is rewritten every second")
+    out, ending = str(args.out), args.out.suffix.lower()
+    require(args.num_frames != "inf" or ending == ".mp4" or out == "-",
+            f"--num_frames inf needs an .mp4 file, not {out!r}, which is rewritten every second")
+    require(args.prompt_file or ending in media.WRITERS or out == "-",
+            f"--out {out!r} must end in .mp4, .gif or .png")
+    require(args.save_text is None or args.save_text.suffix == ".safetensors",
+            f"--save_text {str(args.save_text)!r} must end in .safetensors")
     scales = args.lora_scale
     require(args.lora or not scales, "--lora_scale needs a LoRA: add --lora FILE")
     require(len(scales) in (0, 1, len(args.lora)), f"{len(scales)} --lora_scale for {len(args.lora)} --lora: "
             f"give one for all, or one for each")
     require(all(map(math.isfinite, scales)), f"--lora_scale {scales} must be finite numbers")
     args.lora_scale = scales if len(scales) > 1 else (scales or [1.0]) * len(args.lora)
-    args.prefix_frames = 32 if args.prefix_frames is None else args.prefix_frames
-    args.fit = args.fit or "crop"
 
 
 def check_prompts(args: argparse.Namespace) -> None:
@@ -301,14 +248,8 @@ def claim_outputs(args: argparse.Namespace, locks: contextlib.ExitStack) -> list
         return [None] * len(args.videos)
     inputs = [f for f in (args.image, args.video, args.text, args.config_file, *args.lora) if f]
     inputs += [file for folder in (args.model, args.vae, args.t5) for file in folder.glob("*")]
-
-    def claimed(path: Path) -> Path:
-        return locks.enter_context(outputs.claimed(path, inputs))
-
     if args.save_text:
-        require(args.save_text.suffix == ".safetensors",
-                f"--save_text {str(args.save_text)!r} must end in .safetensors")
-        args.save_text = claimed(args.save_text)
+        args.save_text = locks.enter_context(outputs.claimed(args.save_text, inputs))
     if args.prompt_file:
         folder = Path("out") if args.out == Path("out.mp4") else args.out
         require(folder.is_dir() or not folder.exists() and not folder.suffix,
@@ -319,27 +260,17 @@ def claim_outputs(args: argparse.Namespace, locks: contextlib.ExitStack) -> list
         locks.enter_context(outputs.locked(folder / "*.mp4"))                # one for all: it is an open file
         return [outputs.check_output(file, inputs) for file in files]
     if str(args.out) == "-":
-        return [take_stdout(locks)]
-    require(args.out.suffix.lower() in media.WRITERS,
-            f"--out {str(args.out)!r} must end in .mp4, .gif or .png")
-    return [claimed(args.out)]
+        return [locks.enter_context(outputs.standard_output())]
+    return [locks.enter_context(outputs.claimed(args.out, inputs))]
 
 
-def take_stdout(locks: contextlib.ExitStack):
-    """Standard output, for the video alone: whatever else is printed goes to standard error."""
-    require(not sys.stdout.isatty(), "--out - writes an mp4: send it to a player, such as | ffplay -")
-    sys.stdout.flush()
-    stdout = locks.enter_context(os.fdopen(os.dup(1), "wb"))
-    os.dup2(2, 1)
-    locks.callback(os.dup2, stdout.fileno(), 1)
-    return stdout
-
-
-def settings(args: argparse.Namespace, dit, cfg, notes: list[str]):
-    """The SamplerConfig of the run: the model's, or that of --config_file, with the given flags on top."""
+def settings(args: argparse.Namespace, dit, cfg) -> tuple[magi.SamplerConfig, list[str]]:
+    """The SamplerConfig of the run, the model's or that of --config_file with the given flags on top; and
+    notes on it."""
+    notes: list[str] = []
     cfg = training.lora_sampler(cfg, args.lora)
     if args.config_file:
-        cfg = official_settings(args, dit, cfg, notes)
+        cfg, notes = convert_weights.official_sampler(args.config_file, args.model, dit, cfg)
     given = {field.name: getattr(args, field.name, None) for field in dataclasses.fields(cfg)}
     given = {name: value for name, value in given.items() if value is not None}
     for name, value in given.items():
@@ -356,35 +287,15 @@ def settings(args: argparse.Namespace, dit, cfg, notes: list[str]):
     cfg = dataclasses.replace(cfg, **given)
     for chunk, kind in args.transition:
         cfg = magi.shot_transition(cfg, chunk, kind)
-    return cfg
+    return cfg, notes
 
 
-def official_settings(args: argparse.Namespace, dit, cfg, notes: list[str]):
-    """The SamplerConfig of --config_file, for this model."""
-    found = read_json(args.config_file)
-    with reading("config", args.config_file):
-        theirs, official = convert_weights.configs_from_upstream(found)
-    if official.distilled != cfg.distilled:
-        kinds = ("a base model", "a distilled one")
-        notes.append(f"note: --config_file describes {kinds[official.distilled]}, but "
-                     f"{str(args.model)!r} is {kinds[cfg.distilled]} and is run as such")
-    if (theirs.num_layers, theirs.hidden_size) != (dit.num_layers, dit.hidden_size):
-        notes.append(f"note: only the sampler settings of --config_file are used, it describes another "
-                     f"model ({theirs.num_layers} layers, this one has {dit.num_layers})")
-    on_gpus = convert_weights.note_on_gpus(found)
-    if on_gpus and parallel.ranks() == 1:
-        notes.append(on_gpus)
-    return dataclasses.replace(official, distilled=cfg.distilled)
-
-
-def choose_device(args: argparse.Namespace, fp8: bool, notes: list[str]) -> str:
+def choose_device(args: argparse.Namespace) -> str:
     device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
     check_device(device)
-    gpu = device.startswith("cuda")
-    require(gpu or args.backend != "triton", f"backend 'triton' needs a GPU, not {device!r}: use 'torch'")
+    require(device.startswith("cuda") or args.backend != "triton",
+            f"backend 'triton' needs a GPU, not {device!r}: use 'torch'")
     magi.get_ops(args.backend, device)                                       # says if it cannot be used
-    if fp8 and not (gpu and torch.cuda.get_device_capability(device) >= (8, 9)):
-        notes.append(f"note: {device} has no fp8 arithmetic: fp8 weights are dequantised, which is slower")
     return device
 
 
@@ -406,16 +317,19 @@ def check_model(args: argparse.Namespace, dit, cfg, chunks: float) -> None:
     build(lambda: magi.VAE(vae), args.vae)
     for file in args.lora:
         training.check_lora(empty, file)
-    file = args.model / "special_tokens.safetensors"
-    shapes = read_headers([file] if file.is_file() else [])
-    table = {name: torch.empty(shape, device="meta") for name, (shape, _) in shapes.items()}
-    checkpoints.check_tokens(cfg, table, dit.text_dim, chunks)
+    checkpoints.check_tokens(cfg, checkpoints.read_special_tokens(args.model), dit.text_dim, chunks)
     if not args.text:
         checkpoints.check_text_encoder(args.t5, dit.text_dim)
 
 
-def notes_on_prompts(args: argparse.Namespace, cfg, native, chunks: float) -> list[str]:
-    """What the model will make of the prompts, where that may surprise."""
+def small_model(t5: Path) -> Any:
+    """What tiny/words.py knows of a model whose text encoder lists its words; None for the large ones."""
+    is_small = (t5 / "words.json").is_file()
+    return checkpoints.load_module("tiny_words", TINY / "words.py") if is_small else None
+
+
+def notes_on_run(args: argparse.Namespace, cfg, native, chunks: float) -> list[str]:
+    """What the model will make of prompts, size and input, where that may surprise."""
     notes = []
     most = max(map(len, args.videos))
     if most > chunks:
@@ -425,10 +339,17 @@ def notes_on_prompts(args: argparse.Namespace, cfg, native, chunks: float) -> li
         return notes
     if not args.prompt and not args.told:
         notes.append(f"note: no --prompt, the {'image' if args.image else 'video'} alone says what happens")
+    if small := small_model(args.t5):
+        notes += small.notes_on_run(args, cfg, native)
+    return notes + notes_on_prompts(args, args.prompt)
+
+
+def notes_on_prompts(args: argparse.Namespace, prompts: Sequence[str]) -> list[str]:
+    """What of them the model does not understand; they may be told while the video is made."""
+    notes, small = [], small_model(args.t5)
     with reading("tokenizer", args.t5 / "spiece.model"):
         t5 = sentencepiece.SentencePieceProcessor(model_file=str(args.t5 / "spiece.model"))
-    small = (args.t5 / "words.json").is_file()           # it says itself which words it knows
-    for prompt in args.prompt:
+    for prompt in prompts:
         words = magi.clean_caption(prompt).split()
         unknown = [w for w in words if t5.unk_id() in t5.encode(w) and re.search(r"\w", w)]
         if re.search(r"\w", prompt) and not re.search(r"\w", "".join(words)):
@@ -437,26 +358,7 @@ def notes_on_prompts(args: argparse.Namespace, cfg, native, chunks: float) -> li
         elif unknown and not small:
             notes.append(f"warning: the text encoder cannot read {', '.join(map(repr, unknown))}: "
                          f"say it in English")
-    if small:
-        notes += checkpoints.load_module("tiny_words", TINY / "words.py").notes(args, cfg, native)
-    return notes
-
-
-def notes_on_late_prompt(args: argparse.Namespace, cfg, prompt: str) -> list[str]:
-    """The same for one that is told while the video is made."""
-    alone = dict(prompt=[prompt], videos=[[prompt]], image=None, video=None)
-    return notes_on_prompts(argparse.Namespace(**vars(args) | alone), cfg, cfg, 1)
-
-
-def noted(prompts: Iterable[str | None], args: argparse.Namespace, cfg) -> Iterator[str | None]:
-    """The prompts of told_by, with the notes on each new one."""
-    before = None
-    for prompt in prompts:
-        if prompt and prompt != before:
-            for note in notes_on_late_prompt(args, cfg, prompt):
-                say(note)
-        before = prompt
-        yield prompt
+    return notes + (small.notes_on_prompts(args, prompts) if small else [])
 
 
 def load_text(path: str, dit) -> tuple:
@@ -477,29 +379,28 @@ def read_configs(model: Path) -> tuple[magi.DiTConfig, magi.SamplerConfig]:
 
 def check(args: argparse.Namespace) -> SimpleNamespace:
     """All checks but those of the flags alone and of the outputs, and what they had to find out."""
-    notes: list[str] = []
     require(not args.told or parallel.ranks() == 1, "--prompt - is read by one process: leave torchrun out")
     dit, native = read_configs(args.model)
     parallel.check_heads(dit)
-    cfg = settings(args, dit, native, notes)
+    cfg, notes = settings(args, dit, native)
     fastest = 50 if args.out.suffix.lower() == ".gif" else 1000
     require(cfg.fps <= fastest, f"fps {cfg.fps} is too fast: {str(args.out)!r} can play {fastest} at most")
-    device = choose_device(args, dit.fp8, notes)
+    device = choose_device(args)
+    if dit.fp8 and not (device.startswith("cuda") and torch.cuda.get_device_capability(device) >= (8, 9)):
+        notes.append(f"note: {device} has no fp8 arithmetic: fp8 weights are dequantised, which is slower")
     args.dtype = args.dtype or ("bfloat16" if bf16_is_fast(device) else dit.dtype)
     dit = dataclasses.replace(dit, dtype=args.dtype)
-    size, image, video = (cfg.height, cfg.width), None, None
-    if args.image:
-        image = media.read_image(args.image, size, args.fit)
-    if args.video:
-        video = media.read_video(args.video, cfg.fps, None, max(4, args.prefix_frames), size, args.fit)
-    clip = media.prefix_clip(image, video, args.prefix_frames)
-    given = 0 if video is None else len(clip)
-    total, filled = magi.count_chunks(magi.round_frames(cfg.num_frames), given // magi.FRAMES_PER_LATENT)
+    size, count = (cfg.height, cfg.width), max(4, args.prefix_frames)
+    image = media.read_image(args.image, size, args.fit) if args.image else None
+    video = media.read_video(args.video, cfg.fps, None, count, size, args.fit) if args.video else None
+    given = media.prefix_clip(image, video, args.prefix_frames)
+    latents = 0 if given is None else len(given) // magi.FRAMES_PER_LATENT   # whole ones: of an image none
+    total, filled = magi.count_chunks(magi.round_frames(cfg.num_frames), latents)
     chunks = math.inf if total is None else total - filled                   # that are generated
     check_model(args, dit, cfg, chunks)
     for chunk, _ in args.transition:
         require(chunk < chunks, f"transition at chunk {chunk}: the video has {chunks} chunks, counted from 0")
-    notes += notes_on_prompts(args, cfg, native, chunks)
+    notes += notes_on_run(args, cfg, native, chunks)
     text = load_text(args.text, dit) if args.text else None
     return SimpleNamespace(cfg=cfg, chunks=chunks, device=device, image=image, video=video, text=text,
                            text_length=dit.text_length, notes=notes)
@@ -510,40 +411,19 @@ def check(args: argparse.Namespace) -> SimpleNamespace:
 # ------------------------------------------------------------------------------------------------------------
 
 
-class Quiet:
-    """stdout or stderr, whose reader may leave (`| head`): then it falls silent, and the video goes on."""
-
-    def __init__(self, stream):
-        self.stream = stream or open(os.devnull, "w")  # noqa: SIM115
-
-    def __getattr__(self, name):
-        return getattr(self.stream, name)
-
-    def write(self, text: str) -> None:
-        try:
-            self.stream.write(text)
-            self.stream.flush()
-        except OSError:
-            os.dup2(os.open(os.devnull, os.O_WRONLY), self.stream.fileno())
-
-
-def plan(args: argparse.Namespace) -> str:
+def memory_table(args: argparse.Namespace) -> str:
     """What this run needs where; --model may also name a released model that is not here yet."""
     dit, native = magi.PRESETS.get(str(args.model)) or read_configs(args.model)
-    beside = {}                                                              # if left out: the released ones
-    if (args.vae / "config.json").is_file():
-        beside["vae"] = read_config(args.vae, "vae", magi.VAEConfig)
-    if (args.t5 / "config.json").is_file():
-        beside["t5"] = read_json(args.t5 / "config.json")
     dit, told = dataclasses.replace(dit, dtype=args.dtype or dit.dtype), args.prompt == ["-"]
-    return planner.plan(dit, settings(args, dit, native, []), *args.plan, keep_t5=told, **beside)
+    run, _ = settings(args, dit, native)
+    return planner.memory_table(dit, run, args.vae, args.t5, told, *args.plan)
 
 
 def prepare(argv: list[str] | None, locks: contextlib.ExitStack) -> list[dict]:
     """From the command line to the arguments of `generate`, for each video: checks, text encoder, model."""
     args = parse_arguments(argv)
     if args.plan:
-        print(plan(args))
+        print(memory_table(args))
         return []
     check_flags(args)
     args.device = parallel.start(args.device)
@@ -555,8 +435,7 @@ def prepare(argv: list[str] | None, locks: contextlib.ExitStack) -> list[dict]:
     if args.text:
         texts = [run.text]
     elif args.told:
-        lines = io.FileIO(0, closefd=False)
-        texts = [noted(told_by(lines, run.cfg.num_frames is None, say), args, run.cfg)]
+        texts = [noted(told_by(io.FileIO(0, closefd=False), run.cfg.num_frames is None, say), args)]
     else:
         texts = parallel.agreed(encode_text)(args, run.text_length, run.device)
     pipe = parallel.agreed(load)(args, run.device)
@@ -564,32 +443,37 @@ def prepare(argv: list[str] | None, locks: contextlib.ExitStack) -> list[dict]:
     runs = []
     for i, (text, out) in enumerate(zip(texts, outs, strict=True)):
         cfg = dataclasses.replace(run.cfg, seed=run.cfg.seed + i)
-        frames = partial(pipe, text, sampler=cfg, image=run.image, video=run.video, fit=args.fit,
+        frames = partial(pipe, text, sampler=cfg, image=run.image, video=run.video,
                          prefix_frames=args.prefix_frames)
         runs.append(dict(frames=frames, cfg=cfg, chunks=run.chunks, out=out, device=run.device,
                          report=getattr(pipe.dit.ops, "report", None)))
     return runs
 
 
+def noted(prompts: Iterable[str | None], args: argparse.Namespace) -> Iterator[str | None]:
+    """The prompts of told_by, with the notes on each new one."""
+    for prompt, again in itertools.groupby(prompts):
+        for note in notes_on_prompts(args, [prompt]) if prompt else []:
+            say(note)
+        yield from again
+
+
 def encode_text(args: argparse.Namespace, length: int, device: str) -> list[tuple]:
     """The prompts of each video as the model reads them: text (n, L, C) and mask (n, L). T5 is gone when this
     returns, before the model itself is read."""
     captions = list(dict.fromkeys(args.prompt or [""]))                      # equal ones are encoded once
-    batches = [captions[i : i + 16] for i in range(0, len(captions), 16)]
     encoded: dict[str, tuple] = {}
     with reading("text encoder", args.t5):
         t5 = parallel.T5(args.t5, length, device, stream=args.stream)
-        for batch in batches:
-            t5.keep = batch is not batches[-1]                               # it is gone after the last ones
+        for i in range(0, len(captions), 16):
+            batch = captions[i : i + 16]
+            t5.keep = i + 16 < len(captions)                                 # it is gone after the last ones
             encoded |= zip(batch, zip(*t5(batch), strict=True), strict=True)
     rows = [[encoded[caption] for caption in prompts or [""]] for prompts in args.videos]
     texts = [tuple(map(torch.stack, zip(*row, strict=True))) for row in rows]
     if args.save_text and parallel.rank() == 0:
-        about = {"prompts": json.dumps(args.prompt)}
-        try:
-            outputs.save(dict(zip(("text", "mask"), texts[0], strict=True)), args.save_text, about)
-        except SafetensorError as error:
-            raise OSError(f"cannot write {str(args.save_text)!r}: {error}") from None
+        text, mask = texts[0]
+        outputs.save({"text": text, "mask": mask}, args.save_text, {"prompts": json.dumps(args.prompt)})
     return texts
 
 
@@ -603,41 +487,6 @@ def load(args: argparse.Namespace, device: str) -> magi.MAGI:
         with reading("text encoder", args.t5):                               # now, not at the first prompt
             pipe.encode_text([""])
     return pipe
-
-
-@contextlib.contextmanager
-def uninterrupted():
-    """Ctrl-C waits for the end of the block, so that a chunk is written whole or not at all."""
-    pressed = []
-    before = signal.signal(signal.SIGINT, lambda *_: pressed.append(True))
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGINT, before)
-    if pressed:
-        raise KeyboardInterrupt
-
-
-def progress_bar(chunks: float) -> tuple[tqdm, Callable]:
-    """The bar, and what to call after every step. Where nobody watches (a log), a line now and then instead:
-    at once, after a second, then after twice as long, up to a minute."""
-    bar = tqdm(unit=" steps", desc="starting", dynamic_ncols=True, disable=not sys.stderr.isatty())
-    pause, next_line = 1, 0.0
-
-    def progress(p: magi.Progress) -> None:
-        nonlocal pause, next_line
-        where, step = f"chunk {p.chunk + 1}", f"step {p.step}"
-        if p.total is not None:
-            where, step = f"{where}/{chunks}", f"{step} of {p.total}"
-        if not bar.disable:
-            bar.total = p.total
-            bar.set_description_str(where, refresh=False)
-            bar.update(p.step - bar.n)
-        elif p.step == p.total or time.monotonic() >= next_line:
-            say(f"{where}: {step}")
-            next_line, pause = time.monotonic() + pause, min(2 * pause, 60)
-
-    return bar, progress
 
 
 def generate(frames, cfg, chunks: float, out: Any, device: str, report: Callable[[], str] | None = None
@@ -687,15 +536,19 @@ def generate(frames, cfg, chunks: float, out: Any, device: str, report: Callable
     return code
 
 
-def peak_memory(device: str) -> str:
-    if torch.device(device).type == "cuda":
-        return f"peak GPU memory {torch.cuda.max_memory_allocated(device) / 2**30:.2f} GiB"
-    try:
-        import resource
-    except ImportError:                                                      # Windows
-        return "peak memory unknown"
-    unit = 1 if sys.platform == "darwin" else 1024                           # a Mac counts in bytes
-    return f"peak memory {resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**30:.2f} GiB"
+def make_videos(argv: list[str] | None) -> int:
+    """All that is asked for, one after the other -> the exit code."""
+    code = 0
+    with contextlib.ExitStack() as locks:
+        try:
+            for run in prepare(argv, locks):
+                code = max(code, generate(**run))
+                if code == 130:
+                    break
+        except KeyboardInterrupt:
+            print("interrupted before anything was written")
+            code = 130
+    return code
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -703,33 +556,11 @@ def main(argv: list[str] | None = None) -> int:
     leaves by SystemExit(2)."""
     on_ctrl_c = signal.getsignal(signal.SIGINT)
     with checkpoints.short_warnings(say), contextlib.redirect_stdout(Quiet(sys.stdout)), \
-            contextlib.redirect_stderr(Quiet(sys.stderr)) as stderr, contextlib.ExitStack() as locks:
+            contextlib.redirect_stderr(Quiet(sys.stderr)):
         try:
-            code = 0
-            for run in prepare(argv, locks):
-                code = max(code, generate(**run))
-                if code == 130:
-                    break
-            return code
-        except (ValueError, OSError, ImportError) as error:
-            say(f"error: {error}")
-            return 2
-        except KeyboardInterrupt:
-            print("interrupted before anything was written")
-            return 130
-        except checkpoints.KernelError as error:
-            say(f"error: {error}", stderr)
-            return 1
-        except (MemoryError, RuntimeError) as error:
-            if parallel.lost_another(error):
-                if parallel.first_to_tell():
-                    say("error: another process has stopped, and all with it; what was written stays", stderr)
-                return 1
-            if not checkpoints.out_of_memory(error):
-                raise                                                       # a fault in the code: show it all
-            say(f"error: out of memory, see --plan, or try --stream cpu, a smaller --height and --width, "
-                f"or --window 1 --kv_range 2 ({error})", stderr)
-            return 1
+            return exit_code(
+                "error", lambda: make_videos(argv), kept="what was written stays", too_large=", see --plan, "
+                "or try --stream cpu, a smaller --height and --width, or --window 1 --kv_range 2")
         finally:
             signal.signal(signal.SIGINT, on_ctrl_c)
 

@@ -25,7 +25,7 @@ from __future__ import annotations
 
 import os
 
-if __name__ == "__main__":       # threads that wait must not spin (see threads.py); before PyTorch is there
+if __name__ == "__main__":       # threads that wait must not spin (see terminal.py); before PyTorch is there
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 import contextlib

@@ -8,7 +8,6 @@ What takes seconds to import is imported once: the processes are forks of one th
 """
 
 import dataclasses
-import json
 import multiprocessing
 import sys
 import unittest.mock
@@ -16,8 +15,10 @@ import weakref
 from collections.abc import Callable
 from pathlib import Path
 
+import common
 import torch
 import torch.distributed as dist
+from common import write_folder
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import magi
@@ -26,30 +27,12 @@ import planner
 import training
 from outputs import save
 
-SMALL = magi.DiTConfig(
-    num_layers=4,
-    hidden_size=32,
-    num_heads=8,
-    num_kv_heads=4,
-    head_dim=8,
-    ffn_size=48,
-    text_dim=12,
-    text_length=14,
-    null_length=5,
-    dtype="float32",
-)
+SMALL = dataclasses.replace(common.SMALL, num_layers=4, num_heads=8, num_kv_heads=4)
 WIDE = dict(gated_ffn=True, in_channels=32, out_channels=32, x_scale=0.1)
 MIDDLE = dataclasses.replace(
-    SMALL,
-    hidden_size=384,
-    num_heads=6,
-    num_kv_heads=2,
-    head_dim=64,
-    ffn_size=1536,
-    text_dim=64,
-    text_length=40,
-    null_length=8,
-)
+    SMALL, hidden_size=384, num_heads=6, num_kv_heads=2, head_dim=64, ffn_size=1536, text_dim=64,
+    text_length=40, null_length=8,
+)  # fmt: skip
 MODELS = {
     "base": SMALL,
     "three": dataclasses.replace(SMALL, num_heads=3, num_kv_heads=3),
@@ -78,21 +61,9 @@ CASES = {                                     # name: model, frames of prefix in
 }  # fmt: skip
 OF_FOUR = [name for name, (_, _, settings) in CASES.items() if "height" in settings]  # enough for 4 ranks
 BIG = magi.SamplerConfig(
-    num_steps=2,
-    window=2,
-    kv_ranges=(3,),
-    num_frames=96,
-    height=96,
-    width=128,
-    special_tokens=(),
+    num_steps=2, window=2, kv_ranges=(3,), num_frames=96, height=96, width=128, special_tokens=(),
     distilled=True,
-)
-
-
-def write_folder(folder: Path, module: torch.nn.Module, **configs) -> None:
-    folder.mkdir()
-    (folder / "config.json").write_text(json.dumps({k: dataclasses.asdict(v) for k, v in configs.items()}))
-    save(module.state_dict(), folder / "model.safetensors")
+)  # fmt: skip
 
 
 def write_models(folder: Path) -> None:
@@ -175,20 +146,15 @@ class Allocations(TorchDispatchMode):
 
 
 def watched_reader(see: Callable[[int, dict], None]) -> Callable:
-    """What can stand for parallel.layer_reader: its readers call see(i, weights) after each layer, too."""
-    make_reader = parallel.layer_reader
+    """What can stand for Streamed.read: it calls see(i, weights) after each layer, too."""
+    read = parallel.Streamed.read
 
-    def make_watched(*args):
-        read = make_reader(*args)
+    def watched(self, i):
+        weights = read(self, i)
+        see(i, weights)
+        return weights
 
-        def watched(i):
-            weights = read(i)
-            see(i, weights)
-            return weights
-
-        return watched
-
-    return make_watched
+    return watched
 
 
 def watch_layers(monkeypatch) -> list[tuple[int, int]]:
@@ -199,7 +165,7 @@ def watch_layers(monkeypatch) -> list[tuple[int, int]]:
         storages.append(weakref.ref(weights["attn.q.weight"].untyped_storage()))
         seen.append((i, sum(ref() is not None for ref in storages)))
 
-    monkeypatch.setattr(parallel, "layer_reader", watched_reader(see))
+    monkeypatch.setattr(parallel.Streamed, "read", watched_reader(see))
     return seen
 
 
@@ -212,16 +178,16 @@ def measure(folder: Path, model: str, stream: str | None = None) -> dict:
         for u in weights.values():
             seen.watch(u)
 
-    with unittest.mock.patch.object(parallel, "layer_reader", watched_reader(see)):
+    with unittest.mock.patch.object(parallel.Streamed, "read", watched_reader(see)), torch.no_grad():
         dit = parallel.load_dit(folder / model, stream=stream)
-    for u in (*dit.parameters(), *dit.buffers()):
-        seen.watch(u.detach().to_local() if hasattr(u, "to_local") else u.detach())
-    weights, cache = seen.now(), []
-    given = drawn(dit.cfg, 0, BIG) | dict(text_mask=torch.ones(dit.cfg.text_length, dtype=torch.long))
-    with torch.no_grad(), seen:
-        run = magi.sample(dit, **given, progress=lambda p: cache.append(p.cache_bytes))
-        for _ in range(3):  # then a forward has been as large as they get
-            next(run)
+        for u in (*dit.parameters(), *dit.buffers()):
+            seen.watch(u.detach().to_local() if hasattr(u, "to_local") else u.detach())
+        weights, cache = seen.now(), []
+        given = drawn(dit.cfg, 0, BIG) | dict(text_mask=torch.ones(dit.cfg.text_length, dtype=torch.long))
+        with seen:
+            run = magi.sample(dit, **given, progress=lambda p: cache.append(p.cache_bytes))
+            for _ in range(3):  # then a forward has been as large as they get
+                next(run)
     plan = planner.needs(dit.cfg, BIG, R=parallel.ranks(), stream=bool(stream))
     return dict(weights=weights, cache=max(cache), all=seen.peak, plan=dataclasses.asdict(plan))
 
@@ -260,6 +226,7 @@ def cases(rank: int, size: int, folder: Path) -> None:
     out["text"], out["asked"] = t5("a ball"), t5.asked
     if size == 2:
         out["memory"] = {name: measure(folder, name) for name in BY_TWO}
+    out["streamed"] = run_case(folder, "v2v", "disk")
     out["errors"] = [refusal(lambda: parallel.load_dit(folder / "three"))]
     out["errors"] += [refusal(lambda: parallel.agreed(fails_on_last)(rank, size))]
     torch.save(out, folder / f"cases.{size}.{rank}.pt")

@@ -10,6 +10,7 @@ import sys
 import pytest
 import torch
 from common import FOLDER_DIT, SMALL, assert_same, bad
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 import checkpoints
@@ -246,13 +247,19 @@ def test_what_is_saved_is_whole_or_not_there(tmp_path, monkeypatch):
     assert load_file(file)["t"].shape == (3, 4)
     outputs.save(first, file)
 
-    def fill_the_disk(tensors, part, metadata):
-        part.write_bytes(b"half")
-        raise OSError(errno.ENOSPC, "No space left on device")
+    errors = {
+        "No space left on device": OSError(errno.ENOSPC, "No space left on device"),
+        f"cannot write '{file}': .*No space left": SafetensorError("I/O error: No space left (os error 28)"),
+    }
+    for words, error in errors.items():
 
-    monkeypatch.setattr(outputs, "save_file", fill_the_disk)
-    with pytest.raises(OSError, match="No space left"):
-        outputs.save(linear(), file)
+        def fill_the_disk(tensors, part, metadata, error=error):
+            part.write_bytes(b"half")
+            raise error
+
+        monkeypatch.setattr(outputs, "save_file", fill_the_disk)
+        with pytest.raises(OSError, match=words):
+            outputs.save(linear(), file)
     assert_same(load_file(file), first)
     assert [*tmp_path.iterdir()] == [file]
 

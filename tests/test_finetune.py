@@ -283,7 +283,7 @@ def test_texts_carry_their_special_tokens(model_folder):
 
 @pytest.fixture
 def no_weights(monkeypatch):
-    for module, name in ((parallel, "load_weights"), (magi, "load_vae"), (magi, "T5")):
+    for module, name in ((parallel, "load_dit"), (magi, "load_vae"), (magi, "T5")):
         monkeypatch.setattr(module, name, lambda *_, **__: pytest.fail("weights are loaded"))
 
 
@@ -513,7 +513,9 @@ def test_a_full_disk_is_one_line(cached, model_folder, tmp_path, monkeypatch):
     with monkeypatch.context() as patch:
         patch.setattr(finetune.outputs, "save_file", full_too)
         code, _, err = train(model_folder, cached, out)
-        assert code == 2 and err.splitlines()[-1].startswith("training: Error while serializing"), err
+        assert code == 2 and err.splitlines()[-1].startswith(
+            f"training: cannot write {str(out)!r}: Error while"
+        ), err
     assert train(model_folder, cached, out)[0] == 0
 
 
@@ -625,15 +627,16 @@ def assert_same_run(out, other) -> None:
 def test_streamed_layers_train_the_same_lora_to_the_last_bit(cached, model_folder, tmp_path, monkeypatch):
     """Layers that are there lie in a mapped file, streamed ones in memory of their own: a product of few rows
     rounds by how its numbers are aligned, so here both have memory of their own."""
-    load = parallel.load_weights
+    load = parallel.load_dit
 
-    def load_copied(dit, folder, device, stream):
-        load(dit, folder, device, stream)
+    def load_copied(*args, stream, **more):
+        dit = load(*args, stream=stream, **more)
         if not stream:
             copies = {k: u.clone() for k, u in dit.layers.state_dict().items()}
             dit.layers.load_state_dict(copies, assign=True)
+        return dit
 
-    monkeypatch.setattr(parallel, "load_weights", load_copied)
+    monkeypatch.setattr(parallel, "load_dit", load_copied)
     outs = {source: tmp_path / f"{source}.safetensors" for source in ("none", "cpu", "disk")}
     for source, out in outs.items():
         flags = () if source == "none" else ("--stream", source, "--sample-every", 2, "--sample-seconds", 1)
@@ -648,7 +651,7 @@ def test_streamed_training_holds_two_layers_and_reads_each_once_a_way(model_fold
     next forward does. All that is read is used, so every layer but the first was foreseen."""
     seen = watch_layers(monkeypatch)
     dit = magi.load_dit(model_folder)
-    streamed = parallel.Streamed(dit, dit.layers, model_folder, "layers.", "cpu", "disk")
+    streamed = parallel.Streamed(dit, "layers", model_folder, "cpu", "disk")
     training.add_lora(dit, 2)
     finetune.checkpoint_layers(dit)
     clip = torch.randn(1, 16, 6, 4, 4), torch.randn(1, 1, 16, 32), torch.ones(1, 1, 16).long()
@@ -731,6 +734,14 @@ def test_the_first_process_speaks_and_writes_for_all(together):
     assert "--accumulate 3: 2 processes share the forwards of a step, so give a multiple of 2" in first[3][2]
     samples = sorted((outs["lora"].parent / "lora.work" / "samples").iterdir())
     assert [sample.name for sample in samples] == ["000001.mp4", "000002.mp4"]
+
+
+def test_what_is_wrong_is_said_once_by_several_processes(model_folder, tmp_path):
+    flags = ("--model", model_folder, "--data", "nowhere", "--out", tmp_path / "a.safetensors")
+    run = run_python("-m", "torch.distributed.run", "--standalone", "--nproc_per_node", 2,
+                     HERE / "training.py", "lora", *flags, "--device", "cpu")  # fmt: skip
+    (line,) = (line for line in run.stderr.splitlines() if line.startswith("training:"))
+    assert "the data folder 'nowhere' does not exist" in line
 
 
 def test_large_models_are_written_in_files_with_an_index(model_folder, tmp_path):

@@ -935,6 +935,8 @@ def test_too_many_visitors_are_turned_away(film):
         sockets = [await client.ws_connect(f"/live?visitor={i}") for i in range(live.MAX_VISITORS)]
         async with client.get("/live?visitor=more") as response:
             assert response.status == 503
+        sockets.append(await client.ws_connect("/live?visitor=0"))  # a reload is none more, and still speaks
+        assert (await heard(sockets[-1], lambda m: True))["speaks"]
         for each in sockets:
             await each.close()
 

@@ -14,7 +14,7 @@ import time
 import parallel_worker as worker
 import pytest
 import torch
-from common import HERE, assert_refused, bad, relative, run_main, run_python
+from common import HERE, assert_refused, bad, environment, relative, run_main, run_python, write_t5
 
 import live
 import magi
@@ -25,8 +25,8 @@ from checkpoints import read_json
 
 
 def start(job: str, folder, **more) -> subprocess.Popen:
-    env = os.environ | dict(OMP_NUM_THREADS="1", PYTHONPATH=f"{HERE}:{HERE / 'tests'}")
     command = [sys.executable, str(HERE / "tests" / "parallel_worker.py"), job, str(folder)]
+    env = environment() | {"PYTHONPATH": f"{HERE}:{HERE / 'tests'}"}
     return subprocess.Popen(command, env=env, text=True, **more)
 
 
@@ -55,6 +55,12 @@ def test_several_processes_make_the_same_video(results, alone, size, name):
     for found in results[size]:
         assert found[name].shape == alone[name].shape
         assert relative(found[name], alone[name]) < 1e-5
+
+
+@pytest.mark.parametrize("size", [2, 4])
+def test_several_processes_may_stream(results, alone, size):
+    for found in results[size]:
+        assert relative(found["streamed"], alone["v2v"]) < 1e-5
 
 
 @pytest.mark.parametrize("size", [2, 4])
@@ -131,6 +137,16 @@ def test_streamed_t5_is_t5():
     assert torch.equal(whole(captions)[0], streamed(captions)[0])
 
 
+def test_a_streamed_t5_may_have_a_decoder_which_is_not_read(tmp_path):
+    """So do folders that are not converted."""
+    from transformers import T5Config, T5ForConditionalGeneration
+
+    write_t5(tmp_path / "t5", 32)
+    T5ForConditionalGeneration(T5Config.from_pretrained(tmp_path / "t5")).save_pretrained(tmp_path / "t5")
+    whole, streamed = (parallel.T5(tmp_path / "t5", 16, stream=stream) for stream in (None, "disk"))
+    assert torch.equal(whole(["a red ball"])[0], streamed(["a red ball"])[0])
+
+
 def test_unknown_ways_of_streaming_are_refused(models):
     with bad("stream 'tape' is not 'cpu' or 'disk'"):
         parallel.load_dit(models / "base", stream="tape")
@@ -180,7 +196,7 @@ def test_a_small_model_is_planned_with_its_own_vae_and_t5():
 
 def test_the_goals_fit():
     presets = magi.PRESETS
-    ways = lambda name, card, R=1: planner.smallest_change(*presets[name], card, R)[0]
+    ways = lambda name, card, R=1: planner.smallest_change(*presets[name], card, R)
     assert ways("24B-distill-fp8", 24, 8) == ways("24B-base", 80, 8) == ways("4.5B-base", 24) == "as it is"
     assert ways("24B-base", 24) == "--stream cpu"
     one = dataclasses.replace(presets["4.5B-distill-fp8"].sampler, window=1, kv_ranges=(2,))

@@ -44,6 +44,7 @@ from safetensors.torch import load_file, save_file
 import magi
 import media
 import sample
+import terminal
 import training
 
 
@@ -430,7 +431,7 @@ def test_sample_ends_well_on_ctrl_c(ending, model_folder, tmp_path):
     out = tmp_path / f"interrupted{ending}"
     if ending == ".gif":  # too fast to be hit from outside
         writer = media.WRITERS[ending](out, 24)
-        with pytest.raises(KeyboardInterrupt), sample.uninterrupted():
+        with pytest.raises(KeyboardInterrupt), terminal.uninterrupted():
             signal.raise_signal(signal.SIGINT)  # comes before the chunk is written
             writer.write(shades(range(24)))
         assert len(read_frames(out)) == 24

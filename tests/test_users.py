@@ -36,7 +36,7 @@ import magi
 import media
 import outputs
 import sample
-import threads
+import terminal
 import training
 
 RED, GREEN, BLUE, WHITE = (220, 30, 30), (30, 200, 30), (30, 30, 220), (255, 255, 255)
@@ -1132,8 +1132,8 @@ def test_a_log_gets_a_line_now_and_then(model_folder, tmp_path):
 
 def test_log_lines_over_an_hour(monkeypatch, capsys):
     now = [0.0]
-    monkeypatch.setattr(sample, "time", types.SimpleNamespace(monotonic=lambda: now[0]))
-    _, progress = sample.progress_bar(math.inf)
+    monkeypatch.setattr(terminal, "time", types.SimpleNamespace(monotonic=lambda: now[0]))
+    _, progress = terminal.progress_bar(math.inf)
     for step in range(36000):
         now[0] = step / 10
         progress(types.SimpleNamespace(chunk=step // 4, step=step, total=None))
@@ -1162,10 +1162,10 @@ def test_a_busy_machine_gets_half_as_many_threads(monkeypatch, runnable, count):
     monkeypatch.setattr("builtins.open", lambda *a: io.StringIO(f"0.2 0.1 0.1 {runnable} 77"))
     with monkeypatch.context() as patch:
         patch.setattr("os.environ", {})
-        threads.share_the_machine()
+        terminal.share_the_machine()
         assert os.environ.get("OMP_NUM_THREADS") == count and os.environ["OMP_WAIT_POLICY"] == "PASSIVE"
         patch.setattr("os.environ", {"OMP_NUM_THREADS": "3", "OMP_WAIT_POLICY": "ACTIVE"})
-        threads.share_the_machine()
+        terminal.share_the_machine()
         assert os.environ == {"OMP_NUM_THREADS": "3", "OMP_WAIT_POLICY": "ACTIVE"}
 
 

@@ -10,10 +10,8 @@ from checkpoints import read_json
 TINY = Path(__file__).resolve().parent
 
 
-def notes(args, cfg, native) -> list[str]:
-    """args: the flags; cfg: the sampler config of the run, native: that of the model.
-
-    With a LoRA there is none on words: it may have taught another."""
+def notes_on_run(args, cfg, native) -> list[str]:
+    """args: the flags; cfg: the sampler config of the run, native: that of the model."""
     found = []
     if (cfg.height, cfg.width) != (native.height, native.width):
         found.append(
@@ -26,13 +24,16 @@ def notes(args, cfg, native) -> list[str]:
             f"note: this small model only knows pictures of its own world, such as "
             f"{TINY.name}/examples/image.png: of others expect little"
         )
-    return found if args.lora else found + strange_words(args)
+    return found
 
 
-def strange_words(args) -> list[str]:
+def notes_on_prompts(args, prompts) -> list[str]:
+    """Words that it has never seen. With a LoRA there is no note: it may have taught another."""
+    if args.lora:
+        return []
     known = read_json(args.t5 / "words.json", "words")  # {"colours": ["red", ...], ...}
     words = {word for phrases in known.values() for phrase in phrases for word in phrase.split()}
-    said = {prompt: re.findall(r"\w+", prompt.lower()) for prompt in args.prompt or ()}
+    said = {prompt: re.findall(r"\w+", prompt.lower()) for prompt in prompts}
     strange = dict.fromkeys(word for prompt in said.values() for word in prompt if word not in words)
     if strange:
         kinds = {kind: ", ".join(phrases) for kind, phrases in known.items() if kind != "other"}

@@ -3,7 +3,7 @@
     python tools/busy.py                   three turns of each, a minute or two on an idle machine
     python tools/busy.py --turns 5 --num_frames 480
 
-threads.py lets threads that wait spin for a moment and then sleep (GOMP_SPINCOUNT=4000); OpenMP's default is
+terminal.py lets threads that wait spin for a moment and then sleep (GOMP_SPINCOUNT=4000); OpenMP's default is
 to let them spin.
 Both are measured alone and beside one busy process per core, in turns, so that other load falls on all alike.
 The result is the median of the turns, in seconds of computing per second of video. Wanted: sleeping beside

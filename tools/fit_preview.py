@@ -22,6 +22,7 @@ sys.path.append(str(Path(__file__).resolve().parents[1]))
 import magi  # noqa: E402
 import outputs  # noqa: E402
 import sample  # noqa: E402
+from terminal import say  # noqa: E402
 
 
 def fit_preview(pipe: magi.MAGI, prompts: Sequence[str], file: Path,
@@ -54,7 +55,7 @@ def main(argv: list[str] | None = None) -> int:
             pipe = sample.load(args, run.device)
             print(f"{file}: off by {fit_preview(pipe, args.prompt, file, run.cfg):.1f} of 255")
     except (ValueError, OSError) as error:
-        sample.say(f"error: {error}")
+        say(f"error: {error}")
         return 2
     return 0
 

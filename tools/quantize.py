@@ -24,9 +24,10 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
+import checkpoints
 import convert_weights
 import magi
-from checkpoints import check_device, check_text_encoder, read_config, read_tensors, require, weight_files
+from checkpoints import check_device, check_text_encoder, read_config, require, weight_files
 from magi import DiTConfig, SamplerConfig
 from outputs import new_folder
 
@@ -81,8 +82,7 @@ def measure(src: Path, cfg: SamplerConfig, prompts: Iterable[str], t5: Path, dev
     text_length = read_config(src, "dit", DiTConfig).text_length
     texts, masks = magi.T5(t5, text_length, device)(list(prompts))           # frees the encoder
     dit = magi.load_dit(src, device, dtype="bfloat16", backend=backend)
-    tokens = src / "special_tokens.safetensors"
-    table = read_tensors(tokens, "special tokens") if tokens.is_file() else {}
+    table = checkpoints.read_special_tokens(src)
 
     def run() -> None:
         bar = tqdm(range(len(texts)), unit="video", desc="calibrating", disable=None)

@@ -1,0 +1,235 @@
+"""How a command behaves: it shares the machine, says what is wrong in one line, and ends well on Ctrl-C.
+
+    begin, imported             first of all, before PyTorch is imported, and when it is: threads, Ctrl-C
+    Parser, whole_number        a bad flag is one line, at once
+    say, Quiet, progress_bar    what is printed while it runs
+    uninterrupted, exit_code    how it ends, and with which exit code
+
+Importing this imports neither PyTorch, which reads what `share_the_machine` sets, nor anything else that
+takes its time.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import os
+import re
+import signal
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from difflib import get_close_matches
+from typing import Any
+
+# -------------------------------------------------------------------------------------------------- it begins
+
+
+def begin() -> None:
+    """The first thing that a command does: what follows imports for seconds."""
+    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:        # not where a shell ignores it
+        signal.signal(signal.SIGINT, leave)
+    share_the_machine()
+    if sys.flags.optimize > 1:                                               # transformers needs docstrings
+        os.execve(sys.executable, [sys.executable, *sys.argv], os.environ | {"PYTHONOPTIMIZE": ""})
+
+
+def leave(*_: Any) -> None:
+    """On Ctrl-C during imports, which may swallow an exception: nothing has begun, so just go."""
+    os.write(1, b"interrupted before anything was written\n")
+    os._exit(130)
+
+
+def imported() -> None:
+    """After the imports: from here on there may be files, so Ctrl-C is an exception again."""
+    if signal.getsignal(signal.SIGINT) is leave:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+def share_the_machine() -> None:
+    """Set what OpenMP reads when PyTorch is imported; what the user has set stays.
+
+    Threads that wait for each other spin for a moment and then sleep: those that only spin keep, on a busy
+    machine, the very thread they wait for from running. Where every core is busy already, half as many
+    threads as cores lose less time in waiting. (tools/busy.py measures what both are worth.) Another number
+    of threads adds in another order: the same seed may then give a pixel that differs by a level of 255; a
+    number set by the user makes runs equal.
+    """
+    if "OMP_WAIT_POLICY" not in os.environ:
+        os.environ["OMP_WAIT_POLICY"] = "PASSIVE"
+        os.environ.setdefault("GOMP_SPINCOUNT", "4000")
+    cores = os.cpu_count() or 1
+    try:
+        with open("/proc/loadavg") as file:
+            others = int(file.read().split()[3].split("/")[0]) - 1           # that run or want to, without us
+    except (OSError, ValueError, IndexError):                                # not Linux
+        others = 0
+    if others >= cores:
+        os.environ.setdefault("OMP_NUM_THREADS", str(max(1, cores // 2)))
+
+
+# ------------------------------------------------------------------------------------------------------ flags
+
+
+class Parser(argparse.ArgumentParser):
+    """argparse with one line where it would print its usage, too, and a guess at what was meant.
+
+    In the names of flags hyphens and underscores are the same. A flag is given once, unless its default is a
+    list: a second value would silently replace the first.
+    """
+
+    other_names: dict[str, str] = {}     # names that flags have elsewhere: these are taken
+    suggested: dict[str, str] = {}       # these are not, since the meaning differs a little
+
+    def parse_args(self, args: Sequence[str] | None = None, namespace: Any = None) -> Any:
+        def canonical(match: re.Match) -> str:
+            name = match[1].replace("-", "_")
+            return "--" + self.other_names.get(name, name)
+
+        words = [re.sub(r"^--([\w-]+)", canonical, word) for word in (sys.argv[1:] if args is None else args)]
+        parsed = super().parse_args(words, namespace)
+        names = [word.partition("=")[0] for word in words if word.startswith("--")]
+        lists = [name for name, flag in self._option_string_actions.items() if isinstance(flag.default, list)]
+        for name in names:
+            if names.count(name) > 1 and name not in lists:
+                self.error(f"{name} is given twice: leave one out")
+        return parsed
+
+    def error(self, message: str):
+        if message.startswith("unrecognized arguments: "):
+            word = message.split()[2].partition("=")[0]
+            name = self.suggested.get(word.strip("-").replace("-", "_"))
+            near = [f"--{name}"] if name else get_close_matches(word, self._option_string_actions, 1, 0.75)
+            if near:
+                message += f" (did you mean {near[0]}?)"
+            elif not word.startswith("-"):
+                message += " (a prompt of several words needs quotes)"
+        if "not allowed with" in message:
+            message += ": leave one of them out"
+        say(f"error: {message}; see --help")
+        sys.exit(2)
+
+
+def whole_number(text: str, otherwise: str | None = None) -> int | str:
+    """A whole number, or the word `otherwise`."""
+    if text == otherwise:
+        return text
+    try:
+        return int(text)
+    except ValueError:
+        also = f" or {otherwise!r}" if otherwise else ""
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number{also}") from None
+
+
+# -------------------------------------------------------------------------------------------- what is printed
+
+
+def say(message: object) -> None:
+    """One line on stderr whatever the message looked like, above the progress bar if there is one."""
+    from tqdm import tqdm
+
+    tqdm.write(" ".join(str(message).split()), file=sys.stderr)
+
+
+class Quiet:
+    """stdout or stderr, whose reader may leave (`| head`): then it falls silent, and the video goes on."""
+
+    def __init__(self, stream: Any):
+        self.stream = stream or open(os.devnull, "w")  # noqa: SIM115
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.stream, name)
+
+    def write(self, text: str) -> None:
+        try:
+            self.stream.write(text)
+            self.stream.flush()
+        except OSError:
+            os.dup2(os.open(os.devnull, os.O_WRONLY), self.stream.fileno())
+
+
+def progress_bar(chunks: float) -> tuple[Any, Callable]:
+    """The bar of a video, and what to call with a magi.Progress after every step. Where nobody watches (a
+    log), a line now and then instead: at once, after a second, then after twice as long, up to a minute."""
+    from tqdm import tqdm
+
+    bar = tqdm(unit=" steps", desc="starting", dynamic_ncols=True, disable=not sys.stderr.isatty())
+    pause, next_line = 1, 0.0
+
+    def progress(p: Any) -> None:
+        nonlocal pause, next_line
+        where, step = f"chunk {p.chunk + 1}", f"step {p.step}"
+        if p.total is not None:
+            where, step = f"{where}/{chunks}", f"{step} of {p.total}"
+        if not bar.disable:
+            bar.total = p.total
+            bar.set_description_str(where, refresh=False)
+            bar.update(p.step - bar.n)
+        elif p.step == p.total or time.monotonic() >= next_line:
+            say(f"{where}: {step}")
+            next_line, pause = time.monotonic() + pause, min(2 * pause, 60)
+
+    return bar, progress
+
+
+def peak_memory(device: str) -> str:
+    import torch
+
+    if torch.device(device).type == "cuda":
+        return f"peak GPU memory {torch.cuda.max_memory_allocated(device) / 2**30:.2f} GiB"
+    try:
+        import resource
+    except ImportError:                                                      # Windows
+        return "peak memory unknown"
+    unit = 1 if sys.platform == "darwin" else 1024                           # a Mac counts in bytes
+    return f"peak memory {resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**30:.2f} GiB"
+
+
+# ---------------------------------------------------------------------------------------------------- it ends
+
+
+@contextlib.contextmanager
+def uninterrupted() -> Iterator[None]:
+    """Ctrl-C waits for the end of the block, so that a chunk is written whole or not at all."""
+    pressed = []
+    before = signal.signal(signal.SIGINT, lambda *_: pressed.append(True))
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
+    if pressed:
+        raise KeyboardInterrupt
+
+
+def exit_code(name: str, action: Callable[[], Any], *, stopped: str = "stopped", kept: str = "",
+              too_large: str = "") -> int:
+    """Do it -> the exit code of a command, which says in one line what goes wrong: 2 for what was given or
+    for a file, 1 for a later failure, 130 for Ctrl-C. A fault in the code shows all of its traceback.
+
+    Of several processes the first one that fails says it. kept: what is left when another process is gone;
+    too_large: what takes less memory.
+    """
+    import checkpoints
+    import parallel
+
+    try:
+        return action() or 0
+    except KeyboardInterrupt as stop:
+        complaint, code = str(stop) or stopped, 130
+    except (ValueError, FloatingPointError, OSError, ImportError) as error:
+        complaint, code = str(error), 2
+    except (MemoryError, RuntimeError) as error:
+        code = 1
+        if parallel.lost_another(error):
+            complaint = f"another process has stopped, and all with it; {kept}"
+        elif isinstance(error, checkpoints.KernelError):
+            complaint = str(error)
+        elif checkpoints.out_of_memory(error):
+            complaint = f"out of memory{too_large} ({error})"
+        else:
+            raise
+    if code != 1 and parallel.rank() > 0:
+        time.sleep(1)                    # what all have found, the first rank says
+    if parallel.first_to_tell():
+        say(f"{name}: {complaint}")
+    return code
