@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import errno
+import importlib.metadata
 import importlib.util
 import itertools
 import json
@@ -18,6 +19,7 @@ import re
 import sys
 import warnings
 from collections.abc import Callable, Iterable, Iterator
+from importlib.machinery import PathFinder
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -26,9 +28,9 @@ from torch import Tensor, nn
 
 __all__ = ["GUIDANCE", "NEGATIVE_TOKENS", "SPECIAL_TOKENS", "build", "check_device", "check_dit_config",
            "check_own_config", "check_sampler_config", "check_text_encoder", "check_tokens",
-           "check_vae_config", "compare_headers", "fill", "headers_of", "load_module", "make_config",
-           "read_config", "read_headers", "read_json", "read_tensors", "reading", "require", "token_names",
-           "weight_files", "with_settings"]
+           "check_vae_config", "compare_headers", "fill", "headers_of", "load_installed", "load_module",
+           "make_config", "read_config", "read_headers", "read_json", "read_tensors", "reading",
+           "require", "token_names", "weight_files", "with_settings"]
 
 Module = TypeVar("Module", bound=nn.Module)
 
@@ -394,6 +396,22 @@ def load_module(name: str, path: str | Path) -> Any:
             del sys.modules[name]
             raise
     return sys.modules[name]
+
+
+def load_installed(name: str, file: str | Path) -> bool:
+    """Load an installed package in place of our file of the same name, which Python found first: True if
+    there is one. Our file asks for it; who imports it gets what then stands in sys.modules."""
+    here = Path(file).resolve().parent
+    try:
+        places = [str(importlib.metadata.distribution(name).locate_file("")), *sys.path]
+    except importlib.metadata.PackageNotFoundError:
+        return False
+    spec = PathFinder.find_spec(name, [p for p in places if Path(p or ".").resolve() != here])
+    if spec is None or spec.loader is None:
+        return False
+    sys.modules[name] = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(sys.modules[name])
+    return True
 
 
 def check_device(device: str) -> None:

@@ -113,12 +113,7 @@ def cudnn_first(op: Callable) -> Callable:
     from torch.nn.attention import sdpa_kernel
 
     order = [SDP.CUDNN_ATTENTION, SDP.FLASH_ATTENTION, SDP.EFFICIENT_ATTENTION, SDP.MATH]
-
-    def run(*args: Any) -> Tensor:
-        with sdpa_kernel(order, set_priority=True):
-            return op(*args)
-
-    return run
+    return sdpa_kernel(order, set_priority=True)(op)             # in force during each call of op
 
 
 def flex_attention(q: Tensor, k: Tensor, v: Tensor, spans: Tensor, out: Tensor | None = None) -> Tensor:
@@ -148,6 +143,21 @@ def _flex_mask(spans: tuple, B: int, N: int, M: int, device: torch.device) -> ob
     return create_block_mask(seen, B, None, N, M, device=device, _compile=device.type == "cuda")
 
 
+def other_tiles(of: str, change: Callable) -> Callable:
+    """The tiles of kernels.py, changed for one kernel (unless it loads nothing ahead)."""
+    def tiles_for(kernel: str, *about: Any) -> Any:
+        tiles = kernels.tiles_for(kernel, *about)
+        return change(tiles) if kernel == of and tiles.stages > 1 else tiles
+
+    return tiles_for
+
+
+OTHER_STAGES = other_tiles("forward", lambda tiles: tiles._replace(stages=tiles.stages - 1))
+# for few keys, as of a caption, where a span is a tile or two
+NARROW = other_tiles("forward", lambda tiles: tiles._replace(n=tiles.n // 2, rest=max(16, tiles.n // 4)))
+THREE_STAGES = other_tiles("fp8", lambda tiles: tiles._replace(stages=3))
+
+
 def _scaled_mm(x8: Tensor, weight: Tensor, scale: Tensor) -> Tensor:
     scale = scale.float().reshape(1)
     return torch._scaled_mm(x8, weight.t(), torch.ones_like(scale), scale, out_dtype=torch.bfloat16)
@@ -158,12 +168,13 @@ def candidates(operation: str) -> dict[str, Callable]:
     ours, plain = getattr(kernels, operation), getattr(magi.TORCH_OPS, operation)
     found = {"triton": ours}
     if operation in ("attention", "block_attention"):
-        found |= {f"triton, {name}": partial(ours, tiles=change) for name, change in kernels.VARIANTS.items()}
+        found["triton, other stages"] = partial(ours, tiles=OTHER_STAGES)
+        found["triton, narrow"] = partial(ours, tiles=NARROW)
         found["cudnn"] = cudnn_first(plain)
     if operation == "block_attention":
         found["flex"] = flex_attention
     if operation == "fp8_matmul":
-        found["triton, 3 stages"] = partial(ours, multiply=partial(kernels.product, stages=3))
+        found["triton, 3 stages"] = partial(ours, multiply=partial(kernels.product, tiles=THREE_STAGES))
         found["torch._scaled_mm"] = partial(ours, multiply=_scaled_mm)
     return found | {"torch": plain}
 
@@ -345,45 +356,24 @@ class Chooser:
             return plain(*args, **options)
 
     def choose(self, line: str, operation: str, args: tuple, backward: bool, options: dict) -> None:
-        """Check and time every candidate on these arguments; remember the fastest that is right."""
+        """Check the candidates, time those that are right, and remember the fastest."""
         choice = self.choices[line] = {"use": "torch", "ms": {}, "failed": {}}
         functions = candidates(operation)
-        plain, best, expected = functions.pop("torch"), math.inf, None
         try:
             small = small_input(operation, args, self.card.tokens)
-            exact = outcome(plain, small, backward)
-            if not self.strict:
-                run = partial(outcome, plain, args, backward, **options)
-                try:
-                    expected = sampled(run())
-                    best = choice["ms"]["torch"] = self.card.milliseconds(run)
-                except torch.OutOfMemoryError:       # of all ways PyTorch's takes the most
-                    torch.cuda.empty_cache()
-            for name, function in functions.items():
-                if self.strict and name != "triton" or name == "flex" and best < LONG:
-                    continue
-                choice["failed"][name] = f"{TRIED} ({process_name(os.getpid())})"
-                if not self.strict:                  # which tries again whatever was
-                    self.save(line)                  # should it end, the next process reads this
-                try:
-                    require_equal(outcome(function, small, backward), exact)
-                    self.card.synchronize()
-                    if not self.strict:
-                        run = partial(outcome, function, args, backward, **options)
-                        require_equal(sampled(run()), expected or sampled(run()))
-                        choice["ms"][name] = self.card.milliseconds(run, 1.5 * best)
-                except torch.OutOfMemoryError:       # today's luck: not to be remembered
-                    if self.strict:                  # it has not been checked
-                        raise
-                    torch.cuda.empty_cache()
-                    del choice["failed"][name]
-                except Exception as error:
-                    self.fail(line, error, name)
-                else:
-                    del choice["failed"][name]
-                best = min(best, choice["ms"].get(name, best))
-            fastest = min(choice["ms"], key=choice["ms"].get, default="torch")
-            choice["use"] = "triton" if self.strict else fastest
+            exact = outcome(functions["torch"], small, backward)
+
+            def check(name: str) -> None:
+                require_equal(outcome(functions[name], small, backward), exact)
+                self.card.synchronize()
+
+            if self.strict:
+                self.check_ours(line, check)
+            else:
+                runs = {name: partial(outcome, function, args, backward, **options)
+                        for name, function in functions.items()}
+                self.time_all(line, check, runs)
+                choice["use"] = min(choice["ms"], key=choice["ms"].get, default="torch")
         except BrokenGPU:
             raise                                    # it is remembered
         except BaseException:                        # Ctrl-C, no memory: nothing is known
@@ -391,6 +381,43 @@ class Chooser:
             self.save(line)
             raise
         self.save(line)
+
+    def check_ours(self, line: str, check: Callable[[str], None]) -> None:
+        try:
+            check("triton")
+        except torch.OutOfMemoryError:               # it has not been checked
+            raise
+        except Exception as error:
+            self.fail(line, error, "triton")
+        self.choices[line]["use"] = "triton"
+
+    def time_all(self, line: str, check: Callable[[str], None], runs: dict[str, Callable]) -> None:
+        """Check every candidate and note its time, or why it failed. runs: name -> a call to be timed."""
+        choice, plain = self.choices[line], runs.pop("torch")
+        best, expected = math.inf, None
+        try:
+            expected = sampled(plain())
+            best = choice["ms"]["torch"] = self.card.milliseconds(plain)
+        except torch.OutOfMemoryError:               # of all ways PyTorch's takes the most
+            torch.cuda.empty_cache()
+        for name, run in runs.items():
+            if name == "flex" and best < LONG:
+                continue
+            choice["failed"][name] = f"{TRIED} ({process_name(os.getpid())})"
+            self.save(line)                          # should it end, the next process reads this
+            try:
+                check(name)
+                require_equal(sampled(run()), expected or sampled(run()))
+                ms = self.card.milliseconds(run, 1.5 * best)
+            except torch.OutOfMemoryError:           # today's luck: not to be remembered
+                torch.cuda.empty_cache()
+                del choice["failed"][name]
+            except Exception as error:
+                self.fail(line, error, name)
+            else:
+                del choice["failed"][name]
+                choice["ms"][name] = ms
+                best = min(best, ms)
 
     def fail(self, line: str, error: Exception, name: str | None = None) -> None:
         """Note, and say once, that a candidate is out. Raises KernelError where none may take its place."""

@@ -21,30 +21,28 @@ In this file a *row* is one token of one head. In kernels, capitals are places i
 known when the kernel is compiled (T, N, EDGE: `tl.constexpr`).
 
 Contents
-    1  What a kernel is       programs, tiles, memory; the parts all share
-    2  Plans                  which program does what; why block-causal needs no mask
-    3  Attention, forward     the online softmax
-    4  Attention, backward    scores are computed again, never stored
-    5  Fp8 matmul             scales, and what they lose
-    6  Elementwise            where the bytes go
+    1  What a kernel is       programs, tiles, memory; how a kernel is started
+    2  Elementwise            where the bytes go
+    3  Fp8 matmul             scales, and what they lose
+    4  Plans                  which program does what; why block-causal needs no mask
+    5  Attention, forward     the online softmax
+    6  Attention, backward    scores are computed again, never stored; the operation itself
     7  Tile sizes             how big, for which architecture, and why
 
-Left out on purpose: dropout, masks of any kind, head widths other than 16, 32, 64 and 128. To read first:
-`_attend_tile`, ten lines that everything else surrounds. Timing and ahead-of-time compiling are in
-tools/bench_kernels.py. References: FlashAttention 1 and 2 (arXiv 2205.14135, 2307.08691); SmoothQuant
-(2211.10438); Triton's tutorials 3, 6 and 9.
+Each of 2, 3, 5 and 6 has the reasons first, then the kernels, then the function that checks its arguments and
+starts them. The simplest kernel is `_swiglu_kernel`; the heart of attention is `_attend_tile`, ten lines.
+Left out on purpose: dropout, masks of any kind, head widths other than 16, 32, 64 and 128. Timing and
+ahead-of-time compiling are in tools/bench_kernels.py. References: FlashAttention 1 and 2 (arXiv 2205.14135,
+2307.08691); SmoothQuant (2211.10438); Triton's tutorials 3, 6 and 9.
 """
 
 from __future__ import annotations
 
-import importlib.metadata
-import importlib.util
 import itertools
 import math
 import sys
 from collections.abc import Callable
-from functools import lru_cache, partial
-from importlib.machinery import PathFinder
+from functools import lru_cache
 from pathlib import Path
 from typing import Any, NamedTuple
 from unittest.mock import MagicMock
@@ -54,35 +52,26 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+import magi
+from checkpoints import load_installed, load_module, require
 
-def _hand_over() -> bool:
-    """Load Hugging Face's package `kernels` in our place, if it is installed: transformers imports it, and
-    Python started in this folder finds this file. (magi.py loads it by its path, as `magi_kernels`.)"""
-    here = Path(__file__).resolve().parent
-    try:
-        places = [str(importlib.metadata.distribution("kernels").locate_file("")), *sys.path]
-    except importlib.metadata.PackageNotFoundError:
-        return False
-    spec = PathFinder.find_spec("kernels", [p for p in places if Path(p or ".").resolve() != here])
-    if spec is None or spec.loader is None:
-        return False
-    sys.modules["kernels"] = importlib.util.module_from_spec(spec)          # the import statement takes this
-    spec.loader.exec_module(sys.modules["kernels"])
-    return True
-
-
-HANDED_OVER = __name__ == "kernels" and _hand_over()
-try:
+# Hugging Face has a package of this name. Where it is installed, `import kernels` means that package:
+# transformers imports it, and Python finds this file if it was started in this folder. (magi.py loads this
+# file by its path, as `magi_kernels`.)
+if not (__name__ == "kernels" and load_installed("kernels", __file__)):
     import triton
     import triton.language as tl
     from triton.tools.tensor_descriptor import TensorDescriptor
-except ImportError:
-    if not HANDED_OVER:
-        raise
-    triton = tl = TensorDescriptor = MagicMock()     # no file can stop here; the rest is for nothing
+else:                                                 # no file can stop here: the rest is for nothing
+    triton = tl = TensorDescriptor = MagicMock()
 
-import checkpoints  # noqa: E402
-import magi  # noqa: E402
+__all__ = ["TRITON_OPS", "Tiles", "arch_of", "attention", "block_attention", "flash_attention", "fp8_matmul",
+           "gated_residual", "get_ops", "launch", "norm_rotary", "plan_keys", "plan_queries", "product",
+           "quantise", "swiglu", "tiles_for"]
+
+INTERPRETED = triton.knobs.runtime.interpret is True          # was TRITON_INTERPRET=1 set?
+if INTERPRETED:      # its faults are mended there, so that the kernels need to know nothing of them
+    load_module("triton_interpreter", Path(__file__).with_name("tools") / "triton_interpreter.py")
 
 # ----------------------------------------------------------------------------------------------------------
 # 1  What a kernel is
@@ -116,19 +105,13 @@ class Tiles(NamedTuple):
     precision: str = "ieee"       # how float32 is multiplied
 
 
-class Launch(NamedTuple):
-    """All there is to say about one kernel call: operations run it, --compile compiles it for other GPUs."""
-
-    kernel: Any
-    grid: tuple[int, ...]
-    tiles: Tiles
-    args: dict[str, Any]
-
-    def run(self) -> None:
-        tensor = next(u for u in self.args.values() if isinstance(u, Tensor))
-        arch_of(tensor.device)                                               # says if the device cannot
+def launch(kernel: Any, grid: tuple[int, ...], tiles: Tiles, **args: Any) -> None:
+    """Start a kernel on its tensors' device. (--compile notes it instead.)"""
+    tensor = next(u for u in args.values() if isinstance(u, Tensor))
+    arch_of(tensor.device)                                                   # says if the device cannot
+    if 0 not in grid:
         with torch.cuda.device_of(tensor):
-            self.kernel[self.grid](**self.args, num_warps=self.tiles.warps, num_stages=self.tiles.stages)
+            kernel[grid](**args, num_warps=tiles.warps, num_stages=tiles.stages)
 
 
 @lru_cache
@@ -138,16 +121,16 @@ def arch_of(device: torch.device | str) -> int:
     device = torch.device(device)
     if INTERPRETED and device.type != "cuda":
         return 0
-    magi.require(device.type == "cuda" and torch.cuda.is_available(), f"backend 'triton' needs an NVIDIA GPU "
-                 f"and a CUDA build of PyTorch (device {str(device)!r}): use 'torch'")
+    require(device.type == "cuda" and torch.cuda.is_available(), f"backend 'triton' needs an NVIDIA GPU and "
+            f"a CUDA build of PyTorch (device {str(device)!r}): use 'torch'")
     if torch.version.hip is not None:
         name = torch.cuda.get_device_properties(device).gcnArchName.split(":")[0]
-        magi.require(name in ("gfx942", "gfx950"),
-                     f"backend 'triton' needs an NVIDIA GPU, gfx942 or gfx950, not {name}: use 'torch'")
+        require(name in ("gfx942", "gfx950"),
+                f"backend 'triton' needs an NVIDIA GPU, gfx942 or gfx950, not {name}: use 'torch'")
         return int(name.removeprefix("gfx"))
     major, minor = torch.cuda.get_device_capability(device)
-    magi.require(major >= 8, f"backend 'triton' needs compute capability 8.0 (A100, RTX 30) or later, "
-                 f"{torch.cuda.get_device_name(device)} has {major}.{minor}: use 'torch'")
+    require(major >= 8, f"backend 'triton' needs compute capability 8.0 (A100, RTX 30) or later, "
+            f"{torch.cuda.get_device_name(device)} has {major}.{minor}: use 'torch'")
     return {8: 89, 9: 90, 10: 100, 11: 100}.get(major, 120)
 
 
@@ -164,476 +147,11 @@ def _kind(u: Tensor) -> str:
 
 def _require_head_width(hd: int) -> None:
     """The sides of Triton's tiles are powers of two, and matrix products take 16 or more."""
-    magi.require(hd in (16, 32, 64, 128),
-                 f"head width {hd} must be 16, 32, 64 or 128: use the backend 'torch'")
-
-
-class Matrix(NamedTuple):
-    """One head of a tensor (B, N, heads, hd), in a kernel: all tokens by hd columns."""
-
-    at: Any                       # the tensor's address
-    tma: Any                      # its descriptor, for whole tiles
-    col: Any                      # the head's first column
-    stride: Any                   # numbers from one token to the next
-
-
-@triton.jit
-def _tile(X, row, left, ROWS: tl.constexpr, EDGE: tl.constexpr, T: tl.constexpr):
-    """ROWS rows of a Matrix from `row` on: (ROWS, hd). A tile at the EDGE has only `left` rows; the last is
-    then loaded again for those beyond, which belong to others and might hold nan: a weight of 0 would not
-    undo that."""
-    if T.tma and not EDGE:
-        x = X.tma.load([row, X.col])
-    else:                                              # where a tile begins may take more than 32 bits
-        rows, cols = tl.arange(0, ROWS)[:, None], tl.arange(0, T.hd)[None, :]
-        if EDGE:
-            rows = tl.minimum(rows, left - 1)
-        x = tl.load(X.at + row.to(tl.int64) * X.stride + X.col + (rows * X.stride + cols))
-    return x
-
-
-@triton.jit
-def _store(X, row, left, x, T: tl.constexpr):
-    """Write the first `left` rows of a tile to a Matrix."""
-    rows, cols = tl.arange(0, x.shape[0])[:, None], tl.arange(0, T.hd)[None, :]
-    at = X.at + row.to(tl.int64) * X.stride + X.col + (rows * X.stride + cols)
-    tl.store(at, x.to(X.at.dtype.element_ty), rows < left)
-
-
-INTERPRETED = not HANDED_OVER and not isinstance(_tile, triton.JITFunction)    # was TRITON_INTERPRET=1 set?
-if INTERPRETED:      # its faults are mended there, so that the kernels need to know nothing of them
-    checkpoints.load_module("triton_interpreter", Path(__file__).with_name("tools") / "triton_interpreter.py")
+    require(hd in (16, 32, 64, 128), f"head width {hd} must be 16, 32, 64 or 128: use the backend 'torch'")
 
 
 # ----------------------------------------------------------------------------------------------------------
-# 2  Plans
-# ----------------------------------------------------------------------------------------------------------
-# Block-causal needs no mask. A chunk of queries reads *all* keys of one contiguous span and no others, so
-# its rule is two numbers, a start and an end. A loop from start to end touches only keys that count; the one
-# tile at the end that sticks out is masked, the hundreds before it are not. A mask tensor would cost a bit
-# per pair to read and, worse, the arithmetic of everything it forbids.
-#
-# The spans are known on the CPU before a forward starts, and all layers share them. So what each program
-# shall do is written down once, as a list of integers, and copied to the GPU. Programs start in the order of
-# the list: the longest work comes first, so that none trails at the end.
-
-
-def _chunks(spans: tuple, B: int, N: int, M: int) -> list[tuple[int, int, int, int]]:
-    """(first query, end, first key, end) of every chunk, checked; rows count through the whole batch."""
-    n = len(spans[0])
-    magi.require(len(spans) in (1, B) and N % n == 0,
-                 f"{len(spans)} x {n} spans do not fit {B} x {N} queries: one per chunk, all of a size")
-    out = []
-    for b in range(B):
-        for i, (start, end) in enumerate(spans[b % len(spans)]):
-            magi.require(0 <= start < end <= M, f"span [{start}, {end}) of chunk {i} is empty or leaves the "
-                         f"{M} keys: every chunk must see at least one")
-            query = b * N + N // n * i
-            out.append((query, query + N // n, b * M + start, b * M + end))
-    return out
-
-
-def plan(spans: tuple, B: int, N: int, M: int, size: int, of: str) -> tuple[list, list]:
-    """Cut "queries" or "keys" into tiles of `size` rows, and say what each sees of the other side: entries
-    (row, rows, first, number) for the tiles, and runs[first : first + number], each (row, rows).
-
-    A side is cut wherever a chunk or a span starts or ends, so all rows of a tile see the same. A tile of
-    queries has one run, its span of keys; one of keys has a run for each chunk that reads it, or none.
-    """
-    rows, pairs = B * N, _chunks(spans, B, N, M)
-    if of == "keys":
-        rows, pairs = B * M, [(key, key_end, query, query_end) for query, query_end, key, key_end in pairs]
-    edges = {0, rows, *(edge for start, end, *_ in pairs for edge in (start, end))}
-    tiles: list[tuple[int, int, int, int]] = []
-    runs: list[tuple[int, int]] = []
-    for low, high in itertools.pairwise(sorted(edges)):
-        seen = [(other, other_end - other) for start, end, other, other_end in pairs
-                if start <= low and high <= end]
-        tiles += [(row, min(size, high - row), len(runs), len(seen)) for row in range(low, high, size)]
-        runs += seen
-    work = lambda tile: sum(rows for _, rows in runs[tile[2] : tile[2] + tile[3]])
-    return sorted(tiles, key=work, reverse=True), runs
-
-
-@lru_cache(256)
-def _plan_on(device: torch.device, *args: Any) -> list[Tensor]:
-    return [torch.tensor(table, dtype=torch.int32).to(device) for table in plan(*args)]
-
-
-# ----------------------------------------------------------------------------------------------------------
-# 3  Attention, forward
-# ----------------------------------------------------------------------------------------------------------
-# For one query, attention is a weighted mean of the values: o = sum_j e^(s_j) v_j / sum_j e^(s_j). A mean
-# can be taken in passing. Keep the largest score so far m, the sum l of e^(s - m), the weighted values acc,
-# and when a tile of keys brings a larger score, shrink l and acc to the new scale:
-#
-#     m' = max(m, max s),    l' = l e^(m - m') + sum e^(s - m'),    acc' = acc e^(m - m') + e^(s - m') v
-#
-# That is the online softmax. Nothing of size N x M is ever in memory: for one chunk of the 4.5B at 720x720
-# (12,150 queries, 24 heads) against five chunks the scores would be 35 GB in bf16, written and read twice;
-# what is moved instead is q, k, v and o, 0.4 GB. The forward also keeps log sum e^s of each row, one float,
-# which is all that the backward needs to compute any score's weight again.
-#
-# Grouped queries: the Hq/Hkv heads that read the same keys are neighbours in the grid, so what one fetches
-# from memory the others find in the L2 cache. In the same way all tiles of a kv head run before the next
-# head's begin: keys and values of five chunks are 31 MB for one head, 249 MB for all, and the H100's L2 has
-# 50 MB.
-#
-# Self- and cross-attention of a layer write side by side into one buffer (B, N, 2 Hq hd), which the output
-# projection reads as it is. Hence `out`, and its own stride.
-
-LOG2E = tl.constexpr(math.log2(math.e))        # the hardware has 2^x, not e^x
-LN2 = tl.constexpr(math.log(2))
-
-
-@triton.jit
-def _attend_tile(q, acc, m, l, keys, values, row, left, scale, EDGE: tl.constexpr, T: tl.constexpr):
-    """One step of the online softmax: the keys from `row` on, of which at the EDGE only `left` count."""
-    N: tl.constexpr = T.rest if EDGE else T.n
-    k = _tile(keys, row, left, N, EDGE, T)
-    s = tl.dot(q, k.T, input_precision=T.precision)                          # (m, N)
-    if EDGE:
-        s = tl.where(tl.arange(0, N)[None, :] < left, s, -float("inf"))
-    new = tl.maximum(m, tl.max(s, 1) * scale)          # scale holds log2(e) too: e^x is 2^(x log2(e))
-    p = tl.exp2(s * scale - new[:, None])
-    shrink = tl.exp2(m - new)
-    v = _tile(values, row, left, N, EDGE, T)           # loaded with k, it makes sm_120 spill
-    acc = tl.dot(p.to(v.dtype), v, acc * shrink[:, None], input_precision=T.precision)
-    return acc, new, l * shrink + tl.sum(p, 1)
-
-
-@triton.jit
-def _entry(Plan, tile):
-    """A tile's entry in a plan: row, rows, first run, number of runs."""
-    at = Plan + tile * 4
-    return tl.load(at), tl.load(at + 1), tl.load(at + 2), tl.load(at + 3)
-
-
-@triton.jit
-def _forward_kernel(Q, K, V, K_tma, V_tma, Out, Lse, Plan, Runs, tokens, q_stride, k_stride, out_stride,
-                    scale, T: tl.constexpr):
-    """The result of one tile of queries of one head, and its Lse (Hq, B N). Grid: (tiles * group, Hkv)."""
-    kv, head = tl.program_id(1), tl.program_id(1) * T.group + tl.program_id(0) % T.group
-    row, left, run, _ = _entry(Plan, tl.program_id(0) // T.group)
-    key, count = tl.load(Runs + run * 2), tl.load(Runs + run * 2 + 1)
-    keys = Matrix(K, K_tma, kv * T.hd, k_stride)
-    values = Matrix(V, V_tma, kv * T.hd, k_stride)
-    # Q twice: a tile of queries may end early, so it is never fetched by descriptor.
-    q = _tile(Matrix(Q, Q, head * T.hd, q_stride), row, left, T.m, True, T)              # (m, hd)
-    rows = tl.arange(0, T.m)
-    acc, l = tl.zeros(q.shape, tl.float32), tl.zeros(rows.shape, tl.float32)
-    m = tl.full(rows.shape, -float("inf"), tl.float32)
-    whole = count // T.n * T.n                         # whole tiles of keys, then the rest in smaller ones
-    for j in tl.range(0, whole, T.n):
-        acc, m, l = _attend_tile(q, acc, m, l, keys, values, key + j, T.n, scale * LOG2E, False, T)
-    for j in tl.range(whole, count, T.rest, num_stages=1):
-        acc, m, l = _attend_tile(q, acc, m, l, keys, values, key + j, count - j, scale * LOG2E, True, T)
-    _store(Matrix(Out, Out, head * T.hd, out_stride), row, left, acc / l[:, None], T)
-    tl.store(Lse + head.to(tl.int64) * tokens + row + rows, (m + tl.log2(l)) * LN2, rows < left)
-
-
-# ----------------------------------------------------------------------------------------------------------
-# 4  Attention, backward
-# ----------------------------------------------------------------------------------------------------------
-# With weights p = e^(s - lse), scores s = scale q k^T and the gradient do of the output:
-#
-#     dv = p^T do,    dp = do v^T,    ds = p (dp - delta),    dq = scale ds k,    dk = scale ds^T q
-#
-# where delta = sum_j p_j dp_j = do . o is one number per row. p is computed again tile by tile from q, k
-# and lse: 2.5 times the arithmetic of the forward, but N x M floats less to store. Two kernels, each the
-# only writer of what it sums, so there are no atomic additions and results repeat bit for bit. The first
-# walks along the keys of a tile of queries (and leaves delta behind), the second along the queries of a
-# tile of keys, over all heads of the group.
-
-
-@triton.jit
-def _dq_tile(q, do, lse, delta, dq, keys, values, row, left, scale, EDGE: tl.constexpr, T: tl.constexpr):
-    """Add to dq what a tile of keys gives."""
-    N: tl.constexpr = T.rest if EDGE else T.n
-    k, v = _tile(keys, row, left, N, EDGE, T), _tile(values, row, left, N, EDGE, T)
-    p = tl.exp2(tl.dot(q, k.T, input_precision=T.precision) * scale - lse[:, None])                # (m, N)
-    if EDGE:
-        p = tl.where(tl.arange(0, N)[None, :] < left, p, 0.0)
-    ds = p * (tl.dot(do, v.T, input_precision=T.precision) - delta[:, None])
-    return tl.dot(ds.to(k.dtype), k, dq, input_precision=T.precision)
-
-
-@triton.jit
-def _dq_kernel(Q, K, V, K_tma, V_tma, Out, dOut, Lse, Delta, dQ, Plan, Runs, tokens, q_stride, k_stride,
-               scale, T: tl.constexpr):
-    """dq and delta of one tile of queries. Grid as in the forward."""
-    kv, head = tl.program_id(1), tl.program_id(1) * T.group + tl.program_id(0) % T.group
-    row, left, run, _ = _entry(Plan, tl.program_id(0) // T.group)
-    key, count = tl.load(Runs + run * 2), tl.load(Runs + run * 2 + 1)
-    keys = Matrix(K, K_tma, kv * T.hd, k_stride)
-    values = Matrix(V, V_tma, kv * T.hd, k_stride)
-    q = _tile(Matrix(Q, Q, head * T.hd, q_stride), row, left, T.m, True, T)              # these are (m, hd)
-    do = _tile(Matrix(dOut, dOut, head * T.hd, q_stride), row, left, T.m, True, T)
-    out = _tile(Matrix(Out, Out, head * T.hd, q_stride), row, left, T.m, True, T)
-    delta = tl.sum(out.to(tl.float32) * do.to(tl.float32), 1)
-    rows = tl.arange(0, T.m)
-    at = head.to(tl.int64) * tokens + row + rows
-    tl.store(Delta + at, delta, rows < left)
-    lse = tl.load(Lse + at, rows < left, float("inf")) * LOG2E               # beyond the edge: e^-inf = 0
-    dq = tl.zeros(q.shape, tl.float32)
-    whole = count // T.n * T.n
-    for j in tl.range(0, whole, T.n):
-        dq = _dq_tile(q, do, lse, delta, dq, keys, values, key + j, T.n, scale * LOG2E, False, T)
-    for j in tl.range(whole, count, T.rest, num_stages=1):
-        dq = _dq_tile(q, do, lse, delta, dq, keys, values, key + j, count - j, scale * LOG2E, True, T)
-    _store(Matrix(dQ, dQ, head * T.hd, q_stride), row, left, dq * scale, T)
-
-
-@triton.jit
-def _dkv_tile(k, v, dk, dv, queries, dos, Lse, Delta, row, left, scale, EDGE: tl.constexpr, T: tl.constexpr):
-    """Add to dk and dv what a tile of queries of one head gives. Scores are transposed: keys x queries."""
-    M: tl.constexpr = T.rest if EDGE else T.m
-    q, do = _tile(queries, row, left, M, EDGE, T), _tile(dos, row, left, M, EDGE, T)
-    rows = tl.arange(0, M)
-    lse = tl.load(Lse + row + rows, rows < left, float("inf"))               # beyond the edge: e^-inf = 0
-    delta = tl.load(Delta + row + rows, rows < left, 0.0)
-    p = tl.exp2(tl.dot(k, q.T, input_precision=T.precision) * scale - (lse * LOG2E)[None, :])      # (n, M)
-    dv = tl.dot(p.to(do.dtype), do, dv, input_precision=T.precision)
-    ds = p * (tl.dot(v, do.T, input_precision=T.precision) - delta[None, :])
-    return tl.dot(ds.to(q.dtype), q, dk, input_precision=T.precision), dv
-
-
-@triton.jit
-def _dkv_kernel(Q, K, V, dOut, Q_tma, dOut_tma, Lse, Delta, dK, dV, Plan, Runs, tokens, q_stride, k_stride,
-                scale, T: tl.constexpr):
-    """dk and dv of one tile of keys. Grid: (tiles, Hkv)."""
-    kv = tl.program_id(1)
-    row, left, first, number = _entry(Plan, tl.program_id(0))
-    k = _tile(Matrix(K, K, kv * T.hd, k_stride), row, left, T.n, True, T)                # these are (n, hd)
-    v = _tile(Matrix(V, V, kv * T.hd, k_stride), row, left, T.n, True, T)
-    dk, dv = tl.zeros(k.shape, tl.float32), tl.zeros(k.shape, tl.float32)
-    for i in range(number * T.group):                                        # each run, each query head
-        head, run = kv * T.group + i % T.group, Runs + (first + i // T.group) * 2
-        query, count = tl.load(run), tl.load(run + 1)
-        queries = Matrix(Q, Q_tma, head * T.hd, q_stride)
-        dos = Matrix(dOut, dOut_tma, head * T.hd, q_stride)
-        lse, delta = Lse + head.to(tl.int64) * tokens, Delta + head.to(tl.int64) * tokens
-        whole = count // T.m * T.m
-        for j in tl.range(0, whole, T.m):
-            dk, dv = _dkv_tile(k, v, dk, dv, queries, dos, lse, delta, query + j, T.m, scale * LOG2E,
-                               False, T)
-        for j in tl.range(whole, count, T.rest, num_stages=1):
-            dk, dv = _dkv_tile(k, v, dk, dv, queries, dos, lse, delta, query + j, count - j, scale * LOG2E,
-                               True, T)
-    _store(Matrix(dK, dK, kv * T.hd, k_stride), row, left, dk * scale, T)
-    _store(Matrix(dV, dV, kv * T.hd, k_stride), row, left, dv, T)
-
-
-def attention_launch(kernel: Callable, q: Tensor, k: Tensor, v: Tensor, spans: tuple, tiles: Tiles,
-                     **others: Tensor | int) -> Launch:
-    """Of any of the three kernels: dkv goes along queries, the others along keys.
-
-    float32 is multiplied as the sum of two bf16 parts, in three products, which keeps 16 of its 24 bits.
-    Three TF32 products keep more, but spill hundreds of registers at head width 128; one keeps 10. Other
-    types are multiplied as they are ("ieee").
-    """
-    (B, N, Hq, hd), (M, Hkv) = q.shape, k.shape[1:3]
-    precision = "bf16x3" if q.dtype == torch.float32 and not INTERPRETED else "ieee"    # which has no bf16x3
-    tiles = tiles._replace(hd=hd, group=Hq // Hkv, precision=precision)
-    args = dict(Q=q, K=k, V=v, tokens=B * N, q_stride=q.stride(1), k_stride=k.stride(1), scale=hd**-0.5,
-                T=tiles, **others)
-    if kernel is _dkv_kernel:                                # holds keys, goes along queries
-        args["Plan"], args["Runs"] = _plan_on(q.device, spans, B, N, M, tiles.n, "keys")
-        programs, walked, step = len(args["Plan"]), ("Q", "dOut"), tiles.m
-    else:                                                    # holds queries, goes along keys
-        args["Plan"], args["Runs"] = _plan_on(q.device, spans, B, N, M, tiles.m, "queries")
-        programs, walked, step = len(args["Plan"]) * tiles.group, ("K", "V"), tiles.n
-    for name in walked:
-        matrix = args[name].flatten(2).flatten(0, 1)                         # tokens x (heads hd)
-        args[f"{name}_tma"] = TensorDescriptor.from_tensor(matrix, [step, hd]) if tiles.tma else matrix
-    return Launch(kernel, (programs, Hkv), tiles, args)
-
-
-def _forward(q: Tensor, k: Tensor, v: Tensor, spans: tuple, pick: Callable, out: Tensor) -> Tensor:
-    """Write the result to `out`, where a token's heads are neighbours; return the log of each row's sum."""
-    lse = q.new_empty(q.shape[2], *q.shape[:2], dtype=torch.float32)
-    attention_launch(_forward_kernel, q, k, v, spans, pick("forward"), Out=out, Lse=lse,
-                     out_stride=out.stride(1)).run()
-    return lse
-
-
-class _Attention(torch.autograd.Function):
-    """All kernels of sections 3 and 4 as one differentiable step."""
-
-    @staticmethod
-    def forward(ctx, q, k, v, spans, pick):
-        out = torch.empty_like(q)
-        lse = _forward(q, k, v, spans, pick, out)
-        ctx.save_for_backward(q, k, v, out, lse)
-        ctx.spans, ctx.pick = spans, pick
-        ctx.mark_non_differentiable(lse)
-        return out, lse
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx, dout, _):
-        q, k, v, out, lse = ctx.saved_tensors
-        dq, dk, dv, delta = (torch.empty_like(u) for u in (q, k, v, lse))
-        inputs, rows = (q, k, v, ctx.spans), dict(dOut=_dense(dout), Lse=lse, Delta=delta)
-        attention_launch(_dq_kernel, *inputs, ctx.pick("dq"), Out=out, dQ=dq, **rows).run()
-        attention_launch(_dkv_kernel, *inputs, ctx.pick("dkv"), dK=dk, dV=dv, **rows).run()
-        return dq, dk, dv, None, None
-
-
-@torch.compiler.disable
-def flash_attention(q: Tensor, k: Tensor, v: Tensor, spans: Tensor, out: Tensor | None = None,
-                    tiles: Callable[[str, Tiles], Tiles] | None = None) -> tuple[Tensor, Tensor]:
-    """Block-causal attention (see magi.block_attention) and the log of each row's sum of e^score.
-
-    q (B, N, Hq, hd), k and v (B, M, Hkv, hd), in float32, bfloat16 or float16; spans (1 or B, n, 2) on the
-    CPU; out: where to write, any view (B, N, Hq, hd). `tiles` is called with "forward", "dq" or "dkv" and the
-    table's tiles, which it may change. Returns (B, N, Hq, hd) and float32 (Hq, B, N); gradients flow to q, k
-    and v. Raises ValueError for an empty span, one beyond the keys, tensors that do not fit together, another
-    type or head width, or a device that cannot.
-    """
-    magi.require(q.ndim == k.ndim == 4, f"queries {tuple(q.shape)} and keys {tuple(k.shape)} must be (batch, "
-                 f"tokens, heads, width)")
-    B, N, Hq, hd = q.shape
-    magi.require(q.dtype in (torch.float32, torch.bfloat16, torch.float16), f"attention in {q.dtype}: use "
-                 f"float32, bfloat16 or float16")
-    _require_head_width(hd)
-    magi.require(k.shape == v.shape and k.dtype == v.dtype and k.device == v.device,
-                 f"keys {_kind(k)} and values {_kind(v)} must be alike")
-    magi.require(k.shape[0] == B and k.shape[3] == hd and k.shape[2] > 0 and Hq % k.shape[2] == 0
-                 and k.dtype == q.dtype and k.device == q.device,
-                 f"keys and values {_kind(k)} do not go with queries {_kind(q)}")
-    magi.require(out is None or _kind(out) == _kind(q), f"out {'' if out is None else _kind(out)} must be as "
-                 f"queries {_kind(q)}")
-    if q.numel() == 0:
-        return magi.block_attention(q, k, v, spans, out), q.new_empty(Hq, B, N, dtype=torch.float32)
-    rows = tuple(tuple(map(tuple, row)) for row in spans.tolist())
-    table = partial(tiles_for, arch=arch_of(q.device), hd=hd, dtype=q.dtype)             # kernel -> Tiles
-    pick = (lambda kernel: tiles(kernel, table(kernel))) if tiles else table
-    q, k, v = map(_dense, (q, k, v))
-    if out is None or torch.is_grad_enabled() and any(u.requires_grad for u in (q, k, v)):
-        result, lse = _Attention.apply(q, k, v, rows, pick)
-        return result if out is None else out.copy_(result), lse
-    # The kernel can write where a token's heads are neighbours, and all tokens are equally far apart.
-    even = out.stride(1) >= Hq * hd and (B == 1 or out.stride(0) == N * out.stride(1))
-    target = out if even and out.stride()[2:] == (hd, 1) else torch.empty_like(q)
-    lse = _forward(q, k, v, rows, pick, target)
-    return out if target is out else out.copy_(target), lse
-
-
-def block_attention(q: Tensor, k: Tensor, v: Tensor, spans: Tensor, out: Tensor | None = None,
-                    **tiles: Callable) -> Tensor:
-    """magi.block_attention: chunk i of the queries reads the keys [start_i, end_i). See flash_attention."""
-    return flash_attention(q, k, v, spans, out, **tiles)[0]
-
-
-def attention(q: Tensor, k: Tensor, v: Tensor, **tiles: Callable) -> Tensor:
-    """magi.attention: one chunk that reads all keys."""
-    return flash_attention(q, k, v, torch.tensor([[[0, k.shape[1]]]]), **tiles)[0]
-
-
-# ----------------------------------------------------------------------------------------------------------
-# 5  Fp8 matmul
-# ----------------------------------------------------------------------------------------------------------
-# e4m3 has 4 bits of exponent and 3 of mantissa: eight steps per factor of two, from 2^-9 to 448. Tensors are
-# brought into that range by scales: x = input_scale * x8, w = weight_scale * w8, so x w^T = (x8 w8^T) times
-# one number, applied to the float32 sum at the end. What is lost is, first, mantissa: a relative error of up
-# to 1/17 per number, 2.7 % rms, which a sum over thousands of terms averages out. Second, what is smaller
-# than 2^-10 becomes zero, and that is worse: one outlier sets the scale for all, and a channel 500,000 times
-# smaller is gone. Hence the smoothing scales of Wo and fc2, whose inputs have such channels: x_j / s_j and
-# w_j * s_j have the same product, and s_j is chosen to leave both moderate (`convert_weights.py quantize`).
-#
-# The rounding is that of magi.fp8_matmul exactly: float32 division, clamp, to bf16, to e4m3, so both paths
-# multiply the same numbers. On the H100 the tensor cores add fp8 products with about 14 bits; every k (at
-# most 128) terms their sum is therefore moved to float32 registers, which is what makes "float32
-# accumulation" true.
-
-BAND = tl.constexpr(8)
-
-
-@triton.jit
-def _quantise_kernel(X, Divide, X8, rows, width, T: tl.constexpr):
-    """x / divide in e4m3, in one pass: 2 + 1 bytes per element where PyTorch's five passes move 31."""
-    row = tl.program_id(0) * T.m + tl.arange(0, T.m)[:, None]
-    col = tl.program_id(1) * T.n + tl.arange(0, T.n)[None, :]
-    at, mask = row.to(tl.int64) * width + col, (row < rows) & (col < width)
-    x = tl.load(X + at, mask, 0.0).to(tl.float32)
-    x = tl.div_rn(x, tl.load(Divide + col, col < width, 1.0))                # `/` would be off by an ulp
-    x = tl.clamp(x, -448.0, 448.0, tl.PropagateNan.ALL)
-    tl.store(X8 + at, x.to(tl.bfloat16).to(tl.float32).to(tl.float8e4nv), mask)
-
-
-@triton.jit
-def _fp8_kernel(X8, W8, Scale, Out, rows, cols, width, T: tl.constexpr):
-    """One tile of (x8 w8^T) * scale. Both operands are stored along the inner axis, as tensor cores want."""
-    # Programs that run together should share operands in the L2 cache: go down in bands of BAND tiles, as in
-    # Triton's tutorial 3.
-    pid, down, across = tl.program_id(0), tl.cdiv(rows, T.m), tl.cdiv(cols, T.n)
-    band = pid // (BAND * across) * BAND
-    high = tl.minimum(down - band, BAND)
-    row, col = (band + pid % (BAND * across) % high) * T.m, pid % (BAND * across) // high * T.n
-    at_row, at_col = row + tl.arange(0, T.m)[:, None], col + tl.arange(0, T.n)[None, :]
-    acc = tl.zeros((at_row + at_col).shape, tl.float32)
-    for k in tl.range(0, width, T.k):
-        if T.tma:                                                            # zeros beyond the edges
-            x, w = X8.load([row, k]), W8.load([col, k]).T
-        else:                                                                # beyond the edge: the last again
-            inner = k + tl.arange(0, T.k)
-            x_at = tl.minimum(at_row, rows - 1).to(tl.int64) * width + inner[None, :]
-            w_at = tl.minimum(at_col, cols - 1).to(tl.int64) * width + inner[:, None]
-            x = tl.load(X8 + x_at, (inner < width)[None, :], 0.0)
-            w = tl.load(W8 + w_at, (inner < width)[:, None], 0.0)
-        acc = tl.dot(x, w, acc, max_num_imprecise_acc=T.k)
-    tl.store(Out + at_row.to(tl.int64) * cols + at_col, (acc * tl.load(Scale)).to(tl.bfloat16),
-             (at_row < rows) & (at_col < cols))
-
-
-def quantise_launch(x: Tensor, divide: Tensor, x8: Tensor, tiles: Tiles = Tiles(4, 1024)) -> Launch:
-    args = dict(X=x, Divide=divide, X8=x8, rows=x.shape[0], width=x.shape[1], T=tiles)
-    grid = triton.cdiv(x.shape[0], tiles.m), triton.cdiv(x.shape[1], tiles.n)
-    return Launch(_quantise_kernel, grid, tiles, args)
-
-
-def fp8_launch(x8: Tensor, weight: Tensor, scale: Tensor, out: Tensor, tiles: Tiles) -> Launch:
-    (rows, width), cols = x8.shape, len(weight)
-    tiles = tiles._replace(tma=tiles.tma and width % 16 == 0)                # rows must start at 16 bytes
-    if tiles.tma:
-        x8 = TensorDescriptor.from_tensor(x8, [tiles.m, tiles.k])
-        weight = TensorDescriptor.from_tensor(weight, [tiles.n, tiles.k])
-    args = dict(X8=x8, W8=weight, Scale=scale, Out=out, rows=rows, cols=cols, width=width, T=tiles)
-    return Launch(_fp8_kernel, (triton.cdiv(rows, tiles.m) * triton.cdiv(cols, tiles.n),), tiles, args)
-
-
-def product(x8: Tensor, weight: Tensor, scale: Tensor, stages: int = 0) -> Tensor:
-    """(x8 weight^T) * scale in bf16; `stages` replaces the table's."""
-    out = x8.new_empty(len(x8), len(weight), dtype=torch.bfloat16)
-    tiles = tiles_for("fp8", arch_of(x8.device))
-    fp8_launch(x8, _dense(weight), scale.float(), out, tiles._replace(stages=stages or tiles.stages)).run()
-    return out
-
-
-@torch.compiler.disable
-def fp8_matmul(x: Tensor, weight: Tensor, divide: Tensor, scale: Tensor, multiply: Callable = product
-               ) -> Tensor:
-    """magi.fp8_matmul: x (..., in) any float, weight (out, in) e4m3, divide (in,) or (1, in), scale (1,)
-    -> (..., out) bf16. GPUs without fp8 arithmetic (before sm_89), and training, take the reference, which
-    dequantises. `multiply` takes what is quantised."""
-    width = x.shape[-1]
-    magi.require(weight.dtype == torch.float8_e4m3fn and weight.shape[1:] == (width,),
-                 f"weight {tuple(weight.shape)} {weight.dtype} must be (out, {width}) in e4m3, as x is "
-                 f"{tuple(x.shape)}")
-    magi.require(divide.shape in ((width,), (1, width)) and scale.numel() == 1,
-                 f"divide {tuple(divide.shape)} must be ({width},), scale {tuple(scale.shape)} one number")
-    old = x.is_cuda and torch.version.hip is None and torch.cuda.get_device_capability(x.device) < (8, 9)
-    if old or x.numel() == 0 or x.requires_grad and torch.is_grad_enabled():
-        return magi.fp8_matmul(x, weight, divide, scale)
-    rows = x.reshape(-1, width).contiguous()
-    x8 = torch.empty_like(rows, dtype=torch.float8_e4m3fn)
-    quantise_launch(rows, divide.float().contiguous(), x8).run()
-    return multiply(x8, weight, scale).view(*x.shape[:-1], len(weight))
-
-
-# ----------------------------------------------------------------------------------------------------------
-# 6  Elementwise
+# 2  Elementwise
 # ----------------------------------------------------------------------------------------------------------
 # Norms, gates and rotations do a few operations per number, and an H100 can do some 40 (outside its tensor
 # cores) in the time it takes to fetch one from memory. Their cost is the bytes they move, and PyTorch moves
@@ -648,31 +166,28 @@ def fp8_matmul(x: Tensor, weight: Tensor, divide: Tensor, scale: Tensor, multipl
 #
 # A whole layer, outside products and attention, in bytes per token and channel of D, for four chunks and one
 # in the cache (4.5B at 720x720: 48,600 tokens of 3,072; 24B at 720x1280: 86,400 of 6,144). Counts, not times.
-# "Before": swiglu not fused, both attentions' results joined and put in Wo's order, the cache read in place.
+# (Both attentions' results, 2 D wide, would be 16 more to join and to put in Wo's order: hence their `out`.)
 #
-#                                                                                4.5B            24B
-#                                                                           before  after   before  after
-#     two layer norms r2 w2                                                     8      8        8      8
-#     gated_residual: after Wo (update in float32) r6 w2, after fc2 r4 w2      14     14       14     14
-#     norm_rotary of q and k, norm of qx                                      9.3    9.3      8.7    8.7
-#     gelu r2 w2 on 4 D, or swiglu on 8/3 D                                    16     16     26.7     16
-#     results of both attentions, 2 D wide: joined r2 w2, dealt r2 w2          16      0       16      0
-#     keys and values joined with the cache, r2 w2 on 2/3 or 1/3 D of 5/4       0    3.3        0    1.7
-#     sum                                                                    63.3   50.7     73.3   48.3
-#     in GB                                                                   9.5    7.6     38.9   25.7
+#                                                                             4.5B    24B
+#     two layer norms r2 w2                                                    8       8
+#     gated_residual: after Wo (update in float32) r6 w2, after fc2 r4 w2     14      14
+#     norm_rotary of q and k, norm of qx                                       9.3     8.7
+#     gelu r2 w2 on 4 D, or swiglu on 8/3 D                                   16      16
+#     keys and values joined with the cache, r2 w2 on 2/3 or 1/3 D of 5/4      3.3     1.7
+#     sum                                                                     50.7    48.3
+#     in GB                                                                    7.6    25.7
 
 
-class _Fused(torch.autograd.Function):
-    """Forward by a kernel; backward through the reference, computed again. These are memory-bound steps that
-    training spends little on, and one definition of their gradient is enough."""
+class _GradientOf(torch.autograd.Function):
+    """What a kernel wrote to `out`, with the gradient of the reference, which is computed again. These are
+    memory-bound steps that training spends little on, and one definition of their gradient is enough."""
 
     @staticmethod
-    def forward(ctx, launch, reference, *tensors):
+    def forward(ctx, reference, out, *tensors):
         ctx.reference = reference
         ctx.save_for_backward(*tensors)
-        launched = launch(*(u.contiguous() for u in tensors))
-        launched.run()
-        return launched.args["Out"]
+        ctx.mark_dirty(out)
+        return out
 
     @staticmethod
     @once_differentiable
@@ -684,17 +199,30 @@ class _Fused(torch.autograd.Function):
         return None, None, *(u.grad for u in tensors)
 
 
-def _fused(launch: Callable, reference: Callable, x: Tensor, norm: magi.LayerNorm1p, *others: Tensor
-           ) -> Tensor:
-    """launch(x, weight, bias, *others) of a kernel, in place of reference(x, norm, *others)."""
-    if x.numel() == 0:
-        return reference(x, norm, *others)
+@triton.jit
+def _swiglu_kernel(U, Out, width, C: tl.constexpr):
+    """silu(first half) * second half of a row. Grid: (rows, tiles of C columns)."""
+    row, col = tl.program_id(0).to(tl.int64), tl.program_id(1) * C + tl.arange(0, C)
+    a = tl.load(U + row * 2 * width + col, col < width, 0.0).to(tl.float32)
+    b = tl.load(U + row * 2 * width + width + col, col < width, 0.0).to(tl.float32)
+    a = (a * tl.sigmoid(a)).to(U.dtype.element_ty).to(tl.float32)            # PyTorch rounds here too
+    tl.store(Out + row * width + col, (a * b).to(Out.dtype.element_ty), col < width)
 
-    def again(x, weight, bias, *others):
-        as_norm = lambda u: F.layer_norm(u.to(weight.dtype), weight.shape, weight + 1, bias, norm.eps)
-        return reference(x, as_norm, *others)
 
-    return _Fused.apply(partial(launch, eps=norm.eps), again, x, norm.weight, norm.bias, *others)
+@torch.compiler.disable
+def swiglu(u: Tensor) -> Tensor:
+    """magi.swiglu: silu(first half) * second half of the last axis, (..., 2 FFN) -> (..., FFN)."""
+    require(u.shape[-1] % 2 == 0, f"u {tuple(u.shape)} must have two halves")
+    width, tiles = u.shape[-1] // 2, Tiles(1, 1024)
+    out = u.new_empty(*u.shape[:-1], width)
+    launch(_swiglu_kernel, (out.numel() // max(1, width), triton.cdiv(width, tiles.n)), tiles,
+           U=u.contiguous(), Out=out, width=width, C=tiles.n)
+    return _GradientOf.apply(magi.swiglu, out, u)
+
+
+def _norm(weight: Tensor, bias: Tensor, eps: float) -> Callable[[Tensor], Tensor]:
+    """magi.LayerNorm1p as a function of its weights, which have gradients of their own."""
+    return lambda x: F.layer_norm(x.to(weight.dtype), weight.shape, weight + 1, bias, eps)
 
 
 @triton.jit
@@ -713,24 +241,23 @@ def _gated_residual_kernel(X, Gate, Update, Weight, Bias, Out, tokens, chunk, ch
     tl.store(Out + at, (x + u).to(Out.dtype.element_ty), mask)
 
 
-def gated_residual_launch(x: Tensor, weight: Tensor, bias: Tensor, gate: Tensor, update: Tensor, eps: float
-                          ) -> Launch:
-    (B, N, D), n = x.shape, gate.shape[1]
-    args = dict(X=x, Gate=gate, Update=update, Weight=weight, Bias=bias, Out=torch.empty_like(x), tokens=N,
-                chunk=N // n, chunks=n, width=D, eps=eps, C=triton.next_power_of_2(D))
-    return Launch(_gated_residual_kernel, (B * N,), Tiles(1, D, warps=8), args)
-
-
 @torch.compiler.disable
 def gated_residual(x: Tensor, gate: Tensor, update: Tensor, norm: magi.LayerNorm1p) -> Tensor:
     """magi.gated_residual: x + LN1(gate * update); x, update (B, N, D), gate (B, n, D), n dividing N."""
     (B, N, D), n = x.shape, gate.shape[1]
-    magi.require(update.shape == x.shape and norm.weight.shape == (D,) and gate.shape == (B, n, D),
-                 f"gate {tuple(gate.shape)}, update {tuple(update.shape)} and norm {tuple(norm.weight.shape)}"
-                 f" do not go with x {tuple(x.shape)}")
-    magi.require(n > 0 and N % n == 0, f"{N} tokens do not divide into {n} chunks")
-    reference = lambda x, norm, gate, update: magi.gated_residual(x, gate, update, norm)
-    return _fused(gated_residual_launch, reference, x, norm, gate, update)
+    require(update.shape == x.shape and norm.weight.shape == (D,) and gate.shape == (B, n, D),
+            f"gate {tuple(gate.shape)}, update {tuple(update.shape)} and norm {tuple(norm.weight.shape)} "
+            f"do not go with x {tuple(x.shape)}")
+    require(n > 0 and N % n == 0, f"{N} tokens do not divide into {n} chunks")
+    out = x.new_empty(x.shape)
+    launch(_gated_residual_kernel, (B * N,), Tiles(1, D, warps=8), X=x.contiguous(), Gate=gate.contiguous(),
+           Update=update.contiguous(), Weight=norm.weight, Bias=norm.bias, Out=out, tokens=N, chunk=N // n,
+           chunks=n, width=D, eps=norm.eps, C=triton.next_power_of_2(D))
+
+    def reference(x, gate, update, weight, bias):
+        return magi.gated_residual(x, gate, update, _norm(weight, bias, norm.eps))
+
+    return _GradientOf.apply(reference, out, x, gate, update, norm.weight, norm.bias)
 
 
 @triton.jit
@@ -766,49 +293,475 @@ def _norm_rotary_kernel(X, Weight, Bias, Angles, Out, rows, tokens, heads, eps, 
         tl.store(Out + at + col, y.to(Out.dtype.element_ty), row < rows)
 
 
-def norm_rotary_launch(x: Tensor, weight: Tensor, bias: Tensor, angles: Tensor | None = None,
-                       eps: float = 1e-6) -> Launch:
-    (B, N, heads, hd), tiles = x.shape, Tiles(8, x.shape[3])
-    pairs, angles = (0, weight) if angles is None else (angles.shape[1], angles)         # without: never read
-    args = dict(X=x, Weight=weight, Bias=bias, Angles=angles, Out=torch.empty_like(x), rows=B * N, tokens=N,
-                heads=heads, eps=eps, HD=hd, PAIRS=pairs, M=tiles.m)
-    return Launch(_norm_rotary_kernel, (triton.cdiv(B * N, tiles.m),), tiles, args)
-
-
 @torch.compiler.disable
 def norm_rotary(x: Tensor, norm: magi.LayerNorm1p, angles: Tensor | None) -> Tensor:
     """magi.norm_rotary: x (B, N, heads, hd), angles (N, 3 hd/8) float32 -> LN1, rotated, like x. Without
     angles, LN1 alone."""
-    _require_head_width(x.shape[3])
-    turns = (x.shape[1], 0) if angles is None else tuple(angles.shape)
-    magi.require(norm.weight.shape == x.shape[3:] and turns[0] == x.shape[1] and 2 * turns[1] <= x.shape[3],
-                 f"norm {tuple(norm.weight.shape)} and angles {turns} do not go with x {tuple(x.shape)}: "
-                 f"angles need a row per token")
-    reference = lambda x, norm, angles=None: magi.norm_rotary(x, norm, angles)
-    return _fused(norm_rotary_launch, reference, x, norm, *([] if angles is None else [angles]))
+    B, N, heads, hd = x.shape
+    _require_head_width(hd)
+    turns = (N, 0) if angles is None else tuple(angles.shape)
+    require(norm.weight.shape == (hd,) and turns[0] == N and 2 * turns[1] <= hd,
+            f"norm {tuple(norm.weight.shape)} and angles {turns} do not go with x {tuple(x.shape)}: "
+            f"angles need a row per token")
+    out, tiles = x.new_empty(x.shape), Tiles(8, hd)
+    launch(_norm_rotary_kernel, (triton.cdiv(B * N, tiles.m),), tiles, X=x.contiguous(), Weight=norm.weight,
+           Bias=norm.bias, Angles=None if angles is None else angles.contiguous(), Out=out, rows=B * N,
+           tokens=N, heads=heads, eps=norm.eps, HD=hd, PAIRS=turns[1], M=tiles.m)
+
+    def reference(x, weight, bias, angles=None):
+        return magi.norm_rotary(x, _norm(weight, bias, norm.eps), angles)
+
+    others = [] if angles is None else [angles]
+    return _GradientOf.apply(reference, out, x, norm.weight, norm.bias, *others)
+
+
+# ----------------------------------------------------------------------------------------------------------
+# 3  Fp8 matmul
+# ----------------------------------------------------------------------------------------------------------
+# e4m3 has 4 bits of exponent and 3 of mantissa: eight steps per factor of two, from 2^-9 to 448. Tensors are
+# brought into that range by scales: x = input_scale * x8, w = weight_scale * w8, so x w^T = (x8 w8^T) times
+# one number, applied to the float32 sum at the end. What is lost is, first, mantissa: a relative error of up
+# to 1/17 per number, 2.7 % rms, which a sum over thousands of terms averages out. Second, what is smaller
+# than 2^-10 becomes zero, and that is worse: one outlier sets the scale for all, and a channel 500,000 times
+# smaller is gone. Hence the smoothing scales of Wo and fc2, whose inputs have such channels: x_j / s_j and
+# w_j * s_j have the same product, and s_j is chosen to leave both moderate (`convert_weights.py quantize`).
+#
+# The rounding is that of magi.fp8_matmul exactly: float32 division, clamp, to bf16, to e4m3, so both paths
+# multiply the same numbers. On the H100 the tensor cores add fp8 products with about 14 bits; every k (at
+# most 128) terms their sum is therefore moved to float32 registers, which is what makes "float32
+# accumulation" true.
 
 
 @triton.jit
-def _swiglu_kernel(U, Out, width, C: tl.constexpr):
-    """silu(first half) * second half of a row. Grid: (rows, tiles of C columns)."""
-    row, col = tl.program_id(0).to(tl.int64), tl.program_id(1) * C + tl.arange(0, C)
-    a = tl.load(U + row * 2 * width + col, col < width, 0.0).to(tl.float32)
-    b = tl.load(U + row * 2 * width + width + col, col < width, 0.0).to(tl.float32)
-    a = (a * tl.sigmoid(a)).to(U.dtype.element_ty).to(tl.float32)            # PyTorch rounds here too
-    tl.store(Out + row * width + col, (a * b).to(Out.dtype.element_ty), col < width)
+def _quantise_kernel(X, Divide, X8, rows, width, T: tl.constexpr):
+    """x / divide in e4m3, in one pass: 2 + 1 bytes per element where PyTorch's five passes move 31."""
+    row = tl.program_id(0) * T.m + tl.arange(0, T.m)[:, None]
+    col = tl.program_id(1) * T.n + tl.arange(0, T.n)[None, :]
+    at, mask = row.to(tl.int64) * width + col, (row < rows) & (col < width)
+    x = tl.load(X + at, mask, 0.0).to(tl.float32)
+    x = tl.div_rn(x, tl.load(Divide + col, col < width, 1.0))                # `/` would be off by an ulp
+    x = tl.clamp(x, -448.0, 448.0, tl.PropagateNan.ALL)
+    tl.store(X8 + at, x.to(tl.bfloat16).to(tl.float32).to(tl.float8e4nv), mask)
 
 
-def swiglu_launch(u: Tensor) -> Launch:
-    width, tiles = u.shape[-1] // 2, Tiles(1, 1024)
-    args = dict(U=u, Out=u.new_empty(*u.shape[:-1], width), width=width, C=tiles.n)
-    return Launch(_swiglu_kernel, (u.numel() // (2 * width), triton.cdiv(width, tiles.n)), tiles, args)
+@triton.jit
+def _fp8_kernel(X8, W8, Scale, Out, rows, cols, width, T: tl.constexpr):
+    """One tile of (x8 w8^T) * scale. Both operands are stored along the inner axis, as tensor cores want.
+    Grid: (tiles across, tiles down)."""
+    # Programs that run together should share operands in the L2 cache: go down in bands of 8 tiles, as in
+    # Triton's tutorial 3.
+    down, across = tl.swizzle2d(tl.program_id(1), tl.program_id(0), tl.num_programs(1), tl.num_programs(0), 8)
+    row, col = down * T.m, across * T.n
+    at_row, at_col = row + tl.arange(0, T.m)[:, None], col + tl.arange(0, T.n)[None, :]
+    acc = tl.zeros((at_row + at_col).shape, tl.float32)
+    for k in tl.range(0, width, T.k):
+        if T.tma:                                                            # zeros beyond the edges
+            x, w = X8.load([row, k]), W8.load([col, k]).T
+        else:                                                                # beyond the edge: the last again
+            inner = k + tl.arange(0, T.k)
+            x_at = tl.minimum(at_row, rows - 1).to(tl.int64) * width + inner[None, :]
+            w_at = tl.minimum(at_col, cols - 1).to(tl.int64) * width + inner[:, None]
+            x = tl.load(X8 + x_at, (inner < width)[None, :], 0.0)
+            w = tl.load(W8 + w_at, (inner < width)[:, None], 0.0)
+        acc = tl.dot(x, w, acc, max_num_imprecise_acc=T.k)
+    tl.store(Out + at_row.to(tl.int64) * cols + at_col, (acc * tl.load(Scale)).to(tl.bfloat16),
+             (at_row < rows) & (at_col < cols))
+
+
+def quantise(x: Tensor, divide: Tensor, tiles: Tiles = Tiles(4, 1024)) -> Tensor:
+    """x / divide in e4m3: x (rows, width) contiguous, divide of width numbers in float32."""
+    rows, width = x.shape
+    x8 = torch.empty_like(x, dtype=torch.float8_e4m3fn)
+    launch(_quantise_kernel, (triton.cdiv(rows, tiles.m), triton.cdiv(width, tiles.n)), tiles,
+           X=x, Divide=divide, X8=x8, rows=rows, width=width, T=tiles)
+    return x8
+
+
+def product(x8: Tensor, weight: Tensor, scale: Tensor, tiles: Callable[..., Tiles] | None = None) -> Tensor:
+    """(x8 weight^T) * scale in bf16, of e4m3 matrices. tiles: a function to take in place of `tiles_for`."""
+    (rows, width), cols = x8.shape, len(weight)
+    out = x8.new_empty(rows, cols, dtype=torch.bfloat16)
+    tile = (tiles or tiles_for)("fp8", arch_of(x8.device))
+    tile = tile._replace(tma=tile.tma and width % 16 == 0)                   # rows must start at 16 bytes
+    weight = _dense(weight)
+    if tile.tma:
+        x8 = TensorDescriptor.from_tensor(x8, [tile.m, tile.k])
+        weight = TensorDescriptor.from_tensor(weight, [tile.n, tile.k])
+    launch(_fp8_kernel, (triton.cdiv(cols, tile.n), triton.cdiv(rows, tile.m)), tile,
+           X8=x8, W8=weight, Scale=scale.float(), Out=out, rows=rows, cols=cols, width=width, T=tile)
+    return out
 
 
 @torch.compiler.disable
-def swiglu(u: Tensor) -> Tensor:
-    """magi.swiglu: silu(first half) * second half of the last axis, (..., 2 FFN) -> (..., FFN)."""
-    magi.require(u.shape[-1] % 2 == 0, f"u {tuple(u.shape)} must have two halves")
-    return _Fused.apply(swiglu_launch, magi.swiglu, u) if u.numel() else magi.swiglu(u)
+def fp8_matmul(x: Tensor, weight: Tensor, divide: Tensor, scale: Tensor, multiply: Callable = product
+               ) -> Tensor:
+    """magi.fp8_matmul: x (..., in) any float, weight (out, in) e4m3, divide (in,) or (1, in), scale (1,)
+    -> (..., out) bf16. GPUs without fp8 arithmetic (before sm_89), and training, take the reference, which
+    dequantises. `multiply` takes what is quantised."""
+    width = x.shape[-1]
+    require(weight.dtype == torch.float8_e4m3fn and weight.shape[1:] == (width,),
+            f"weight {tuple(weight.shape)} {weight.dtype} must be (out, {width}) in e4m3, as x is "
+            f"{tuple(x.shape)}")
+    require(divide.shape in ((width,), (1, width)) and scale.numel() == 1,
+            f"divide {tuple(divide.shape)} must be ({width},), scale {tuple(scale.shape)} one number")
+    old = x.is_cuda and torch.version.hip is None and torch.cuda.get_device_capability(x.device) < (8, 9)
+    if old or x.numel() == 0 or x.requires_grad and torch.is_grad_enabled():
+        return magi.fp8_matmul(x, weight, divide, scale)
+    x8 = quantise(x.reshape(-1, width).contiguous(), divide.float().contiguous())
+    return multiply(x8, weight, scale).view(*x.shape[:-1], len(weight))
+
+
+# ----------------------------------------------------------------------------------------------------------
+# 4  Plans
+# ----------------------------------------------------------------------------------------------------------
+# Block-causal needs no mask. A chunk of queries reads *all* keys of one contiguous span and no others, so
+# its rule is two numbers, a start and an end. A loop from start to end touches only keys that count; the one
+# tile at the end that sticks out is masked, the hundreds before it are not. A mask tensor would cost a bit
+# per pair to read and, worse, the arithmetic of everything it forbids.
+#
+# The spans are known on the CPU before a forward starts, and all layers share them. So what each program
+# shall do is written down once, as a list of integers, and copied to the GPU. Programs start in the order of
+# the list: the longest work comes first, so that none trails at the end.
+
+
+def _chunks(spans: tuple, B: int, N: int, M: int) -> list[tuple[int, int, int, int]]:
+    """(first query, end, first key, end) of every chunk, checked; rows count through the whole batch."""
+    n = len(spans[0])
+    require(len(spans) in (1, B) and N % n == 0,
+            f"{len(spans)} x {n} spans do not fit {B} x {N} queries: one per chunk, all of a size")
+    out = []
+    for b in range(B):
+        for i, (start, end) in enumerate(spans[b % len(spans)]):
+            require(0 <= start < end <= M, f"span [{start}, {end}) of chunk {i} is empty or leaves the {M} "
+                    f"keys: every chunk must see at least one")
+            query = b * N + N // n * i
+            out.append((query, query + N // n, b * M + start, b * M + end))
+    return out
+
+
+def plan_queries(spans: tuple, B: int, N: int, M: int, size: int) -> list[tuple[int, int, int, int]]:
+    """Tiles of at most `size` queries of a chunk, and its span of keys: (row, rows, first key, keys)."""
+    tiles = [(row, min(size, query_end - row), key, key_end - key)
+             for query, query_end, key, key_end in _chunks(spans, B, N, M)
+             for row in range(query, query_end, size)]
+    return sorted(tiles, key=lambda tile: tile[3], reverse=True)
+
+
+def plan_keys(spans: tuple, B: int, N: int, M: int, size: int) -> tuple[list, list]:
+    """Tiles of at most `size` keys, (row, rows, first, number), and the runs of queries, (row, rows), that
+    read them: runs[first : first + number], one for each chunk that does. Keys are cut wherever a span starts
+    or ends, so all keys of a tile have the same readers."""
+    chunks = _chunks(spans, B, N, M)
+    edges = {0, B * M, *(edge for _, _, *span in chunks for edge in span)}
+    tiles: list[tuple[int, int, int, int]] = []
+    runs: list[tuple[int, int]] = []
+    for low, high in itertools.pairwise(sorted(edges)):
+        readers = [(query, query_end - query) for query, query_end, key, key_end in chunks
+                   if key <= low and high <= key_end]
+        tiles += [(row, min(size, high - row), len(runs), len(readers)) for row in range(low, high, size)]
+        runs += readers
+    return sorted(tiles, key=lambda tile: tile[3], reverse=True), runs
+
+
+@lru_cache(256)
+def _plan_on(device: torch.device, held: str, *args: Any) -> dict[str, Tensor]:
+    """The plan for programs that hold "queries" or "keys", as arguments of a kernel."""
+    if held == "queries":
+        tables = {"Plan": plan_queries(*args)}
+    else:
+        tables = dict(zip(("Plan", "Runs"), plan_keys(*args), strict=True))
+    return {name: torch.tensor(table, dtype=torch.int32).to(device) for name, table in tables.items()}
+
+
+# ----------------------------------------------------------------------------------------------------------
+# 5  Attention, forward
+# ----------------------------------------------------------------------------------------------------------
+# For one query, attention is a weighted mean of the values: o = sum_j e^(s_j) v_j / sum_j e^(s_j). A mean
+# can be taken in passing. Keep the largest score so far m, the sum l of e^(s - m), the weighted values acc,
+# and when a tile of keys brings a larger score, shrink l and acc to the new scale:
+#
+#     m' = max(m, max s),    l' = l e^(m - m') + sum e^(s - m'),    acc' = acc e^(m - m') + e^(s - m') v
+#
+# That is the online softmax. Nothing of size N x M is ever in memory: for one chunk of the 4.5B at 720x720
+# (12,150 queries, 24 heads) against five chunks the scores would be 35 GB in bf16, written and read twice;
+# what is moved instead is q, k, v and o, 0.4 GB. The forward also keeps log sum e^s of each row, one float,
+# which is all that the backward needs to compute any score's weight again.
+#
+# Grouped queries: the Hq/Hkv heads that read the same keys are neighbours in the grid, so what one fetches
+# from memory the others find in the L2 cache. In the same way all tiles of a kv head run before the next
+# head's begin: keys and values of five chunks are 31 MB for one head, 249 MB for all, and the H100's L2 has
+# 50 MB.
+#
+# Self- and cross-attention of a layer write side by side into one buffer (B, N, 2 Hq hd), which the output
+# projection reads as it is. Hence `out`, and its own stride.
+
+LOG2E = tl.constexpr(math.log2(math.e))        # the hardware has 2^x, not e^x
+LN2 = tl.constexpr(math.log(2))
+
+
+class Matrix(NamedTuple):
+    """One head of a tensor (B, N, heads, hd), in a kernel: all tokens by hd columns."""
+
+    at: Any                       # the tensor's address
+    col: Any                      # the head's first column
+    stride: Any                   # numbers from one token to the next
+    tma: Any = None               # the tensor's descriptor, where whole tiles are read
+
+
+@triton.jit
+def _tile(X, row, left, ROWS: tl.constexpr, EDGE: tl.constexpr, T: tl.constexpr):
+    """ROWS rows of a Matrix from `row` on: (ROWS, hd). A tile at the EDGE has only `left` rows; the last is
+    then loaded again for those beyond, which belong to others and might hold nan: a weight of 0 would not
+    undo that."""
+    if T.tma and not EDGE:
+        x = X.tma.load([row, X.col])
+    else:                                              # where a tile begins may take more than 32 bits
+        rows, cols = tl.arange(0, ROWS)[:, None], tl.arange(0, T.hd)[None, :]
+        if EDGE:
+            rows = tl.minimum(rows, left - 1)
+        x = tl.load(X.at + row.to(tl.int64) * X.stride + X.col + (rows * X.stride + cols))
+    return x
+
+
+@triton.jit
+def _store(X, row, left, x, T: tl.constexpr):
+    """Write the first `left` rows of a tile to a Matrix."""
+    rows, cols = tl.arange(0, x.shape[0])[:, None], tl.arange(0, T.hd)[None, :]
+    at = X.at + row.to(tl.int64) * X.stride + X.col + (rows * X.stride + cols)
+    tl.store(at, x.to(X.at.dtype.element_ty), rows < left)
+
+
+@triton.jit
+def _attend_tile(q, acc, m, l, keys, values, row, left, scale, EDGE: tl.constexpr, T: tl.constexpr):
+    """One step of the online softmax: the keys from `row` on, of which at the EDGE only `left` count."""
+    N: tl.constexpr = T.rest if EDGE else T.n
+    k = _tile(keys, row, left, N, EDGE, T)
+    s = tl.dot(q, k.T, input_precision=T.precision)                          # (m, N)
+    if EDGE:
+        s = tl.where(tl.arange(0, N)[None, :] < left, s, -float("inf"))
+    new = tl.maximum(m, tl.max(s, 1) * scale)          # scale holds log2(e) too: e^x is 2^(x log2(e))
+    p = tl.exp2(s * scale - new[:, None])
+    shrink = tl.exp2(m - new)
+    v = _tile(values, row, left, N, EDGE, T)           # loaded with k, it makes sm_120 spill
+    acc = tl.dot(p.to(v.dtype), v, acc * shrink[:, None], input_precision=T.precision)
+    return acc, new, l * shrink + tl.sum(p, 1)
+
+
+@triton.jit
+def _entry(Plan, tile):
+    """A tile's line in a plan, four numbers."""
+    at = Plan + tile * 4
+    return tl.load(at), tl.load(at + 1), tl.load(at + 2), tl.load(at + 3)
+
+
+@triton.jit
+def _forward_kernel(Q, K, V, K_tma, V_tma, Out, Lse, Plan, tokens, q_stride, k_stride, out_stride, scale,
+                    T: tl.constexpr):
+    """The result of one tile of queries of one head, and its Lse (Hq, B N). Grid: (tiles * group, Hkv)."""
+    kv, head = tl.program_id(1), tl.program_id(1) * T.group + tl.program_id(0) % T.group
+    row, left, key, count = _entry(Plan, tl.program_id(0) // T.group)
+    keys = Matrix(K, kv * T.hd, k_stride, K_tma)
+    values = Matrix(V, kv * T.hd, k_stride, V_tma)
+    q = _tile(Matrix(Q, head * T.hd, q_stride), row, left, T.m, True, T)              # (m, hd)
+    rows = tl.arange(0, T.m)
+    acc, l = tl.zeros(q.shape, tl.float32), tl.zeros(rows.shape, tl.float32)
+    m = tl.full(rows.shape, -float("inf"), tl.float32)
+    whole = count // T.n * T.n                         # whole tiles of keys, then the rest in smaller ones
+    for j in tl.range(0, whole, T.n):
+        acc, m, l = _attend_tile(q, acc, m, l, keys, values, key + j, T.n, scale * LOG2E, False, T)
+    for j in tl.range(whole, count, T.rest, num_stages=1):
+        acc, m, l = _attend_tile(q, acc, m, l, keys, values, key + j, count - j, scale * LOG2E, True, T)
+    _store(Matrix(Out, head * T.hd, out_stride), row, left, acc / l[:, None], T)
+    tl.store(Lse + head.to(tl.int64) * tokens + row + rows, (m + tl.log2(l)) * LN2, rows < left)
+
+
+# ----------------------------------------------------------------------------------------------------------
+# 6  Attention, backward
+# ----------------------------------------------------------------------------------------------------------
+# With weights p = e^(s - lse), scores s = scale q k^T and the gradient do of the output:
+#
+#     dv = p^T do,    dp = do v^T,    ds = p (dp - delta),    dq = scale ds k,    dk = scale ds^T q
+#
+# where delta = sum_j p_j dp_j = do . o is one number per row. p is computed again tile by tile from q, k
+# and lse: 2.5 times the arithmetic of the forward, but N x M floats less to store. Two kernels, each the
+# only writer of what it sums, so there are no atomic additions and results repeat bit for bit. The first
+# walks along the keys of a tile of queries (and leaves delta behind), the second along the queries of a
+# tile of keys, over all heads of the group.
+
+
+@triton.jit
+def _dq_tile(q, do, lse, delta, dq, keys, values, row, left, scale, EDGE: tl.constexpr, T: tl.constexpr):
+    """Add to dq what a tile of keys gives."""
+    N: tl.constexpr = T.rest if EDGE else T.n
+    k, v = _tile(keys, row, left, N, EDGE, T), _tile(values, row, left, N, EDGE, T)
+    p = tl.exp2(tl.dot(q, k.T, input_precision=T.precision) * scale - lse[:, None])                # (m, N)
+    if EDGE:
+        p = tl.where(tl.arange(0, N)[None, :] < left, p, 0.0)
+    ds = p * (tl.dot(do, v.T, input_precision=T.precision) - delta[:, None])
+    return tl.dot(ds.to(k.dtype), k, dq, input_precision=T.precision)
+
+
+@triton.jit
+def _dq_kernel(Q, K, V, K_tma, V_tma, Out, dOut, Lse, Delta, dQ, Plan, tokens, q_stride, k_stride, scale,
+               T: tl.constexpr):
+    """dq and delta of one tile of queries. Grid as in the forward."""
+    kv, head = tl.program_id(1), tl.program_id(1) * T.group + tl.program_id(0) % T.group
+    row, left, key, count = _entry(Plan, tl.program_id(0) // T.group)
+    keys = Matrix(K, kv * T.hd, k_stride, K_tma)
+    values = Matrix(V, kv * T.hd, k_stride, V_tma)
+    q = _tile(Matrix(Q, head * T.hd, q_stride), row, left, T.m, True, T)           # these are (m, hd)
+    do = _tile(Matrix(dOut, head * T.hd, q_stride), row, left, T.m, True, T)
+    out = _tile(Matrix(Out, head * T.hd, q_stride), row, left, T.m, True, T)
+    delta = tl.sum(out.to(tl.float32) * do.to(tl.float32), 1)
+    rows = tl.arange(0, T.m)
+    at = head.to(tl.int64) * tokens + row + rows
+    tl.store(Delta + at, delta, rows < left)
+    lse = tl.load(Lse + at, rows < left, float("inf")) * LOG2E               # beyond the edge: e^-inf = 0
+    dq = tl.zeros(q.shape, tl.float32)
+    whole = count // T.n * T.n
+    for j in tl.range(0, whole, T.n):
+        dq = _dq_tile(q, do, lse, delta, dq, keys, values, key + j, T.n, scale * LOG2E, False, T)
+    for j in tl.range(whole, count, T.rest, num_stages=1):
+        dq = _dq_tile(q, do, lse, delta, dq, keys, values, key + j, count - j, scale * LOG2E, True, T)
+    _store(Matrix(dQ, head * T.hd, q_stride), row, left, dq * scale, T)
+
+
+@triton.jit
+def _dkv_tile(k, v, dk, dv, queries, dos, Lse, Delta, row, left, scale, EDGE: tl.constexpr, T: tl.constexpr):
+    """Add to dk and dv what a tile of queries of one head gives. Scores are transposed: keys x queries."""
+    M: tl.constexpr = T.rest if EDGE else T.m
+    q, do = _tile(queries, row, left, M, EDGE, T), _tile(dos, row, left, M, EDGE, T)
+    rows = tl.arange(0, M)
+    lse = tl.load(Lse + row + rows, rows < left, float("inf"))               # beyond the edge: e^-inf = 0
+    delta = tl.load(Delta + row + rows, rows < left, 0.0)
+    p = tl.exp2(tl.dot(k, q.T, input_precision=T.precision) * scale - (lse * LOG2E)[None, :])      # (n, M)
+    dv = tl.dot(p.to(do.dtype), do, dv, input_precision=T.precision)
+    ds = p * (tl.dot(v, do.T, input_precision=T.precision) - delta[None, :])
+    return tl.dot(ds.to(q.dtype), q, dk, input_precision=T.precision), dv
+
+
+@triton.jit
+def _dkv_kernel(Q, K, V, dOut, Q_tma, dOut_tma, Lse, Delta, dK, dV, Plan, Runs, tokens, q_stride, k_stride,
+                scale, T: tl.constexpr):
+    """dk and dv of one tile of keys. Grid: (tiles, Hkv)."""
+    kv = tl.program_id(1)
+    row, left, first, number = _entry(Plan, tl.program_id(0))
+    k = _tile(Matrix(K, kv * T.hd, k_stride), row, left, T.n, True, T)             # these are (n, hd)
+    v = _tile(Matrix(V, kv * T.hd, k_stride), row, left, T.n, True, T)
+    dk, dv = tl.zeros(k.shape, tl.float32), tl.zeros(k.shape, tl.float32)
+    for i in range(number * T.group):                                        # each run, each query head
+        head, run = kv * T.group + i % T.group, Runs + (first + i // T.group) * 2
+        query, count = tl.load(run), tl.load(run + 1)
+        queries = Matrix(Q, head * T.hd, q_stride, Q_tma)
+        dos = Matrix(dOut, head * T.hd, q_stride, dOut_tma)
+        lse, delta = Lse + head.to(tl.int64) * tokens, Delta + head.to(tl.int64) * tokens
+        whole = count // T.m * T.m
+        for j in tl.range(0, whole, T.m):
+            dk, dv = _dkv_tile(k, v, dk, dv, queries, dos, lse, delta, query + j, T.m, scale * LOG2E,
+                               False, T)
+        for j in tl.range(whole, count, T.rest, num_stages=1):
+            dk, dv = _dkv_tile(k, v, dk, dv, queries, dos, lse, delta, query + j, count - j, scale * LOG2E,
+                               True, T)
+    _store(Matrix(dK, kv * T.hd, k_stride), row, left, dk * scale, T)
+    _store(Matrix(dV, kv * T.hd, k_stride), row, left, dv, T)
+
+
+def _launch_attention(kernel: Callable, q: Tensor, k: Tensor, v: Tensor, spans: tuple, tiles: Tiles,
+                      **others: Tensor | int) -> None:
+    """Start any of the three kernels. dkv holds keys and goes along queries, the others the other way round.
+
+    float32 is multiplied as the sum of two bf16 parts, in three products, which keeps 16 of its 24 bits.
+    Three TF32 products keep more, but spill hundreds of registers at head width 128; one keeps 10. Other
+    types are multiplied as they are ("ieee").
+    """
+    (B, N, Hq, hd), (M, Hkv) = q.shape, k.shape[1:3]
+    precision = "bf16x3" if q.dtype == torch.float32 and not INTERPRETED else "ieee"    # which has no bf16x3
+    tiles = tiles._replace(hd=hd, group=Hq // Hkv, precision=precision)
+    args = dict(Q=q, K=k, V=v, tokens=B * N, q_stride=q.stride(1), k_stride=k.stride(1), scale=hd**-0.5,
+                T=tiles, **others)
+    if kernel is _dkv_kernel:
+        args |= _plan_on(q.device, "keys", spans, B, N, M, tiles.n)
+        programs, walked, step = len(args["Plan"]), ("Q", "dOut"), tiles.m
+    else:
+        args |= _plan_on(q.device, "queries", spans, B, N, M, tiles.m)
+        programs, walked, step = len(args["Plan"]) * tiles.group, ("K", "V"), tiles.n
+    for name in walked:
+        matrix = args[name].flatten(2).flatten(0, 1)                         # tokens x (heads hd)
+        args[f"{name}_tma"] = TensorDescriptor.from_tensor(matrix, [step, hd]) if tiles.tma else None
+    launch(kernel, (programs, Hkv), tiles, **args)
+
+
+class _Attention(torch.autograd.Function):
+    """The kernels of sections 5 and 6 as one differentiable step, which writes its result to `out`."""
+
+    @staticmethod
+    def forward(ctx, q, k, v, out, spans, tiles_of):
+        lse = q.new_empty(q.shape[2], *q.shape[:2], dtype=torch.float32)
+        _launch_attention(_forward_kernel, q, k, v, spans, tiles_of("forward"), Out=out, Lse=lse,
+                          out_stride=out.stride(1))
+        ctx.save_for_backward(q, k, v, out, lse)
+        ctx.spans, ctx.tiles_of = spans, tiles_of
+        ctx.mark_dirty(out)
+        ctx.mark_non_differentiable(lse)
+        return out, lse
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, dout, _):
+        q, k, v, out, lse = ctx.saved_tensors
+        dq, dk, dv, delta = (torch.empty_like(u) for u in (q, k, v, lse))
+        inputs, rows = (q, k, v, ctx.spans), dict(dOut=_dense(dout), Lse=lse, Delta=delta)
+        _launch_attention(_dq_kernel, *inputs, ctx.tiles_of("dq"), Out=out, dQ=dq, **rows)
+        _launch_attention(_dkv_kernel, *inputs, ctx.tiles_of("dkv"), dK=dk, dV=dv, **rows)
+        return dq, dk, dv, None, None, None
+
+
+@torch.compiler.disable
+def flash_attention(q: Tensor, k: Tensor, v: Tensor, spans: Tensor, out: Tensor | None = None,
+                    tiles: Callable[..., Tiles] | None = None) -> tuple[Tensor, Tensor]:
+    """Block-causal attention (see magi.block_attention) and the log of each row's sum of e^score.
+
+    q (B, N, Hq, hd), k and v (B, M, Hkv, hd), in float32, bfloat16 or float16; spans (1 or B, n, 2) on the
+    CPU; out: where to write, any view (B, N, Hq, hd); tiles: a function to take in place of `tiles_for`.
+    Returns (B, N, Hq, hd) and float32 (Hq, B, N); gradients flow to q, k and v. Raises ValueError for a span
+    that is empty or goes beyond the keys, for tensors that do not fit together, for another type or head
+    width, and for a device that cannot.
+    """
+    require(q.ndim == k.ndim == 4,
+            f"queries {tuple(q.shape)} and keys {tuple(k.shape)} must be (batch, tokens, heads, width)")
+    (B, N, Hq, hd), Hkv = q.shape, k.shape[2]
+    require(q.dtype in (torch.float32, torch.bfloat16, torch.float16),
+            f"attention in {q.dtype}: use float32, bfloat16 or float16")
+    _require_head_width(hd)
+    require(_kind(k) == _kind(v), f"keys {_kind(k)} and values {_kind(v)} must be alike")
+    require(k.shape[::3] == (B, hd) and Hkv > 0 and Hq % Hkv == 0 and k.dtype == q.dtype
+            and k.device == q.device, f"keys and values {_kind(k)} do not go with queries {_kind(q)}")
+    if out is not None:
+        require(_kind(out) == _kind(q), f"out {_kind(out)} must be as queries {_kind(q)}")
+    if q.numel() == 0:
+        return magi.block_attention(q, k, v, spans, out), q.new_empty(Hq, B, N, dtype=torch.float32)
+    rows = tuple(tuple(map(tuple, row)) for row in spans.tolist())
+    arch = arch_of(q.device)
+    tiles_of = lambda kernel: (tiles or tiles_for)(kernel, arch, hd, q.dtype)
+    q, k, v = map(_dense, (q, k, v))
+    # The kernel writes where a token's heads are neighbours and all tokens are equally far apart. Elsewhere,
+    # and where autograd must learn what was written into `out`, the result is copied.
+    direct = (out is not None and out.stride()[2:] == (hd, 1) and out.stride(1) >= Hq * hd
+              and (B == 1 or out.stride(0) == N * out.stride(1))
+              and not (torch.is_grad_enabled() and any(u.requires_grad for u in (q, k, v, out))))
+    result, lse = _Attention.apply(q, k, v, out if direct else torch.empty_like(q), rows, tiles_of)
+    return (result if out is None or direct else out.copy_(result)), lse
+
+
+def block_attention(q: Tensor, k: Tensor, v: Tensor, spans: Tensor, out: Tensor | None = None,
+                    tiles: Callable[..., Tiles] | None = None) -> Tensor:
+    """magi.block_attention: chunk i of the queries reads the keys [start_i, end_i). See flash_attention."""
+    return flash_attention(q, k, v, spans, out, tiles)[0]
+
+
+def attention(q: Tensor, k: Tensor, v: Tensor, tiles: Callable[..., Tiles] | None = None) -> Tensor:
+    """magi.attention: one chunk that reads all keys."""
+    return flash_attention(q, k, v, torch.tensor([[[0, k.shape[1]]]]), tiles=tiles)[0]
 
 
 TRITON_OPS = magi.Ops(name="triton", attention=attention, block_attention=block_attention,
@@ -833,12 +786,12 @@ TRITON_OPS = magi.Ops(name="triton", attention=attention, block_attention=block_
 #   rest     half a tile in the forward and dq, or what a chunk of 12,150 leaves, 118 keys, takes 8 steps.
 #            Loads at an edge go through registers: in dkv, and with full tiles, they are what spills.
 #   float32  is split into bf16 parts, which doubles every operand: small squares.
-#   fp8      every 128 terms a partial sum moves on sm_90 (section 5), which takes a second set of
+#   fp8      every 128 terms a partial sum moves on sm_90 (section 3), which takes a second set of
 #            accumulators: 128 x 256 spills, 128 x 128 does not. sm_100 has memory of its own for sums, so 256
 #            columns fit. 99 KiB: inner steps of 64.
 #
-# What streams past once (section 6, quantising) needs only enough bytes in flight: its tiles stand where it
-# is launched.
+# What streams past once (section 2, and quantising) needs only enough bytes in flight: its tiles stand where
+# it is launched.
 
 # fmt: off
 ATTENTION_TILES = {    # kernel and head width at most: m, n, warps, stages
@@ -865,22 +818,10 @@ def tiles_for(kernel: str, arch: int, hd: int = 0, dtype: torch.dtype = torch.bf
     width, tma = max(64, hd), arch in (90, 100, 120)
     if dtype == torch.float32:
         side = 2048 // width
-        more = arch < 900 and (kernel == "dkv" or kernel == "dq" and width == 64)
-        return Tiles(side, side, warps=8 if more else 4, stages=1, tma=tma)
+        warps = 8 if kernel == "dkv" and arch < 900 else 4       # with 4 it spills there, with 8 on gfx942
+        return Tiles(side, side, warps=warps, stages=1, tma=tma)
     m, n, warps, stages = ATTENTION_TILES[f"{kernel} {width}"][COLUMN[arch]]
     return Tiles(m, n, 0, warps, stages, tma, rest=16 if kernel == "dkv" else max(16, n // 2))
-
-
-def _forward_only(change: Callable[[Tiles], Tiles]) -> Callable[[str, Tiles], Tiles]:
-    return lambda kernel, tiles: change(tiles) if kernel == "forward" and tiles.stages > 1 else tiles
-
-
-# Other tiles of the forward for the user's card to choose from (kernel_choice.py). Narrow: for few keys, as
-# of a caption, where a span is a tile or two.
-VARIANTS = {
-    "other stages": _forward_only(lambda tiles: tiles._replace(stages=tiles.stages - 1)),
-    "narrow": _forward_only(lambda tiles: tiles._replace(n=tiles.n // 2, rest=max(16, tiles.n // 4))),
-}
 
 
 def get_ops(backend: str, device: torch.device | str) -> magi.Ops:

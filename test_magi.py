@@ -1168,7 +1168,7 @@ def test_a_whole_dit_and_a_run_through_the_kernels_equal_the_torch_path(kernels)
 def test_attention_reads_nothing_outside_a_span(kernels, tma):
     torch.manual_seed(3)
     q, k, v = torch.randn(3, 1, 40, 1, 16)
-    spans, tiles = torch.tensor([[[3, 24], [3, 24]]]), lambda kernel, _: kernels.Tiles(32, 16, tma=tma)
+    spans, tiles = torch.tensor([[[3, 24], [3, 24]]]), lambda *_: kernels.Tiles(32, 16, tma=tma)
     clean, _ = kernels.flash_attention(q, k, v, spans, tiles=tiles)
     torch.testing.assert_close(clean, magi.block_attention(q, k, v, spans))
     k, v = k.clone(), v.clone()
@@ -1199,7 +1199,7 @@ def test_attention_bears_tiny_and_huge_numbers(kernels, size):
 def test_attention_is_right_with_any_tiles(kernels, problem, m, n, tma):
     *tensors, spans = problem
     q, k, v = tensors
-    tiles = lambda kernel, _: kernels.Tiles(m, n, tma=tma)
+    tiles = lambda *_: kernels.Tiles(m, n, tma=tma)
     results = []
     for dtype, attend in (
         (q.dtype, lambda *a: kernels.flash_attention(*a, tiles=tiles)[0]),
@@ -1268,16 +1268,16 @@ def test_batches_not_whole_tokens_apart_are_copied(kernels):
 
 def test_plans_cover_every_query_and_key_once_longest_first(kernels):
     spans = (((0, 50), (17, 30), (30, 90)), ((5, 6), (0, 90), (40, 41)))
-    tiles, runs = kernels.plan(spans, 2, 99, 90, 16, "queries")
+    tiles = kernels.plan_queries(spans, 2, 99, 90, 16)
     assert sorted(row + i for row, count, *_ in tiles for i in range(count)) == list(range(198))
-    for row, count, first, number in tiles:
+    for row, count, key, keys in tiles:
         b, query = divmod(row, 99)
         start, end = spans[b][query // 33]
-        assert (query + count - 1) // 33 == query // 33 and number == 1
-        assert runs[first] == (b * 90 + start, end - start)
-    lengths = [runs[first][1] for _, _, first, _ in tiles]
+        assert (query + count - 1) // 33 == query // 33
+        assert (key, keys) == (b * 90 + start, end - start)
+    lengths = [keys for *_, keys in tiles]
     assert lengths == sorted(lengths, reverse=True) and min(lengths) >= 1
-    tiles, runs = kernels.plan(spans, 2, 99, 90, 16, "keys")
+    tiles, runs = kernels.plan_keys(spans, 2, 99, 90, 16)
     assert sorted(row + i for row, count, *_ in tiles for i in range(count)) == list(range(180))
     for row, count, first, number in tiles:
         b, key = divmod(row, 90)
@@ -1288,32 +1288,30 @@ def test_plans_cover_every_query_and_key_once_longest_first(kernels):
     work = [sum(rows for _, rows in runs[first : first + number]) for _, _, first, number in tiles]
     assert work == sorted(work, reverse=True)
     with bad("100 queries: one per chunk, all of a size"):
-        kernels.plan(spans, 2, 100, 90, 16, "queries")
+        kernels.plan_queries(spans, 2, 100, 90, 16)
 
 
 def test_every_e4m3_rounding_is_the_references(kernels):
     # all bf16 numbers: ties, those below the smallest e4m3, those beyond the largest
     x = torch.arange(2**16, dtype=torch.int32).to(torch.uint16).view(torch.bfloat16)
     x = x[x.isfinite()].reshape(-1, 64)
-    x8 = torch.empty(x.shape, dtype=torch.float8_e4m3fn)
-    kernels.quantise_launch(x, torch.ones(64), x8, kernels.Tiles(256, 64)).run()
+    x8 = kernels.quantise(x, torch.ones(64), kernels.Tiles(256, 64))
     assert torch.equal(x8.float(), x.float().clamp(-448, 448).to(torch.float8_e4m3fn).float())
 
 
 def test_fp8_matmul_by_descriptor_equals_by_pointer(kernels):
     torch.manual_seed(6)
     x8, weight = torch.randn(37, 48).to(torch.float8_e4m3fn), torch.randn(19, 48).to(torch.float8_e4m3fn)
-    outs = torch.zeros(2, 37, 19, dtype=torch.bfloat16)
-    for out, tma in zip(outs, (False, True), strict=True):
-        kernels.fp8_launch(x8, weight, torch.tensor([0.5]), out, kernels.Tiles(16, 16, 32, tma=tma)).run()
+    tiles = [lambda *_, tma=tma: kernels.Tiles(16, 16, 32, tma=tma) for tma in (False, True)]
+    outs = [kernels.product(x8, weight, torch.tensor([0.5]), found) for found in tiles]
     assert torch.equal(*outs) and relative(outs[0], x8.double() @ weight.double().T / 2) < 3e-3
 
 
 def test_fp8_matmul_of_many_tiles(kernels):
     torch.manual_seed(6)
     x8, weight = (torch.randn(n, 32).to(torch.float8_e4m3fn) for n in (8 * 16 + 40, 40))
-    out = torch.zeros(len(x8), 40, dtype=torch.bfloat16)  # 11 tiles down: more than a band
-    kernels.fp8_launch(x8, weight, torch.tensor([1.0]), out, kernels.Tiles(16, 16, 32)).run()
+    tiles = lambda *_: kernels.Tiles(16, 16, 32)  # 11 tiles down: more than a band
+    out = kernels.product(x8, weight, torch.tensor([1.0]), tiles)
     assert relative(out, x8.double() @ weight.double().T) < 3e-3
 
 

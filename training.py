@@ -65,6 +65,12 @@ from magi import (
     timestep_grid,
 )
 
+__all__ = ["AdamW", "EXPORT_NAMES", "LoRA", "TrainingConfig", "add_lora", "check_lora", "distilled",
+           "draw_times", "export_lora", "finish_gradients", "fit", "flow_matching_loss", "gathered",
+           "guided_velocity", "load_lora", "lora_metadata", "lora_off", "lora_sampler", "lora_targets",
+           "loras", "merge_lora", "plot_loss", "read_log", "save_lora", "scale_lora", "shortcut_loss",
+           "shortcut_steps", "timestep_law", "two_half_steps", "vae_loss"]
+
 # ----------------------------------------------------------------------------------------------------------
 # 1  Clips under noise
 # ----------------------------------------------------------------------------------------------------------

@@ -88,14 +88,14 @@ ATTENTION = dict(q=(1, 4, 4, 16), k=(1, 6, 2, 16), v=(1, 6, 2, 16), spans=[[[0, 
     ],
 )
 def test_attention_refuses_shapes_by_name_before_a_launch(monkeypatch, change, named):
-    monkeypatch.setattr(kernels.Launch, "run", lambda _: pytest.fail("launched"))
+    monkeypatch.setattr(kernels, "launch", lambda *_, **__: pytest.fail("launched"))
     made = {name: u if name == "spans" else torch.zeros(u) for name, u in (ATTENTION | change).items()}
     with pytest.raises(ValueError, match=named):
         kernels.block_attention(**made | dict(spans=torch.tensor(made["spans"])))
 
 
 def test_attention_refuses_types(monkeypatch):
-    monkeypatch.setattr(kernels.Launch, "run", lambda _: pytest.fail("launched"))
+    monkeypatch.setattr(kernels, "launch", lambda *_, **__: pytest.fail("launched"))
     q, k = tensors((1, 4, 1, 16), (1, 4, 1, 16))
     with pytest.raises(ValueError, match="float64: use float32"):
         kernels.attention(q.double(), k.double(), k.double())
@@ -117,13 +117,13 @@ def test_attention_refuses_types(monkeypatch):
     ],
 )
 def test_fp8_matmul_refuses_shapes_by_name_before_a_launch(monkeypatch, change, named):
-    monkeypatch.setattr(kernels.Launch, "run", lambda _: pytest.fail("launched"))
+    monkeypatch.setattr(kernels, "launch", lambda *_, **__: pytest.fail("launched"))
     with pytest.raises(ValueError, match=named):
         kernels.fp8_matmul(**fp8_arguments() | change)
 
 
 def test_fused_steps_refuse_shapes_by_name_before_a_launch(monkeypatch):
-    monkeypatch.setattr(kernels.Launch, "run", lambda _: pytest.fail("launched"))
+    monkeypatch.setattr(kernels, "launch", lambda *_, **__: pytest.fail("launched"))
     x, heads, norm = torch.zeros(1, 6, 32), torch.zeros(1, 5, 2, 16), magi.LayerNorm1p
     for call, named in (
         (
@@ -187,7 +187,7 @@ def test_fp8_weights_and_inputs_at_odd_addresses(monkeypatch):
 
 @pytest.mark.parametrize("q, k", [((1, 0, 2, 16), (1, 6, 1, 16)), ((0, 4, 2, 16), (0, 6, 1, 16))])
 def test_attention_of_nothing_is_the_references(monkeypatch, q, k):
-    monkeypatch.setattr(kernels.Launch, "run", lambda _: pytest.fail("launched"))
+    monkeypatch.setattr(kernels, "launch", lambda *_, **__: pytest.fail("launched"))
     q, k, spans = torch.zeros(q, requires_grad=True), torch.zeros(k), torch.tensor([[[0, 6]]])
     ours, expected = (op(q, k, k, spans) for op in (kernels.block_attention, magi.block_attention))
     assert ours.shape == expected.shape == q.shape and ours.requires_grad == expected.requires_grad
@@ -198,7 +198,7 @@ def test_attention_of_nothing_is_the_references(monkeypatch, q, k):
 
 
 def test_other_steps_of_nothing_are_the_references(monkeypatch):
-    monkeypatch.setattr(kernels.Launch, "run", lambda _: pytest.fail("launched"))
+    monkeypatch.setattr(torch.cuda, "device_of", lambda _: pytest.fail("started a kernel"))
     args, norm, small = fp8_arguments(), magi.LayerNorm1p(32), magi.LayerNorm1p(16)
     for operation, inputs in (
         ("fp8_matmul", list((args | dict(x=torch.zeros(0, 32).bfloat16())).values())),
@@ -265,6 +265,21 @@ def test_gradients_pass_through_a_shared_buffer():
         op(q * 2, k, k, spans, out=both[:, :, 1])
         grads.append(torch.autograd.grad(both.pow(2).sum(), (q, k)))
     for ours, expected in zip(*grads, strict=True):
+        torch.testing.assert_close(ours, expected, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("first, second", [(True, False), (False, True)])
+def test_gradients_of_one_of_two_that_share_a_buffer(first, second):
+    """As where a LoRA is on one of a layer's attentions, and nothing before it is trained."""
+    q, k = tensors((1, 6, 2, 16), (1, 7, 1, 16))
+    spans, results = torch.tensor([[[0, 7], [3, 5]]]), []
+    for op in (kernels.block_attention, magi.block_attention):
+        both, trained = torch.zeros(1, 6, 2, 2, 16), q.clone().requires_grad_()
+        op(trained if first else q, k, k, spans, out=both[:, :, 0])
+        op(trained if second else q, k, k, spans, out=both[:, :, 1])
+        (grad,) = torch.autograd.grad(both.pow(2).sum(), trained)
+        results.append((both.detach(), grad))
+    for ours, expected in zip(*results, strict=True):
         torch.testing.assert_close(ours, expected, rtol=1e-4, atol=1e-5)
 
 
@@ -916,6 +931,26 @@ def test_every_operations_small_input_and_candidates(monkeypatch, tmp_path):
                 kernel_choice.require_equal(kernel_choice.outcome(functions[name], given, backward), expected)
 
 
+def test_every_candidate_of_block_attention_writes_where_it_is_told(monkeypatch):
+    """As both attentions of a layer ask for; cuDNN's refused `out`, and so was never used in a run."""
+    from torch.nn.attention import SDPBackend, _cur_sdpa_kernel_backends
+    from torch.nn.attention.flex_attention import flex_attention
+
+    monkeypatch.setattr(kernel_choice, "_flex", lambda: flex_attention)
+    q, k = tensors((1, 12, 2, 16), (1, 14, 1, 16))
+    spans = torch.tensor([[[0, 14], [3, 5]]])
+    expected = magi.block_attention(q, k, k, spans)
+    for name, function in kernel_choice.candidates("block_attention").items():
+        both = torch.zeros(1, 12, 2, 2, 16)
+        with torch.no_grad():
+            out = function(q, k, k, spans, out=both[:, :, 1])
+        assert out.data_ptr() == both[:, :, 1].data_ptr() and not both[:, :, 0].any(), name
+        torch.testing.assert_close(both[:, :, 1], expected, rtol=1e-5, atol=1e-6)
+    first = kernel_choice.cudnn_first(lambda: _cur_sdpa_kernel_backends(with_priority=True)[0])
+    assert [first(), first()] == [SDPBackend.CUDNN_ATTENTION] * 2
+    assert _cur_sdpa_kernel_backends(with_priority=True)[0] != SDPBackend.CUDNN_ATTENTION
+
+
 def test_a_whole_dit_chooses_and_the_next_one_knows(monkeypatch, tmp_path):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     cfg = dataclasses.replace(
@@ -1025,7 +1060,7 @@ def test_python_in_our_folder_finds_both(namesake):
 @pytest.fixture
 def bench(monkeypatch):
     monkeypatch.setattr(bench_kernels, "MODELS", {"tiny": (32, 8, 32, 48, 64)})
-    monkeypatch.setattr(kernels.Launch, "run", lambda launch: None)
+    monkeypatch.setattr(kernels, "launch", lambda *_, **__: None)
     monkeypatch.setattr(kernel_choice, "flex_attention", lambda *_: torch.zeros(1) @ torch.zeros(2))
     right = [torch.ones(2)], [torch.ones(2)]
     monkeypatch.setattr(bench_kernels, "comparisons", lambda _: [("sum", lambda: right, 0.1)])
@@ -1150,7 +1185,7 @@ class Meter(TorchDispatchMode):
 @torch.no_grad()
 def test_every_row_of_our_own_fits_a_card_of_24_gb(monkeypatch):
     """Those of the 24B were too large for a 4090, whose table then had no end."""
-    monkeypatch.setattr(kernels.Launch, "run", lambda launch: None)
+    monkeypatch.setattr(kernels, "launch", lambda *_, **__: None)
     monkeypatch.setattr(kernels, "arch_of", lambda _: 89)
     # on this device PyTorch would take the one that holds all scores
     sdpa = lambda q, k, v, **_: q + (k.mean() + v.mean())

@@ -22,6 +22,7 @@ from contextlib import redirect_stdout
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
+from unittest.mock import patch
 
 import torch
 import torch.nn.functional as F
@@ -33,7 +34,6 @@ import kernel_choice  # noqa: E402
 import magi  # noqa: E402
 
 kernels = magi.load_kernels()
-tiles_for = kernels.tiles_for
 
 # ----------------------------------------------------------------------------------------------------------
 # 1  Compiling ahead
@@ -50,7 +50,24 @@ TENSOR_CORE = {89: ("HMMA", "QMMA"), 90: ("HGMMA", "QGMMA"), 100: ("UTCHMMA", "U
                120: ("HMMA", "QMMA"), 942: ("MFMA", "MFMA"), 950: ("MFMA", "MFMA")}
 
 
-def machine_code(launch: Any, arch: int) -> tuple[int, int, int, set[str]]:
+class Launch(NamedTuple):
+    """What a kernel is called with."""
+
+    kernel: Any
+    tiles: Any
+    args: dict[str, Any]
+
+
+def launches(arch: int, call: Callable[[], object]) -> list[Launch]:
+    """The kernels that a call would start on a card of this architecture. None is."""
+    found: list[Launch] = []
+    note = lambda kernel, grid, tiles, **args: found.append(Launch(kernel, tiles, args))
+    with patch.object(kernels, "launch", note), patch.object(kernels, "arch_of", lambda _: arch):
+        call()
+    return found
+
+
+def machine_code(launch: Launch, arch: int) -> tuple[int, int, int, set[str]]:
     """Compile a launch for an architecture, without a GPU: registers of a thread, bytes that spill, bytes of
     shared memory, instructions of the tensor core. Its tensors are best on the meta device."""
     from triton.backends.compiler import GPUTarget
@@ -61,8 +78,9 @@ def machine_code(launch: Any, arch: int) -> tuple[int, int, int, set[str]]:
     signature, constants, attributes = {}, {}, {}
     for i, parameter in enumerate(launch.kernel.params):
         value = launch.args[parameter.name]
-        signature[parameter.name] = "constexpr" if parameter.is_constexpr else mangle_type(value)
-        if parameter.is_constexpr:
+        constant = parameter.is_constexpr or value is None
+        signature[parameter.name] = "constexpr" if constant else mangle_type(value)
+        if constant:
             constants[parameter.name] = value
         elif isinstance(value, Tensor) or isinstance(value, int) and value % 16 == 0:
             attributes[i,] = [["tt.divisibility", 16]]                       # as the launcher would find out
@@ -86,42 +104,47 @@ def machine_code(launch: Any, arch: int) -> tuple[int, int, int, set[str]]:
     return registers, spills, shared, set(re.findall(r"\b[A-Z]+MMA\b", code))
 
 
-def shipped(arch: int) -> dict[str, Any]:
+@torch.no_grad()
+def shipped(arch: int) -> dict[str, Launch]:
     """Every kernel x type x head width with its shipped tiles, at the sizes of the 4.5B."""
     tokens, keys, Hq, Hkv, D, ffn = 2 * 12150, 3 * 12150, 24, 8, 3072, 12288
-    spans = (((0, keys - tokens // 2), (0, keys)),)
-    make = lambda *shape, dtype=torch.float32: torch.empty(*shape, dtype=dtype, device="meta")
+    spans = torch.tensor([[[0, keys - tokens // 2], [0, keys]]])
+    make = partial(torch.empty, device="meta")
+    norm = partial(magi.LayerNorm1p, device="meta")
     out = {}
+
+    def ours(operation: str) -> dict[str, Callable]:
+        found = kernel_choice.candidates(operation)
+        return {name.removeprefix("triton"): found[name] for name in found if name.startswith("triton")}
+
+    def backward() -> None:
+        inputs = [u.detach().requires_grad_() for u in (q, k, k)]
+        with torch.enable_grad():
+            kernels.block_attention(*inputs, spans).sum().backward()
+
     for dtype in (torch.bfloat16, torch.float16, torch.float32):
         name = str(dtype).removeprefix("torch.")
         for hd in (64, 128):
             q, k = make(1, tokens, Hq, hd, dtype=dtype), make(1, keys, Hkv, hd, dtype=dtype)
-            lse = make(Hq, 1, tokens)
-            forward, dq, dkv = (tiles_for(kernel, arch, hd, dtype) for kernel in ("forward", "dq", "dkv"))
-            rows = dict(dOut=q, Lse=lse, Delta=lse)
-            query = partial(kernels.attention_launch, q=q, k=k, v=k, spans=spans, Out=q)
-            others = {f", {change}": make("forward", forward) for change, make in kernels.VARIANTS.items()}
-            for label, tiles in ({"": forward} | others).items():
-                if not label or tiles != forward:
-                    out[f"forward {name} {hd}{label}"] = query(
-                        kernels._forward_kernel, tiles=tiles, Lse=lse, out_stride=2 * Hq * hd)
-            out[f"dq {name} {hd}"] = query(kernels._dq_kernel, tiles=dq, dQ=q, **rows)
-            out[f"dkv {name} {hd}"] = kernels.attention_launch(
-                kernels._dkv_kernel, q, k, k, spans, dkv, dK=k, dV=k, **rows)
-        x, gate, d, h = make(1, tokens, D, dtype=dtype), make(1, 2, D, dtype=dtype), make(D), make(128)
-        x8, h16 = make(tokens, D, dtype=torch.float8_e4m3fn), h.to(dtype)
-        u = make(tokens, 2 * ffn, dtype=dtype)
-        out |= {
-            f"gated_residual {name}": kernels.gated_residual_launch(x, d, d, gate, make(1, tokens, D), 1e-6),
-            f"norm_rotary {name}": kernels.norm_rotary_launch(q, h, h, make(tokens, 48), 1e-6),
-            f"norm {name}": kernels.norm_rotary_launch(q, h16, h16, None, 1e-6),
-            f"swiglu {name}": kernels.swiglu_launch(u),
-            f"quantise {name}": kernels.quantise_launch(x[0], d, x8),
+            half = make(1, tokens, 2, Hq, hd, dtype=dtype)[:, :, 0]          # the other is cross-attention's
+            for label, attention in ours("block_attention").items():
+                (forward,) = launches(arch, partial(attention, q, k, k, spans, half))
+                if not label or forward.tiles != out[f"forward {name} {hd}"].tiles:
+                    out[f"forward {name} {hd}{label}"] = forward
+            _, out[f"dq {name} {hd}"], out[f"dkv {name} {hd}"] = launches(arch, backward)
+        x, gate = make(1, tokens, D, dtype=dtype), make(1, 2, D, dtype=dtype)
+        calls = {
+            "gated_residual": partial(kernels.gated_residual, x, gate, make(1, tokens, D), norm(D)),
+            "norm_rotary": partial(kernels.norm_rotary, q, norm(128), make(tokens, 48)),
+            "norm": partial(kernels.norm_rotary, q, norm(128, dtype=dtype), None),
+            "swiglu": partial(kernels.swiglu, make(tokens, 2 * ffn, dtype=dtype)),
+            "quantise": partial(kernels.quantise, x[0], make(D)),
         }
-    w8, y = make(ffn, D, dtype=torch.float8_e4m3fn), make(tokens, ffn, dtype=torch.bfloat16)
-    tiles = tiles_for("fp8", arch)
-    for label, stages in (("", tiles.stages), (", 3 stages", 3)):
-        out[f"fp8 matmul{label}"] = kernels.fp8_launch(x8, w8, make(1), y, tiles._replace(stages=stages))
+        for what, call in calls.items():
+            (out[f"{what} {name}"],) = launches(arch, call)
+    w8 = make(ffn, D, dtype=torch.float8_e4m3fn)
+    for label, matmul in ours("fp8_matmul").items():
+        _, out[f"fp8 matmul{label}"] = launches(arch, partial(matmul, x, w8, make(D), make(1)))
     return out
 
 
@@ -286,9 +309,7 @@ def cases(device: str) -> Iterator[Case]:
         x8 = make(rows, width, dtype=torch.float8_e4m3fn)
         if how == "torch._scaled_mm alone":
             return partial(torch._scaled_mm, x8, w8.t(), one, one, out_dtype=torch.bfloat16)
-        out = torch.empty(rows, cols, device=device, dtype=torch.bfloat16)
-        tiles = tiles_for("fp8", kernels.arch_of(torch.device(device)))
-        return kernels.fp8_launch(x8, w8, one, out, tiles).run
+        return partial(kernels.product, x8, w8, one)
 
     def elementwise(ops: magi.Ops, name: str, c: int, Hq: int, D: int, ffn: int) -> Callable:
         norm = lambda width, **kind: magi.LayerNorm1p(width, **kind).to(device)
