@@ -748,7 +748,8 @@ def train_lora(args) -> None:
              "sample-every": 0}  # fmt: skip
     words = [word for name, value in flags.items() for word in (f"--{name}", str(value))]
     finetune.run(finetune.parser().parse_args(["lora", "--keep-activations", *words]))
-    judge_lora(args, file)
+    if parallel.rank() == 0:
+        judge_lora(args, file)
 
 
 def judge_lora(args, file: Path) -> None:
