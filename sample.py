@@ -136,8 +136,7 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
 
     flag = parser.add_argument_group("the model").add_argument
     flag("--model", type=model_folder, default=SHIPPED[DEFAULT_MODEL], metavar="FOLDER",
-         help=f"or one that is bundled: {', '.join(SHIPPED)}; default: {DEFAULT_MODEL}, which is "
-              f"tiny/{SHIPPED[DEFAULT_MODEL].name}")
+         help=f"or one that is bundled: {', '.join(SHIPPED)}; default: {DEFAULT_MODEL} (tiny-distill)")
     flag("--lora", action="append", type=Path, metavar="FILE", default=[],
          help="low-rank weights added to it, as training.py lora makes; again for more, which add up")
     flag("--lora_scale", action="append", type=float, metavar="X", default=[],
@@ -154,7 +153,7 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
          help="print how much memory this run needs, and make no video; CARD: 48 for a GPU of 48 GB, 4x48 "
               "for four; --model may be one that is not here yet, like 24B-base")
     flag("--backend", choices=["auto", "torch", "triton"], default="auto",
-         help="who computes; default: auto, on a GPU the fastest for each operation that is right")
+         help="which kernels; default: auto, on a GPU the fastest correct one for each operation")
     # fmt: on
 
     args = parser.parse_args(argv)
@@ -190,7 +189,7 @@ terminal.imported()
 
 
 def check_flags(args: argparse.Namespace) -> None:
-    """Check what needs no file but the prompts', and fill in the flags that follow from others."""
+    """Check the flags alone, reading no file but --prompt_file, and fill in those that follow from others."""
     args.mode = args.mode or ("i2v" if args.image else "v2v" if args.video else "t2v")
     for mode, name in (("i2v", "image"), ("v2v", "video")):
         file = getattr(args, name)
