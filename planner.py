@@ -177,8 +177,8 @@ def memory_table(dit: magi.DiTConfig, run: magi.SamplerConfig, vae: Path, t5: Pa
         columns = " ".join(f"{getattr(memory, part) / GIB:11.2f}" for part in parts)
         lines.append(f"{R:9}  {'cpu' if stream else '-':>6} {columns}")
     lines.append(f"--stream cpu keeps {pinned(dit) / GIB:.2f} GiB of layers in host memory, disk keeps none")
-    names = {R: f"{R} cards (torchrun --nproc_per_node {R} sample.py ...)" for R in numbers} | {1: "one card"}
-    lines.append("\nCards of     " + "".join(f"{names[R]:63}" for R in numbers).rstrip())
+    names = {R: f"{R} (torchrun --nproc_per_node {R} sample.py ...)" for R in numbers} | {1: "one"}
+    lines.append("\nA card of    " + "".join(f"{names[R]:63}" for R in numbers).rstrip())
     for card in cards:
         changes = [smallest_change(dit, run, card, R, **more) for R in numbers]
         lines.append(f"{card:6g} GB    " + "".join(f"{change:63}" for change in changes).rstrip())
