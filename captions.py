@@ -35,7 +35,7 @@ MAX_TOLD = 2_000                         # characters of a prompt that is told w
 
 
 class Prompt(NamedTuple):
-    """What may stand in place of a plain caption; settings are those of this chunk and all later ones."""
+    """What may stand in place of a plain caption. The settings hold for this chunk and all later ones."""
 
     text: str
     transition: str | None = None        # "cut" or "restyle", at this chunk
@@ -107,18 +107,19 @@ def endless(items: Iterable[tuple | None]) -> Iterator[tuple | None]:
 
 
 def check_text(text: Any, most: float = math.inf) -> str:
-    """A caption without white space around it; ValueError for what is none."""
+    """The caption without white space around it; ValueError for what is no caption."""
     require(isinstance(text, str), f"a prompt is text, not of type {type(text).__name__}")
     require(len(text) <= most, f"a prompt is text of at most {most:,} characters")
-    require(text.encode(errors="ignore").decode() == text, f"the prompt {ascii(text)} is not UTF-8")
+    require(text.encode(errors="ignore").decode() == text, f"the prompt {ascii(text)} is not UTF-8: check "
+            f"the encoding where it comes from")
     return text.strip()
 
 
-def told_by(stream: BinaryIO, endless: bool, say: Callable[[str], None]) -> Iterator[str | None]:
-    """A prompt a line, read by a thread of its own: each goes to the next chunk that asks, then the last one
-    goes on. Their end ends an endless video, too.
+def told_by(stream: BinaryIO, is_endless: bool, say: Callable[[str], None]) -> Iterator[str | None]:
+    """The prompt of each chunk, from a stream with a prompt a line, which a thread of its own reads: the next
+    line if it has come, else the prompt before again. The end of the stream ends an endless video, too.
 
-    Reading begins when the first chunk asks. `say` warns of lines that are no prompts, empty ones are passed
+    Reading begins when the first chunk asks. `say` warns of lines that are no prompts; empty ones are passed
     over. The stream should be unbuffered: Python cannot end while a thread waits inside a buffered one.
     """
     lines: queue.Queue[str | None] = queue.Queue(8)                          # a faster writer waits
@@ -145,7 +146,7 @@ def told_by(stream: BinaryIO, endless: bool, say: Callable[[str], None]) -> Iter
         yield prompt
         with contextlib.suppress(queue.Empty):
             prompt = lines.get_nowait()
-    if endless:
+    if is_endless:
         yield None
 
 

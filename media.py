@@ -17,6 +17,7 @@ from __future__ import annotations
 import contextlib
 import io
 import math
+import mimetypes
 import os
 import warnings
 from bisect import bisect_right
@@ -249,6 +250,8 @@ def open_image(path: str | os.PathLike) -> Image.Image:
         with open(path, "rb") as file:
             head = file.read(12)
         if head[4:8] != b"ftyp" or head[8:] not in HEIC:
+            kind = mimetypes.guess_type(str(path))[0] or "of no known kind"
+            require(not kind.startswith("video/"), f"it is a video: use --mode v2v --video {str(path)!r}")
             raise
         try:
             from pillow_heif import register_heif_opener

@@ -8,8 +8,8 @@
         ...                                              # write the files
     # Here OUT is complete. After an error or Ctrl-C, OUT.partial is gone, and OUT is as it was before.
 
-ValueError for a place where nothing can or should be written, before anything is; only the folders above a
-new one are made first.
+A place where nothing can or should be written is a ValueError before anything is written there; only the
+folders above a new folder are made first.
 """
 
 from __future__ import annotations
@@ -34,8 +34,8 @@ OUR_FILES = ("config.json", "spiece.model", "model.safetensors.index.json", "pre
 
 @contextmanager
 def locked(path: Path, wait: bool = False) -> Iterator[None]:
-    """Nobody else may write this file or folder for so long: ValueError if another run does, or `wait` for
-    its end. The lock is a file beside it, which the system frees even after kill -9."""
+    """Within this block nobody else writes this file or folder. If another run writes it now, ValueError, or
+    with `wait` this run waits. The lock is a file beside it, which the system frees even after kill -9."""
     try:
         import fcntl
     except ImportError:                                  # Windows
@@ -101,7 +101,7 @@ def standard_output() -> Iterator[BinaryIO]:
 
 
 def check_output(path: Path, inputs: Iterable[str | Path] = ()) -> Path:
-    """Where to write, a link resolved. ValueError if nothing can be written there, or it is an input."""
+    """Where to write, links resolved. ValueError if nothing can be written there, or if it is an input."""
     require(not path.exists() or not any(os.path.exists(file) and path.samefile(file) for file in inputs),
             f"{str(path)!r} is an input: give the output another name")
     name, folder, path = str(path), path.parent, resolved(path)
@@ -134,7 +134,7 @@ def save(tensors: dict[str, Tensor], file: str | Path, metadata: dict[str, str] 
     tensors = {name: tensor.contiguous() for name, tensor in tensors.items()}
     try:
         replace(Path(file), lambda new: save_file(tensors, new, metadata))
-    except SafetensorError as error:                     # so it calls a full disk
+    except SafetensorError as error:                     # what a full disk raises there
         raise OSError(f"cannot write {str(file)!r}: {error}") from None
 
 

@@ -1,9 +1,9 @@
-"""What a run takes in memory, told from the shapes alone: no weight is read, nothing is computed.
+"""What a run takes in memory, worked out from the shapes alone: no weight is read, nothing is computed.
 
     python sample.py --model models/24B-base --plan                         a video: what fits where
     python training.py lora --model models/4.5B-base --data clips/ --out my.safetensors --plan
 
-tests/test_parallel.py holds it against what a video really allocates, and tests/test_finetune.py against what
+tests/test_parallel.py compares it with what a video really allocates, and tests/test_finetune.py with what
 autograd keeps of a step.
 
 Contents: 1 A video, 2 A step of training.
@@ -58,15 +58,15 @@ def sizes(dit: magi.DiTConfig, vae: magi.VAEConfig) -> tuple[tuple[int, ...], in
     """Bytes of the weights: of each layer of the DiT, of all its others, of the VAE."""
     bytes_of = lambda module: sum(u.nbytes for u in module.state_dict().values())
     with torch.device("meta"):
-        model, tiler = magi.DiT(dit), magi.VAE(vae)
-    layers = tuple(bytes_of(layer) for layer in model.layers)
-    return layers, bytes_of(model) - sum(layers), bytes_of(tiler)
+        transformer, codec = magi.DiT(dit), magi.VAE(vae)
+    layers = tuple(bytes_of(layer) for layer in transformer.layers)
+    return layers, bytes_of(transformer) - sum(layers), bytes_of(codec)
 
 
 def needs(dit: magi.DiTConfig, run: magi.SamplerConfig, vae: magi.VAEConfig = magi.VAE_PRESETS["magi"],
           t5: dict = T5_XXL, *, R: int = 1, stream: bool = False, keep_t5: bool = False) -> Memory:
     """Memory of a long run on each of R ranks, with the torch backend. keep_t5: as of magi.load."""
-    layers, others, tiler = sizes(dit, vae)
+    layers, others, codec = sizes(dit, vae)
     weights = others + (0 if stream else sum(layers) // R)
 
     steps = list(magi.plan(run, 24))
@@ -80,9 +80,10 @@ def needs(dit: magi.DiTConfig, run: magi.SamplerConfig, vae: magi.VAEConfig = ma
     A, G = dit.num_heads * dit.head_dim, dit.num_kv_heads * dit.head_dim     # widths of q, and of k or v
     H = F * (1 + dit.gated_ffn)
 
-    # What lives at one time in attention: h, q, k, v and both results; besides, at first keys and values with
-    # the cached ones and a chunk's result, on several ranks also q, k, v and the result of this rank's heads;
-    # later qx, twice, the second time in slices in float32.
+    # What attention holds at one time: h, q, k, v and the results of self- and cross-attention. In
+    # self-attention (`first`) come keys and values joined with the cached ones, a chunk's result and, on
+    # several ranks, q, k, v and the result of this rank's heads. In cross-attention comes qx, twice, the
+    # second time in slices in float32.
     first = 2 * G * (1 + cached / n) + A / n + (R > 1) * (2 * A + 2 * G)
     attention = N * b * (D + 3 * A + 2 * G) + max(N * b * first, N * b * 2 * A + S * 8 * A)
     middle = S * b * 2 * H                                                   # before and after GELU, SwiGLU
@@ -109,7 +110,7 @@ def needs(dit: magi.DiTConfig, run: magi.SamplerConfig, vae: magi.VAEConfig = ma
     return Memory(
         weights=weights + keep_t5 * encoder,
         passing=passing[worst],
-        vae=tiler,
+        vae=codec,
         cache=cached * s * dit.num_layers * 2 * (G // R) * b,
         activations=activations(worst),
         decoding=2 * second + max(second, tile),
@@ -125,7 +126,7 @@ def fits(size: float, card: float) -> bool:
 
 NARROW = dict(window=1, kv_ranges=(2,))
 SMALL = dict(height=480, width=832)
-CHANGES = {                      # what takes less memory, the gentlest first: is it streamed? other settings
+CHANGES = {                      # what takes less memory, the gentlest first -> (streamed?, other settings)
     # (Several processes stream from the disk, whose pages they share; each would keep all layers on its CPU.)
     "as it is": (False, {}),
     "--stream cpu": (True, {}),

@@ -6,9 +6,9 @@
     python sample.py --prompt "a red ball" --prompt "a blue ball"         one prompt per second of video
     python sample.py --prompt - --num_frames inf --out - | ffplay -       speak to it while it plays
 
-magi.py makes the frames, media.py reads and writes files; here are flags, checks and a progress bar. Each
-second of video is written as soon as it is clean: the output plays while it grows and outlives kill -9.
-Bad input gets one line on stderr and exit code 2 before a weight is read; 1 is a later failure, 130 Ctrl-C.
+magi.py makes the frames, media.py reads and writes files; here are flags, checks and the order of a run. Each
+second of video is written as soon as it is clean: the output plays while it grows and outlives kill -9. The
+exit code is 2, after one line on stderr, for bad input; 1 for a later failure; 130 after Ctrl-C.
 
 Contents: 1 Flags, 2 Checks, 3 Running.
 """
@@ -46,13 +46,13 @@ from terminal import Parser, Quiet, exit_code, peak_memory, progress_bar, say, u
 # ------------------------------------------------------------------------------------------------------------
 # A sampling flag that is left out is None: its value comes from --config_file or the model's own config.json.
 
-# Other names for flags, most of them the official code's:
+# Other names that are taken for these flags, most of them the official code's:
 OTHER_NAMES = {
     "image_path": "image", "prefix_video_path": "video", "output_path": "out", "output": "out",
     "num_steps": "steps", "window_size": "window", "frames": "num_frames", "text_scales": "text_scale",
     "prev_scales": "prev_scale", "kv_ranges": "kv_range", "clean_chunk_kvrange": "clean_kv_range",
 }  # fmt: skip
-# Names in other programs: suggested, not taken, since the meaning differs a little.
+# Names in other programs are suggested, not taken, since the meaning differs a little:
 SUGGESTED = {
     "guidance": "text_scale", "guidance_scale": "text_scale", "cfg": "text_scale", "cfg_scale": "text_scale",
     "negative_prompt": "negative_tokens", "num_inference_steps": "steps", "duration": "num_frames",
@@ -91,23 +91,25 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     many = dict(nargs="+", metavar="X")
     # fmt: off
     group = parser.add_argument_group("what to make")
-    flag, prompts = group.add_argument, group.add_mutually_exclusive_group().add_argument
+    flag = group.add_argument
+    one_prompt = group.add_mutually_exclusive_group().add_argument
+    one_input = group.add_mutually_exclusive_group().add_argument
     flag("--mode", choices=["t2v", "i2v", "v2v"], help="text, image, video to video; default: by the input")
-    prompts("--prompt", action="append", metavar="TEXT", default=[],
-            help="again for the next second; the last one goes on; or -: lines of standard input, each from "
-                 "the next chunk on, whose end ends an endless video")
-    prompts("--prompt_file", type=Path, metavar="FILE",
-            help="a video a line, its seconds divided by |; --out is their folder, the seed counts up")
-    prompts("--text", metavar="FILE", help="prompts that --save_text has encoded: T5 is not needed")
+    one_prompt("--prompt", action="append", metavar="TEXT", default=[],
+               help="what to show; given again: in the next second; the last one stays. -: each line of "
+                    "standard input is the prompt from the next chunk on, its end ends an endless video")
+    one_prompt("--prompt_file", type=Path, metavar="FILE",
+               help="a line is a video, with | between its seconds; --out is a folder, the seed counts up")
+    one_prompt("--text", metavar="FILE", help="prompts that --save_text has encoded: T5 is not needed")
     flag("--save_text", type=Path, metavar="FILE", help="save the encoded prompts (.safetensors)")
-    flag("--image", metavar="FILE", help="i2v: the first frame")
-    flag("--video", metavar="FILE", help="v2v: the result goes on where this ends")
+    one_input("--image", metavar="FILE", help="i2v: the first frame")
+    one_input("--video", metavar="FILE", help="v2v: the result goes on where this ends")
     flag("--out", type=Path, default=Path("out.mp4"), metavar="FILE",
-         help=".mp4, .gif, or .png for a contact sheet; default: out.mp4; an old one is replaced; or - for "
-              "an mp4 on standard output")
-    flag("--fit", choices=["crop", "stretch", "pad"], help="of the input; default: crop")
+         help=".mp4, .gif, or .png for a contact sheet; default: out.mp4; an old file is replaced. -: an mp4 "
+              "on standard output")
+    flag("--fit", choices=["crop", "stretch", "pad"], help="how the input is brought to size; default: crop")
     flag("--prefix_frames", type=whole_number, metavar="N",
-         help="v2v: how many of its last frames the model sees; default: 32")
+         help="v2v: how many of the last frames of --video the model sees; default: 32")
 
     flag = parser.add_argument_group("the video (default: as the model's config says)").add_argument
     flag("--num_frames", type=partial(whole_number, otherwise="inf"), metavar="N",
@@ -118,27 +120,25 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     flag("--seed", type=whole_number, metavar="N", help="another seed, another video")
 
     flag = parser.add_argument_group("sampling (likewise)").add_argument
-    flag("--steps", dest="num_steps", type=whole_number, metavar="N",
-         help="per chunk; a chunk is one second of video")
+    flag("--steps", dest="num_steps", type=whole_number, metavar="N", help="denoising steps of each chunk")
     flag("--window", type=whole_number, metavar="N", help="chunks in flight at once")
     flag("--kv_range", dest="kv_ranges", type=partial(whole_number, otherwise="all"), **many,
-         help="chunks seen, itself included, while a chunk gets cleaner, like 5 4 3 2; or: all")
+         help="how many chunks a chunk sees, itself included, stage by stage, like 5 4 3 2; or: all")
     flag("--clean_kv_range", type=whole_number, metavar="N",
-         help="for clean chunks; -1: the last of --kv_range")
+         help="the same for clean chunks; -1: the last of --kv_range")
     flag("--transition", action="append", type=chunk_and_kind, metavar="CHUNK[:KIND]", default=[],
          help="change the scene at this chunk, 1 is the second one; KIND: cut (default) or restyle")
-    flag("--text_scale", dest="text_scales", type=float, help="pull of the prompt: number or table", **many)
-    flag("--prev_scale", dest="prev_scales", type=float, help="pull of the chunks before", **many)
-    flag("--cfg_t", type=float, help="where the entries of such tables begin, from 0 to 1", **many)
+    flag("--text_scale", dest="text_scales", type=float, help="guidance by prompt: a number or table", **many)
+    flag("--prev_scale", dest="prev_scales", type=float, help="guidance by the chunks before", **many)
+    flag("--cfg_t", type=float, help="at which t, from 0 to 1, each entry of these tables begins", **many)
     flag("--special_tokens", help="hq duration static dynamic borderness 3d 2d; or: none", **many)
     flag("--negative_tokens", help="caption logo trans borderness; or: none", **many)
 
     flag = parser.add_argument_group("the model").add_argument
     flag("--model", type=model_folder, default=SHIPPED[DEFAULT_MODEL], metavar="FOLDER",
-         help=f"or one that is bundled: {', '.join(SHIPPED)}; default: {DEFAULT_MODEL}, which is "
-              f"tiny/{SHIPPED[DEFAULT_MODEL].name}")
+         help=f"or one that is bundled: {', '.join(SHIPPED)}; default: {DEFAULT_MODEL} (tiny-distill)")
     flag("--lora", action="append", type=Path, metavar="FILE", default=[],
-         help="low-rank weights added to it, as tiny/train.py lora makes; again for more, which add up")
+         help="low-rank weights added to it, as training.py lora makes; again for more, which add up")
     flag("--lora_scale", action="append", type=float, metavar="X", default=[],
          help="how strongly it acts, once for all or once for each; default: 1")
     flag("--vae", type=Path, metavar="FOLDER", help="default: vae beside the model")
@@ -147,12 +147,13 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     flag("--device", help="cuda, cuda:1, cpu, mps; default: cuda if there is one")
     flag("--dtype", choices=["float32", "bfloat16", "float16"],
          help="of the transformer's blocks; default: the model's, or bfloat16 for blocks and VAE on a CPU "
-         "with instructions for it")
+              "with instructions for it")
     flag("--stream", choices=["cpu", "disk"], help="weights come layer by layer: for a GPU that is too small")
-    flag("--plan", type=number_and_card, nargs="?", const=([1, 8], [12, 24, 80]), metavar="[N x]GB",
-         help="say what this run needs on which GPUs, or on one of 48 GB (48), four (4x48): compute nothing")
+    flag("--plan", type=number_and_card, nargs="?", const=([1, 8], [12, 24, 80]), metavar="CARD",
+         help="print how much memory this run needs, and make no video; CARD: 48 for a GPU of 48 GB, 4x48 "
+              "for four; --model may be one that is not here yet, like 24B-base")
     flag("--backend", choices=["auto", "torch", "triton"], default="auto",
-         help="default: auto, on a GPU the fastest that is right for each operation")
+         help="which kernels; default: auto, on a GPU the fastest correct one for each operation")
     # fmt: on
 
     args = parser.parse_args(argv)
@@ -188,7 +189,7 @@ terminal.imported()
 
 
 def check_flags(args: argparse.Namespace) -> None:
-    """What can be told from the flags alone; fills in those that follow from others."""
+    """Check the flags alone, reading no file but --prompt_file, and fill in those that follow from others."""
     args.mode = args.mode or ("i2v" if args.image else "v2v" if args.video else "t2v")
     for mode, name in (("i2v", "image"), ("v2v", "video")):
         file = getattr(args, name)
@@ -218,7 +219,7 @@ def check_flags(args: argparse.Namespace) -> None:
 
 
 def check_prompts(args: argparse.Namespace) -> None:
-    """Find the prompts of each video (args.videos), and if they are told line by line while it runs."""
+    """Set args.videos, the prompts of each video, and args.told: they come line by line while it runs."""
     args.told = args.prompt == ["-"]
     require(args.told or "-" not in args.prompt, "--prompt - stands alone: it reads all prompts")
     require(not args.save_text or not (args.told or args.text or args.prompt_file),
@@ -235,11 +236,8 @@ def check_prompts(args: argparse.Namespace) -> None:
     args.prompt = sum(args.videos, [])
     require(args.prompt or args.text or args.told or args.mode != "t2v",
             'no --prompt: say what to show, for example --prompt "a red ball bounces"')
-    try:
-        for prompt in args.prompt:
-            check_text(prompt)
-    except ValueError as error:
-        raise ValueError(f"{error}: check the encoding of the terminal or script") from None
+    for prompt in args.prompt:
+        check_text(prompt)
 
 
 def claim_outputs(args: argparse.Namespace, locks: contextlib.ExitStack) -> list:
@@ -257,7 +255,7 @@ def claim_outputs(args: argparse.Namespace, locks: contextlib.ExitStack) -> list
         folder.mkdir(exist_ok=True)
         names = [re.sub(r"[^a-z0-9]+", "-", prompts[0].lower())[:40].strip("-") for prompts in args.videos]
         files = [folder / f"{i:03d}{'-' * bool(name)}{name}.mp4" for i, name in enumerate(names)]
-        locks.enter_context(outputs.locked(folder / "*.mp4"))                # one for all: it is an open file
+        locks.enter_context(outputs.locked(folder / "*.mp4"))                # one lock: each is an open file
         return [outputs.check_output(file, inputs) for file in files]
     if str(args.out) == "-":
         return [locks.enter_context(outputs.standard_output())]
@@ -265,8 +263,8 @@ def claim_outputs(args: argparse.Namespace, locks: contextlib.ExitStack) -> list
 
 
 def settings(args: argparse.Namespace, dit, cfg) -> tuple[magi.SamplerConfig, list[str]]:
-    """The SamplerConfig of the run, the model's or that of --config_file with the given flags on top; and
-    notes on it."""
+    """The SamplerConfig of the run, which is the model's or that of --config_file with the given flags on
+    top, and notes on it."""
     notes: list[str] = []
     cfg = training.lora_sampler(cfg, args.lora)
     if args.config_file:
@@ -275,12 +273,12 @@ def settings(args: argparse.Namespace, dit, cfg) -> tuple[magi.SamplerConfig, li
     given = {name: value for name, value in given.items() if value is not None}
     for name, value in given.items():
         if isinstance(value, list):
-            nothing = "all" if name == "kv_ranges" else "none"               # an empty range list: all chunks
-            given[name] = () if value == [nothing] else tuple(value)
+            empty = "all" if name == "kv_ranges" else "none"                 # no ranges: no chunk is left out
+            given[name] = () if value == [empty] else tuple(value)
     if args.num_frames == "inf":
         given["num_frames"] = None
     for name, neutral in (("text_scales", 0), ("prev_scales", 1)):
-        if len(given.get(name, ())) == 1:    # one number replaces those entries of the table that do anything
+        if len(given.get(name, ())) == 1:    # one number replaces the entries of the table that guide at all
             given[name] = tuple(v if v == neutral else given[name][0] for v in getattr(cfg, name))
     if cfg.distilled and given.keys() & {"text_scales", "prev_scales"}:
         notes.append("note: the guidance of a distilled model is built in, the flags for it do nothing")
@@ -295,7 +293,7 @@ def choose_device(args: argparse.Namespace) -> str:
     check_device(device)
     require(device.startswith("cuda") or args.backend != "triton",
             f"backend 'triton' needs a GPU, not {device!r}: use 'torch'")
-    magi.get_ops(args.backend, device)                                       # says if it cannot be used
+    magi.get_ops(args.backend, device)                                       # raises if it cannot be used
     return device
 
 
@@ -311,7 +309,7 @@ def arithmetic(device: str, dtype: str) -> torch.autocast:
 
 
 def check_model(args: argparse.Namespace, dit, cfg, chunks: float) -> None:
-    """Compare the files of the model with its configs and with what the run needs, by their headers."""
+    """Compare the headers of the model's files with its configs and with what the run needs."""
     vae = read_config(args.vae, "vae", magi.VAEConfig)
     empty = build(lambda: magi.DiT(dit), args.model)
     build(lambda: magi.VAE(vae), args.vae)
@@ -345,7 +343,7 @@ def notes_on_run(args: argparse.Namespace, cfg, native, chunks: float) -> list[s
 
 
 def notes_on_prompts(args: argparse.Namespace, prompts: Sequence[str]) -> list[str]:
-    """What of them the model does not understand; they may be told while the video is made."""
+    """What the model does not understand in these prompts, which may come while the video is made."""
     notes, small = [], small_model(args.t5)
     with reading("tokenizer", args.t5 / "spiece.model"):
         t5 = sentencepiece.SentencePieceProcessor(model_file=str(args.t5 / "spiece.model"))
@@ -378,7 +376,7 @@ def read_configs(model: Path) -> tuple[magi.DiTConfig, magi.SamplerConfig]:
 
 
 def check(args: argparse.Namespace) -> SimpleNamespace:
-    """All checks but those of the flags alone and of the outputs, and what they had to find out."""
+    """All checks that read files, of the inputs and the model -> what they have found out about the run."""
     require(not args.told or parallel.ranks() == 1, "--prompt - is read by one process: leave torchrun out")
     dit, native = read_configs(args.model)
     parallel.check_heads(dit)
@@ -390,13 +388,14 @@ def check(args: argparse.Namespace) -> SimpleNamespace:
         notes.append(f"note: {device} has no fp8 arithmetic: fp8 weights are dequantised, which is slower")
     args.dtype = args.dtype or ("bfloat16" if bf16_is_fast(device) else dit.dtype)
     dit = dataclasses.replace(dit, dtype=args.dtype)
-    size, count = (cfg.height, cfg.width), max(4, args.prefix_frames)
+    size = (cfg.height, cfg.width)
+    count = max(magi.FRAMES_PER_LATENT, args.prefix_frames)                  # prefix_clip says what is wrong
     image = media.read_image(args.image, size, args.fit) if args.image else None
     video = media.read_video(args.video, cfg.fps, None, count, size, args.fit) if args.video else None
     given = media.prefix_clip(image, video, args.prefix_frames)
-    latents = 0 if given is None else len(given) // magi.FRAMES_PER_LATENT   # whole ones: of an image none
+    latents = 0 if given is None else len(given) // magi.FRAMES_PER_LATENT   # an image is no whole latent
     total, filled = magi.count_chunks(magi.round_frames(cfg.num_frames), latents)
-    chunks = math.inf if total is None else total - filled                   # that are generated
+    chunks = math.inf if total is None else total - filled                   # that will be generated
     check_model(args, dit, cfg, chunks)
     for chunk, _ in args.transition:
         require(chunk < chunks, f"transition at chunk {chunk}: the video has {chunks} chunks, counted from 0")
@@ -412,19 +411,20 @@ def check(args: argparse.Namespace) -> SimpleNamespace:
 
 
 def memory_table(args: argparse.Namespace) -> str:
-    """What this run needs where; --model may also name a released model that is not here yet."""
-    dit, native = magi.PRESETS.get(str(args.model)) or read_configs(args.model)
-    dit, told = dataclasses.replace(dit, dtype=args.dtype or dit.dtype), args.prompt == ["-"]
+    """The text of --plan; --model may also name a released model that is not here yet."""
+    is_absent = args.model.name in magi.PRESETS and not args.model.exists()
+    dit, native = magi.PRESETS[args.model.name] if is_absent else read_configs(args.model)
+    dit = dataclasses.replace(dit, dtype=args.dtype or dit.dtype)
     run, _ = settings(args, dit, native)
-    return planner.memory_table(dit, run, args.vae, args.t5, told, *args.plan)
+    return planner.memory_table(dit, run, args.vae, args.t5, args.prompt == ["-"], *args.plan)
 
 
-def prepare(argv: list[str] | None, locks: contextlib.ExitStack) -> list[dict]:
+def prepare(argv: list[str] | None, locks: contextlib.ExitStack) -> Iterator[dict]:
     """From the command line to the arguments of `generate`, for each video: checks, text encoder, model."""
     args = parse_arguments(argv)
     if args.plan:
         print(memory_table(args))
-        return []
+        return
     check_flags(args)
     args.device = parallel.start(args.device)
     locks.enter_context(parallel.first_speaks())
@@ -440,18 +440,16 @@ def prepare(argv: list[str] | None, locks: contextlib.ExitStack) -> list[dict]:
         texts = parallel.agreed(encode_text)(args, run.text_length, run.device)
     pipe = parallel.agreed(load)(args, run.device)
     locks.enter_context(arithmetic(run.device, args.dtype))
-    runs = []
     for i, (text, out) in enumerate(zip(texts, outs, strict=True)):
         cfg = dataclasses.replace(run.cfg, seed=run.cfg.seed + i)
         frames = partial(pipe, text, sampler=cfg, image=run.image, video=run.video,
                          prefix_frames=args.prefix_frames)
-        runs.append(dict(frames=frames, cfg=cfg, chunks=run.chunks, out=out, device=run.device,
-                         report=getattr(pipe.dit.ops, "report", None)))
-    return runs
+        yield dict(frames=frames, cfg=cfg, chunks=run.chunks, out=out, device=run.device,
+                   report=getattr(pipe.dit.ops, "report", None))
 
 
 def noted(prompts: Iterable[str | None], args: argparse.Namespace) -> Iterator[str | None]:
-    """The prompts of told_by, with the notes on each new one."""
+    """The prompts of told_by, which repeats one until the next comes; say the notes on each new one."""
     for prompt, again in itertools.groupby(prompts):
         for note in notes_on_prompts(args, [prompt]) if prompt else []:
             say(note)
@@ -459,15 +457,15 @@ def noted(prompts: Iterable[str | None], args: argparse.Namespace) -> Iterator[s
 
 
 def encode_text(args: argparse.Namespace, length: int, device: str) -> list[tuple]:
-    """The prompts of each video as the model reads them: text (n, L, C) and mask (n, L). T5 is gone when this
-    returns, before the model itself is read."""
+    """The prompts of each video as the model reads them: text (n, L, C) and mask (n, L). T5 is freed before
+    this returns, so the model itself finds its memory free."""
     captions = list(dict.fromkeys(args.prompt or [""]))                      # equal ones are encoded once
     encoded: dict[str, tuple] = {}
     with reading("text encoder", args.t5):
         t5 = parallel.T5(args.t5, length, device, stream=args.stream)
         for i in range(0, len(captions), 16):
             batch = captions[i : i + 16]
-            t5.keep = i + 16 < len(captions)                                 # it is gone after the last ones
+            t5.keep = i + 16 < len(captions)                                 # it is freed after the last ones
             encoded |= zip(batch, zip(*t5(batch), strict=True), strict=True)
     rows = [[encoded[caption] for caption in prompts or [""]] for prompts in args.videos]
     texts = [tuple(map(torch.stack, zip(*row, strict=True))) for row in rows]
@@ -493,7 +491,8 @@ def generate(frames, cfg, chunks: float, out: Any, device: str, report: Callable
              ) -> int:
     """Make the video and write it chunk by chunk, then say how it went. Returns the exit code.
 
-    out: a file, a stream for an mp4, or None where another process writes. report: which kernels were used.
+    frames: called with progress=, gives chunk after chunk. out: a file, a stream for an mp4, or None where
+    another process writes. report: says which kernels were used.
     """
     bar, progress = progress_bar(chunks)
     name, suffix = (out, out.suffix.lower()) if isinstance(out, Path) else ("-", ".mp4")
@@ -512,7 +511,7 @@ def generate(frames, cfg, chunks: float, out: Any, device: str, report: Callable
         if isinstance(error, KeyboardInterrupt):
             signal.signal(signal.SIGINT, signal.SIG_IGN)                     # once is enough
             code = 130
-        if is_stream:                                                        # whose rest nobody reads
+        if is_stream:                                                        # nobody reads its rest
             os.dup2(os.open(os.devnull, os.O_WRONLY), out.fileno())
     except (OSError, ValueError, FloatingPointError) as error:
         where = f"cannot write {str(name)!r}: " if isinstance(error, OSError) else ""
@@ -537,7 +536,7 @@ def generate(frames, cfg, chunks: float, out: Any, device: str, report: Callable
 
 
 def make_videos(argv: list[str] | None) -> int:
-    """All that is asked for, one after the other -> the exit code."""
+    """Make all videos that are asked for, one after the other -> the exit code."""
     code = 0
     with contextlib.ExitStack() as locks:
         try:

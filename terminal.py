@@ -1,12 +1,11 @@
 """How a command behaves: it shares the machine, says what is wrong in one line, and ends well on Ctrl-C.
 
-    begin, imported             first of all, before PyTorch is imported, and when it is: threads, Ctrl-C
+    begin, imported             before and after PyTorch is imported: threads, Ctrl-C
     Parser, whole_number        a bad flag is one line, at once
     say, Quiet, progress_bar    what is printed while it runs
     uninterrupted, exit_code    how it ends, and with which exit code
 
-Importing this imports neither PyTorch, which reads what `share_the_machine` sets, nor anything else that
-takes its time.
+Importing this file imports nothing slow, and not PyTorch, which reads what `share_the_machine` sets.
 """
 
 from __future__ import annotations
@@ -26,11 +25,11 @@ from typing import Any
 
 
 def begin() -> None:
-    """The first thing that a command does: what follows imports for seconds."""
+    """The first thing that a command does, since its other imports take seconds."""
     if signal.getsignal(signal.SIGINT) is signal.default_int_handler:        # not where a shell ignores it
         signal.signal(signal.SIGINT, leave)
     share_the_machine()
-    if sys.flags.optimize > 1:                                               # transformers needs docstrings
+    if sys.flags.optimize > 1:           # python -OO drops docstrings, which transformers needs: start again
         os.execve(sys.executable, [sys.executable, *sys.argv], os.environ | {"PYTHONOPTIMIZE": ""})
 
 
@@ -49,11 +48,11 @@ def imported() -> None:
 def share_the_machine() -> None:
     """Set what OpenMP reads when PyTorch is imported; what the user has set stays.
 
-    Threads that wait for each other spin for a moment and then sleep: those that only spin keep, on a busy
-    machine, the very thread they wait for from running. Where every core is busy already, half as many
-    threads as cores lose less time in waiting. (tools/busy.py measures what both are worth.) Another number
-    of threads adds in another order: the same seed may then give a pixel that differs by a level of 255; a
-    number set by the user makes runs equal.
+    Threads that wait for each other spin for a moment and then sleep. If they only spun, then on a busy
+    machine they would keep the very thread they wait for from running. Where every core is busy already, half
+    as many threads as cores lose less time in waiting. (tools/busy.py measures what both are worth.) Another
+    number of threads adds in another order: the same seed may then give a pixel that differs by a level of
+    255. Runs are equal if the user sets the number.
     """
     if "OMP_WAIT_POLICY" not in os.environ:
         os.environ["OMP_WAIT_POLICY"] = "PASSIVE"
@@ -72,7 +71,7 @@ def share_the_machine() -> None:
 
 
 class Parser(argparse.ArgumentParser):
-    """argparse with one line where it would print its usage, too, and a guess at what was meant.
+    """argparse whose errors are one line, without the usage, and guess at what was meant.
 
     In the names of flags hyphens and underscores are the same. A flag is given once, unless its default is a
     list: a second value would silently replace the first.
@@ -98,10 +97,11 @@ class Parser(argparse.ArgumentParser):
     def error(self, message: str):
         if message.startswith("unrecognized arguments: "):
             word = message.split()[2].partition("=")[0]
-            name = self.suggested.get(word.strip("-").replace("-", "_"))
-            near = [f"--{name}"] if name else get_close_matches(word, self._option_string_actions, 1, 0.75)
+            flags = {name: name for name in self._option_string_actions}
+            flags |= {f"--{name}": f"--{new}" for name, new in (self.other_names | self.suggested).items()}
+            near = get_close_matches(word, flags, 1, 0.75)
             if near:
-                message += f" (did you mean {near[0]}?)"
+                message += f" (did you mean {flags[near[0]]}?)"
             elif not word.startswith("-"):
                 message += " (a prompt of several words needs quotes)"
         if "not allowed with" in message:
@@ -173,6 +173,7 @@ def progress_bar(chunks: float) -> tuple[Any, Callable]:
 
 
 def peak_memory(device: str) -> str:
+    """The most that this process has used at one time, in words."""
     import torch
 
     if torch.device(device).type == "cuda":
@@ -203,11 +204,12 @@ def uninterrupted() -> Iterator[None]:
 
 def exit_code(name: str, action: Callable[[], Any], *, stopped: str = "stopped", kept: str = "",
               too_large: str = "") -> int:
-    """Do it -> the exit code of a command, which says in one line what goes wrong: 2 for what was given or
-    for a file, 1 for a later failure, 130 for Ctrl-C. A fault in the code shows all of its traceback.
+    """Do the action -> the exit code of the command: 2 for a fault in what was given or in a file, 1 for a
+    later failure, 130 for Ctrl-C. One line, after `name`, says what went wrong; a fault in the code shows its
+    traceback. Of several processes the first one that fails says it.
 
-    Of several processes the first one that fails says it. kept: what is left when another process is gone;
-    too_large: what takes less memory.
+    stopped: what is said of Ctrl-C; kept: what is left when another process is gone; too_large: what takes
+    less memory.
     """
     import checkpoints
     import parallel

@@ -211,6 +211,14 @@ def test_the_flag_prints_the_plan(capsys):
     assert large == "80 GB as it is as it is".split()
 
 
+def test_a_released_model_is_planned_before_it_is_here():
+    """README's line, as it is, before anything is downloaded."""
+    lines = printed(sample.main, "--model", "models/24B-base")
+    assert lines == printed(sample.main, "--model", "24B-base")
+    code, _, err = run_main(sample.main, "--plan", "--model", "models/24B")
+    assert code == 2 and "no model in 'models/24B'" in err
+
+
 def printed(main, *flags) -> list[list[str]]:
     """The words of each line of a plan."""
     code, out, err = run_main(main, "--plan", *flags)

@@ -1008,6 +1008,8 @@ def test_outputs_that_are_refused_before_anything_is_computed(model_folder, tmp_
     [
         (["--guidance", "7"], "did you mean --text_scale?"),
         (["--cfg=7"], "did you mean --text_scale?"),
+        (["--gudance", "7"], "did you mean --text_scale?"),
+        (["--output-pth", "a.mp4"], "did you mean --out?"),
         (["--sede", "7"], "did you mean --seed?"),
         (["--colour", "red"], "unrecognized arguments: --colour red; see --help"),
         (["--seed", "1", "--seed", "2"], "--seed is given twice"),
