@@ -130,7 +130,8 @@ def flex_attention(q: Tensor, k: Tensor, v: Tensor, spans: Tensor, out: Tensor |
 def _flex() -> Callable:
     from torch.nn.attention.flex_attention import flex_attention
 
-    return torch.compile(flex_attention, fullgraph=True, dynamic=True)       # else it would hold all scores
+    # uncompiled, it would hold all scores
+    return torch.compile(flex_attention, fullgraph=True, dynamic=True)
 
 
 @lru_cache(64)
