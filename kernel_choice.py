@@ -1,27 +1,28 @@
 """Which kernel a run uses: each is checked on the user's card and timed; the fastest right one is remembered.
 
-kernels.py has never run on a GPU, and cards differ. So nothing is believed. The first time a run calls an
-operation with sizes of some class, every candidate
+kernels.py has never run on a GPU, and cards differ. So no kernel is trusted before it is checked. The first
+time a run calls an operation with sizes of some class (`size_class`), every candidate
 
     1  must give what magi.TORCH_OPS gives on a small random input, with gradients where they are asked for;
-    2  is timed on the tensors of the run itself (CUDA events, a median), and compared again on those.
+    2  is compared again on the tensors of the run itself, and timed on those (CUDA events, a median).
 
 The fastest that passes is used from then on. TORCH_OPS is a candidate too, so a kernel that is wrong, slow or
-broken costs a second at most, and the video is made. What was found is kept in the user's cache folder, for
-this card, driver, torch, Triton and version of these two files.
+broken costs a second at most, and the video is made. The choice is kept in a file in the user's cache folder;
+it holds for this card, driver, torch, Triton and version of these two files.
 
     --backend auto      as above; the default on a GPU
     --backend triton    strict: the kernels of kernels.py with their own tiles; a failed check is an error
 
     operation                    candidates
-    attention, block_attention   ours (2 or 3 stages, narrow tiles), SDPA with cuDNN first, FlexAttention
-    fp8_matmul                   ours (3 or 4 stages), our quantising with torch._scaled_mm
-    all others                   ours
-    each                         and "torch", magi.TORCH_OPS
+    attention                    ours (also with a stage less, or narrow tiles), SDPA with cuDNN first
+    block_attention              the same, and FlexAttention
+    fp8_matmul                   ours (also with 3 stages), our quantising with torch._scaled_mm
+    norm_rotary, gated_residual, swiglu              ours
+    all of these                 and "torch", the operation of magi.TORCH_OPS
 
-What no check can undo: a kernel that reads outside its tensors ends all work of the process on the GPU. Its
-name is written down before it is tried, so the next run avoids it. None of this has met a GPU yet either: the
-tests put a stand-in in its place (`Card`).
+One fault no check can undo: a kernel that reads outside its tensors ends all work of the process on the GPU.
+So its name is written to the file before it is tried, and the next run avoids it. This file has not run on a
+GPU yet either: the tests put a stand-in in its place (`Card`).
 """
 
 from __future__ import annotations
@@ -51,10 +52,10 @@ from checkpoints import KernelError
 kernels = magi.load_kernels()
 OPERATIONS = ("attention", "block_attention", "norm_rotary", "gated_residual", "swiglu", "fp8_matmul")
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)
-# Relative error of a result that rounding explains; of a gradient, twice as much.
+# The largest relative error of a result that rounding explains; for a gradient it is twice as much.
 BARS = {torch.float32: 2e-4, torch.float16: 4e-3, torch.bfloat16: 1.5e-2}
-LONG = 5.0                        # ms: where calls are shorter, FlexAttention is not worth its compiling
-TRIED = "the process ended while it was tried"
+LONG = 5.0                        # ms: for shorter calls FlexAttention is not worth the time it compiles
+TRIED = "the process ended while it was tried"   # is noted before a trial, and taken back if it ends well
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -63,9 +64,9 @@ TRIED = "the process ended while it was tried"
 
 
 def milliseconds(run: Callable[[], object], enough: float = math.inf) -> float:
-    """Median time of a call on the GPU, after a first one that compiles. It takes three calls, more while all
-    have lasted less than 50 ms, and only one if that lasts longer than 200 ms or than `enough`. Small inputs
-    may lie in the L2 cache from the call before."""
+    """Median time of a call on the GPU, after a first one that compiles. At least three calls are timed
+    (fewer if these last 200 ms, one if it lasts longer than `enough`), then more, up to 20, until all have
+    lasted 50 ms. Small inputs may still lie in the L2 cache from the call before."""
     run()
     times: list[float] = []
     while len(times) < 20 and sum(times) < (50 if len(times) >= 3 else 200):
@@ -84,9 +85,9 @@ class Card(NamedTuple):
     """All that choosing needs to know of a GPU. Tests put a stand-in here."""
 
     name: str                                         # "NVIDIA H100 80GB HBM3"
-    versions: str                                     # what was found holds for these only
+    versions: str                                     # of driver and code: choices hold for these only
     milliseconds: Callable[..., float] = milliseconds
-    synchronize: Callable[[], None] = lambda: None    # raises if a kernel has broken the process' work
+    synchronize: Callable[[], None] = lambda: None    # raises if a kernel has ended the process' work there
     tokens: int = 300                                 # in a small input: more than two tiles, and a rest
 
 
@@ -107,8 +108,8 @@ def card_of(device: torch.device) -> Card:
 
 
 def cudnn_first(op: Callable) -> Callable:
-    """The readable path, with cuDNN's attention before PyTorch's own where it can be had: on an H100 it took
-    half as long in others' hands (631 against 329 TFLOP/s at (1, 24, 4608, 128); pytorch issue 142132)."""
+    """magi.py's attention, where PyTorch takes cuDNN's kernel, if it can, before its own. Others measured it
+    nearly twice as fast on an H100 (631 against 329 TFLOP/s at (1, 24, 4608, 128); pytorch issue 142132)."""
     from torch.nn.attention import SDPBackend as SDP
     from torch.nn.attention import sdpa_kernel
 
@@ -129,7 +130,8 @@ def flex_attention(q: Tensor, k: Tensor, v: Tensor, spans: Tensor, out: Tensor |
 def _flex() -> Callable:
     from torch.nn.attention.flex_attention import flex_attention
 
-    return torch.compile(flex_attention, fullgraph=True, dynamic=True)       # else it would hold all scores
+    # uncompiled, it would hold all scores
+    return torch.compile(flex_attention, fullgraph=True, dynamic=True)
 
 
 @lru_cache(64)
@@ -137,23 +139,23 @@ def _flex_mask(spans: tuple, B: int, N: int, M: int, device: torch.device) -> ob
     from torch.nn.attention.flex_attention import create_block_mask
 
     start, end = torch.tensor(spans, device=device).expand(B, -1, -1).unbind(-1)
-    size = -(-N // start.shape[1])
+    size = -(-N // start.shape[1])                               # tokens of a chunk
     seen = lambda b, h, i, j: (j >= start[b, i // size]) & (j < end[b, i // size])
-    # _compile: without it the mask of all pairs is written out first, 9 GB for the 24B
+    # Without _compile the mask of all pairs is written to memory first, 9 GB for the 24B.
     return create_block_mask(seen, B, None, N, M, device=device, _compile=device.type == "cuda")
 
 
-def other_tiles(of: str, change: Callable) -> Callable:
-    """The tiles of kernels.py, changed for one kernel (unless it loads nothing ahead)."""
-    def tiles_for(kernel: str, *about: Any) -> Any:
-        tiles = kernels.tiles_for(kernel, *about)
-        return change(tiles) if kernel == of and tiles.stages > 1 else tiles
+def other_tiles(changed: str, change: Callable) -> Callable:
+    """A function like kernels.tiles_for, with other tiles for one kernel (if it has more than one stage)."""
+    def tiles_for(kernel: str, *others: Any) -> Any:
+        tiles = kernels.tiles_for(kernel, *others)
+        return change(tiles) if kernel == changed and tiles.stages > 1 else tiles
 
     return tiles_for
 
 
 OTHER_STAGES = other_tiles("forward", lambda tiles: tiles._replace(stages=tiles.stages - 1))
-# for few keys, as of a caption, where a span is a tile or two
+# for cross-attention: the tokens of a caption are only a tile or two
 NARROW = other_tiles("forward", lambda tiles: tiles._replace(n=tiles.n // 2, rest=max(16, tiles.n // 4)))
 THREE_STAGES = other_tiles("fp8", lambda tiles: tiles._replace(stages=3))
 
@@ -164,7 +166,7 @@ def _scaled_mm(x8: Tensor, weight: Tensor, scale: Tensor) -> Tensor:
 
 
 def candidates(operation: str) -> dict[str, Callable]:
-    """Name -> a function with the operation's signature; ours first, the readable path last."""
+    """Name -> a function with the operation's signature; ours first, that of magi.py ("torch") last."""
     ours, plain = getattr(kernels, operation), getattr(magi.TORCH_OPS, operation)
     found = {"triton": ours}
     if operation in ("attention", "block_attention"):
@@ -185,7 +187,8 @@ def candidates(operation: str) -> dict[str, Callable]:
 
 
 def small_input(operation: str, args: tuple, tokens: int) -> tuple:
-    """Random arguments like these in types, widths and weights, but few tokens, in awkward numbers."""
+    """Random arguments with the types, widths and weights of these, but few tokens, in numbers that
+    do not divide into tiles."""
     x, *others = args
     generator = torch.Generator(x.device).manual_seed(0)         # the run's own random numbers stay
 
@@ -212,37 +215,38 @@ def small_input(operation: str, args: tuple, tokens: int) -> tuple:
 
 
 def outcome(function: Callable, args: tuple, backward: bool = False, **options: Any) -> list[Tensor]:
-    """The result and, where gradients are asked for, those of all that is differentiated."""
+    """The result and, if `backward`, the gradients of all floating-point arguments and parameters."""
     if not backward:
         with torch.no_grad():
             return [function(*args, **options)]
-    keep = lambda u: u                               # no one else's hooks: checkpointing must not see this
+    keep = lambda u: u              # hooks that do nothing, instead of those of gradient checkpointing around
     with torch.enable_grad(), torch.autograd.graph.saved_tensors_hooks(keep, keep):
         floats = lambda u: isinstance(u, Tensor) and u.dtype in FLOATS
         args = tuple(u.detach().requires_grad_() if floats(u) else u for u in args)
         leaves = [u for u in args if floats(u)]
         leaves += [p for u in args if isinstance(u, nn.Module) for p in u.parameters() if p.requires_grad]
         result = function(*args)
-        slope = torch.linspace(-1, 1, result.shape[-1], device=result.device).to(result.dtype)
-        grads = torch.autograd.grad(result, leaves, slope.expand_as(result), allow_unused=True)
+        grad = torch.linspace(-1, 1, result.shape[-1], device=result.device).to(result.dtype)
+        grads = torch.autograd.grad(result, leaves, grad.expand_as(result), allow_unused=True)
     given = [torch.zeros_like(u) if g is None else g for u, g in zip(leaves, grads, strict=True)]
     return [result.detach(), *given]
 
 
 def sampled(results: list[Tensor]) -> list[Tensor]:
-    """At most 256 rows along each axis, copied, as the next candidate writes to the same `out`."""
+    """At most 256 entries along each axis but the last. It is a copy, since the next candidate may write to
+    the same `out`."""
     steps = lambda u: tuple(slice(None, None, -(-n // 256)) for n in u.shape[:-1])
     return [u[steps(u)].to(torch.float32, copy=True) for u in results]
 
 
-def require_equal(results: list[Tensor], expected: list[Tensor]) -> None:
-    """Raises ArithmeticError if a result is further from the readable path's than rounding explains."""
+def require_close(results: list[Tensor], expected: list[Tensor]) -> None:
+    """Raises ArithmeticError if a result is further from that of magi.py than rounding explains."""
     for i, (ours, exact) in enumerate(zip(results, expected, strict=True)):
         what, bar = f"gradient {i}" if i else "result", BARS.get(results[0].dtype, 0.0) * (2 if i else 1)
         if ours.shape != exact.shape:
             raise ArithmeticError(f"{what} is {tuple(ours.shape)}, not {tuple(exact.shape)}")
         error = ((ours.float() - exact.float()).norm() / exact.float().norm().clamp_min(1e-30)).item()
-        if not error <= bar:                         # nan is not
+        if not error <= bar:                         # not `error > bar`, which is false for nan
             raise ArithmeticError(f"{what} is off by {error:.1e}")
 
 
@@ -252,9 +256,9 @@ def require_equal(results: list[Tensor], expected: list[Tensor]) -> None:
 
 
 def size_class(operation: str, args: tuple, backward: bool) -> str:
-    """Calls that share this line share a choice: the same types and widths, numbers of tokens within a factor
-    of four, and so the mean length of a span."""
-    about = lambda n: (int(n).bit_length() + 1) // 2
+    """The key of a choice. Calls share it if they have the same types and widths, and numbers of tokens (and
+    mean lengths of a span) within a factor of four."""
+    log4 = lambda n: (int(n).bit_length() + 1) // 2
 
     def kind(u: Any) -> str:
         if isinstance(u, nn.Module):
@@ -262,9 +266,9 @@ def size_class(operation: str, args: tuple, backward: bool) -> str:
         if not isinstance(u, Tensor):
             return str(u)
         if not u.is_floating_point():
-            return f"spans~{about((u[..., 1] - u[..., 0]).float().mean())}"
+            return f"spans~{log4((u[..., 1] - u[..., 0]).float().mean())}"
         widths = "x".join(map(str, u.shape[2:] if u.ndim > 2 else u.shape[-1:]))
-        return f"{str(u.dtype).removeprefix('torch.')}[{about(u.numel() // max(1, u.shape[-1]))}]x{widths}"
+        return f"{str(u.dtype).removeprefix('torch.')}[{log4(u.numel() // max(1, u.shape[-1]))}]x{widths}"
 
     return " ".join([operation, *map(kind, args), *["backward"] * backward])
 
@@ -274,7 +278,7 @@ def cache_folder() -> Path:
 
 
 def process_name(pid: int | str) -> str:
-    """A living process by its number and, as numbers are used again, its start; "" if there is none."""
+    """A living process by its number and, as numbers are used again, when it started; "" if it has ended."""
     try:
         state, *fields = Path(f"/proc/{pid}/stat").read_text(errors="replace").rpartition(")")[2].split()
     except OSError:
@@ -283,7 +287,7 @@ def process_name(pid: int | str) -> str:
 
 
 def in_trial(why: str) -> bool:
-    """Whether this is the mark of a process that still lives, which may yet find the kernel right."""
+    """Whether a reason of failure is only the mark of another process that is trying the kernel right now."""
     mark = re.fullmatch(rf"{TRIED} \((process (\d+), .*)\)", why)
     return mark is not None and process_name(mark[2]) == mark[1]
 
@@ -300,18 +304,18 @@ class Chooser:
         self.about = f"{card.name}, {card.versions}, {'triton' if strict else 'auto'}"
         digest = hashlib.sha256(self.about.encode()).hexdigest()
         self.file = cache_folder() / f"kernels-{digest[:16]}.json"
-        # line of `size_class` -> {"use": name, "ms": {name: time}, "failed": {name: why}}
-        self.choices = {line: choice for line, choice in self.remembered().items()
+        # key of `size_class` -> {"use": name, "ms": {name: time}, "failed": {name: why}}
+        self.choices = {key: choice for key, choice in self.remembered().items()
                         if not any(map(in_trial, choice["failed"].values()))}
-        self.ready: dict[str, Callable] = {}         # what this process has called
-        self.said: set[str] = set()
+        self.ready: dict[str, Callable] = {}         # key -> the chosen function, once it is called
+        self.said: set[str] = set()                  # warnings that were given
 
     def remembered(self) -> dict[str, dict]:
-        """What the file holds; nothing if it is not there or not as it should be."""
+        """The choices in the file; none if it does not exist or is damaged."""
         try:
             choices = json.loads(self.file.read_text(encoding="utf-8"))["choices"]
-            for line, choice in choices.items():
-                names = candidates(line.split()[0]) if not self.strict else ["triton"]
+            for key, choice in choices.items():
+                names = candidates(key.split()[0]) if not self.strict else ["triton"]
                 magi.require(choice["use"] in names, "unknown")
                 assert all(ms >= 0 for ms in choice["ms"].values())
                 assert all(isinstance(error, str) for error in choice["failed"].values())
@@ -319,16 +323,16 @@ class Chooser:
         except Exception:
             return {}
 
-    def save(self, line: str) -> None:
-        """Put what is known of this line into the file; other lines may be another process's by now."""
+    def save(self, key: str) -> None:
+        """Put what is known of this key into the file; other keys may be another process's by now."""
         try:
             self.file.parent.mkdir(parents=True, exist_ok=True)
             with outputs.locked(self.file, wait=True):
-                choices = self.remembered() | {line: self.choices.get(line)}
+                choices = self.remembered() | {key: self.choices.get(key)}
                 known = {"about": self.about, "choices": {k: v for k, v in choices.items() if v}}
                 outputs.replace(self.file, lambda new: new.write_text(json.dumps(known, indent=1)))
         except (OSError, ValueError):
-            pass                                     # a home that cannot be written: choose again next time
+            pass                                     # the folder cannot be written: choose again next time
 
     @torch.compiler.disable
     def call(self, operation: str, *args: Any, **options: Any) -> Tensor:
@@ -339,89 +343,91 @@ class Chooser:
         if any(u.numel() == 0 for u in tensors):
             return plain(*args, **options)           # nothing to choose by
         backward = torch.is_grad_enabled() and any(u.requires_grad for u in tensors)
-        line = size_class(operation, args, backward)
-        if line not in self.ready:
-            if line not in self.choices:
+        key = size_class(operation, args, backward)
+        if key not in self.ready:
+            if key not in self.choices:
                 with torch.cuda.device_of(args[0]):
-                    self.choose(line, operation, args, backward, options)
-            self.ready[line] = candidates(operation)[self.choices[line]["use"]]
+                    self.choose(key, operation, args, backward, options)
+            self.ready[key] = candidates(operation)[self.choices[key]["use"]]
         try:
-            return self.ready[line](*args, **options)
-        except (RuntimeError, AssertionError, TritonError) as error:         # those of checkpointing pass
-            choice = self.choices[line]
+            return self.ready[key](*args, **options)
+        except (RuntimeError, AssertionError, TritonError) as error:         # not those of checkpointing
+            choice = self.choices[key]
             if isinstance(error, torch.OutOfMemoryError) or choice["use"] == "torch":
                 raise
-            self.fail(line, error)                   # it was right before, and is not at these sizes
-            self.ready[line] = plain
+            self.fail(key, error)                    # it was right when chosen, and fails at these sizes
+            self.ready[key] = plain
             return plain(*args, **options)
 
-    def choose(self, line: str, operation: str, args: tuple, backward: bool, options: dict) -> None:
+    def choose(self, key: str, operation: str, args: tuple, backward: bool, options: dict) -> None:
         """Check the candidates, time those that are right, and remember the fastest."""
-        choice = self.choices[line] = {"use": "torch", "ms": {}, "failed": {}}
+        choice = self.choices[key] = {"use": "torch", "ms": {}, "failed": {}}
         functions = candidates(operation)
         try:
             small = small_input(operation, args, self.card.tokens)
             exact = outcome(functions["torch"], small, backward)
 
             def check(name: str) -> None:
-                require_equal(outcome(functions[name], small, backward), exact)
+                require_close(outcome(functions[name], small, backward), exact)
                 self.card.synchronize()
 
             if self.strict:
-                self.check_ours(line, check)
+                self.check_ours(key, check)
             else:
                 runs = {name: partial(outcome, function, args, backward, **options)
                         for name, function in functions.items()}
-                self.time_all(line, check, runs)
+                self.time_all(key, check, runs)
                 choice["use"] = min(choice["ms"], key=choice["ms"].get, default="torch")
         except BrokenGPU:
-            raise                                    # it is remembered
-        except BaseException:                        # Ctrl-C, no memory: nothing is known
-            del self.choices[line]
-            self.save(line)
+            raise                                    # `fail` has saved which kernel it was
+        except BaseException:                        # Ctrl-C, no memory: nothing was found out
+            del self.choices[key]
+            self.save(key)
             raise
-        self.save(line)
+        self.save(key)
 
-    def check_ours(self, line: str, check: Callable[[str], None]) -> None:
+    def check_ours(self, key: str, check: Callable[[str], None]) -> None:
         try:
             check("triton")
-        except torch.OutOfMemoryError:               # it has not been checked
+        except torch.OutOfMemoryError:               # this says nothing about the kernel
             raise
         except Exception as error:
-            self.fail(line, error, "triton")
-        self.choices[line]["use"] = "triton"
+            self.fail(key, error, "triton")
+        self.choices[key]["use"] = "triton"
 
-    def time_all(self, line: str, check: Callable[[str], None], runs: dict[str, Callable]) -> None:
+    def time_all(self, key: str, check: Callable[[str], None], runs: dict[str, Callable]) -> None:
         """Check every candidate and note its time, or why it failed. runs: name -> a call to be timed."""
-        choice, plain = self.choices[line], runs.pop("torch")
+        choice, plain = self.choices[key], runs.pop("torch")
         best, expected = math.inf, None
         try:
             expected = sampled(plain())
             best = choice["ms"]["torch"] = self.card.milliseconds(plain)
-        except torch.OutOfMemoryError:               # of all ways PyTorch's takes the most
+        except torch.OutOfMemoryError:               # PyTorch's takes the most memory: try the others
             torch.cuda.empty_cache()
         for name, run in runs.items():
             if name == "flex" and best < LONG:
                 continue
             choice["failed"][name] = f"{TRIED} ({process_name(os.getpid())})"
-            self.save(line)                          # should it end, the next process reads this
+            self.save(key)                           # if this process ends here, the next one reads it
             try:
                 check(name)
-                require_equal(sampled(run()), expected or sampled(run()))
+                # without an expected result, at least twice the same, and no nan
+                require_close(sampled(run()), expected or sampled(run()))
                 ms = self.card.milliseconds(run, 1.5 * best)
-            except torch.OutOfMemoryError:           # today's luck: not to be remembered
+            except torch.OutOfMemoryError:           # there may be room next time: it is not noted as failed
                 torch.cuda.empty_cache()
                 del choice["failed"][name]
             except Exception as error:
-                self.fail(line, error, name)
+                self.fail(key, error, name)
             else:
                 del choice["failed"][name]
                 choice["ms"][name] = ms
                 best = min(best, ms)
 
-    def fail(self, line: str, error: Exception, name: str | None = None) -> None:
-        """Note, and say once, that a candidate is out. Raises KernelError where none may take its place."""
-        choice, operation = self.choices[line], line.split()[0]
+    def fail(self, key: str, error: Exception, name: str | None = None) -> None:
+        """Note, and warn once, that a candidate failed; "torch" takes its place. Raises KernelError if the
+        chooser is strict, BrokenGPU if the GPU takes no more work."""
+        choice, operation = self.choices[key], key.split()[0]
         name = name or choice["use"]
         reason = (str(error) or type(error).__name__).strip().splitlines()[0][:160]
         what = f"{self.card.name}: {operation} by {name} fails: {reason}"
@@ -429,7 +435,7 @@ class Chooser:
             raise KernelError(f"{what} (use the backend 'auto' or 'torch')") from error
         choice["failed"][name], choice["use"] = reason, "torch"
         choice["ms"].pop(name, None)
-        self.save(line)
+        self.save(key)
         try:
             self.card.synchronize()
         except Exception:
@@ -444,7 +450,7 @@ class Chooser:
         parts: list[str] = []
         failed: dict[str, str] = {}
         for operation in OPERATIONS:
-            used = [self.choices[line] for line in self.ready if line.split()[0] == operation]
+            used = [self.choices[key] for key in self.ready if key.split()[0] == operation]
             names = " or ".join(dict.fromkeys(choice["use"] for choice in used))
             plain = sum(choice["ms"].get("torch", 0) for choice in used)
             ours = sum(choice["ms"].get(choice["use"], 0) for choice in used)
@@ -460,7 +466,7 @@ class Chooser:
 
 @dataclass(frozen=True)
 class ChosenOps(magi.Ops):
-    """Operations that choose for themselves, and `report()` what they chose in a line."""
+    """Operations that call what a Chooser has chosen; `report()` says in a line what that was."""
 
     report: Callable[[], str] = str
 
@@ -483,7 +489,7 @@ def get_ops(backend: str, device: torch.device | str) -> magi.Ops:
 
 
 def chosen_ops(chooser: Chooser) -> ChosenOps:
-    # functions, not methods: a copy of a model, as of an average of its weights, has the same chooser
+    # Functions, not methods: a copy of a model (for an average of its weights) would copy a method's chooser.
     def call(operation: str) -> Callable:
         return lambda *args, **options: chooser.call(operation, *args, **options)
 

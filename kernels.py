@@ -1,36 +1,39 @@
 """Fast paths for magi.py in Triton: block-causal attention, fp8 matmul, fused elementwise steps.
 
 magi.TORCH_OPS is the specification; TRITON_OPS here has the same names, signatures and results, and magi.py
-runs on either. Nothing here is needed. **No kernel here has been timed on a GPU yet, or run on one**: they
-are checked in Triton's interpreter and by compiling for six architectures. So `--backend auto` checks every
+runs on either, or without this file. **No kernel here has been timed on a GPU yet, or run on one**: they are
+checked in Triton's interpreter and by compiling for six architectures. So `--backend auto` checks every
 kernel on the user's own card, and uses it only where it is right and faster than PyTorch (kernel_choice.py).
 
     operation          signature as in magi.py section 2                    what it saves
-    attention          (q, k, v)                                            scores, N x M floats, never exist
-    block_attention    (q, k, v, spans, out)                                a mask; a copy of the result
+    attention          (q, k, v)                                            the N x M scores of each head
+    block_attention    (q, k, v, spans, out)                                all launches but one; a copy
     fp8_matmul         (x, weight, divide, scale)                           half the bytes, twice the rate
     norm_rotary        (x, norm, angles or None)                            45 of 49 bytes per element (bf16)
-    gated_residual     (x, gate, update, norm)                              48 of 54 bytes per element (bf16)
+    gated_residual     (x, gate, update, norm)                              40 of 46 bytes per element (bf16)
     swiglu             (u)                                                  4 of 10 bytes per element (bf16)
+    matmul_float32     (x, weight)                                          nothing: it is magi.py's own
 
     python kernels.py               on a GPU: check against magi.py, then time, beside PyTorch's own kernels
     python kernels.py --compile     anywhere: compile for six architectures; registers, memory, instructions
 
 Symbols as in magi.py: B batch, N queries, M keys, Hq Hkv query and key/value heads, hd head width, n chunks.
-In this file a *row* is one token of one head. In kernels, capitals are places in memory (Q, Out, Plan) or
-known when the kernel is compiled (T, N, EDGE: `tl.constexpr`).
+A *row* is a token, counted through the whole batch; in attention it is one token of one head. In kernels,
+capitals are places in memory (Q, Out, Plan) or known when the kernel is compiled (T, ROWS, EDGE:
+`tl.constexpr`). Names in small letters are numbers and tiles on chip.
 
 Contents
     1  What a kernel is       programs, tiles, memory; how a kernel is started
-    2  Elementwise            where the bytes go
+    2  Elementwise            what PyTorch moves through memory, and what one pass moves
     3  Fp8 matmul             scales, and what they lose
-    4  Plans                  which program does what; why block-causal needs no mask
+    4  Plans                  which program works on which tile; why block-causal needs no mask
     5  Attention, forward     the online softmax
-    6  Attention, backward    scores are computed again, never stored; the operation itself
-    7  Tile sizes             how big, for which architecture, and why
+    6  Attention, backward    scores are computed again, never stored; the function that a user calls
+    7  Tile sizes             how large they are on which architecture, and why
 
-Each of 2, 3, 5 and 6 has the reasons first, then the kernels, then the function that checks its arguments and
-starts them. The simplest kernel is `_swiglu_kernel`; the heart of attention is `_attend_tile`, ten lines.
+Each of 2, 3 and 6 has the reasons first, then the kernels, then the function that checks its arguments and
+starts them (for section 5 it stands in 6). The simplest kernel is `_swiglu_kernel`; the heart of attention is
+`_attend_tile`, a dozen lines.
 Left out on purpose: dropout, masks of any kind, head widths other than 16, 32, 64 and 128. Timing and
 ahead-of-time compiling are in tools/bench_kernels.py. References: FlashAttention 1 and 2 (arXiv 2205.14135,
 2307.08691); SmoothQuant (2211.10438); Triton's tutorials 3, 6 and 9.
@@ -62,7 +65,7 @@ if not (__name__ == "kernels" and load_installed("kernels", __file__)):
     import triton
     import triton.language as tl
     from triton.tools.tensor_descriptor import TensorDescriptor
-else:                                                 # no file can stop here: the rest is for nothing
+else:     # the import is answered, but Python still runs this file to its end: with stand-ins for Triton
     triton = tl = TensorDescriptor = MagicMock()
 
 __all__ = ["TRITON_OPS", "Tiles", "arch_of", "attention", "block_attention", "flash_attention", "fp8_matmul",
@@ -70,45 +73,47 @@ __all__ = ["TRITON_OPS", "Tiles", "arch_of", "attention", "block_attention", "fl
            "quantise", "swiglu", "tiles_for"]
 
 INTERPRETED = triton.knobs.runtime.interpret is True          # was TRITON_INTERPRET=1 set?
-if INTERPRETED:      # its faults are mended there, so that the kernels need to know nothing of them
+if INTERPRETED:               # mend two faults of the interpreter, so that no kernel has to work around them
     load_module("triton_interpreter", Path(__file__).with_name("tools") / "triton_interpreter.py")
 
 # ----------------------------------------------------------------------------------------------------------
 # 1  What a kernel is
 # ----------------------------------------------------------------------------------------------------------
 # A kernel is the code of one *program*; a launch starts a grid of them, and `tl.program_id` tells a program
-# which one it is. The GPU's multiprocessors (132 on an H100) take programs from the list as they get free. A
+# which one it is. The GPU's multiprocessors (132 on an H100) take programs from the grid as they get free. A
 # program's variables are *tiles*, blocks of numbers spread over its threads, 32 to a *warp*.
 #
 # Numbers live in four places, each larger and slower than the one before. On an H100: registers (255 a
 # thread), shared memory (227 KiB a multiprocessor), the L2 cache (50 MB), memory (80 GB). Its tensor cores,
 # which multiply tiles, do 295 operations in the time in which one byte comes from memory. So a kernel is
-# good if it fetches a tile once, does all there is to do with it, and writes only results. What must be on
-# chip for that is the tile size; while one tile is worked on, the next are on their way (`stages`). From the
-# H100 on a copy engine (TMA) fetches whole tiles by itself; it is told of a tensor by a *descriptor*.
+# good if it fetches a tile once, does all there is to do with it, and writes only results. The tile size says
+# how much is on chip at once; while one tile is worked on, the next ones are being loaded (`stages`). From
+# the H100 on, a copy engine (TMA) loads whole tiles by itself; a *descriptor* tells it a tensor's address,
+# shape and strides.
 
 
 class Tiles(NamedTuple):
-    """What is known of a kernel when it is compiled, T in the kernels: what a program holds on chip, in how
-    many warps, loading how far ahead."""
+    """The tile sizes of a kernel, and what else the compiler must know of it; T in the kernels. The names m,
+    n, k are those of matrix products (BLOCK_M, ... elsewhere), not the legend's."""
 
-    m: int                        # rows of queries; fp8: rows of the output
-    n: int                        # rows of keys; fp8: columns of the output
+    m: int                        # queries per tile; fp8: rows of the output
+    n: int                        # keys per tile; fp8: columns of the output
     k: int = 0                    # fp8 only: how much of the inner axis per step
     warps: int = 4
     stages: int = 2               # tiles in flight: loads run ahead of the arithmetic by this many
-    tma: bool = False             # let the copy engine fetch whole tiles
-    # Of attention. The last three are filled in at the launch.
-    rest: int = 16                # what is left at the end of a span goes in tiles of this width
+    tma: bool = False             # let the copy engine load whole tiles
+    # The rest is for attention alone, and its last three are filled in at the launch.
+    rest: int = 16                # after the whole tiles of a span, the remainder goes in tiles of this size
     hd: int = 0
-    group: int = 1                # query heads that read the same kv head
+    group: int = 1                # query heads that read the same key/value head
     precision: str = "ieee"       # how float32 is multiplied
 
 
 def launch(kernel: Any, grid: tuple[int, ...], tiles: Tiles, **args: Any) -> None:
-    """Start a kernel on its tensors' device. (--compile notes it instead.)"""
+    """Start a kernel on its tensors' device. (For --compile, tools/bench_kernels.py puts a function here that
+    keeps the arguments and starts nothing.)"""
     tensor = next(u for u in args.values() if isinstance(u, Tensor))
-    arch_of(tensor.device)                                                   # says if the device cannot
+    arch_of(tensor.device)                               # raises ValueError if the device cannot run Triton
     if 0 not in grid:
         with torch.cuda.device_of(tensor):
             kernel[grid](**args, num_warps=tiles.warps, num_stages=tiles.stages)
@@ -116,8 +121,8 @@ def launch(kernel: Any, grid: tuple[int, ...], tiles: Tiles, **args: Any) -> Non
 
 @lru_cache
 def arch_of(device: torch.device | str) -> int:
-    """Which column of section 7 fits a device: 89, 90, 100, 120, 942, 950; 0 for Triton's interpreter.
-    Raises ValueError if there is none, with what is missing."""
+    """The architecture whose tiles in section 7 fit a device: 89, 90, 100, 120 (from the A100's 80 on, the
+    nearest), 942 or 950; 0 for Triton's interpreter. Raises ValueError if there is none, with the reason."""
     device = torch.device(device)
     if INTERPRETED and device.type != "cuda":
         return 0
@@ -135,18 +140,18 @@ def arch_of(device: torch.device | str) -> int:
 
 
 def _dense(u: Tensor) -> Tensor:
-    """Contiguous, and where the copy engine may start: a view may begin at an odd address."""
+    """Contiguous, and at a multiple of 16 bytes, as the copy engine needs it: a view may begin elsewhere."""
     u = u.contiguous()
     return u if u.data_ptr() % 16 == 0 else u.clone()
 
 
 def _kind(u: Tensor) -> str:
-    """What a message says of a tensor."""
+    """Shape, type and device of a tensor, for comparing and for messages."""
     return f"{tuple(u.shape)} {u.dtype} on {u.device}"
 
 
 def _require_head_width(hd: int) -> None:
-    """The sides of Triton's tiles are powers of two, and matrix products take 16 or more."""
+    """Raises ValueError for other head widths: Triton's tiles are powers of two, tl.dot takes 16 or more."""
     require(hd in (16, 32, 64, 128), f"head width {hd} must be 16, 32, 64 or 128: use the backend 'torch'")
 
 
@@ -158,15 +163,16 @@ def _require_head_width(hd: int) -> None:
 # every intermediate twice. Per element, bf16 in and out (r read, w written; gates, angles and norms are small
 # beside x, and stay in the cache):
 #
-#     gated_residual   gate to all rows w4 · update to float32 r2 w4 · product r8 w4 · norm r4 w4 ·
-#                      x to float32 r2 w4 · sum r8 w4 · to bf16 r4 w2           54 bytes, in one pass  6
+#     gated_residual   update to float32 r2 w4 · product r4 w4 · norm r4 w4 ·
+#                      x to float32 r2 w4 · sum r8 w4 · to bf16 r4 w2           46 bytes, in one pass  6
 #     norm_rotary      to float32 r2 w4 · norm r4 w4 · on 3/4 of the width: two products r8 w8 and
 #                      their sum r8 w4 · joined r4 w4 · to bf16 r4 w2           49 bytes, in one pass  4
 #     swiglu           silu r2 w2 · product r4 w2                               10 bytes, in one pass  6
 #
-# A whole layer, outside products and attention, in bytes per token and channel of D, for four chunks and one
-# in the cache (4.5B at 720x720: 48,600 tokens of 3,072; 24B at 720x1280: 86,400 of 6,144). Counts, not times.
-# (Both attentions' results, 2 D wide, would be 16 more to join and to put in Wo's order: hence their `out`.)
+# What a whole layer moves with these kernels, outside products and attention, in bytes per token and channel
+# of D, for four chunks and one in the cache (4.5B at 720x720: 48,600 tokens of 3,072 channels; 24B at
+# 720x1280: 86,400 of 6,144). These are counts, not times. (Joining the results of both attentions, 2 D wide,
+# and putting them in Wo's order would move 16 more: that is what their `out` saves.)
 #
 #                                                                             4.5B    24B
 #     two layer norms r2 w2                                                    8       8
@@ -178,9 +184,9 @@ def _require_head_width(hd: int) -> None:
 #     in GB                                                                    7.6    25.7
 
 
-class _GradientOf(torch.autograd.Function):
-    """What a kernel wrote to `out`, with the gradient of the reference, which is computed again. These are
-    memory-bound steps that training spends little on, and one definition of their gradient is enough."""
+class _ReferenceGradient(torch.autograd.Function):
+    """Forward: what a kernel wrote to `out`. Backward: the reference is computed again and differentiated.
+    Training spends little time on these memory-bound steps, so they need no backward kernels of their own."""
 
     @staticmethod
     def forward(ctx, reference, out, *tensors):
@@ -202,11 +208,13 @@ class _GradientOf(torch.autograd.Function):
 @triton.jit
 def _swiglu_kernel(U, Out, width, C: tl.constexpr):
     """silu(first half) * second half of a row. Grid: (rows, tiles of C columns)."""
-    row, col = tl.program_id(0).to(tl.int64), tl.program_id(1) * C + tl.arange(0, C)
-    a = tl.load(U + row * 2 * width + col, col < width, 0.0).to(tl.float32)
-    b = tl.load(U + row * 2 * width + width + col, col < width, 0.0).to(tl.float32)
+    row = tl.program_id(0).to(tl.int64)
+    cols = tl.program_id(1) * C + tl.arange(0, C)
+    mask = cols < width
+    a = tl.load(U + row * 2 * width + cols, mask, 0.0).to(tl.float32)
+    b = tl.load(U + row * 2 * width + width + cols, mask, 0.0).to(tl.float32)
     a = (a * tl.sigmoid(a)).to(U.dtype.element_ty).to(tl.float32)            # PyTorch rounds here too
-    tl.store(Out + row * width + col, (a * b).to(Out.dtype.element_ty), col < width)
+    tl.store(Out + row * width + cols, (a * b).to(Out.dtype.element_ty), mask)
 
 
 @torch.compiler.disable
@@ -217,28 +225,29 @@ def swiglu(u: Tensor) -> Tensor:
     out = u.new_empty(*u.shape[:-1], width)
     launch(_swiglu_kernel, (out.numel() // max(1, width), triton.cdiv(width, tiles.n)), tiles,
            U=u.contiguous(), Out=out, width=width, C=tiles.n)
-    return _GradientOf.apply(magi.swiglu, out, u)
+    return _ReferenceGradient.apply(magi.swiglu, out, u)
 
 
 def _norm(weight: Tensor, bias: Tensor, eps: float) -> Callable[[Tensor], Tensor]:
-    """magi.LayerNorm1p as a function of its weights, which have gradients of their own."""
+    """magi.LayerNorm1p as a function of x with these weights, so that they too get their gradients."""
     return lambda x: F.layer_norm(x.to(weight.dtype), weight.shape, weight + 1, bias, eps)
 
 
 @triton.jit
 def _gated_residual_kernel(X, Gate, Update, Weight, Bias, Out, tokens, chunk, chunks, width, eps,
                            C: tl.constexpr):
-    """x + LN1(gate * update) of one token. Grid: (B tokens,)."""
+    """x + LN1(gate * update) of one token. Grid: (B N,). tokens is N, chunk the tokens of one, chunks their
+    number n; C is the width, rounded up to a power of two."""
     token, cols = tl.program_id(0), tl.arange(0, C)
-    mask, at = cols < width, token.to(tl.int64) * width + cols
-    gate = token // tokens * chunks + token % tokens // chunk
+    mask, offsets = cols < width, token.to(tl.int64) * width + cols
+    gate = token // tokens * chunks + token % tokens // chunk                # the token's row of (B n, width)
     u = tl.load(Gate + gate.to(tl.int64) * width + cols, mask, 0.0).to(tl.float32)
-    u *= tl.load(Update + at, mask, 0.0).to(tl.float32)
-    u = tl.where(mask, u - tl.sum(u, 0) / width, 0.0)
-    u *= tl.rsqrt(tl.sum(u * u, 0) / width + eps)
+    u *= tl.load(Update + offsets, mask, 0.0).to(tl.float32)
+    u = tl.where(mask, u - tl.sum(u, 0) / width, 0.0)                        # LN1: mean 0, ...
+    u *= tl.rsqrt(tl.sum(u * u, 0) / width + eps)                            # ... variance 1
     u = u * (tl.load(Weight + cols, mask, 0.0) + 1) + tl.load(Bias + cols, mask, 0.0)
-    x = tl.load(X + at, mask, 0.0).to(tl.float32)
-    tl.store(Out + at, (x + u).to(Out.dtype.element_ty), mask)
+    x = tl.load(X + offsets, mask, 0.0).to(tl.float32)
+    tl.store(Out + offsets, (x + u).to(Out.dtype.element_ty), mask)
 
 
 @torch.compiler.disable
@@ -257,40 +266,41 @@ def gated_residual(x: Tensor, gate: Tensor, update: Tensor, norm: magi.LayerNorm
     def reference(x, gate, update, weight, bias):
         return magi.gated_residual(x, gate, update, _norm(weight, bias, norm.eps))
 
-    return _GradientOf.apply(reference, out, x, gate, update, norm.weight, norm.bias)
+    return _ReferenceGradient.apply(reference, out, x, gate, update, norm.weight, norm.bias)
 
 
 @triton.jit
 def _norm_rotary_kernel(X, Weight, Bias, Angles, Out, rows, tokens, heads, eps, HD: tl.constexpr,
-                        PAIRS: tl.constexpr, M: tl.constexpr):
-    """LN1, then rotation of the pairs (j, j + PAIRS), for all heads of M tokens. Without PAIRS, LN1 alone.
-    Grid: (tiles,).
+                        PAIRS: tl.constexpr, ROWS: tl.constexpr):
+    """LN1, then rotation of the pairs (j, j + PAIRS), for all heads of ROWS tokens. If PAIRS is 0, LN1 alone.
+    Grid: (tiles of tokens,).
 
-    PAIRS, 48 of 128, is no power of two, so halves cannot be cut out of a tile. Instead every column also
-    loads its partner, which the first load has just brought into the cache. Norms of qx and kx are bf16: what
-    PyTorch rounds to the type of the weights, 1 + weight and the result, is rounded here too.
+    PAIRS is 48 at head width 128, no power of two, so the two halves that rotate cannot be cut out of a tile.
+    Instead every column also loads its partner (names in _p), which the first load has just brought into the
+    cache. The norms of qx and kx have bf16 weights: what PyTorch rounds to that type, 1 + weight and the
+    result, is rounded here too.
     """
-    row, col = tl.program_id(0) * M + tl.arange(0, M)[:, None], tl.arange(0, HD)[None, :]
+    row, col = tl.program_id(0) * ROWS + tl.arange(0, ROWS)[:, None], tl.arange(0, HD)[None, :]
     TYPE: tl.constexpr = Weight.dtype.element_ty
     weight = (tl.load(Weight + col).to(tl.float32) + 1).to(TYPE).to(tl.float32)
     bias = tl.load(Bias + col).to(tl.float32)
     if PAIRS > 0:
-        turns = (row < rows) & (col < 2 * PAIRS)
+        rotates = (row < rows) & (col < 2 * PAIRS)                           # the other columns get angle 0
         partner = tl.where(col < PAIRS, col + PAIRS, tl.where(col < 2 * PAIRS, col - PAIRS, col))
-        angle = tl.load(Angles + row % tokens * PAIRS + col % PAIRS, turns, 0.0)         # 0: no rotation
+        angle = tl.load(Angles + row % tokens * PAIRS + col % PAIRS, rotates, 0.0)
         cos, sin = tl.cos(angle), tl.where(col < PAIRS, -tl.sin(angle), tl.sin(angle))
         weight_p, bias_p = tl.load(Weight + partner) + 1, tl.load(Bias + partner)
     for head in range(heads):
-        at = (row.to(tl.int64) * heads + head) * HD
-        x = tl.load(X + at + col, row < rows, 0.0).to(TYPE).to(tl.float32)
+        offset = (row.to(tl.int64) * heads + head) * HD
+        x = tl.load(X + offset + col, row < rows, 0.0).to(TYPE).to(tl.float32)
         mean = tl.sum(x, 1)[:, None] / HD
         x -= mean
-        scale = tl.rsqrt(tl.sum(x * x, 1)[:, None] / HD + eps)
-        y = (x * scale * weight + bias).to(TYPE)
+        rstd = tl.rsqrt(tl.sum(x * x, 1)[:, None] / HD + eps)                # 1 / standard deviation
+        y = (x * rstd * weight + bias).to(TYPE)
         if PAIRS > 0:
-            x_p = tl.load(X + at + partner, row < rows, 0.0).to(tl.float32) - mean
-            y = y * cos + (x_p * scale * weight_p + bias_p).to(TYPE) * sin
-        tl.store(Out + at + col, y.to(Out.dtype.element_ty), row < rows)
+            x_p = tl.load(X + offset + partner, row < rows, 0.0).to(tl.float32) - mean
+            y = y * cos + (x_p * rstd * weight_p + bias_p).to(TYPE) * sin
+        tl.store(Out + offset + col, y.to(Out.dtype.element_ty), row < rows)
 
 
 @torch.compiler.disable
@@ -299,73 +309,75 @@ def norm_rotary(x: Tensor, norm: magi.LayerNorm1p, angles: Tensor | None) -> Ten
     angles, LN1 alone."""
     B, N, heads, hd = x.shape
     _require_head_width(hd)
-    turns = (N, 0) if angles is None else tuple(angles.shape)
-    require(norm.weight.shape == (hd,) and turns[0] == N and 2 * turns[1] <= hd,
-            f"norm {tuple(norm.weight.shape)} and angles {turns} do not go with x {tuple(x.shape)}: "
-            f"angles need a row per token")
+    angle_rows, pairs = (N, 0) if angles is None else angles.shape
+    require(norm.weight.shape == (hd,) and angle_rows == N and 2 * pairs <= hd,
+            f"norm {tuple(norm.weight.shape)} and angles {(angle_rows, pairs)} do not go with x "
+            f"{tuple(x.shape)}: angles need a row per token")
     out, tiles = x.new_empty(x.shape), Tiles(8, hd)
     launch(_norm_rotary_kernel, (triton.cdiv(B * N, tiles.m),), tiles, X=x.contiguous(), Weight=norm.weight,
            Bias=norm.bias, Angles=None if angles is None else angles.contiguous(), Out=out, rows=B * N,
-           tokens=N, heads=heads, eps=norm.eps, HD=hd, PAIRS=turns[1], M=tiles.m)
+           tokens=N, heads=heads, eps=norm.eps, HD=hd, PAIRS=pairs, ROWS=tiles.m)
 
     def reference(x, weight, bias, angles=None):
         return magi.norm_rotary(x, _norm(weight, bias, norm.eps), angles)
 
     others = [] if angles is None else [angles]
-    return _GradientOf.apply(reference, out, x, norm.weight, norm.bias, *others)
+    return _ReferenceGradient.apply(reference, out, x, norm.weight, norm.bias, *others)
 
 
 # ----------------------------------------------------------------------------------------------------------
 # 3  Fp8 matmul
 # ----------------------------------------------------------------------------------------------------------
-# e4m3 has 4 bits of exponent and 3 of mantissa: eight steps per factor of two, from 2^-9 to 448. Tensors are
-# brought into that range by scales: x = input_scale * x8, w = weight_scale * w8, so x w^T = (x8 w8^T) times
-# one number, applied to the float32 sum at the end. What is lost is, first, mantissa: a relative error of up
-# to 1/17 per number, 2.7 % rms, which a sum over thousands of terms averages out. Second, what is smaller
-# than 2^-10 becomes zero, and that is worse: one outlier sets the scale for all, and a channel 500,000 times
-# smaller is gone. Hence the smoothing scales of Wo and fc2, whose inputs have such channels: x_j / s_j and
-# w_j * s_j have the same product, and s_j is chosen to leave both moderate (`convert_weights.py quantize`).
+# e4m3 has 4 bits of exponent and 3 of mantissa: eight steps per factor of two from 2^-6 to 448, and equal
+# steps of 2^-9 below. Scales bring tensors into that range: x = input_scale * x8, w = weight_scale * w8, so
+# x w^T = (x8 w8^T) times one number, `scale`, applied to the float32 sum at the end. Two things are lost.
+# First, mantissa: a relative error of up to 1/17 per number, 2.7 % rms, and about 4 % in a product of two
+# such matrices (notebook 6). Second, what is smaller than 2^-10 becomes zero, and that is worse: one outlier
+# sets the scale for all, and a channel 500,000 times smaller is gone. Hence the smoothing scales s of Wo and
+# fc2, whose inputs have such channels: x_j / s_j and w_j * s_j have the same product, and s_j is chosen to
+# leave both moderate (`convert_weights.py quantize`). `divide` is input_scale, or s in Wo and fc2.
 #
 # The rounding is that of magi.fp8_matmul exactly: float32 division, clamp, to bf16, to e4m3, so both paths
-# multiply the same numbers. On the H100 the tensor cores add fp8 products with about 14 bits; every k (at
-# most 128) terms their sum is therefore moved to float32 registers, which is what makes "float32
-# accumulation" true.
+# multiply the same numbers. On the H100 the tensor cores add fp8 products with about 14 bits. So after every
+# step of T.k terms (at most 128) their sum is added to one in float32 registers, without which "float32
+# accumulation" would not be true.
 
 
 @triton.jit
 def _quantise_kernel(X, Divide, X8, rows, width, T: tl.constexpr):
-    """x / divide in e4m3, in one pass: 2 + 1 bytes per element where PyTorch's five passes move 31."""
+    """x / divide in e4m3, in one pass: 3 bytes per element (bf16) where PyTorch's four passes move 23.
+    Grid: (tiles down, tiles across)."""
     row = tl.program_id(0) * T.m + tl.arange(0, T.m)[:, None]
     col = tl.program_id(1) * T.n + tl.arange(0, T.n)[None, :]
-    at, mask = row.to(tl.int64) * width + col, (row < rows) & (col < width)
-    x = tl.load(X + at, mask, 0.0).to(tl.float32)
+    offsets, mask = row.to(tl.int64) * width + col, (row < rows) & (col < width)
+    x = tl.load(X + offsets, mask, 0.0).to(tl.float32)
     x = tl.div_rn(x, tl.load(Divide + col, col < width, 1.0))                # `/` would be off by an ulp
     x = tl.clamp(x, -448.0, 448.0, tl.PropagateNan.ALL)
-    tl.store(X8 + at, x.to(tl.bfloat16).to(tl.float32).to(tl.float8e4nv), mask)
+    tl.store(X8 + offsets, x.to(tl.bfloat16).to(tl.float32).to(tl.float8e4nv), mask)
 
 
 @triton.jit
 def _fp8_kernel(X8, W8, Scale, Out, rows, cols, width, T: tl.constexpr):
-    """One tile of (x8 w8^T) * scale. Both operands are stored along the inner axis, as tensor cores want.
-    Grid: (tiles across, tiles down)."""
+    """One tile of (x8 w8^T) * scale: x8 (rows, width), w8 (cols, width), contiguous along the inner axis, as
+    tensor cores want it. Grid: (tiles across, tiles down)."""
     # Programs that run together should share operands in the L2 cache: go down in bands of 8 tiles, as in
     # Triton's tutorial 3.
     down, across = tl.swizzle2d(tl.program_id(1), tl.program_id(0), tl.num_programs(1), tl.num_programs(0), 8)
     row, col = down * T.m, across * T.n
-    at_row, at_col = row + tl.arange(0, T.m)[:, None], col + tl.arange(0, T.n)[None, :]
-    acc = tl.zeros((at_row + at_col).shape, tl.float32)
+    tile_rows, tile_cols = row + tl.arange(0, T.m)[:, None], col + tl.arange(0, T.n)[None, :]
+    acc = tl.zeros((tile_rows + tile_cols).shape, tl.float32)        # Triton 3.7 does not compile (T.m, T.n)
     for k in tl.range(0, width, T.k):
-        if T.tma:                                                            # zeros beyond the edges
+        if T.tma:                                          # the copy engine puts zeros beyond the edges
             x, w = X8.load([row, k]), W8.load([col, k]).T
-        else:                                                                # beyond the edge: the last again
+        else:                                              # beyond the edge the last row is loaded again
             inner = k + tl.arange(0, T.k)
-            x_at = tl.minimum(at_row, rows - 1).to(tl.int64) * width + inner[None, :]
-            w_at = tl.minimum(at_col, cols - 1).to(tl.int64) * width + inner[:, None]
-            x = tl.load(X8 + x_at, (inner < width)[None, :], 0.0)
-            w = tl.load(W8 + w_at, (inner < width)[:, None], 0.0)
+            x_offsets = tl.minimum(tile_rows, rows - 1).to(tl.int64) * width + inner[None, :]
+            w_offsets = tl.minimum(tile_cols, cols - 1).to(tl.int64) * width + inner[:, None]
+            x = tl.load(X8 + x_offsets, (inner < width)[None, :], 0.0)
+            w = tl.load(W8 + w_offsets, (inner < width)[:, None], 0.0)
         acc = tl.dot(x, w, acc, max_num_imprecise_acc=T.k)
-    tl.store(Out + at_row.to(tl.int64) * cols + at_col, (acc * tl.load(Scale)).to(tl.bfloat16),
-             (at_row < rows) & (at_col < cols))
+    result = (acc * tl.load(Scale)).to(tl.bfloat16)
+    tl.store(Out + tile_rows.to(tl.int64) * cols + tile_cols, result, (tile_rows < rows) & (tile_cols < cols))
 
 
 def quantise(x: Tensor, divide: Tensor, tiles: Tiles = Tiles(4, 1024)) -> Tensor:
@@ -378,7 +390,7 @@ def quantise(x: Tensor, divide: Tensor, tiles: Tiles = Tiles(4, 1024)) -> Tensor
 
 
 def product(x8: Tensor, weight: Tensor, scale: Tensor, tiles: Callable[..., Tiles] | None = None) -> Tensor:
-    """(x8 weight^T) * scale in bf16, of e4m3 matrices. tiles: a function to take in place of `tiles_for`."""
+    """(x8 weight^T) * scale in bf16, of e4m3 matrices. tiles: a function to use in place of `tiles_for`."""
     (rows, width), cols = x8.shape, len(weight)
     out = x8.new_empty(rows, cols, dtype=torch.bfloat16)
     tile = (tiles or tiles_for)("fp8", arch_of(x8.device))
@@ -397,15 +409,16 @@ def fp8_matmul(x: Tensor, weight: Tensor, divide: Tensor, scale: Tensor, multipl
                ) -> Tensor:
     """magi.fp8_matmul: x (..., in) any float, weight (out, in) e4m3, divide (in,) or (1, in), scale (1,)
     -> (..., out) bf16. GPUs without fp8 arithmetic (before sm_89), and training, take the reference, which
-    dequantises. `multiply` takes what is quantised."""
+    widens the e4m3 numbers. multiply: the product of the quantised x with the weight, `product` or one that
+    kernel_choice.py tries in its place."""
     width = x.shape[-1]
     require(weight.dtype == torch.float8_e4m3fn and weight.shape[1:] == (width,),
             f"weight {tuple(weight.shape)} {weight.dtype} must be (out, {width}) in e4m3, as x is "
             f"{tuple(x.shape)}")
     require(divide.shape in ((width,), (1, width)) and scale.numel() == 1,
             f"divide {tuple(divide.shape)} must be ({width},), scale {tuple(scale.shape)} one number")
-    old = x.is_cuda and torch.version.hip is None and torch.cuda.get_device_capability(x.device) < (8, 9)
-    if old or x.numel() == 0 or x.requires_grad and torch.is_grad_enabled():
+    no_fp8 = x.is_cuda and torch.version.hip is None and torch.cuda.get_device_capability(x.device) < (8, 9)
+    if no_fp8 or x.numel() == 0 or x.requires_grad and torch.is_grad_enabled():
         return magi.fp8_matmul(x, weight, divide, scale)
     x8 = quantise(x.reshape(-1, width).contiguous(), divide.float().contiguous())
     return multiply(x8, weight, scale).view(*x.shape[:-1], len(weight))
@@ -416,16 +429,17 @@ def fp8_matmul(x: Tensor, weight: Tensor, divide: Tensor, scale: Tensor, multipl
 # ----------------------------------------------------------------------------------------------------------
 # Block-causal needs no mask. A chunk of queries reads *all* keys of one contiguous span and no others, so
 # its rule is two numbers, a start and an end. A loop from start to end touches only keys that count; the one
-# tile at the end that sticks out is masked, the hundreds before it are not. A mask tensor would cost a bit
-# per pair to read and, worse, the arithmetic of everything it forbids.
+# tile at the end that sticks out is masked, the hundreds before it are not. A mask tensor would cost a byte
+# to read per pair of query and key and, worse, the arithmetic of every pair that it forbids.
 #
-# The spans are known on the CPU before a forward starts, and all layers share them. So what each program
-# shall do is written down once, as a list of integers, and copied to the GPU. Programs start in the order of
-# the list: the longest work comes first, so that none trails at the end.
+# The spans are known on the CPU before a forward starts, and all layers share them. So a *plan* is made once
+# and copied to the GPU: four integers for each tile say where it lies and over which keys its program goes.
+# Programs start in the order of the plan. Those with the longest loops come first, so that none of them
+# is still running when all others have ended.
 
 
 def _chunks(spans: tuple, B: int, N: int, M: int) -> list[tuple[int, int, int, int]]:
-    """(first query, end, first key, end) of every chunk, checked; rows count through the whole batch."""
+    """(first query, end, first key, end) of every chunk, checked; counted through the whole batch."""
     n = len(spans[0])
     require(len(spans) in (1, B) and N % n == 0,
             f"{len(spans)} x {n} spans do not fit {B} x {N} queries: one per chunk, all of a size")
@@ -449,10 +463,12 @@ def plan_queries(spans: tuple, B: int, N: int, M: int, size: int) -> list[tuple[
 
 def plan_keys(spans: tuple, B: int, N: int, M: int, size: int) -> tuple[list, list]:
     """Tiles of at most `size` keys, (row, rows, first, number), and the runs of queries, (row, rows), that
-    read them: runs[first : first + number], one for each chunk that does. Keys are cut wherever a span starts
-    or ends, so all keys of a tile have the same readers."""
+    read them: runs[first : first + number], one run for each chunk that reads the tile. Keys are cut wherever
+    a span starts or ends, so all keys of a tile have the same readers."""
     chunks = _chunks(spans, B, N, M)
-    edges = {0, B * M, *(edge for _, _, *span in chunks for edge in span)}
+    edges = {0, B * M}
+    for _, _, key, key_end in chunks:
+        edges |= {key, key_end}
     tiles: list[tuple[int, int, int, int]] = []
     runs: list[tuple[int, int]] = []
     for low, high in itertools.pairwise(sorted(edges)):
@@ -465,7 +481,8 @@ def plan_keys(spans: tuple, B: int, N: int, M: int, size: int) -> tuple[list, li
 
 @lru_cache(256)
 def _plan_on(device: torch.device, held: str, *args: Any) -> dict[str, Tensor]:
-    """The plan for programs that hold "queries" or "keys", as arguments of a kernel."""
+    """The plan for programs whose tile is of "queries" or of "keys", as arguments of a kernel. The last 256
+    plans stay on the device: every layer and step asks for the same few."""
     if held == "queries":
         tables = {"Plan": plan_queries(*args)}
     else:
@@ -477,49 +494,50 @@ def _plan_on(device: torch.device, held: str, *args: Any) -> dict[str, Tensor]:
 # 5  Attention, forward
 # ----------------------------------------------------------------------------------------------------------
 # For one query, attention is a weighted mean of the values: o = sum_j e^(s_j) v_j / sum_j e^(s_j). A mean
-# can be taken in passing. Keep the largest score so far m, the sum l of e^(s - m), the weighted values acc,
-# and when a tile of keys brings a larger score, shrink l and acc to the new scale:
+# can be taken in one pass. Keep the largest score so far m, the sum l of e^(s - m), and the weighted sum acc
+# of e^(s - m) v; when a tile of keys brings a larger score, shrink l and acc to the new scale:
 #
 #     m' = max(m, max s),    l' = l e^(m - m') + sum e^(s - m'),    acc' = acc e^(m - m') + e^(s - m') v
 #
-# That is the online softmax. Nothing of size N x M is ever in memory: for one chunk of the 4.5B at 720x720
-# (12,150 queries, 24 heads) against five chunks the scores would be 35 GB in bf16, written and read twice;
-# what is moved instead is q, k, v and o, 0.4 GB. The forward also keeps log sum e^s of each row, one float,
-# which is all that the backward needs to compute any score's weight again.
+# That is the online softmax; at the end o = acc / l. Nothing of size N x M is ever in memory: for one chunk
+# of the 4.5B at 720x720 (12,150 queries, 24 heads) against five chunks the scores would be 35 GB in bf16,
+# written and read twice; what is moved instead is q, k, v and o, 0.4 GB. The forward also keeps the logsumexp
+# of each row, lse = log sum_j e^(s_j) = m + log l: with it the backward can compute any weight again.
 #
 # Grouped queries: the Hq/Hkv heads that read the same keys are neighbours in the grid, so what one fetches
-# from memory the others find in the L2 cache. In the same way all tiles of a kv head run before the next
-# head's begin: keys and values of five chunks are 31 MB for one head, 249 MB for all, and the H100's L2 has
-# 50 MB.
+# from memory the others find in the L2 cache. In the same way all tiles of a key/value head run before the
+# next head's begin: keys and values of five chunks are 31 MB for one head, 249 MB for all, and the H100's L2
+# has 50 MB.
 #
 # Self- and cross-attention of a layer write side by side into one buffer (B, N, 2 Hq hd), which the output
-# projection reads as it is. Hence `out`, and its own stride.
+# projection reads as it is. That is why the kernel takes `out`, and a stride for it.
 
 LOG2E = tl.constexpr(math.log2(math.e))        # the hardware has 2^x, not e^x
 LN2 = tl.constexpr(math.log(2))
 
 
 class Matrix(NamedTuple):
-    """One head of a tensor (B, N, heads, hd), in a kernel: all tokens by hd columns."""
+    """One head of a tensor (B, N, heads, hd), in a kernel: a matrix of B N rows and hd columns."""
 
-    at: Any                       # the tensor's address
+    ptr: Any                      # to the tensor's first number
     col: Any                      # the head's first column
-    stride: Any                   # numbers from one token to the next
-    tma: Any = None               # the tensor's descriptor, where whole tiles are read
+    stride: Any                   # numbers from one row to the next
+    tma: Any = None               # the tensor's descriptor, where the copy engine loads whole tiles
 
 
 @triton.jit
 def _tile(X, row, left, ROWS: tl.constexpr, EDGE: tl.constexpr, T: tl.constexpr):
-    """ROWS rows of a Matrix from `row` on: (ROWS, hd). A tile at the EDGE has only `left` rows; the last is
-    then loaded again for those beyond, which belong to others and might hold nan: a weight of 0 would not
-    undo that."""
+    """Load ROWS rows of a Matrix from `row` on: (ROWS, hd). At an EDGE only `left` of them count, and the
+    last of these stands in for the rest, which belong to other chunks and might hold nan: a weight of 0
+    would not help, since 0 * nan is nan."""
     if T.tma and not EDGE:
         x = X.tma.load([row, X.col])
-    else:                                              # where a tile begins may take more than 32 bits
+    else:
         rows, cols = tl.arange(0, ROWS)[:, None], tl.arange(0, T.hd)[None, :]
         if EDGE:
             rows = tl.minimum(rows, left - 1)
-        x = tl.load(X.at + row.to(tl.int64) * X.stride + X.col + (rows * X.stride + cols))
+        # 64 bits for where the tile begins; inside it 32 are enough
+        x = tl.load(X.ptr + row.to(tl.int64) * X.stride + X.col + (rows * X.stride + cols))
     return x
 
 
@@ -527,42 +545,43 @@ def _tile(X, row, left, ROWS: tl.constexpr, EDGE: tl.constexpr, T: tl.constexpr)
 def _store(X, row, left, x, T: tl.constexpr):
     """Write the first `left` rows of a tile to a Matrix."""
     rows, cols = tl.arange(0, x.shape[0])[:, None], tl.arange(0, T.hd)[None, :]
-    at = X.at + row.to(tl.int64) * X.stride + X.col + (rows * X.stride + cols)
-    tl.store(at, x.to(X.at.dtype.element_ty), rows < left)
+    ptrs = X.ptr + row.to(tl.int64) * X.stride + X.col + (rows * X.stride + cols)
+    tl.store(ptrs, x.to(X.ptr.dtype.element_ty), rows < left)
 
 
 @triton.jit
 def _attend_tile(q, acc, m, l, keys, values, row, left, scale, EDGE: tl.constexpr, T: tl.constexpr):
-    """One step of the online softmax: the keys from `row` on, of which at the EDGE only `left` count."""
-    N: tl.constexpr = T.rest if EDGE else T.n
-    k = _tile(keys, row, left, N, EDGE, T)
-    s = tl.dot(q, k.T, input_precision=T.precision)                          # (m, N)
+    """One step of the online softmax: the keys from `row` on, of which at an EDGE only `left` count."""
+    ROWS: tl.constexpr = T.rest if EDGE else T.n
+    k = _tile(keys, row, left, ROWS, EDGE, T)
+    s = tl.dot(q, k.T, input_precision=T.precision)                          # (T.m, ROWS)
     if EDGE:
-        s = tl.where(tl.arange(0, N)[None, :] < left, s, -float("inf"))
+        s = tl.where(tl.arange(0, ROWS)[None, :] < left, s, -float("inf"))
     new = tl.maximum(m, tl.max(s, 1) * scale)          # scale holds log2(e) too: e^x is 2^(x log2(e))
     p = tl.exp2(s * scale - new[:, None])
     shrink = tl.exp2(m - new)
-    v = _tile(values, row, left, N, EDGE, T)           # loaded with k, it makes sm_120 spill
+    v = _tile(values, row, left, ROWS, EDGE, T)        # not beside k: loaded earlier, it makes sm_120 spill
     acc = tl.dot(p.to(v.dtype), v, acc * shrink[:, None], input_precision=T.precision)
     return acc, new, l * shrink + tl.sum(p, 1)
 
 
 @triton.jit
 def _entry(Plan, tile):
-    """A tile's line in a plan, four numbers."""
-    at = Plan + tile * 4
-    return tl.load(at), tl.load(at + 1), tl.load(at + 2), tl.load(at + 3)
+    """The four integers that a plan has for a tile."""
+    ptr = Plan + tile * 4
+    return tl.load(ptr), tl.load(ptr + 1), tl.load(ptr + 2), tl.load(ptr + 3)
 
 
 @triton.jit
 def _forward_kernel(Q, K, V, K_tma, V_tma, Out, Lse, Plan, tokens, q_stride, k_stride, out_stride, scale,
                     T: tl.constexpr):
-    """The result of one tile of queries of one head, and its Lse (Hq, B N). Grid: (tiles * group, Hkv)."""
+    """Attention of one tile of queries of one head to the `count` keys from `key` on; Lse (Hq, B N) gets the
+    logsumexp of its rows. Grid: (tiles * group, Hkv)."""
     kv, head = tl.program_id(1), tl.program_id(1) * T.group + tl.program_id(0) % T.group
     row, left, key, count = _entry(Plan, tl.program_id(0) // T.group)
     keys = Matrix(K, kv * T.hd, k_stride, K_tma)
     values = Matrix(V, kv * T.hd, k_stride, V_tma)
-    q = _tile(Matrix(Q, head * T.hd, q_stride), row, left, T.m, True, T)              # (m, hd)
+    q = _tile(Matrix(Q, head * T.hd, q_stride), row, left, T.m, True, T)              # (T.m, hd)
     rows = tl.arange(0, T.m)
     acc, l = tl.zeros(q.shape, tl.float32), tl.zeros(rows.shape, tl.float32)
     m = tl.full(rows.shape, -float("inf"), tl.float32)
@@ -582,21 +601,22 @@ def _forward_kernel(Q, K, V, K_tma, V_tma, Out, Lse, Plan, tokens, q_stride, k_s
 #
 #     dv = p^T do,    dp = do v^T,    ds = p (dp - delta),    dq = scale ds k,    dk = scale ds^T q
 #
-# where delta = sum_j p_j dp_j = do . o is one number per row. p is computed again tile by tile from q, k
-# and lse: 2.5 times the arithmetic of the forward, but N x M floats less to store. Two kernels, each the
-# only writer of what it sums, so there are no atomic additions and results repeat bit for bit. The first
-# walks along the keys of a tile of queries (and leaves delta behind), the second along the queries of a
-# tile of keys, over all heads of the group.
+# where delta = sum_j p_j dp_j = do . o is one number per row. Nothing of size N x M is kept: p is computed
+# again, tile by tile, from q, k and lse. There are two kernels. The first (dq) goes along the keys of a tile
+# of queries, and stores delta; the second (dkv) along the queries of a tile of keys, in all heads of the
+# group. Each sum is then written by one program alone, so there are no atomic additions and results repeat
+# bit for bit. The price is that both compute p and dp: three products and four, 3.5 times the forward's two,
+# where one kernel with atomic additions would need five.
 
 
 @triton.jit
 def _dq_tile(q, do, lse, delta, dq, keys, values, row, left, scale, EDGE: tl.constexpr, T: tl.constexpr):
-    """Add to dq what a tile of keys gives."""
-    N: tl.constexpr = T.rest if EDGE else T.n
-    k, v = _tile(keys, row, left, N, EDGE, T), _tile(values, row, left, N, EDGE, T)
-    p = tl.exp2(tl.dot(q, k.T, input_precision=T.precision) * scale - lse[:, None])                # (m, N)
+    """Add to dq what a tile of keys gives. (lse comes in units of log 2 here, and scale holds log2(e).)"""
+    ROWS: tl.constexpr = T.rest if EDGE else T.n
+    k, v = _tile(keys, row, left, ROWS, EDGE, T), _tile(values, row, left, ROWS, EDGE, T)
+    p = tl.exp2(tl.dot(q, k.T, input_precision=T.precision) * scale - lse[:, None])          # (T.m, ROWS)
     if EDGE:
-        p = tl.where(tl.arange(0, N)[None, :] < left, p, 0.0)
+        p = tl.where(tl.arange(0, ROWS)[None, :] < left, p, 0.0)
     ds = p * (tl.dot(do, v.T, input_precision=T.precision) - delta[:, None])
     return tl.dot(ds.to(k.dtype), k, dq, input_precision=T.precision)
 
@@ -609,14 +629,14 @@ def _dq_kernel(Q, K, V, K_tma, V_tma, Out, dOut, Lse, Delta, dQ, Plan, tokens, q
     row, left, key, count = _entry(Plan, tl.program_id(0) // T.group)
     keys = Matrix(K, kv * T.hd, k_stride, K_tma)
     values = Matrix(V, kv * T.hd, k_stride, V_tma)
-    q = _tile(Matrix(Q, head * T.hd, q_stride), row, left, T.m, True, T)           # these are (m, hd)
+    q = _tile(Matrix(Q, head * T.hd, q_stride), row, left, T.m, True, T)           # these are (T.m, hd)
     do = _tile(Matrix(dOut, head * T.hd, q_stride), row, left, T.m, True, T)
     out = _tile(Matrix(Out, head * T.hd, q_stride), row, left, T.m, True, T)
     delta = tl.sum(out.to(tl.float32) * do.to(tl.float32), 1)
     rows = tl.arange(0, T.m)
-    at = head.to(tl.int64) * tokens + row + rows
-    tl.store(Delta + at, delta, rows < left)
-    lse = tl.load(Lse + at, rows < left, float("inf")) * LOG2E               # beyond the edge: e^-inf = 0
+    offsets = head.to(tl.int64) * tokens + row + rows
+    tl.store(Delta + offsets, delta, rows < left)
+    lse = tl.load(Lse + offsets, rows < left, float("inf")) * LOG2E      # beyond the edge p is e^-inf, 0
     dq = tl.zeros(q.shape, tl.float32)
     whole = count // T.n * T.n
     for j in tl.range(0, whole, T.n):
@@ -627,14 +647,15 @@ def _dq_kernel(Q, K, V, K_tma, V_tma, Out, dOut, Lse, Delta, dQ, Plan, tokens, q
 
 
 @triton.jit
-def _dkv_tile(k, v, dk, dv, queries, dos, Lse, Delta, row, left, scale, EDGE: tl.constexpr, T: tl.constexpr):
+def _dkv_tile(k, v, dk, dv, queries, douts, Lse, Delta, row, left, scale, EDGE: tl.constexpr,
+              T: tl.constexpr):
     """Add to dk and dv what a tile of queries of one head gives. Scores are transposed: keys x queries."""
-    M: tl.constexpr = T.rest if EDGE else T.m
-    q, do = _tile(queries, row, left, M, EDGE, T), _tile(dos, row, left, M, EDGE, T)
-    rows = tl.arange(0, M)
-    lse = tl.load(Lse + row + rows, rows < left, float("inf"))               # beyond the edge: e^-inf = 0
+    ROWS: tl.constexpr = T.rest if EDGE else T.m
+    q, do = _tile(queries, row, left, ROWS, EDGE, T), _tile(douts, row, left, ROWS, EDGE, T)
+    rows = tl.arange(0, ROWS)
+    lse = tl.load(Lse + row + rows, rows < left, float("inf"))               # beyond the edge p is e^-inf, 0
     delta = tl.load(Delta + row + rows, rows < left, 0.0)
-    p = tl.exp2(tl.dot(k, q.T, input_precision=T.precision) * scale - (lse * LOG2E)[None, :])      # (n, M)
+    p = tl.exp2(tl.dot(k, q.T, input_precision=T.precision) * scale - (lse * LOG2E)[None, :])  # (T.n, ROWS)
     dv = tl.dot(p.to(do.dtype), do, dv, input_precision=T.precision)
     ds = p * (tl.dot(v, do.T, input_precision=T.precision) - delta[None, :])
     return tl.dot(ds.to(q.dtype), q, dk, input_precision=T.precision), dv
@@ -646,22 +667,22 @@ def _dkv_kernel(Q, K, V, dOut, Q_tma, dOut_tma, Lse, Delta, dK, dV, Plan, Runs, 
     """dk and dv of one tile of keys. Grid: (tiles, Hkv)."""
     kv = tl.program_id(1)
     row, left, first, number = _entry(Plan, tl.program_id(0))
-    k = _tile(Matrix(K, kv * T.hd, k_stride), row, left, T.n, True, T)             # these are (n, hd)
+    k = _tile(Matrix(K, kv * T.hd, k_stride), row, left, T.n, True, T)             # these are (T.n, hd)
     v = _tile(Matrix(V, kv * T.hd, k_stride), row, left, T.n, True, T)
     dk, dv = tl.zeros(k.shape, tl.float32), tl.zeros(k.shape, tl.float32)
-    for i in range(number * T.group):                                        # each run, each query head
+    for i in range(number * T.group):                  # every run of queries, in every head of the group
         head, run = kv * T.group + i % T.group, Runs + (first + i // T.group) * 2
         query, count = tl.load(run), tl.load(run + 1)
         queries = Matrix(Q, head * T.hd, q_stride, Q_tma)
-        dos = Matrix(dOut, head * T.hd, q_stride, dOut_tma)
+        douts = Matrix(dOut, head * T.hd, q_stride, dOut_tma)
         lse, delta = Lse + head.to(tl.int64) * tokens, Delta + head.to(tl.int64) * tokens
         whole = count // T.m * T.m
         for j in tl.range(0, whole, T.m):
-            dk, dv = _dkv_tile(k, v, dk, dv, queries, dos, lse, delta, query + j, T.m, scale * LOG2E,
+            dk, dv = _dkv_tile(k, v, dk, dv, queries, douts, lse, delta, query + j, T.m, scale * LOG2E,
                                False, T)
         for j in tl.range(whole, count, T.rest, num_stages=1):
-            dk, dv = _dkv_tile(k, v, dk, dv, queries, dos, lse, delta, query + j, count - j, scale * LOG2E,
-                               True, T)
+            dk, dv = _dkv_tile(k, v, dk, dv, queries, douts, lse, delta, query + j, count - j,
+                               scale * LOG2E, True, T)
     _store(Matrix(dK, kv * T.hd, k_stride), row, left, dk * scale, T)
     _store(Matrix(dV, kv * T.hd, k_stride), row, left, dv, T)
 
@@ -670,22 +691,22 @@ def _launch_attention(kernel: Callable, q: Tensor, k: Tensor, v: Tensor, spans: 
                       **others: Tensor | int) -> None:
     """Start any of the three kernels. dkv holds keys and goes along queries, the others the other way round.
 
-    float32 is multiplied as the sum of two bf16 parts, in three products, which keeps 16 of its 24 bits.
-    Three TF32 products keep more, but spill hundreds of registers at head width 128; one keeps 10. Other
-    types are multiplied as they are ("ieee").
+    A float32 number is split into two bf16 parts, a product into three ("bf16x3"), which keeps 16 of 24 bits.
+    Three TF32 products would keep more, but spill hundreds of registers at head width 128; one keeps 11.
+    Other types are multiplied as they are ("ieee"); so is float32 in the interpreter, which has no bf16x3.
     """
     (B, N, Hq, hd), (M, Hkv) = q.shape, k.shape[1:3]
-    precision = "bf16x3" if q.dtype == torch.float32 and not INTERPRETED else "ieee"    # which has no bf16x3
+    precision = "bf16x3" if q.dtype == torch.float32 and not INTERPRETED else "ieee"
     tiles = tiles._replace(hd=hd, group=Hq // Hkv, precision=precision)
     args = dict(Q=q, K=k, V=v, tokens=B * N, q_stride=q.stride(1), k_stride=k.stride(1), scale=hd**-0.5,
                 T=tiles, **others)
     if kernel is _dkv_kernel:
         args |= _plan_on(q.device, "keys", spans, B, N, M, tiles.n)
-        programs, walked, step = len(args["Plan"]), ("Q", "dOut"), tiles.m
+        programs, streamed, step = len(args["Plan"]), ("Q", "dOut"), tiles.m
     else:
         args |= _plan_on(q.device, "queries", spans, B, N, M, tiles.m)
-        programs, walked, step = len(args["Plan"]) * tiles.group, ("K", "V"), tiles.n
-    for name in walked:
+        programs, streamed, step = len(args["Plan"]) * tiles.group, ("K", "V"), tiles.n
+    for name in streamed:                                # tensors whose tiles a program goes along
         matrix = args[name].flatten(2).flatten(0, 1)                         # tokens x (heads hd)
         args[f"{name}_tma"] = TensorDescriptor.from_tensor(matrix, [step, hd]) if tiles.tma else None
     launch(kernel, (programs, Hkv), tiles, **args)
@@ -719,13 +740,13 @@ class _Attention(torch.autograd.Function):
 @torch.compiler.disable
 def flash_attention(q: Tensor, k: Tensor, v: Tensor, spans: Tensor, out: Tensor | None = None,
                     tiles: Callable[..., Tiles] | None = None) -> tuple[Tensor, Tensor]:
-    """Block-causal attention (see magi.block_attention) and the log of each row's sum of e^score.
+    """Block-causal attention (see magi.block_attention) and the logsumexp of each row's scores.
 
     q (B, N, Hq, hd), k and v (B, M, Hkv, hd), in float32, bfloat16 or float16; spans (1 or B, n, 2) on the
-    CPU; out: where to write, any view (B, N, Hq, hd); tiles: a function to take in place of `tiles_for`.
+    CPU; out: where to write, any view (B, N, Hq, hd); tiles: a function to use in place of `tiles_for`.
     Returns (B, N, Hq, hd) and float32 (Hq, B, N); gradients flow to q, k and v. Raises ValueError for a span
     that is empty or goes beyond the keys, for tensors that do not fit together, for another type or head
-    width, and for a device that cannot.
+    width, and for a device that cannot run Triton.
     """
     require(q.ndim == k.ndim == 4,
             f"queries {tuple(q.shape)} and keys {tuple(k.shape)} must be (batch, tokens, heads, width)")
@@ -740,16 +761,16 @@ def flash_attention(q: Tensor, k: Tensor, v: Tensor, spans: Tensor, out: Tensor 
         require(_kind(out) == _kind(q), f"out {_kind(out)} must be as queries {_kind(q)}")
     if q.numel() == 0:
         return magi.block_attention(q, k, v, spans, out), q.new_empty(Hq, B, N, dtype=torch.float32)
-    rows = tuple(tuple(map(tuple, row)) for row in spans.tolist())
+    span_tuples = tuple(tuple(map(tuple, row)) for row in spans.tolist())    # `_plan_on` remembers by them
     arch = arch_of(q.device)
     tiles_of = lambda kernel: (tiles or tiles_for)(kernel, arch, hd, q.dtype)
     q, k, v = map(_dense, (q, k, v))
-    # The kernel writes where a token's heads are neighbours and all tokens are equally far apart. Elsewhere,
-    # and where autograd must learn what was written into `out`, the result is copied.
+    # The kernel can write to `out` if a token's heads lie side by side in it and all tokens are equally far
+    # apart. If not, or if autograd must see what is written into `out`, the result is copied there.
     direct = (out is not None and out.stride()[2:] == (hd, 1) and out.stride(1) >= Hq * hd
               and (B == 1 or out.stride(0) == N * out.stride(1))
               and not (torch.is_grad_enabled() and any(u.requires_grad for u in (q, k, v, out))))
-    result, lse = _Attention.apply(q, k, v, out if direct else torch.empty_like(q), rows, tiles_of)
+    result, lse = _Attention.apply(q, k, v, out if direct else torch.empty_like(q), span_tuples, tiles_of)
     return (result if out is None or direct else out.copy_(result)), lse
 
 
@@ -773,28 +794,32 @@ TRITON_OPS = magi.Ops(name="triton", attention=attention, block_attention=block_
 # ----------------------------------------------------------------------------------------------------------
 # A tile that stays on chip is read once however many tiles stream past it, so tiles should be large; but they
 # must fit into registers and into shared memory (227 KiB on sm_90 and sm_100, 99 KiB on sm_89 and sm_120,
-# 64 KiB on gfx942). What does not fit into registers *spills*: it goes to memory and back. Of the sizes that
-# spill nothing, by what the compiler says (--compile), these are the largest; none has been timed yet, and
-# AMD's two have never been seen running.
+# 64 KiB on gfx942, 160 KiB on gfx950). What does not fit into registers *spills*: it goes to memory and back.
+# Of the sizes that spill nothing, by what the compiler says (--compile), these are the largest. None has been
+# timed yet. (sm_89 is the RTX 4090, sm_90 the H100, sm_100 the B200, sm_120 the RTX 5090, gfx942 the MI300,
+# gfx950 the MI350.)
 #
 #   forward  sm_90 and sm_100 multiply from shared memory (wgmma, tcgen05), so 128 x 128 leaves registers for
 #            the scores. sm_89 and sm_120 multiply from registers: half the keys per step.
-#   dq       holds two tiles, q and do, and needs k twice: half the keys of the forward.
+#   dq       holds two tiles, q and do, and needs k twice: at head width 128 half the keys of the forward on
+#            sm_90 and sm_100, half the queries on sm_120.
 #   dkv      holds four (k, v, dk, dv), two of them in float32. At head width 128 sm_90 spills if it loads
 #            ahead with 128 keys, so it does not (1 stage). sm_100 keeps its sums outside the registers.
-#   stages   with the copy engine 2 mean one buffer each for k and v, so that a load overlaps nothing: 3.
-#   rest     half a tile in the forward and dq, or what a chunk of 12,150 leaves, 118 keys, takes 8 steps.
-#            Loads at an edge go through registers: in dkv, and with full tiles, they are what spills.
-#   float32  is split into bf16 parts, which doubles every operand: small squares.
-#   fp8      every 128 terms a partial sum moves on sm_90 (section 3), which takes a second set of
+#   stages   are 3 with the copy engine if they fit: with 2 there is one buffer each for k and v, and no load
+#            overlaps with arithmetic.
+#   rest     is half a tile in the forward and dq: with 16, the 118 keys that a chunk of 12,150 leaves after
+#            whole tiles of 128 would take 8 steps. Loads at an edge go through registers, and in dkv larger
+#            ones spill, as full tiles would in the others.
+#   float32  is split into bf16 parts, which doubles every operand: the tiles are small squares.
+#   fp8      on sm_90 partial sums are added up in float32 (section 3), which takes a second set of
 #            accumulators: 128 x 256 spills, 128 x 128 does not. sm_100 has memory of its own for sums, so 256
-#            columns fit. 99 KiB: inner steps of 64.
+#            columns fit. With 99 KiB of shared memory, or 64, the inner steps are 64.
 #
-# What streams past once (section 2, and quantising) needs only enough bytes in flight: its tiles stand where
-# it is launched.
+# Kernels that read each number once (section 2, and quantising) need only enough loads in flight; their tile
+# sizes stand where they are launched.
 
 # fmt: off
-ATTENTION_TILES = {    # kernel and head width at most: m, n, warps, stages
+ATTENTION_TILES = {    # kernel and largest head width -> (m, n, warps, stages) for each architecture
     #              sm_89             sm_90             sm_100            sm_120            gfx942, gfx950
     "forward 64":  ((128,  64, 4, 3), (128, 128, 8, 3), (128, 128, 8, 3), (128,  64, 8, 3), (128,  64, 8, 2)),
     "forward 128": ((128,  64, 8, 3), (128, 128, 8, 3), (128, 128, 8, 3), (128,  64, 8, 3), (128,  64, 8, 2)),
@@ -803,6 +828,7 @@ ATTENTION_TILES = {    # kernel and head width at most: m, n, warps, stages
     "dkv 64":      (( 32,  64, 8, 3), ( 64, 128, 8, 3), ( 64, 128, 8, 3), ( 32,  64, 4, 1), ( 32,  64, 4, 1)),
     "dkv 128":     (( 32,  64, 4, 3), ( 64, 128, 8, 1), ( 64,  64, 8, 3), ( 32,  32, 4, 3), ( 32,  64, 4, 1)),
 }
+# m, n, k, warps, stages, tma, in the same columns
 FP8_TILES = (Tiles(128, 128, 64, 8, 4), Tiles(128, 128, 128, 8, 4, True), Tiles(128, 256, 128, 8, 4, True),
              Tiles(128, 128, 64, 8, 4, True), Tiles(128, 128, 64, 8, 2))
 COLUMN = {89: 0, 90: 1, 100: 2, 120: 3, 942: 4, 950: 4}
@@ -818,14 +844,15 @@ def tiles_for(kernel: str, arch: int, hd: int = 0, dtype: torch.dtype = torch.bf
     width, tma = max(64, hd), arch in (90, 100, 120)
     if dtype == torch.float32:
         side = 2048 // width
-        warps = 8 if kernel == "dkv" and arch < 900 else 4       # with 4 it spills there, with 8 on gfx942
+        warps = 8 if kernel == "dkv" and arch < 900 else 4       # dkv spills with 4, on gfx942 with 8
         return Tiles(side, side, warps=warps, stages=1, tma=tma)
     m, n, warps, stages = ATTENTION_TILES[f"{kernel} {width}"][COLUMN[arch]]
     return Tiles(m, n, 0, warps, stages, tma, rest=16 if kernel == "dkv" else max(16, n // 2))
 
 
 def get_ops(backend: str, device: torch.device | str) -> magi.Ops:
-    """What magi.get_ops returns for "triton" and, on a GPU, for "auto": checked and timed on that card."""
+    """What magi.get_ops returns for "triton" and, on a GPU, for "auto": see kernel_choice.py, which checks
+    every kernel on the card and, for "auto", times it."""
     import kernel_choice
 
     return kernel_choice.get_ops(backend, device)

@@ -928,7 +928,7 @@ def test_every_operations_small_input_and_candidates(monkeypatch, tmp_path):
             for name in [name for name in functions if name != "torch" and not (backward and "," in name)]:
                 if backward and name == "flex":
                     continue  # not on a CPU
-                kernel_choice.require_equal(kernel_choice.outcome(functions[name], given, backward), expected)
+                kernel_choice.require_close(kernel_choice.outcome(functions[name], given, backward), expected)
 
 
 def test_every_candidate_of_block_attention_writes_where_it_is_told(monkeypatch):
