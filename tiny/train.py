@@ -739,7 +739,7 @@ def train_lora(args) -> None:
     folder of clips, by the program that trains on anybody's clips."""
     work, file = args.work / f"lora_{args.teach}", args.out / "lora" / f"{args.teach}.safetensors"
     clips = args.work / f"clips_{args.teach}"
-    write_clips(SimpleNamespace(out=clips, clips=args.clips, teach=args.teach))
+    parallel.from_first(write_clips)(SimpleNamespace(out=clips, clips=args.clips, teach=args.teach))
     file.parent.mkdir(exist_ok=True)
     if not (work / "settings.json").exists():  # a new run replaces the shipped file
         file.unlink(missing_ok=True)
