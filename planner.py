@@ -169,8 +169,8 @@ def memory_table(dit: magi.DiTConfig, run: magi.SamplerConfig, vae: Path, t5: Pa
     require(set(numbers) & set(counts), f"{numbers[0]} GPUs cannot share this run: give {ways}")
     numbers = [R for R in numbers if R in counts]
     parts = [field.name for field in dataclasses.fields(Memory)] + ["total"]
-    t5 = "stays, and is among the weights" if keep_t5 else "comes first and goes"
-    lines = [f"GiB on each GPU, {run.height}x{run.width}, window {run.window} (T5 {t5}):",
+    its_t5 = "stays, and is among the weights" if keep_t5 else "comes first and goes"
+    lines = [f"GiB on each GPU, {run.height}x{run.width}, window {run.window} (T5 {its_t5}):",
              "processes  stream " + " ".join(f"{part:>11}" for part in parts)]
     for R, stream in [(1, False), (1, True), *((r, False) for r in counts[1:])]:
         memory = needs(dit, run, R=R, stream=stream, **more)
