@@ -23,12 +23,13 @@ from typing import Any, BinaryIO, NamedTuple
 
 import torch
 import torch.nn.functional as F
+from safetensors.torch import load_file
 from torch import Tensor
 
-from checkpoints import GUIDANCE, check_text_encoder, require
+from checkpoints import GUIDANCE, check_text_encoder, reading, require
 
 __all__ = ["MAX_TOLD", "Prompt", "T5", "as_prompt", "check_text", "clean_caption", "each_chunk", "endless",
-           "texts_of", "told_by", "tokenize"]
+           "load_text", "texts_of", "told_by", "tokenize", "unread"]
 
 Encode = Callable[[Sequence[str]], tuple[Tensor, Tensor]]     # captions -> text (n, L, C), mask (n, L)
 MAX_TOLD = 2_000                         # characters of a prompt that is told while the video is made
@@ -272,6 +273,37 @@ def tokenize(tokenizer: Any, captions: Sequence[str], length: int) -> tuple[Tens
         ids[row, : len(pieces)] = torch.tensor(pieces, dtype=torch.long)
         mask[row, : len(pieces)] = 1
     return ids, mask
+
+
+def unread(t5: Path, prompts: Iterable[str], words: bool = True) -> list[str]:
+    """Warnings of prompts of which T5 can read nothing and, if `words`, of single words that it cannot."""
+    from sentencepiece import SentencePieceProcessor
+
+    with reading("tokenizer", t5 / "spiece.model"):
+        tokenizer = SentencePieceProcessor(model_file=str(t5 / "spiece.model"))
+    warned = []
+    for prompt in prompts:
+        heard = clean_caption(prompt).split()
+        unknown = [w for w in heard if tokenizer.unk_id() in tokenizer.encode(w) and re.search(r"\w", w)]
+        if re.search(r"\w", prompt) and not re.search(r"\w", "".join(heard)):
+            warned.append(f"warning: nothing of the prompt {prompt!r} can be read by the text encoder: "
+                          f"say it in English")
+        elif unknown and words:
+            warned.append(f"warning: the text encoder cannot read {', '.join(map(repr, unknown))}: "
+                          f"say it in English")
+    return warned
+
+
+def load_text(path: str, length: int, width: int) -> tuple[Tensor, Tensor]:
+    """What `sample.py --save_text` wrote: text (n, length, width) and mask (n, length)."""
+    with reading("text", path):
+        saved = load_file(path)
+        text, mask = saved["text"], saved["mask"]
+    require(text.shape[1:] == (length, width) and mask.shape == text.shape[:2] and len(text),
+            f"text {path!r} has shape {tuple(text.shape)}, this model needs (prompts, {length}, {width}): "
+            f"save it again with this model")
+    require(text.isfinite().all(), f"text {path!r} has numbers that are not finite: save it again")
+    return text, mask
 
 
 class T5:

@@ -16,11 +16,12 @@ Contents: 1 Previews, 2 The film, 3 Server, 4 Page, 5 Command line. tools/fit_pr
 # ruff: noqa: E402
 from __future__ import annotations
 
+import terminal
+
 if __name__ == "__main__":
-    from terminal import share_the_machine
+    terminal.begin()                                                         # before PyTorch is imported
 
-    share_the_machine()                                                      # before PyTorch is imported
-
+import argparse
 import asyncio
 import base64
 import contextlib
@@ -49,12 +50,14 @@ import magi
 import media
 from captions import MAX_TOLD, check_text
 from checkpoints import KernelError, reading, require, short_warnings
-from terminal import Parser, say, whole_number
+from terminal import Parser, exit_code, say, whole_number
 
 try:
     from aiohttp import web
 except ImportError:                                                          # main says what to do about it
     web = None  # type: ignore[assignment]
+
+terminal.imported()
 
 MAX_WAITING = 8                                        # prompts that no chunk has asked for yet
 MAX_UPLOAD, MAX_CLIP, MAX_VISITORS = 32 * 2**20, 180, 20                     # bytes, seconds
@@ -612,7 +615,7 @@ ON_PAGE = ("mode", "prompt", "prompt_file", "text", "save_text", "image", "video
 
 @short_warnings(lambda line: print(line, file=sys.stderr))
 def main(argv: list[str] | None = None) -> int:
-    """The command line -> its exit code: 2 for what is wrong, else 130, since Ctrl-C ends it."""
+    """The command line -> its exit code: 2 for what is wrong, 130 when Ctrl-C ends it."""
     import sample
 
     parser = Parser(prog="live.py", allow_abbrev=False, description=(__doc__ or "").split("\n")[0],
@@ -622,38 +625,39 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--port", type=whole_number, default=8765, help="default: 8765")
     page, others = parser.parse_known_args(argv)
     args = sample.parse_arguments(others)
-    try:
-        require(web, "the page needs aiohttp: pip install aiohttp")
-        unwanted = " and ".join(f"--{name}" for name in ON_PAGE if getattr(args, name))
-        require(not unwanted, f"prompts, pictures, clips and cuts are given on the page, whose video "
-                f"has no end: leave {unwanted} out")
-        require(not any(word.startswith("--out") for word in others), "the film is downloaded from the page: "
-                "leave --out out")
-        args.prompt, args.num_frames, args.out = ["-"], "inf", Path("-")
-        if args.plan:
-            print(sample.memory_table(args))
-            return 0
-        sample.check_flags(args)
-        run = sample.check(args)
-        matrix = load_preview(args.vae / "preview.json")
-        door = listen(page.host, page.port)
-        for note in run.notes:
-            say(note)
-        film = Live(sample.load(args, run.device), matrix, sample.arithmetic(run.device, args.dtype), run.cfg,
-                    lambda text: sample.notes_on_prompts(args, [text]))
+    return exit_code("live", lambda: show(page.host, page.port, args, others))
 
-        def told(warning: str) -> None:
-            """It goes to the terminal and to the page."""
-            print(warning, file=sys.stderr)
-            film.update(note=warning)
 
-        with short_warnings(told):
-            serve(film, door, page.host)
-    except KeyboardInterrupt:
-        pass
-    except (ValueError, OSError, ImportError) as error:
-        say(f"error: {error}")
-        return 2
+def show(host: str, port: int, args: argparse.Namespace, given: list[str]) -> int:
+    """Check all, load the model and serve the page until Ctrl-C; or print what --plan asks for."""
+    import sample
+
+    require(web, "the page needs aiohttp: pip install aiohttp")
+    unwanted = " and ".join(f"--{name}" for name in ON_PAGE if getattr(args, name))
+    require(not unwanted, f"prompts, pictures, clips and cuts are given on the page, whose video has no end: "
+            f"leave {unwanted} out")
+    require(not any(word.startswith("--out") for word in given), "the film is downloaded from the page: "
+            "leave --out out")
+    args.prompt, args.num_frames, args.out = ["-"], "inf", Path("-")
+    if args.plan:
+        print(sample.memory_table(args))
+        return 0
+    sample.check_flags(args)
+    run = sample.check(args)
+    matrix = load_preview(args.vae / "preview.json")
+    door = listen(host, port)
+    for note in run.notes:
+        say(note)
+    film = Live(sample.load(args, run.device), matrix, sample.arithmetic(run.device, args.dtype), run.cfg,
+                lambda text: sample.notes_on_prompts(args, [text]))
+
+    def told(warning: str) -> None:
+        """It goes to the terminal and to the page."""
+        print(warning, file=sys.stderr)
+        film.update(note=warning)
+
+    with short_warnings(told):
+        serve(film, door, host)
     return 130
 
 

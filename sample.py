@@ -165,10 +165,9 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
 if __name__ == "__main__":
     parse_arguments()                # --help and a mistyped flag answer at once: what follows takes seconds
 
-import sentencepiece
 import torch
-from safetensors.torch import load_file
 
+import captions
 import checkpoints
 import convert_weights
 import magi
@@ -177,7 +176,6 @@ import outputs
 import parallel
 import planner
 import training
-from captions import check_text, told_by
 from checkpoints import build, check_device, read_config, reading, require
 
 terminal.imported()
@@ -237,7 +235,7 @@ def check_prompts(args: argparse.Namespace) -> None:
     require(args.prompt or args.text or args.told or args.mode != "t2v",
             'no --prompt: say what to show, for example --prompt "a red ball bounces"')
     for prompt in args.prompt:
-        check_text(prompt)
+        captions.check_text(prompt)
 
 
 def claim_outputs(args: argparse.Namespace, locks: contextlib.ExitStack) -> list:
@@ -344,31 +342,9 @@ def notes_on_run(args: argparse.Namespace, cfg, native, chunks: float) -> list[s
 
 def notes_on_prompts(args: argparse.Namespace, prompts: Sequence[str]) -> list[str]:
     """What the model does not understand in these prompts, which may come while the video is made."""
-    notes, small = [], small_model(args.t5)
-    with reading("tokenizer", args.t5 / "spiece.model"):
-        t5 = sentencepiece.SentencePieceProcessor(model_file=str(args.t5 / "spiece.model"))
-    for prompt in prompts:
-        words = magi.clean_caption(prompt).split()
-        unknown = [w for w in words if t5.unk_id() in t5.encode(w) and re.search(r"\w", w)]
-        if re.search(r"\w", prompt) and not re.search(r"\w", "".join(words)):
-            notes.append(f"warning: nothing of the prompt {prompt!r} can be read by the text encoder: "
-                         f"say it in English")
-        elif unknown and not small:
-            notes.append(f"warning: the text encoder cannot read {', '.join(map(repr, unknown))}: "
-                         f"say it in English")
+    small = small_model(args.t5)
+    notes = captions.unread(args.t5, prompts, words=not small)
     return notes + (small.notes_on_prompts(args, prompts) if small else [])
-
-
-def load_text(path: str, dit) -> tuple:
-    """What --save_text wrote: text (n, L, C) and mask (n, L)."""
-    with reading("text", path):
-        saved = load_file(path)
-        text, mask = saved["text"], saved["mask"]
-    require(text.shape[1:] == (dit.text_length, dit.text_dim) and mask.shape == text.shape[:2] and len(text),
-            f"text {path!r} has shape {tuple(text.shape)}, this model needs (prompts, {dit.text_length}, "
-            f"{dit.text_dim}): save it again with this model")
-    require(text.isfinite().all(), f"text {path!r} has numbers that are not finite: save it again")
-    return text, mask
 
 
 def read_configs(model: Path) -> tuple[magi.DiTConfig, magi.SamplerConfig]:
@@ -400,7 +376,7 @@ def check(args: argparse.Namespace) -> SimpleNamespace:
     for chunk, _ in args.transition:
         require(chunk < chunks, f"transition at chunk {chunk}: the video has {chunks} chunks, counted from 0")
     notes += notes_on_run(args, cfg, native, chunks)
-    text = load_text(args.text, dit) if args.text else None
+    text = captions.load_text(args.text, dit.text_length, dit.text_dim) if args.text else None
     return SimpleNamespace(cfg=cfg, chunks=chunks, device=device, image=image, video=video, text=text,
                            text_length=dit.text_length, notes=notes)
 
@@ -435,7 +411,7 @@ def prepare(argv: list[str] | None, locks: contextlib.ExitStack) -> Iterator[dic
     if args.text:
         texts = [run.text]
     elif args.told:
-        texts = [noted(told_by(io.FileIO(0, closefd=False), run.cfg.num_frames is None, say), args)]
+        texts = [noted(captions.told_by(io.FileIO(0, closefd=False), run.cfg.num_frames is None, say), args)]
     else:
         texts = parallel.agreed(encode_text)(args, run.text_length, run.device)
     pipe = parallel.agreed(load)(args, run.device)
@@ -459,15 +435,15 @@ def noted(prompts: Iterable[str | None], args: argparse.Namespace) -> Iterator[s
 def encode_text(args: argparse.Namespace, length: int, device: str) -> list[tuple]:
     """The prompts of each video as the model reads them: text (n, L, C) and mask (n, L). T5 is freed before
     this returns, so the model itself finds its memory free."""
-    captions = list(dict.fromkeys(args.prompt or [""]))                      # equal ones are encoded once
+    distinct = list(dict.fromkeys(args.prompt or [""]))                      # equal ones are encoded once
     encoded: dict[str, tuple] = {}
     with reading("text encoder", args.t5):
         t5 = parallel.T5(args.t5, length, device, stream=args.stream)
-        for i in range(0, len(captions), 16):
-            batch = captions[i : i + 16]
-            t5.keep = i + 16 < len(captions)                                 # it is freed after the last ones
+        for i in range(0, len(distinct), 16):
+            batch = distinct[i : i + 16]
+            t5.keep = i + 16 < len(distinct)                                 # it is freed after the last ones
             encoded |= zip(batch, zip(*t5(batch), strict=True), strict=True)
-    rows = [[encoded[caption] for caption in prompts or [""]] for prompts in args.videos]
+    rows = [[encoded[prompt] for prompt in prompts or [""]] for prompts in args.videos]
     texts = [tuple(map(torch.stack, zip(*row, strict=True))) for row in rows]
     if args.save_text and parallel.rank() == 0:
         text, mask = texts[0]
@@ -498,14 +474,14 @@ def generate(frames, cfg, chunks: float, out: Any, device: str, report: Callable
     name, suffix = (out, out.suffix.lower()) if isinstance(out, Path) else ("-", ".mp4")
     writer = media.WRITERS[suffix](out, cfg.fps) if out else None
     is_stream = out and not isinstance(out, Path)        # a write may wait for its reader, even for ever
-    code, made, first, last = 0, 0, 0.0, 0.0
-    start = time.perf_counter()
+    code, made, first = 0, 0, 0.0
+    start = last = time.perf_counter()
     try:
         for chunk in frames(progress=progress):
             with contextlib.nullcontext() if is_stream else uninterrupted():
                 if writer:
                     writer.write(chunk)
-                made, last = made + len(chunk), time.perf_counter() - start
+                made, last = made + len(chunk), time.perf_counter()
                 first = first or last
     except (KeyboardInterrupt, BrokenPipeError) as error:                    # or the player was closed
         if isinstance(error, KeyboardInterrupt):
@@ -522,17 +498,21 @@ def generate(frames, cfg, chunks: float, out: Any, device: str, report: Callable
     if writer:
         with contextlib.suppress(KeyboardInterrupt), uninterrupted():        # what is made will be finished
             writer.close()
-    how = {0: "", 1: "stopped: ", 130: "interrupted: "}[code]
-    if not made:
-        print(f"{how}no chunk could be written, {name} is as it was")
-        return code
-    pace = last / made * cfg.fps
-    word = "faster" if pace < 1 else "slower"
-    print(f"{how}first chunk after {first:.2f} s, {pace:.2f} s of computing per second of video ({word} than "
-          f"it plays), {peak_memory(device)}, {made} frames -> {name}")
-    if report:
-        print(report())
+    ended = {0: "", 1: "stopped: ", 130: "interrupted: "}[code]
+    if made:
+        print(f"{ended}{in_words(first - start, (last - start) / made * cfg.fps)}, {peak_memory(device)}, "
+              f"{made} frames -> {name}")
+        if report:
+            print(report())
+    else:
+        print(f"{ended}no chunk could be written, {name} is as it was")
     return code
+
+
+def in_words(first: float, pace: float) -> str:
+    """How fast a video was made: seconds to the first chunk, and seconds per second of video."""
+    return (f"first chunk after {first:.2f} s, {pace:.2f} s of computing per second of video "
+            f"({'faster' if pace < 1 else 'slower'} than it plays)")
 
 
 def make_videos(argv: list[str] | None) -> int:

@@ -149,24 +149,25 @@ class Quiet:
 
 
 def progress_bar(chunks: float) -> tuple[Any, Callable]:
-    """The bar of a video, and what to call with a magi.Progress after every step. Where nobody watches (a
-    log), a line now and then instead: at once, after a second, then after twice as long, up to a minute."""
+    """The bar of a video, and what to call with a magi.Progress after every pass through the model, in which
+    all chunks in flight take a step. Where nobody watches (a log), a line now and then instead: at once,
+    after a second, then after twice as long, up to a minute."""
     from tqdm import tqdm
 
-    bar = tqdm(unit=" steps", desc="starting", dynamic_ncols=True, disable=not sys.stderr.isatty())
+    bar = tqdm(unit=" passes", desc="starting", dynamic_ncols=True, disable=not sys.stderr.isatty())
     pause, next_line = 1, 0.0
 
     def progress(p: Any) -> None:
         nonlocal pause, next_line
-        where, step = f"chunk {p.chunk + 1}", f"step {p.step}"
+        where, done = f"chunk {p.chunk + 1}", f"pass {p.step}"
         if p.total is not None:
-            where, step = f"{where}/{chunks}", f"{step} of {p.total}"
+            where, done = f"{where}/{chunks}", f"{done} of {p.total}"
         if not bar.disable:
             bar.total = p.total
             bar.set_description_str(where, refresh=False)
             bar.update(p.step - bar.n)
         elif p.step == p.total or time.monotonic() >= next_line:
-            say(f"{where}: {step}")
+            say(f"{where}: {done}")
             next_line, pause = time.monotonic() + pause, min(2 * pause, 60)
 
     return bar, progress

@@ -1126,7 +1126,7 @@ def test_a_log_gets_a_line_now_and_then(model_folder, tmp_path):
     code, _, err = run_main(sample.main, "--model", model_folder, "--text", text, *flags)
     assert code == 0 and "\r" not in err
     lines = err.splitlines()
-    assert 1 <= len(lines) < 10 and lines[-1] == "chunk 5/5: step 16 of 16"
+    assert 1 <= len(lines) < 10 and lines[-1] == "chunk 5/5: pass 16 of 16"
 
 
 def test_log_lines_over_an_hour(monkeypatch, capsys):
@@ -1137,7 +1137,7 @@ def test_log_lines_over_an_hour(monkeypatch, capsys):
         now[0] = step / 10
         progress(types.SimpleNamespace(chunk=step // 4, step=step, total=None))
     lines = capsys.readouterr().err.splitlines()
-    assert 60 < len(lines) < 75 and lines[0].startswith("chunk 1: step 0")
+    assert 60 < len(lines) < 75 and lines[0].startswith("chunk 1: pass 0")
 
 
 def test_waiting_threads_sleep():
