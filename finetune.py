@@ -67,15 +67,12 @@ import training
 from captions import clean_caption
 from checkpoints import build, read_config, read_json, read_tensors, reading, require, weight_files
 from magi import CHUNK, FRAMES_PER_LATENT, DiT, DiTConfig, SamplerConfig
+from terminal import Parser, say
 
 FPS = 24
 CHUNK_FRAMES = CHUNK * FRAMES_PER_LATENT                                     # 24: one second
 SUFFIXES = (".mp4", ".mov", ".mkv", ".webm", ".avi", ".m4v", ".mpg", ".mpeg", ".ts", ".mts", ".m2ts", ".3gp",
             ".wmv", ".flv", ".ogv", ".gif", ".apng")
-
-
-def say(text: str) -> None:
-    tqdm.write(text, file=sys.stderr)
 
 
 @contextlib.contextmanager
@@ -84,7 +81,7 @@ def skipping(skip_bad: bool, warn: Callable[[str], None] = say) -> Iterator[None
     try:
         yield
     except ValueError as error:
-        require(skip_bad, f"{error}; --skip-bad leaves such clips out")
+        require(skip_bad, f"{error}; --skip_bad leaves such clips out")
         warn(f"skipped: {error}")
 
 
@@ -488,7 +485,7 @@ def check_model(args: argparse.Namespace) -> DiT:
     require(not args.stream or args.rank, "--stream is for a LoRA, whose layers are frozen: it cannot train "
             "all weights")
     require(not (args.stream and several), "--stream is for one GPU: several share the weights, leave it out")
-    require(not (args.stream and args.keep_activations), "--keep-activations would keep what --stream frees: "
+    require(not (args.stream and args.keep_activations), "--keep_activations would keep what --stream frees: "
             "leave one of them out")
     require(not args.lora or not (args.stream or several), "--lora is merged into weights that one process "
             "holds: make a model of it first (training.py merge)")
@@ -524,7 +521,7 @@ def look_at_data(args: argparse.Namespace, base: DiT) -> Batches:
     height, width = args.size or (sampler.height, sampler.width)
     most_tokens = args.tokens or args.seconds * tokens_of_chunk(height, width)
     check = caption_check(args.t5, base.cfg.text_length - len(sampler.special_tokens))
-    check(args.sample_prompt or "", "--sample-prompt")
+    check(args.sample_prompt or "", "--sample_prompt")
     videos = []
     for video in find_videos(args.data, folder, args.skip_bad):
         with skipping(args.skip_bad):
@@ -719,20 +716,21 @@ def describe(args: argparse.Namespace, base: DiT, batches: Batches) -> None:
     """Say what will be trained on, a line for each size, and what memory it takes."""
     pieces, text_tokens = batches.pieces, 0
     files = {piece.path for piece in pieces}
-    say(f"{len(files)} clips, {sum(piece.chunks for piece in pieces)} s, in {len(pieces)} pieces:")
+    lines = [f"{len(files)} clips, {sum(piece.chunks for piece in pieces)} s, in {len(pieces)} pieces:"]
     for (chunks, height, width), members in buckets(pieces).items():
         count = max(1, batches.most_tokens // members[0].tokens)
         text_tokens = max(text_tokens, count * chunks * batches.length)
-        say(f"  {len(members):5} of {chunks} s at {height}x{width}: {members[0].tokens} tokens each, {count} "
-            f"at once")
+        what = f"{len(members):5} of {chunks} s at {height}x{width}"
+        lines.append(f"  {what}: {members[0].tokens} tokens each, {count} at once")
     needs = planner.training_needs(
         base, args.command, args.rank, batches.most_tokens, text_tokens, args.optimizer,
         args.keep_activations, parallel.ranks(), bool(args.stream))
-    say(planner.show_training(needs, planner.memory_of(args.device)))
+    lines.append(planner.show_training(needs, planner.memory_of(args.device)))
     for name, folder in (("VAE", args.vae), ("T5", args.t5)):
         weights = [file for file in folder.glob("*") if file.suffix in (".safetensors", ".bin")]
         size = sum(file.stat().st_size for file in weights)
-        say(f"before it, for what is not cached: {name}, {size / 1e9:.2f} GB")
+        lines.append(f"before it, for what is not cached: {name}, {size / 1e9:.2f} GB")
+    print("\n".join(lines), file=sys.stderr)
 
 
 def write_model(out: Path, base: Path, weights: dict[str, Tensor], config: dict, most: int = 5 * 10**9
@@ -780,9 +778,9 @@ def size_of(text: str) -> tuple[int, int]:
     return int(match[1]), int(match[2])
 
 
-def parser() -> argparse.ArgumentParser:
+def parser() -> Parser:
     about = __doc__.split("\n\n")[0]
-    top = argparse.ArgumentParser(prog="training.py", allow_abbrev=False, description=about)
+    top = Parser(prog="training.py", allow_abbrev=False, description=about)
     commands = top.add_subparsers(dest="command", required=True)
     kinds = {"lora": "train a low-rank addition to a base model", "full": "train all weights of a base model",
              "distill": "make a base model one of few steps and one branch"}
@@ -809,7 +807,7 @@ def parser() -> argparse.ArgumentParser:
         flag("--tokens", **positive, help="most in a forward; default: those of the longest piece")
         flag("--optimizer", choices=["adamw", "adamw8bit"], default="adamw",
              help="adamw8bit needs torchao" + default)
-        flag("--keep-activations", action="store_true", help="of all layers: more memory, a third less time")
+        flag("--keep_activations", action="store_true", help="of all layers: more memory, a third less time")
         flag("--stream", choices=["cpu", "disk"], help="where a LoRA's frozen layers are kept, of which the "
              "device holds two at a time; default: it holds all")
         flag("--seed", **natural, default=0, help="of data, noise and samples" + default)
@@ -817,12 +815,12 @@ def parser() -> argparse.ArgumentParser:
              help="cpu, cuda:1, mps" + default)
         flag("--backend", choices=["torch", "triton", "auto"], default="torch", help="of the DiT" + default)
         flag("--every", **positive, default=100, help="steps from checkpoint to checkpoint" + default)
-        flag("--sample-every", **natural, default=250, help="steps; 0: no samples" + default)
-        flag("--sample-prompt", metavar="TEXT", help="default: the first caption")
-        flag("--sample-seconds", **positive, default=2, help="length of a sample" + default)
+        flag("--sample_every", **natural, default=250, help="steps; 0: no samples" + default)
+        flag("--sample_prompt", metavar="TEXT", help="default: the first caption")
+        flag("--sample_seconds", **positive, default=2, help="length of a sample" + default)
         flag("--cache", **folder, help="what is encoded; default: DATA.cache")
         flag("--work", **folder, help="checkpoint, log, samples; default: OUT.work")
-        flag("--skip-bad", action="store_true", help="leave out clips that cannot be used")
+        flag("--skip_bad", action="store_true", help="leave out clips that cannot be used")
         flag("--plan", action="store_true", help="only say what is there and what it needs")
     sub = commands.add_parser("merge", help="a model with a LoRA in its weights")
     sub.add_argument("--model", type=Path, required=True)

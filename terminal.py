@@ -80,34 +80,40 @@ class Parser(argparse.ArgumentParser):
     other_names: dict[str, str] = {}     # names that flags have elsewhere: these are taken
     suggested: dict[str, str] = {}       # these are not, since the meaning differs a little
 
-    def parse_args(self, args: Sequence[str] | None = None, namespace: Any = None) -> Any:
+    def parse_known_args(self, args: Sequence[str] | None = None, namespace: Any = None) -> Any:
         def canonical(match: re.Match) -> str:
             name = match[1].replace("-", "_")
             return "--" + self.other_names.get(name, name)
 
         words = [re.sub(r"^--([\w-]+)", canonical, word) for word in (sys.argv[1:] if args is None else args)]
-        parsed = super().parse_args(words, namespace)
-        names = [word.partition("=")[0] for word in words if word.startswith("--")]
-        lists = [name for name, flag in self._option_string_actions.items() if isinstance(flag.default, list)]
-        for name in names:
-            if names.count(name) > 1 and name not in lists:
+        parsed = super().parse_known_args(words, namespace)
+        names = [word.partition("=")[0] for word in words]
+        for name, flag in self._option_string_actions.items():
+            if names.count(name) > 1 and name.startswith("--") and not isinstance(flag.default, list):
                 self.error(f"{name} is given twice: leave one out")
         return parsed
 
     def error(self, message: str):
         if message.startswith("unrecognized arguments: "):
             word = message.split()[2].partition("=")[0]
-            flags = {name: name for name in self._option_string_actions}
+            known = self.flags()
+            flags = {name: name for name in known}
             flags |= {f"--{name}": f"--{new}" for name, new in (self.other_names | self.suggested).items()}
             near = get_close_matches(word, flags, 1, 0.75)
             if near:
                 message += f" (did you mean {flags[near[0]]}?)"
-            elif not word.startswith("-"):
+            elif not word.startswith("-") and "--prompt" in known:
                 message += " (a prompt of several words needs quotes)"
         if "not allowed with" in message:
             message += ": leave one of them out"
         say(f"error: {message}; see --help")
         sys.exit(2)
+
+    def flags(self) -> set[str]:
+        """The names of its flags, and those of its commands."""
+        subparsers = [action for action in self._actions if isinstance(action, argparse._SubParsersAction)]
+        commands = [command for action in subparsers for command in action.choices.values()]
+        return set(self._option_string_actions).union(*(command.flags() for command in commands))
 
 
 def whole_number(text: str, otherwise: str | None = None) -> int | str:

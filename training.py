@@ -21,18 +21,20 @@ Symbols as in magi.py: B clips in a batch, n chunks of a clip, T = 6 n latent fr
 for clean. kv_range counts the chunks that a chunk sees, itself included; first_seen is the oldest of them.
 """
 
+# ruff: noqa: E402
 from __future__ import annotations
 
-import os
+import terminal
 
-if __name__ == "__main__":       # threads that wait must not spin (see terminal.py); before PyTorch is there
-    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+if __name__ == "__main__":
+    terminal.begin()                                                         # before PyTorch is imported
 
 import contextlib
 import csv
 import dataclasses
 import json
 import math
+import os
 import re
 import signal
 import threading
@@ -1028,4 +1030,5 @@ def plot_loss(log: Path) -> None:
 if __name__ == "__main__":
     from finetune import main
 
+    terminal.imported()
     parallel.leave(main())

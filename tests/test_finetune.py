@@ -68,10 +68,13 @@ def cached(data, model_folder):
 
 
 def command_line(model, data, out, *flags, command: str = "lora") -> list[str]:
-    fixed = ("--model", model, "--data", data, "--out", out, "--cache", data.parent / f"{data.name}.cache")
-    quick = ("--steps", 4, "--every", 2, "--sample-every", 0, "--seconds", 2)
-    rank = ("--rank", 2) if command == "lora" else ()
-    return [str(word) for word in (command, *fixed, *quick, *rank, *flags)]
+    """The flags replace those of the same name here."""
+    cache = data.parent / f"{data.name}.cache"
+    usual = {"--model": model, "--data": data, "--out": out, "--cache": cache}
+    usual |= {"--steps": 4, "--every": 2, "--sample_every": 0, "--seconds": 2}
+    usual |= {"--rank": 2} if command == "lora" else {}
+    kept = [word for name, value in usual.items() if name not in flags for word in (name, value)]
+    return [str(word) for word in (command, *kept, *flags)]
 
 
 def train(*args, **kwargs) -> tuple[int, str, str]:
@@ -178,7 +181,7 @@ def test_which_files_of_a_folder_are_clips(tmp_path, capsys):
         (data / name).touch()
     assert finetune.read_captions(data) == {data / name: (name,) for name in names}
     (data / "a.txt").unlink()
-    with bad("'a.3gp' has no caption: write it to 'a.txt' .* --skip-bad leaves such clips out"):
+    with bad("'a.3gp' has no caption: write it to 'a.txt' .* --skip_bad leaves such clips out"):
         finetune.read_captions(data)
     assert list(finetune.read_captions(data, skip_bad=True)) == [data / name for name in names[1:]]
     assert capsys.readouterr().err.startswith("skipped: clip 'a.3gp' has no caption")
@@ -292,6 +295,20 @@ def no_weights(monkeypatch):
         monkeypatch.setattr(module, name, lambda *_, **__: pytest.fail("weights are loaded"))
 
 
+@pytest.mark.parametrize(
+    "flags, words",
+    [
+        (["--sample-evry", 3], "did you mean --sample_every?"),
+        (["clips2"], "unrecognized arguments: clips2; see --help"),
+        (["--seed", 1, "--seed", 2], "--seed is given twice"),
+        (["--steps", 0], "'0' is not a whole number of at least 1"),
+    ],
+)
+def test_flags_are_checked_as_those_of_sample(flags, words, tmp_path):
+    line = command_line(tmp_path, tmp_path, tmp_path / "a", *flags)
+    assert_one_line("error: ", run_main(finetune.main, *line), words)
+
+
 def test_bad_clips_are_named_before_anything_is_loaded(model_folder, tmp_path, no_weights):
     data, out = tmp_path / "data", tmp_path / "a.safetensors"
     refused(train(model_folder, data, out), "data' does not exist")
@@ -300,17 +317,17 @@ def test_bad_clips_are_named_before_anything_is_loaded(model_folder, tmp_path, n
     write_clip(data / "short.mp4", 20)
     refused(train(model_folder, data, out), "'short.mp4' has no caption", "short.txt")
     (data / "short.txt").write_text("a red")
-    refused(train(model_folder, data, out), "'short.mp4' has 20 frames", "24", "--skip-bad")
-    code, _, err = train(model_folder, data, out, "--skip-bad")
+    refused(train(model_folder, data, out), "'short.mp4' has 20 frames", "24", "--skip_bad")
+    code, _, err = train(model_folder, data, out, "--skip_bad")
     assert code == 2 and "skipped: clip 'short.mp4'" in err and "training: no clip of" in err
     (data / "short.mp4").write_bytes(b"no video")
-    refused(train(model_folder, data, out), "short.mp4", "--skip-bad")
+    refused(train(model_folder, data, out), "short.mp4", "--skip_bad")
     write_clip(data / "short.mp4", 30)
     (data / "short.txt").write_text("a red ball bounces and bounces and bounces")
     refused(train(model_folder, data, out), "caption of clip 'short.mp4' has", "the model takes 15")
     long = (data / "short.txt").read_text()
     (data / "short.txt").write_text("a red")
-    refused(train(model_folder, data, out, "--sample-prompt", long), "--sample-prompt has", "takes 15")
+    refused(train(model_folder, data, out, "--sample_prompt", long), "--sample_prompt has", "takes 15")
 
 
 def test_bad_clips_are_skipped_if_asked(cached, model_folder, tmp_path, no_weights):
@@ -322,7 +339,7 @@ def test_bad_clips_are_skipped_if_asked(cached, model_folder, tmp_path, no_weigh
     for name in ("a", "one"):
         (data / f"{name}.txt").write_text("a red")
     (data / "long.txt").write_text("a red ball bounces and bounces and bounces")
-    code, _, err = train(model_folder, data, tmp_path / "a.safetensors", "--skip-bad", "--plan")
+    code, _, err = train(model_folder, data, tmp_path / "a.safetensors", "--skip_bad", "--plan")
     assert code == 0 and "skipped: cannot read video" in err and "a.mp4" in err and "1 clips, 1 s" in err
     assert "skipped: the caption of clip 'long.mp4' has" in err and "skipped: clip 'silent.mp4' has no" in err
 
@@ -361,7 +378,7 @@ def test_ways_to_save_memory_that_do_not_go_together(
     out, folder = tmp_path / "a.safetensors", tmp_path / "a"
     disk = ("--stream", "disk")
     refused(train(model_folder, cached, folder, *disk, command="full"), "--stream is for a LoRA")
-    refused(train(model_folder, cached, out, *disk, "--keep-activations"), "leave one of them out")
+    refused(train(model_folder, cached, out, *disk, "--keep_activations"), "leave one of them out")
     refused(train(model_folder, cached, out, *disk, "--lora", trained_lora), "training.py merge")
     monkeypatch.setattr(parallel, "ranks", lambda: 2)
     monkeypatch.setattr(parallel, "agreed", lambda make: make)
@@ -380,7 +397,7 @@ def test_ways_to_save_memory_that_do_not_go_together(
 def finished(cached, model_folder):
     """A run of four steps."""
     out = cached.parent / "whole.safetensors"
-    code, _, err = train(model_folder, cached, out, "--sample-every", 3, "--sample-seconds", 1)
+    code, _, err = train(model_folder, cached, out, "--sample_every", 3, "--sample_seconds", 1)
     assert code == 0, err
     return out
 
@@ -591,7 +608,7 @@ def test_a_run_may_write_among_its_clips(cached, model_folder, tmp_path):
     data.mkdir()
     for file in cached.iterdir():
         (data / file.name).symlink_to(file)
-    flags = ("--sample-every", 1, "--sample-seconds", 1, "--cache", data / "cache")
+    flags = ("--sample_every", 1, "--sample_seconds", 1, "--cache", data / "cache")
     for steps in (1, 2):
         code, _, err = train(model_folder, data, data / "o.safetensors", *flags, "--steps", steps)
         assert code == 0 and "2 clips, 3 s" in err, err
@@ -644,7 +661,7 @@ def test_streamed_layers_train_the_same_lora_to_the_last_bit(cached, model_folde
     monkeypatch.setattr(parallel, "load_dit", load_copied)
     outs = {source: tmp_path / f"{source}.safetensors" for source in ("none", "cpu", "disk")}
     for source, out in outs.items():
-        flags = () if source == "none" else ("--stream", source, "--sample-every", 2, "--sample-seconds", 1)
+        flags = () if source == "none" else ("--stream", source, "--sample_every", 2, "--sample_seconds", 1)
         code, _, err = train(model_folder, cached, out, *flags)
         assert code == 0, err
     assert_same_run(outs["none"], outs["cpu"])
@@ -685,12 +702,12 @@ def alone(cached, model_folder, tmp_path_factory):
         "mixed": (mixed, "full", root / "mixed"),
     }
     for model, command, out in runs.values():
-        code, _, err = train(model, cached, out, *SHARED, command=command)
+        code, _, err = train(model, cached, out, *SHARED, "--accumulate", 2, command=command)
         assert code == 0, err
     return runs
 
 
-SHARED = ("--accumulate", 2, "--lr", 1e-3)
+SHARED = ("--lr", 1e-3)
 
 
 @pytest.fixture(scope="module")
@@ -698,22 +715,24 @@ def together(alone, cached, tmp_path_factory):
     """The same by two processes, but for the ends of what one process takes part in; and what they said."""
     root = tmp_path_factory.mktemp("together")
     outs = {name: root / out.name for name, (_, _, out) in alone.items()}
-    lines = {
-        name: command_line(model, cached, outs[name], *SHARED, command=command)
-        for name, (model, command, _) in alone.items()
-    }
-    assert run_main(finetune.main, *lines["full"], "--steps", 2)[0] == 0  # two processes go on with it
+
+    def line(name: str, *flags, accumulate: int = 2) -> list[str]:
+        model, command, _ = alone[name]
+        flags = (*flags, *SHARED, "--accumulate", accumulate)
+        return command_line(model, cached, outs[name], *flags, command=command)
+
+    assert run_main(finetune.main, *line("full", "--steps", 2))[0] == 0  # two processes go on with it
     commands = [
-        [*lines["lora"], "--steps", "2", "--sample-every", "1", "--sample-seconds", "1"],
-        lines["full"],
-        lines["mixed"],
-        [*lines["lora"], "--accumulate", "3"],
+        line("lora", "--steps", 2, "--sample_every", 1, "--sample_seconds", 1),
+        line("full"),
+        line("mixed"),
+        line("lora", accumulate=3),
     ]
     (root / "commands.json").write_text(json.dumps(commands))
     run = run_python("-m", "torch.distributed.run", "--standalone", "--nproc_per_node", 2,
                      HERE / "tests" / "finetune_worker.py", root / "commands.json")  # fmt: skip
     assert run.returncode == 0, run.stderr
-    assert train(alone["lora"][0], cached, outs["lora"], *SHARED)[0] == 0  # one process goes on with it
+    assert run_main(finetune.main, *line("lora"))[0] == 0  # one process goes on with it
     return outs, [json.loads((root / f"commands.{rank}").read_text()) for rank in range(2)]
 
 

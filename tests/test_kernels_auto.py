@@ -866,7 +866,7 @@ def test_training_tells_of_its_kernels(command_lines, model_folder, tmp_path):
     (tmp_path / "data" / "a.txt").write_text("a red")
     command_lines(off)
     flags = ("--model", model_folder, "--data", tmp_path / "data", "--out", tmp_path / "a.safetensors")
-    quick = ("--device", "cpu", "--rank", 2, "--steps", 1, "--sample-every", 0, "--backend", "auto")
+    quick = ("--device", "cpu", "--rank", 2, "--steps", 1, "--sample_every", 0, "--backend", "auto")
     code, _, err = run_main(finetune.main, "lora", *flags, *quick, "--seconds", 1)
     assert code == 0, err
     told, _, report = err.rpartition("kernels on ")

@@ -215,7 +215,7 @@ def test_a_stream_that_cannot_be_read_is_its_end():
 
 def test_late_prompts_get_the_notes_of_early_ones(tmp_path, monkeypatch):
     lines = ["a purple dog dances", "a purple dog dances", "\u72d7", RED, RED]
-    monkeypatch.setattr(sample, "told_by", lambda *_: iter(lines))
+    monkeypatch.setattr(sample.captions, "told_by", lambda *_: iter(lines))
     flags = ("--num_frames", "96", "--steps", "4", "--out", tmp_path / "a.mp4")
     code, _, err = run_main(sample.main, "--prompt", "-", *flags, *QUICK)
     assert code == 0 and err.count("note: this small model has never seen 'dog', 'dances'") == 1

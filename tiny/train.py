@@ -745,9 +745,9 @@ def train_lora(args) -> None:
         file.unlink(missing_ok=True)
     flags = {"model": args.out / "base", "data": clips, "out": file, "work": work, "rank": args.rank,
              "steps": args.steps, "lr": args.lr, "seconds": 2, "tokens": TOKENS * args.batch,
-             "sample-every": 0}  # fmt: skip
+             "sample_every": 0}  # fmt: skip
     words = [word for name, value in flags.items() for word in (f"--{name}", str(value))]
-    finetune.run(finetune.parser().parse_args(["lora", "--keep-activations", *words]))
+    finetune.run(finetune.parser().parse_args(["lora", "--keep_activations", *words]))
     if parallel.rank() == 0:
         judge_lora(args, file)
 
