@@ -35,12 +35,12 @@ import shutil
 import sys
 import warnings
 import zipfile
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, NamedTuple
 
 import numpy as np
 import torch
@@ -60,18 +60,24 @@ from terminal import exit_code
 INDEX = "model.safetensors.index.json"
 SHARD_BYTES = 5 * 10**9          # no output file is larger, unless a single tensor is
 E4M3 = torch.float8_e4m3fn
-FOR_TRANSFORMERS = {"format": "pt"}                  # it refuses a T5 file without this
 
 # ------------------------------------------------------------------------------------------------------------
 # 1  Configs
 # ------------------------------------------------------------------------------------------------------------
-# The table lists, for each part of an official config, the keys that are fields of ours, those that may have
-# only one value because our model has no other, and those that do not matter here. Any other key is an error,
-# because it might change the model.
+
+
+class Keys(NamedTuple):
+    """What a part of an official config may have. Any other key is an error: it might change the model."""
+
+    ours: dict[str, str]                                 # official name -> field of ours
+    fixed: dict[str, Any] = {}                           # has only this value, as our model has no other
+    ignored: tuple[str, ...] = ()                        # does not matter here
+    required: tuple[str, ...] = ()                       # a size, or no tensor's shape shows when it is wrong
+
 
 # fmt: off
 CONFIG_KEYS = {
-    "model_config": (
+    "model_config": Keys(
         {"num_layers": "num_layers",              "hidden_size": "hidden_size",
          "ffn_hidden_size": "ffn_size",           "num_attention_heads": "num_heads",
          "num_query_groups": "num_kv_heads",      "kv_channels": "head_dim",
@@ -80,10 +86,11 @@ CONFIG_KEYS = {
          "patch_size": "patch_size",              "gated_linear_unit": "gated_ffn",
          "in_channels": "in_channels",            "out_channels": "out_channels",
          "caption_channels": "text_dim",          "caption_max_length": "text_length"},
-        {"model_name": "videodit_ardf", "apply_layernorm_1p": True, "t_patch_size": 1,
-         "cond_hidden_ratio": 0.25, "xattn_cond_hidden_ratio": 1.0, "cond_gating_ratio": 1.0},
-        ()),
-    "runtime_config": (
+        fixed={"model_name": "videodit_ardf", "apply_layernorm_1p": True, "t_patch_size": 1,
+               "cond_hidden_ratio": 0.25, "xattn_cond_hidden_ratio": 1.0, "cond_gating_ratio": 1.0},
+        required=("num_layers", "hidden_size", "ffn_hidden_size", "num_attention_heads", "num_query_groups",
+                  "kv_channels", "in_channels", "out_channels", "x_rescale_factor")),
+    "runtime_config": Keys(
         {"cfg_number": "cfg_number",              "cfg_t_range": "cfg_t",
          "prev_chunk_scales": "prev_scales",      "text_scales": "text_scales",
          "noise2clean_kvrange": "kv_ranges",      "clean_chunk_kvrange": "clean_kv_range",
@@ -91,38 +98,35 @@ CONFIG_KEYS = {
          "num_frames": "num_frames",              "fps": "fps",
          "video_size_h": "height",                "video_size_w": "width",
          "num_steps": "num_steps",                "window_size": "window"},
-        {"chunk_width": magi.CHUNK, "scale_factor": magi.SCALE_FACTOR,
-         "temporal_downsample_factor": magi.FRAMES_PER_LATENT},
-        ("t5_pretrained", "t5_device", "vae_pretrained", "load")),                  # magi.load takes these
-    "engine_config": (
+        fixed={"chunk_width": magi.CHUNK, "scale_factor": magi.SCALE_FACTOR,
+               "temporal_downsample_factor": magi.FRAMES_PER_LATENT},
+        ignored=("t5_pretrained", "t5_device", "vae_pretrained", "load")),          # magi.load takes these
+    "engine_config": Keys(
         {"distill": "distilled",                  "distill_nearly_clean_chunk_threshold": "nearly_clean_t",
          "fp8_quant": "fp8",                      "shortcut_mode": "shortcut_mode"},
-        {},
-        ("distributed_backend", "distributed_timeout_minutes", "pp_size", "cp_size", "cp_strategy",
-         "ulysses_overlap_degree", "kv_offload", "enable_cuda_graph")),       # see note_on_gpus
+        ignored=("distributed_backend", "distributed_timeout_minutes", "pp_size", "cp_size", "cp_strategy",
+                 "ulysses_overlap_degree", "kv_offload", "enable_cuda_graph")),     # see note_on_gpus
+    "config.json": Keys(                                                            # of the VAE, with a part:
+        {"ddconfig": "ddconfig"},
+        ignored=("_class_name", "_diffusers_version", "model_type"), required=("ddconfig",)),
+    "ddconfig": Keys(
+        {field.name: field.name for field in dataclasses.fields(VAEConfig)},
+        fixed={"double_z": True, "with_cls_token": True, "conv_last_layer": True, "norm_code": False,
+               "use_rope": False},
+        required=("video_size", "video_length", "patch_size", "patch_length", "z_chans", "embed_dim", "depth",
+                  "num_heads")),
 }
-VAE_KEYS = (
-    {field.name: field.name for field in dataclasses.fields(VAEConfig)},
-    {"double_z": True, "with_cls_token": True, "conv_last_layer": True,
-     "norm_code": False, "use_rope": False},
-    ())
-
-# These must be there: they are sizes, or no tensor's shape shows when they are wrong. Others have defaults.
-REQUIRED_KEYS = ("num_layers", "hidden_size", "ffn_hidden_size", "num_attention_heads", "num_query_groups",
-                 "kv_channels", "in_channels", "out_channels", "x_rescale_factor")
-REQUIRED_VAE_KEYS = ("video_size", "video_length", "patch_size", "patch_length", "z_chans", "embed_dim",
-                     "depth", "num_heads")
 # fmt: on
 
 
 def configs_from_upstream(config: dict) -> tuple[DiTConfig, SamplerConfig]:
     """Turn an official JSON into our two configs. Raises ValueError, naming the key, for what is unknown."""
-    require(isinstance(config, dict) and config.keys() == CONFIG_KEYS.keys(),
-            f"an official config has the parts {', '.join(CONFIG_KEYS)}; this is {str(config)[:60]!r}")
+    parts = ("model_config", "runtime_config", "engine_config")
+    require(isinstance(config, dict) and config.keys() == {*parts},
+            f"an official config has the parts {', '.join(parts)}; this is {str(config)[:60]!r}")
     values = {}
-    for part, table in CONFIG_KEYS.items():
-        required = REQUIRED_KEYS if part == "model_config" else ()
-        values |= _translate(part, config[part], table, required)
+    for part in parts:
+        values |= _translate(part, config[part])
 
     half = values.pop("half_channel_vae", None)
     channels = DiTConfig.latent_channels * (2 if half else 1)
@@ -173,22 +177,21 @@ def official_sampler(file: str | Path, model: Path, dit: DiTConfig, sampler: Sam
 
 def vae_config_from_upstream(config: dict) -> VAEConfig:
     """Turn the VAE's config.json into a VAEConfig. Raises ValueError likewise."""
-    table = {"ddconfig": "ddconfig"}, {}, ("_class_name", "_diffusers_version", "model_type")
-    ddconfig = _translate("config.json", config, table, ["ddconfig"])["ddconfig"]
-    return _build(VAEConfig, _translate("ddconfig", ddconfig, VAE_KEYS, REQUIRED_VAE_KEYS))
+    ddconfig = _translate("config.json", config)["ddconfig"]
+    return _build(VAEConfig, _translate("ddconfig", ddconfig))
 
 
-def _translate(part: str, values: dict, table: tuple, required: Iterable[str] = ()) -> dict:
+def _translate(part: str, values: dict) -> dict:
     """Return the entries of one part of an official config that are fields of ours, under our names."""
-    fields, fixed, ignored = table
+    ours, fixed, ignored, required = CONFIG_KEYS[part]
     require(isinstance(values, dict), f"{part} is {values!r}, not a table of keys")
     for key, value in values.items():
-        require(key in fields or key in fixed or key in ignored, f"unknown key {part}.{key} ({value!r})")
+        require(key in ours or key in fixed or key in ignored, f"unknown key {part}.{key} ({value!r})")
         require(key not in fixed or value == fixed[key],
                 f"{part}.{key} is {value!r}: only {fixed.get(key)!r} is supported")
     for key in required:
         require(key in values, f"{part}.{key} is missing")
-    return {fields[key]: value for key, value in values.items() if key in fields}
+    return {ours[key]: value for key, value in values.items() if key in ours}
 
 
 def _build(kind: type, values: dict) -> DiTConfig | SamplerConfig | VAEConfig:
@@ -204,8 +207,9 @@ def _build(kind: type, values: dict) -> DiTConfig | SamplerConfig | VAEConfig:
 # {} stands for the number of a layer. The last column lists a module's tensors; a name without any is itself
 # one. Layers that may be quantised (magi.FP8Linear, "tensor" or "channel") have scales beside their weight.
 
-W, WB, T8, C8 = "weight", "weight bias", "weight weight_scale input_scale", \
-    "weight weight_scale input_scale smooth_scale"
+W, WB = "weight", "weight bias"
+T8 = "weight weight_scale input_scale"
+C8 = "weight weight_scale input_scale smooth_scale"
 # fmt: off
 DIT_MODULES = {
     "x_embedder":                                                     ("patch_embed",              W),
@@ -251,11 +255,13 @@ VAE_MODULES = {f"{side}.{old}": (f"{side}.{new}", tensors) for old, new, tensors
     ("final_norm",          "final.1",           WB),            # likewise
     ("last_layer",          "last_layer",        WB),
 ) for side in ("encoder", "decoder")}
-TOKEN_ROWS = {                                   # a token -> array of special_tokens.npz, and row in it
-    "caption": ("caption_token", 0),       "logo": ("logo_token", 0),          "trans": ("other_tokens", 0),
-    "hq": ("other_tokens", 1),             "static": ("other_tokens", 2),      "dynamic": ("other_tokens", 3),
-    "borderness": ("other_tokens", 4),     "3d": ("other_tokens", 15),         "2d": ("other_tokens", 16),
-    "duration": ("other_tokens", 7),             # this is duration 1; the rows up to duration 8 follow
+TOKEN_ROWS = {                                   # our name -> array of special_tokens.npz, and row in it
+    "caption_token":             ("caption_token", 0),    "logo_token":                 ("logo_token", 0),
+    "trans_token":               ("other_tokens", 0),     "hq_token":                   ("other_tokens", 1),
+    "static_first_frames_token": ("other_tokens", 2),     "dynamic_first_frames_token": ("other_tokens", 3),
+    "borderness_token":          ("other_tokens", 4),     "three_d_model_token":        ("other_tokens", 15),
+    "two_d_anime_token":         ("other_tokens", 16),
+    **{f"duration_token_{i}":     ("other_tokens", 6 + i) for i in range(1, 9)},
 }
 # fmt: on
 
@@ -313,19 +319,17 @@ def _rename(sd: dict[str, Tensor], modules: dict[str, tuple[str, str]]) -> dict[
     require(not unknown, f"{len(unknown)} unknown tensor(s), such as {unknown[:1]}")
     renamed = {}
     for name, tensor in sd.items():
-        layer = "".join(number.findall(name))
-        renamed[table[number.sub("{}", name)].replace("{}", layer)] = tensor
+        ours = table[number.sub("{}", name)]
+        renamed[ours.format(*number.findall(name))] = tensor
     return renamed
 
 
 def special_tokens_from_npz(file: Path, width: int) -> dict[str, Tensor]:
     """Read the learned vectors (1, width) by name. They pass through float16, as in the official code."""
-    names = magi.SPECIAL_TOKENS | magi.NEGATIVE_TOKENS
     tokens = {}
     with reading("special tokens", file), np.load(file, allow_pickle=False) as arrays:
-        for token, (array, row) in TOKEN_ROWS.items():
-            for i in range(8 if token == "duration" else 1):
-                tokens[names[token].format(i + 1)] = arrays[array][row + i:row + i + 1]
+        for name, (array, row) in TOKEN_ROWS.items():
+            tokens[name] = arrays[array][row:row + 1]
     for name, token in tokens.items():
         require(token.shape == (1, width), f"{file}: {name} is {token.shape}, the model needs {(1, width)}")
         tokens[name] = torch.from_numpy(token.astype(np.float16).astype(np.float32))
@@ -357,10 +361,10 @@ def read_header(file: Path) -> dict[str, Tensor]:
     if file.suffix == ".bin":
         return load_pickle(file, "meta")
     with open_file(file) as f, reading("weights", file):
-        size = int.from_bytes(f.read(8), "little")
-        header = json.loads(f.read(min(size, 10**8)))    # a corrupt length must not ask for all memory
+        length = int.from_bytes(f.read(8), "little")
+        header = json.loads(f.read(min(length, 10**8)))  # a corrupt length must not ask for all memory
         header.pop("__metadata__", None)
-        size += 8 + max(entry["data_offsets"][1] for entry in header.values())
+        size = 8 + length + max(entry["data_offsets"][1] for entry in header.values())
         if file.suffix != ".zst" and file.stat().st_size != size:
             raise EOFError(f"it has {file.stat().st_size:,} bytes, its header says {size:,}")
         return {name: torch.empty(entry["shape"], dtype=_DTYPES[entry["dtype"]], device="meta")
@@ -388,16 +392,14 @@ def open_weights(file: Path, scratch: Path) -> Iterator[Callable[[str], Tensor]]
         yield load_pickle(file, "cpu").__getitem__
         return
     plain = scratch / f"{file.stem}.unpacked" if file.suffix == ".zst" else file
-    try:
-        with reading("weights", file):
-            if plain != file:
-                with open_file(file) as packed, open(plain, "wb") as unpacked:
-                    shutil.copyfileobj(packed, unpacked, 2**24)
-            weights = safe_open(plain, "pt")
-        yield weights.get_tensor
-    finally:
+    with reading("weights", file):
         if plain != file:
-            plain.unlink(missing_ok=True)
+            with open_file(file) as packed, open(plain, "wb") as unpacked:
+                shutil.copyfileobj(packed, unpacked, 2**24)
+        weights = safe_open(plain, "pt")
+    yield weights.get_tensor
+    if plain != file:                                    # after an error new_folder removes all of `scratch`
+        plain.unlink()
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -455,7 +457,8 @@ def write_weights(reads: list, made: dict[str, Tensor], convert: Callable, folde
                         out = layout.tensor_to_filename[name]
                         held[out][name] = tensor
                         if len(held[out]) == len(layout.filename_to_tensors[out]):
-                            save(held.pop(out), folder / out, FOR_TRANSFORMERS)
+                            # transformers refuses a T5 file that does not tell its format
+                            save(held.pop(out), folder / out, {"format": "pt"})
                     bar.update()
     if layout.is_sharded:
         write_json({"metadata": layout.metadata, "weight_map": layout.tensor_to_filename}, folder / INDEX)
@@ -478,7 +481,7 @@ def run_dit(src: Path, out: Path, config: str, special_tokens: Path | None, forc
         else:
             require(Path(config).is_file(), f"config {config!r} is neither a file nor one of "
                     f"{', '.join(magi.PRESETS)}")
-            official = read_json(Path(config))
+            official = read_json(config)
             cfg, sampler = configs_from_upstream(official)
             notes.append(note_on_gpus(official))
         tokens = special_tokens_from_npz(special_tokens, cfg.text_dim) if special_tokens else {}
@@ -555,15 +558,15 @@ def not_converted(src: Path, out: Path, converted: list[Path]) -> list[str]:
     weights = (".safetensors", ".safetensors.zst", ".bin")
     folders = {file.parent for file in src.rglob("*") if file.name.endswith(weights)} - {src}
     folders |= {folder for folder in src.glob("magi?*") if folder.is_dir()}              # such as magi1.1
-    lines = []
+    known, lines = [out, *converted], []
     for folder in sorted(folders):
-        if any(folder.is_relative_to(known) for known in (out, *converted)):
+        if any(folder.is_relative_to(other) for other in known):
             continue
+        known.append(folder)                             # its subfolders need no line of their own
         why = "it is not one of magi/*/inference_weight*, vae/ and t5/*/, or has no config.json"
         if "1.1" in str(folder.relative_to(src)):
             why = "MAGI-1.1 packs q, k and v in an undocumented order, and only MAGI-1 is supported"
         lines.append(f"{folder} is skipped: {why}")
-        converted = [*converted, folder]                 # its subfolders need no line of their own
     return lines
 
 

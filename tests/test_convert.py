@@ -182,7 +182,8 @@ def test_config_of_each_golden():
 
 def test_what_an_official_config_may_leave_out():
     config = official_config("base")
-    config["model_config"] = {k: v for k, v in config["model_config"].items() if k in cw.REQUIRED_KEYS}
+    required = cw.CONFIG_KEYS["model_config"].required
+    config["model_config"] = {k: v for k, v in config["model_config"].items() if k in required}
     config["runtime_config"], config["engine_config"] = {}, {}
     dit, sampler = cw.configs_from_upstream(config)
     assert dit == magi.DiTConfig(
@@ -247,11 +248,11 @@ def test_config_parts_and_keys_must_all_be_known_and_there():
             cw.configs_from_upstream(config)
         with pytest.raises(ValueError, match="has the parts"):
             cw.configs_from_upstream({k: v for k, v in config.items() if k != part})
-    for name, part, keys, convert in (
-        ("base", "model_config", cw.REQUIRED_KEYS, cw.configs_from_upstream),
-        ("vae", "ddconfig", cw.REQUIRED_VAE_KEYS, cw.vae_config_from_upstream),
+    for name, part, convert in (
+        ("base", "model_config", cw.configs_from_upstream),
+        ("vae", "ddconfig", cw.vae_config_from_upstream),
     ):
-        for key in keys:
+        for key in cw.CONFIG_KEYS[part].required:
             config = official_config(name)
             del config[part][key]
             with pytest.raises(ValueError, match=f"{part}.{key} is missing"):

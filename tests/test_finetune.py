@@ -2,10 +2,12 @@
 
 import dataclasses
 import functools
+import importlib
 import json
 import math
 import os
 import signal
+import sys
 import types
 from pathlib import Path
 
@@ -33,6 +35,7 @@ import magi
 import media
 import parallel
 import planner
+import sample
 import training
 
 CAPTIONS = {"one.mp4": "a red", "two.mp4": "a blue\na red"}
@@ -805,6 +808,52 @@ def test_an_export_replaces_nothing(trained_lora, tmp_path):
     assert export(tmp_path / "b.safetensors", "kohya")[0] == 0
 
 
+def test_a_lora_merged_into_a_bf16_model_gives_its_videos(model_folder, tmp_path):
+    """But for the rounding of its weights to bf16. sample.py runs it like any other model."""
+    for name in ("vae", "t5"):
+        (tmp_path / name).symlink_to(model_folder.parent / name)
+    cfg = dataclasses.replace(FOLDER_DIT, dtype="bfloat16")
+    model, lora, merged = (
+        write_model(tmp_path / "model", cfg),
+        tmp_path / "a.safetensors",
+        tmp_path / "merged",
+    )
+    dit = training.add_lora(magi.load_dit(model), rank=2)
+    for added in training.loras(dit):
+        added.up.data.normal_(0, 0.1)
+    training.save_lora(dit, lora)
+    run = run_main(finetune.main, "merge", "--model", model, "--lora", lora, "--out", merged)
+    assert run[0] == 0, run[2]
+    pipe = magi.load(merged)
+    kept = {name: tensor.dtype for name, tensor in load_file(model / "model.safetensors").items()}
+    assert {name: tensor.dtype for name, tensor in load_file(merged / "model.safetensors").items()} == kept
+    assert pipe.dit.cfg == cfg and pipe.sampler == magi.load(model).sampler
+    clip = torch.randn(1, 16, 6, 4, 6), torch.full((1, 1), 0.3), torch.randn(1, 1, 16, 32)
+    velocity = lambda dit: dit(*clip, torch.ones(1, 1, 16).long())
+    with torch.no_grad():
+        plain, loaded, made = map(velocity, (magi.load_dit(model), dit, pipe.dit))
+    assert relative(made, loaded) < 0.03 and relative(plain, loaded) > 0.3
+    videos = []
+    for flags in (("--model", merged), ("--model", model, "--lora", lora), ("--model", model)):
+        fixed = ("--prompt", "a red", "--num_frames", 4, "--out", tmp_path / "out.mp4", "--device", "cpu")
+        run = run_main(sample.main, *flags, *fixed)
+        assert run[0] == 0, run[2]
+        videos.append(read_frames(tmp_path / "out.mp4").astype(float))
+    from_merged, from_loaded, without = videos
+    near, far = (np.abs(frames - from_loaded).mean() for frames in (from_merged, without))
+    assert near < far / 4, (near, far)  # guidance enlarges what was rounded
+
+
+def test_a_lora_is_not_merged_into_an_fp8_model(model_folder, tmp_path, no_weights, monkeypatch):
+    cfg = dataclasses.replace(FOLDER_DIT, dtype="bfloat16", fp8=True)
+    model, lora = write_model(tmp_path / "fp8", cfg), tmp_path / "a.safetensors"
+    training.save_lora(training.add_lora(magi.DiT(cfg), rank=2), lora)
+    monkeypatch.setattr(magi, "load_dit", lambda *_: pytest.fail("weights are loaded"))
+    run = run_main(finetune.main, "merge", "--model", model, "--lora", lora, "--out", tmp_path / "merged")
+    refused(run, "a LoRA cannot be merged into fp8 weights: merge it into the bf16 model")
+    assert sorted(tmp_path.iterdir()) == [lora, model]
+
+
 # ------------------------------------------------------------------------------------------ memory, optimiser
 
 
@@ -933,6 +982,74 @@ def test_accumulation_is_one_large_step(tmp_path):
     half = lambda model, i: model["a"](x[2 * i : 2 * i + 2]).square().mean()
     whole = lambda model, i: model["a"](x[4 * i : 4 * i + 4]).square().mean()
     torch.testing.assert_close(run("half", 2, half), run("whole", 1, whole))
+
+
+STAND_IN = '''
+"""What finetune.py uses of torchao.optim, whose AdamW8bit takes a rate in a tensor alone."""
+
+import torch
+
+
+class AdamW8bit(torch.optim.AdamW):
+    made = []
+
+    def __init__(self, params, lr, betas, weight_decay, bf16_stochastic_round):
+        super().__init__(params, lr, betas, weight_decay=weight_decay)
+        self.made.append((len(params), lr, betas, weight_decay, bf16_stochastic_round))
+
+    def add_param_group(self, group):
+        super().add_param_group(group)
+        self.param_groups[-1]["lr"] = torch.tensor(self.param_groups[-1]["lr"])
+
+    def step(self):
+        assert all(torch.is_tensor(group["lr"]) for group in self.param_groups)
+        super().step()
+'''
+
+
+@pytest.fixture
+def torchao(tmp_path, monkeypatch):
+    """A stand-in for torchao.optim: the package is not installed here, and compiles for minutes on a CPU."""
+    (tmp_path / "packages" / "torchao").mkdir(parents=True)
+    (tmp_path / "packages" / "torchao" / "optim.py").write_text(STAND_IN)
+    monkeypatch.syspath_prepend(tmp_path / "packages")
+    names = [name for name in sys.modules if name.partition(".")[0] == "torchao"]
+    installed = {name: sys.modules.pop(name) for name in names}
+    yield importlib.import_module("torchao.optim")
+    for name in ("torchao", "torchao.optim"):
+        del sys.modules[name]
+    sys.modules.update(installed)
+
+
+def test_adamw_of_8_bits_trains_and_goes_on(torchao, cached, model_folder, tmp_path, monkeypatch):
+    """Killed in its fourth step, a run goes on from the second to the same LoRA. (With torchao 0.18 itself,
+    on a CPU, it did so too, for a LoRA and for all weights in bf16.)"""
+    whole, parts = tmp_path / "whole.safetensors", tmp_path / "parts.safetensors"
+    flags = ("--optimizer", "adamw8bit", "--lr", 1e-3)
+    assert train(model_folder, cached, whole, *flags)[0] == 0
+    step, calls = torchao.AdamW8bit.step, []
+
+    def stop(self):
+        calls.append(1)
+        if len(calls) == 4:
+            raise Killed
+        step(self)
+
+    monkeypatch.setattr(torchao.AdamW8bit, "step", stop)
+    with pytest.raises(Killed):
+        train(model_folder, cached, parts, *flags)
+    assert train(model_folder, cached, parts, *flags)[0] == 0 and len(calls) == 4 + 2
+    assert_same_run(whole, parts)
+    factors = len(load_file(whole))
+    assert torchao.AdamW8bit.made == 3 * [(factors, 1e-3, (0.9, 0.95), 0.0, True)]
+    assert any(up.any() for name, up in load_file(whole).items() if name.endswith(".up"))
+
+
+def test_adamw_of_8_bits_needs_torchao(cached, model_folder, tmp_path, no_weights, monkeypatch):
+    monkeypatch.setitem(sys.modules, "torchao", None)  # as if it were not installed
+    run = train(model_folder, cached, tmp_path / "a.safetensors", "--optimizer", "adamw8bit")
+    refused(run, "--optimizer adamw8bit needs torchao: pip install torchao, or use adamw")
+    assert not [*tmp_path.iterdir()]
 
 
 # ------------------------------------------------------------------------------------ LoRAs of other programs

@@ -1,6 +1,8 @@
 """Training: times, the flow-matching loss, the VAE's loss, Muon and the training loop of tiny/train.py."""
 
 import contextlib
+import dataclasses
+import json
 import math
 import multiprocessing
 from pathlib import Path
@@ -10,7 +12,19 @@ from unittest import mock
 import pytest
 import torch
 import train
-from common import QUICK, bad, calls_of, small, training_batch
+from common import (
+    FOLDER_DIT,
+    FOLDER_VAE,
+    HERE,
+    QUICK,
+    bad,
+    calls_of,
+    run_main,
+    small,
+    training_batch,
+    write_folder,
+    write_model,
+)
 
 import magi
 import training
@@ -356,17 +370,54 @@ def learn_toy(folder: Path, ranks: int) -> torch.nn.Module:
 
 
 def learn_as_one_of_two(rank: int, folder: Path) -> None:
-    torch.distributed.init_process_group("gloo", f"file://{folder}/meet", rank=rank, world_size=2)
+    join(rank, folder)
     model = learn_toy(folder / "two", 2)
     torch.save(model.state_dict(), folder / f"rank{rank}.pt")
 
 
+def join(rank: int, folder: Path) -> None:
+    torch.distributed.init_process_group("gloo", f"file://{folder}/meet", rank=rank, world_size=2)
+
+
+def start_two(make, folder: Path) -> None:
+    """make(rank, folder) in two processes."""
+    multiprocessing.set_forkserver_preload(["torch._dynamo"])  # once for all of them
+    torch.multiprocessing.start_processes(make, (folder,), nprocs=2, start_method="forkserver")
+
+
 def test_two_processes_learn_what_one_does(tmp_path):
     """Each has half of the losses and makes half of Muon's updates."""
-    multiprocessing.set_forkserver_preload(["torch._dynamo"])  # once for both
-    start = torch.multiprocessing.start_processes
-    start(learn_as_one_of_two, (tmp_path,), nprocs=2, start_method="forkserver")
+    start_two(learn_as_one_of_two, tmp_path)
     first, second = (torch.load(tmp_path / f"rank{rank}.pt") for rank in range(2))
     for name, wanted in learn_toy(tmp_path / "one", 1).state_dict().items():
         assert torch.equal(first[name], second[name])
         torch.testing.assert_close(first[name], wanted, rtol=1e-3, atol=1e-4)
+
+
+def teach_as_one_of_two(rank: int, folder: Path) -> None:
+    """`torchrun tiny/train.py lora`. The judge sees no videos, but its models and LoRA are loaded. What this
+    process wrote and judged -> did.RANK"""
+    join(rank, folder)
+    did, writer = [], train.media.Mp4Writer
+    train.media.Mp4Writer = lambda file, fps: did.append(file.name) or writer(file, fps)
+    train.judge_prompts = lambda pipe, prompts, *_: did.append("judged") or {"colour": 0.0}
+    training.plot_loss = lambda log: None  # takes longer than a step
+    words = ["lora", "--out", folder, "--work", folder / "work", "--clips", 1, "--steps", 1, "--batch", 1]
+    code, out, err = run_main(train.main, *words)
+    (folder / f"did.{rank}").write_text(json.dumps([code, did, out, err]))
+
+
+def test_of_two_processes_the_first_writes_the_clips_and_judges_the_lora(tmp_path):
+    """Two writers met in one file, and the second process judged a LoRA that was not there yet."""
+    write_model(tmp_path / "base", dataclasses.replace(FOLDER_DIT, text_dim=128, text_length=64))
+    write_folder(tmp_path / "vae", magi.VAE(FOLDER_VAE), vae=FOLDER_VAE)
+    (tmp_path / "t5").symlink_to(HERE / "tiny" / "t5")
+    start_two(teach_as_one_of_two, tmp_path)
+    first, second = (json.loads((tmp_path / f"did.{rank}").read_text()) for rank in range(2))
+    code, did, out, err = first
+    assert code == 0, err
+    assert did == ["cyan000.mp4", "old000.mp4", *4 * ["judged"]]  # two kinds of prompts, without and with it
+    assert "base, LoRA x 1, cyan, held out (7 prompts): colour 0%" in out
+    assert second == [0, [], "", ""]
+    dit = training.load_lora(magi.load_dit(tmp_path / "base"), tmp_path / "lora" / "cyan.safetensors")
+    assert any(lora.up.any() for lora in training.loras(dit))
