@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import functools
+import gc
 import html
 import itertools
 import math
@@ -306,6 +307,19 @@ def load_text(path: str, length: int, width: int) -> tuple[Tensor, Tensor]:
     return text, mask
 
 
+@contextlib.contextmanager
+def no_garbage_collection() -> Iterator[None]:
+    """For the import of transformers: its 1,500 modules are no garbage, and to look through what they hold
+    again and again would take a quarter of the time."""
+    was_enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was_enabled:
+            gc.enable()
+
+
 class T5:
     """A T5 encoder folder (config.json, weights, spiece.model), read offline, when captions come.
 
@@ -322,8 +336,9 @@ class T5:
     def read(self) -> Any:
         """The model, a transformers.T5EncoderModel."""
         check_text_encoder(self.folder)
-        from transformers import T5EncoderModel  # it takes seconds
-        from transformers.utils import logging
+        with no_garbage_collection():
+            from transformers import T5EncoderModel  # it takes seconds
+            from transformers.utils import logging
 
         logging.disable_progress_bar()
         read: Any = T5EncoderModel.from_pretrained

@@ -61,6 +61,7 @@ from safetensors import safe_open
 from torch import Tensor, nn
 
 import magi
+from captions import no_garbage_collection
 from checkpoints import build, fill, read_config, read_headers, require, weight_files
 
 # ------------------------------------------------------------------------------------------------------------
@@ -463,7 +464,8 @@ class T5(magi.T5):
     def read(self) -> Any:
         if self.stream is None:
             return super().read()
-        from transformers import T5Config, T5EncoderModel
+        with no_garbage_collection():
+            from transformers import T5Config, T5EncoderModel
 
         with torch.device("meta"):
             model: Any = T5EncoderModel(T5Config.from_pretrained(self.folder, local_files_only=True))

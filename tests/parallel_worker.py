@@ -1,10 +1,10 @@
-"""The processes of tests/test_parallel.py: parallel_worker.py JOB FOLDER.
+"""What the processes of tests/test_parallel.py do.
 
 cases    groups of 2 and of 4 processes: every run of CASES and more; what came out and what it took ->
          FOLDER/cases.RANKS.RANK.pt
-forever  2 processes of sample.py that make FOLDER/forever.mp4 without end; says their ids
+forever  processes of sample.py that make FOLDER/forever.mp4 without end; what they say -> FOLDER/said.RANK
 
-What takes seconds to import is imported once: the processes are forks of one that has computed nothing.
+They are forks of the process that runs the tests, which has imported what takes seconds.
 """
 
 import dataclasses
@@ -24,8 +24,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import magi
 import parallel
 import planner
+import sample
 import training
-from outputs import save
 
 SMALL = dataclasses.replace(common.SMALL, num_layers=4, num_heads=8, num_kv_heads=4)
 WIDE = dict(gated_ffn=True, in_channels=32, out_channels=32, x_scale=0.1)
@@ -234,48 +234,24 @@ def cases(rank: int, size: int, folder: Path) -> None:
 
 
 def forever(rank: int, size: int, folder: Path) -> None:
-    import sample
-
+    sys.stderr = (folder / f"said.{rank}").open("w")
     join(rank, size, folder)
     flags = f"--num_frames inf --device cpu --model {folder}/base --text {folder}/text.safetensors"
     sys.exit(sample.main([*flags.split(), "--out", f"{folder}/forever.mp4"]))
 
 
 def join(rank: int, size: int, folder: Path) -> None:
-    store = f"file://{folder}/store.{multiprocessing.parent_process().pid}.{size}"
-    dist.init_process_group("gloo", init_method=store, rank=rank, world_size=size)
+    """The processes of a group meet at a file, which each of them takes from `fork`."""
+    dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=size)
 
 
-def fork(job, size: int, folder: Path) -> list:
+def fork(job, size: int, folder: Path) -> list[multiprocessing.Process]:
+    import torch._dynamo  # noqa: F401  (this and the next take each process a second otherwise)
+    import torch.distributed.fsdp  # noqa: F401
+
+    (folder / "store").unlink(missing_ok=True)
     context = multiprocessing.get_context("fork")
-    processes = [context.Process(target=job, args=(rank, size, folder)) for rank in range(size)]
+    processes = [context.Process(target=job, args=(rank, size, folder), daemon=True) for rank in range(size)]
     for process in processes:
         process.start()
     return processes
-
-
-def main() -> None:
-    import torch._dynamo  # noqa: F401  (these take each process a second otherwise)
-    import torch.distributed.fsdp  # noqa: F401
-
-    job, folder = sys.argv[1], Path(sys.argv[2])
-    torch.set_num_threads(1)
-    if job == "forever":
-        import sample  # noqa: F401
-
-        text = drawn(SMALL, 0, RUN)
-        save({"text": text["text"][None], "mask": text["text_mask"][None]}, folder / "text.safetensors")
-        processes = fork(forever, 2, folder)
-        print(*(process.pid for process in processes), flush=True)
-        for process in processes:
-            process.join()
-        return
-    for size in (2, 4):
-        processes = fork(cases, size, folder)
-        for process in processes:
-            process.join()
-        assert [process.exitcode for process in processes] == [0] * size
-
-
-if __name__ == "__main__":
-    main()

@@ -12,6 +12,7 @@ import types
 from pathlib import Path
 
 import numpy as np
+import parallel_worker as worker
 import pytest
 import torch
 from common import (
@@ -26,7 +27,6 @@ from common import (
     shades,
     write_model,
 )
-from parallel_worker import watch_layers
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
@@ -674,7 +674,7 @@ def test_streamed_layers_train_the_same_lora_to_the_last_bit(cached, model_folde
 def test_streamed_training_holds_two_layers_and_reads_each_once_a_way(model_folder, monkeypatch):
     """Up and down: the last layer is still there when the backward begins with it, and the first one when the
     next forward does. All that is read is used, so every layer but the first was foreseen."""
-    seen = watch_layers(monkeypatch)
+    seen = worker.watch_layers(monkeypatch)
     dit = magi.load_dit(model_folder)
     streamed = parallel.Streamed(dit, "layers", model_folder, "cpu", "disk")
     training.add_lora(dit, 2)
@@ -713,6 +713,13 @@ def alone(cached, model_folder, tmp_path_factory):
 SHARED = ("--lr", 1e-3)
 
 
+def run_commands(rank: int, size: int, folder: Path) -> None:
+    """One of several processes: its exit codes and what it said -> FOLDER/commands.RANK."""
+    worker.join(rank, size, folder)
+    ended = [run_main(finetune.main, *words) for words in json.loads((folder / "commands.json").read_text())]
+    (folder / f"commands.{rank}").write_text(json.dumps(ended))
+
+
 @pytest.fixture(scope="module")
 def together(alone, cached, tmp_path_factory):
     """The same by two processes, but for the ends of what one process takes part in; and what they said."""
@@ -732,9 +739,10 @@ def together(alone, cached, tmp_path_factory):
         line("lora", accumulate=3),
     ]
     (root / "commands.json").write_text(json.dumps(commands))
-    run = run_python("-m", "torch.distributed.run", "--standalone", "--nproc_per_node", 2,
-                     HERE / "tests" / "finetune_worker.py", root / "commands.json")  # fmt: skip
-    assert run.returncode == 0, run.stderr
+    processes = worker.fork(run_commands, 2, root)
+    for process in processes:
+        process.join(timeout=300)
+    assert [process.exitcode for process in processes] == [0, 0]
     assert run_main(finetune.main, *line("lora"))[0] == 0  # one process goes on with it
     return outs, [json.loads((root / f"commands.{rank}").read_text()) for rank in range(2)]
 

@@ -1,33 +1,24 @@
 """Several processes and streamed weights give what one process gives, and take what the planner says.
 
-The processes talk over gloo and are started once for all cases: see parallel_worker.py.
+The processes talk over gloo, and each group is started once for all cases: see parallel_worker.py.
 """
 
 import contextlib
 import dataclasses
-import os
-import signal
-import subprocess
-import sys
 import time
 
 import parallel_worker as worker
 import pytest
 import torch
-from common import HERE, assert_refused, bad, environment, relative, run_main, run_python, write_t5
+from common import HERE, assert_refused, bad, relative, run_main, run_python, write_t5
 
 import live
 import magi
+import outputs
 import parallel
 import planner
 import sample
 from checkpoints import read_json
-
-
-def start(job: str, folder, **more) -> subprocess.Popen:
-    command = [sys.executable, str(HERE / "tests" / "parallel_worker.py"), job, str(folder)]
-    env = environment() | {"PYTHONPATH": f"{HERE}:{HERE / 'tests'}"}
-    return subprocess.Popen(command, env=env, text=True, **more)
 
 
 @pytest.fixture(scope="module")
@@ -40,7 +31,11 @@ def models(tmp_path_factory):
 @pytest.fixture(scope="module")
 def results(models):
     """Ranks -> what each of them found."""
-    assert start("cases", models).wait(timeout=300) == 0
+    for size in (2, 4):
+        processes = worker.fork(worker.cases, size, models)
+        for process in processes:
+            process.join(timeout=300)
+        assert [process.exitcode for process in processes] == [0] * size
     return {size: [torch.load(models / f"cases.{size}.{rank}.pt") for rank in range(size)] for size in (2, 4)}
 
 
@@ -282,13 +277,16 @@ def test_cards_that_cannot_be_planned_for_are_refused(card, message):
 @pytest.mark.parametrize("rank", [0, 1])
 def test_a_killed_process_takes_the_others_with_it(models, rank):
     (models / "forever.mp4").unlink(missing_ok=True)
-    job = start("forever", models, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
-    ids = [int(word) for word in job.stdout.readline().split()]
+    text = worker.drawn(worker.SMALL, 0, worker.RUN)
+    outputs.save({"text": text["text"][None], "mask": text["text_mask"][None]}, models / "text.safetensors")
+    processes = worker.fork(worker.forever, 2, models)
     while not (models / "forever.mp4").exists():
-        assert job.poll() is None
+        assert all(process.is_alive() for process in processes)
         time.sleep(0.05)
-    os.kill(ids[rank], signal.SIGKILL)
-    _, said = job.communicate(timeout=20)
+    processes[rank].kill()
+    processes[1 - rank].join(timeout=20)
+    assert processes[1 - rank].exitcode == 1
+    said = (models / f"said.{1 - rank}").read_text()
     assert said.splitlines()[-1].startswith("error: another process has stopped") and "Traceback" not in said
 
 

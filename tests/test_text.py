@@ -1,5 +1,6 @@
 """The text encoder: T5 and its tokens."""
 
+import contextlib
 import gc
 import shutil
 from types import SimpleNamespace
@@ -10,6 +11,7 @@ from common import bad
 from safetensors.torch import load_file, save_file
 from sentencepiece import SentencePieceProcessor
 
+import captions
 import magi
 
 
@@ -69,3 +71,17 @@ def test_a_t5_without_all_its_tensors_is_refused(model_folder, tmp_path):
     save_file(sd, tmp_path / "t5" / "model.safetensors", {"format": "pt"})
     with bad("lacks 1 tensor.*final_layer_norm"):
         magi.T5(tmp_path / "t5")(["a red ball"])
+
+
+def test_garbage_is_collected_again_after_an_import_but_not_where_a_user_does_not_want_it():
+    with contextlib.suppress(ImportError), captions.no_garbage_collection():
+        assert not gc.isenabled()
+        raise ImportError("no transformers")
+    assert gc.isenabled()
+    gc.disable()
+    try:
+        with captions.no_garbage_collection():
+            pass
+        assert not gc.isenabled()
+    finally:
+        gc.enable()
