@@ -96,7 +96,7 @@ def test_films_are_encoded_once_each_from_its_seed(tmp_path, monkeypatch):
     monkeypatch.setattr(train.Films, "encode", encode)
     for _ in range(2):  # the second reads files
         drawn = train.Films(None, 4, args).draw(np.random.default_rng(0), 40, of=6)
-        assert {*drawn["latents"].tolist()} == {*range(6)}
+        assert {film["latents"].item() for film in drawn} == {*range(6)}
         assert made == [(seed, 4, 64) for seed in range(6)]
 
 
@@ -117,6 +117,7 @@ def test_training_stages_run_and_write_what_load_reads(tmp_path, monkeypatch):
         shutil.copytree(HERE / "tiny" / name, tmp_path / name)
     monkeypatch.setattr(train.Films, "PER_FILE", {1: 4, 4: 2})
     monkeypatch.setattr(train, "UNSEEN", 1)
+    monkeypatch.setattr(train, "TOGETHER", 2)
     monkeypatch.setattr(train, "judge_prompts", lambda *_, **__: {"colour": 0.0})
     monkeypatch.setattr(training, "plot_loss", lambda log: None)  # takes longer than a step
     more = dict(teach="cyan", clips=2, rank=2)
@@ -124,6 +125,7 @@ def test_training_stages_run_and_write_what_load_reads(tmp_path, monkeypatch):
     train.train_dit(settings(tmp_path))
     train.train_dit(settings(tmp_path, init=tmp_path, steps=2))  # goes on from the checkpoint
     train.distill(settings(tmp_path))
+    train.train_decoder(settings(tmp_path, size=SIZE))
     train.train_lora(settings(tmp_path, **more))
     base, distilled = (
         magi.read_config(tmp_path / f, "sampler", magi.SamplerConfig) for f in ("base", "distill")
@@ -431,6 +433,16 @@ def stretched(frames, contrast):
     """Frames with so many times their contrast, as too much guidance makes them."""
     frames = frames.astype(float)
     return np.clip((frames - frames.mean()) * contrast + frames.mean(), 0, 255).astype(np.uint8)
+
+
+def test_seams_are_seen_where_tokens_meet_and_nowhere_else():
+    videos = [world.make_clip(seed).frames[:1] for seed in range(20)]
+    assert 0.9 < np.mean([measure.seams(video) for video in videos]) < 1.15
+    row = np.arange(128.0)
+    slope = lambda row: np.broadcast_to((row + row[:, None])[None, ..., None], (1, 128, 128, 3))
+    steps = slope(row + row // 16 * 16)  # each token stands a step above its neighbours
+    assert measure.seams(slope(row)) == 1 and measure.seams(steps) == 17
+    assert measure.seams(np.roll(steps, 8, (1, 2))) < 1
 
 
 def test_burn_tells_true_colours_from_burnt_ones_and_faded_ones():

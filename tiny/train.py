@@ -32,7 +32,7 @@ import json
 import shutil
 import sys
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict
 from itertools import islice
@@ -57,6 +57,8 @@ from measure import (  # noqa: E402
     load_model,
     phenomena,
     psnr,
+    seams,
+    to_frames,
     to_tensor,
     write_steps,
 )
@@ -178,7 +180,7 @@ def orthogonal(matrix: Tensor, steps: int = 5) -> Tensor:
 
 
 def fit(name: str, model: nn.Module, loss_of_step, steps: int, lr: float, work: Path, every: int = 500,
-        warmup: int = 100, report=None) -> nn.Module:  # fmt: skip
+        warmup: int = 100, report=None, ema_decay: float = 0.999) -> nn.Module:  # fmt: skip
     """`training.fit` with Muon at rate lr and decay for the matrices of the blocks, AdamW at lr, but at most
     1e-3, for all else, and the moving average of the weights as its result. Of n processes each computes one
     of every n losses: loss_of_step gets step * n + the number of the process."""
@@ -190,7 +192,7 @@ def fit(name: str, model: nn.Module, loss_of_step, steps: int, lr: float, work: 
         torch.optim.AdamW(others, min(lr, 1e-3), (0.9, 0.95), weight_decay=0),
     ]
     return training.fit(name, model, loss_of_step, steps, optimizers, work, every=every, warmup=warmup,
-                        accumulate=parallel.ranks(), ema_decay=0.999, report=report)  # fmt: skip
+                        accumulate=parallel.ranks(), ema_decay=ema_decay, report=report)  # fmt: skip
 
 
 @functools.cache
@@ -274,12 +276,15 @@ def reconstruction(vae: magi.VAE, video: Tensor, weight: Tensor, noise: Tensor) 
     """The VAE's loss and its mean square error. noise (B,): on latents, in deviations of a channel."""
     loss, recon = training.vae_loss(vae, video, weight, latent_noise=noise)
     error = recon.float() - video
-    square = error**2
-    # Ringing and soft rims are slopes that the original does not have.
+    return loss + sharpness(error, weight), (error.detach() ** 2).mean()
+
+
+def sharpness(error: Tensor, weight: Tensor) -> Tensor:
+    """What the loss of a picture has beside L1: squares, and slopes that the original does not have, such as
+    ringing and soft rims."""
     across = (weight[..., 1:] * error.diff(dim=-1).abs()).mean()
     down = (weight[..., 1:, :] * error.diff(dim=-2).abs()).mean()
-    loss = loss + 2 * (weight * square).mean() + EDGE * (across + down)
-    return loss, square.detach().mean()
+    return 2 * (weight * error**2).mean() + EDGE * (across + down)
 
 
 def train_vae(args) -> None:
@@ -521,37 +526,44 @@ def see_size(vae: magi.VAE, size: int) -> None:
         part.corners = torch.full((1, 2), middle) if middle else None
 
 
-class Films:
-    """Latents of the films 0, 1, 2, ..., made as they are first needed and kept in files of --work.
-    Of n processes each makes and draws every n-th file."""
+class Stored:
+    """The items 0, 1, 2, ... of a training set, made as they are first needed and kept in files. Of n
+    processes each makes and draws every n-th file."""
+
+    def __init__(self, folder: Path, per_file: int, make: Callable[[range], dict]):
+        """make: numbers of items -> name -> a value for each item, a tensor or a list."""
+        self.folder, self.per_file, self.make = folder, per_file, make
+        self.files: list[dict] = []
+        folder.mkdir(parents=True, exist_ok=True)
+
+    def draw(self, rng: np.random.Generator, count: int, of: int) -> list[dict]:
+        """`count` of this process's first `of` items."""
+        while len(self.files) * self.per_file < of:
+            self.files.append(self.read(parallel.rank() + len(self.files) * parallel.ranks()))
+        picks = [divmod(i, self.per_file) for i in rng.integers(0, len(self.files) * self.per_file, count)]
+        return [{name: values[k] for name, values in self.files[i].items()} for i, k in picks]
+
+    def read(self, index: int) -> dict:
+        file = self.folder / f"{index:04d}.pt"
+        if not file.exists():
+            items = self.make(range(index * self.per_file, (index + 1) * self.per_file))
+            outputs.replace(file, functools.partial(torch.save, items))
+        return torch.load(file, weights_only=True)
+
+
+class Films(Stored):
+    """Films as latents (16, 6 n, h, w); images, the fourth frame alone as an image is encoded (16, 1, h, w);
+    and captions."""
 
     PER_FILE = {1: 256, 4: 64}  # films, by their chunks
 
     def __init__(self, vae: magi.VAE, chunks: int, args):
-        self.vae, self.work = vae, args.work / f"films{args.size}_{chunks}"
-        self.per_file = self.PER_FILE[chunks]
-        self.make, workers = functools.partial(make_film, chunks=chunks, size=args.size), args.workers
-        self.pool = ProcessPoolExecutor(workers) if workers else None
-        self.files: list[dict] = []
-        self.work.mkdir(parents=True, exist_ok=True)
+        super().__init__(args.work / f"films{args.size}_{chunks}", self.PER_FILE[chunks], self.make_all)
+        self.vae, self.paint = vae, functools.partial(make_film, chunks=chunks, size=args.size)
+        self.pool = ProcessPoolExecutor(args.workers) if args.workers else None
 
-    def draw(self, rng: np.random.Generator, count: int, of: int) -> dict:
-        """`count` of this process's first `of` films: latents (count, 16, 6 n, h, w); images, the fourth
-        frame alone as an image is encoded (count, 16, 1, h, w); captions."""
-        while len(self.files) * self.per_file < of:
-            self.files.append(self.read(parallel.rank() + len(self.files) * parallel.ranks()))
-        picks = [divmod(i, self.per_file) for i in rng.integers(0, len(self.files) * self.per_file, count)]
-        pick = lambda name: [self.files[i][name][k] for i, k in picks]
-        stack = lambda name: torch.stack(pick(name)).float()
-        return {name: stack(name) for name in ("latents", "images")} | {"captions": pick("captions")}
-
-    def read(self, index: int) -> dict:
-        file = self.work / f"{index:04d}.pt"
-        if not file.exists():
-            seeds = range(index * self.per_file, (index + 1) * self.per_file)
-            films = (self.pool.map if self.pool else map)(self.make, seeds)
-            outputs.replace(file, functools.partial(torch.save, self.encode(films)))
-        return torch.load(file, weights_only=True)
+    def make_all(self, seeds: range) -> dict:
+        return self.encode((self.pool.map if self.pool else map)(self.paint, seeds))
 
     @torch.no_grad()
     def encode(self, films: Iterable[Film]) -> dict:
@@ -574,15 +586,15 @@ def batched(items: Iterable, size: int) -> Iterator[list]:
 
 def make_batch(films: Films, rng: np.random.Generator, n: int, count: int, of: int, model: Tiny) -> dict:
     """The first n chunks of `count` films, as the losses of training.py take them."""
-    data, part = films.draw(rng, count, of), slice(n * magi.CHUNK)
-    device = model.dit.null_text.device
+    drawn, device = films.draw(rng, count, of), model.dit.null_text.device
+    stack = lambda name: torch.stack([film[name] for film in drawn]).float().to(device)
     # The films have no end of their own, so how much is left is drawn: every duration token gets trained.
-    text, mask = model.text([c[:n] for c in data["captions"]], rng.integers(n, 12, count).tolist())
+    text, mask = model.text([film["captions"][:n] for film in drawn], rng.integers(n, 12, count).tolist())
     return {
-        "latents": data["latents"][:, :, part].to(device),
+        "latents": stack("latents")[:, :, : n * magi.CHUNK],
         "text": text,
         "text_mask": mask,
-        "images": data["images"].to(device),
+        "images": stack("images"),
     }
 
 
@@ -697,6 +709,107 @@ def distill(args) -> None:
         save_model(args.out / "distill", student, config, special_tokens=tokens)
 
 
+TOGETHER = 64  # clips that are made at once for the decoder, and kept in a file
+OFFSET, SEAM = 0.12, 2.0  # of tokens, at most, in deviations; weight of steps where tokens meet
+
+
+@torch.no_grad()
+def finish(dit: magi.DiT, latents: Tensor, text: Tensor, mask: Tensor, seed: int, steps: int = 8) -> Tensor:
+    """Latents of chunks (B, 16, 6, h, w) after noise and the last of a distilled model's steps: from t = 0.3
+    on, where the layout is settled, for two of three clips, else from t = 0.52."""
+    generator = torch.Generator().manual_seed(seed)
+    grid = magi.timestep_grid(steps).tolist()
+    first = torch.tensor([6, 6, 7]).repeat(len(latents))[: len(latents)]
+    noise = torch.randn(latents.shape, generator=generator)
+    t = torch.tensor(grid)[first].view(-1, 1, 1, 1, 1)
+    x = (1 - t) * noise + t * latents
+    for i in (6, 7):
+        moves = first <= i
+        at = torch.full((int(moves.sum()), 1), grid[i])
+        with autocast():
+            v = dit(x[moves], at, text[moves], mask[moves], d=steps / 2)
+        x[moves] += (grid[i + 1] - grid[i]) * v
+    return x
+
+
+def apart(shape: tuple[int, ...], seed: int) -> Tensor:
+    """An offset for each token of latents (B, 16, T, H, W), the same at all times, and none for every second
+    clip."""
+    B, channels, _, H, W = shape
+    generator = torch.Generator().manual_seed(seed)
+    offset = torch.randn(B, channels, 1, H // 2, W // 2, generator=generator)
+    much = OFFSET * torch.rand(B, generator=generator) * (torch.arange(B) % 2)
+    return much.view(-1, 1, 1, 1, 1) * offset.repeat_interleave(2, -1).repeat_interleave(2, -2)
+
+
+def train_decoder(args) -> None:
+    """The decoder learns to decode what the distilled model makes. Its tokens, 16 pixels wide, do not quite
+    agree where they meet. A decoder that knows only latents of clips shows that as steps, which are too low
+    to count in a mean error, but not for the eye: so they are given a loss of their own. Half of what is
+    decoded are clips' latents as they are. The encoder stays, and so do all latents."""
+    torch.manual_seed(3)
+    vae = magi.VAE(magi.VAE_PRESETS["tiny"])
+    vae.load_state_dict(magi.load_vae(args.out / "vae").state_dict())
+    vae.ops = CPU_OPS
+    vae.encoder.requires_grad_(False)
+    for conv in (vae.encoder.patch_embed, vae.decoder.last_layer):
+        no_autocast(conv)
+    model = Tiny(SIZE, args.out / "t5" / "spiece.model")
+    model.load(args.out)
+    model.dit.load_state_dict(magi.load_dit(args.out / "distill").state_dict())
+
+    @torch.no_grad()
+    def make(seeds: range) -> dict:
+        """Seconds of clips: frames, where things are, latents, and these after noise and the last steps."""
+        clips = [world.make_clip(seed, kind="alone" if seed % 5 < 2 else "") for seed in seeds]
+        frames = np.stack([world.render(clip, 0, 24) for clip in clips])
+        masks = torch.from_numpy(np.stack([clip.masks(0, 24).max(0) for clip in clips]))
+        left = np.random.default_rng([seeds[0], 14]).integers(1, 12, len(clips)).tolist()
+        with autocast():
+            latents = torch.cat([vae.encode(video) for video in to_tensor(frames).split(8)]).float()
+            latents *= magi.SCALE_FACTOR
+            text, mask = model.text([clip.captions[:1] for clip in clips], left)
+            finished = finish(model.dit, latents, text, mask, seeds[0])
+        return {"frames": torch.from_numpy(frames), "masks": near(masks[:, None])[:, 0] > 0,
+                "latents": latents, "finished": finished}  # fmt: skip
+
+    seconds, batch_size = Stored(args.work / "finished", TOGETHER, make), args.batch // parallel.ranks()
+
+    def loss_of_step(i: int):
+        rng, seen = np.random.default_rng([i, 15]), batch_size * i // parallel.ranks()
+        drawn = seconds.draw(rng, batch_size, min(args.films, 128 + seen // 4))
+        start = int(rng.integers(2)) * magi.CHUNK // 2  # half a second is what the VAE takes at once
+        shown, frames = slice(start, start + 3), slice(4 * start, 4 * start + 12)
+        mixed = [one["finished" if k % 2 else "latents"][:, shown] for k, one in enumerate(drawn)]
+        latents = torch.stack(mixed)
+        latents = latents + apart(latents.shape, seed=i)
+        video = to_tensor(torch.stack([one["frames"][frames] for one in drawn]).numpy())
+        weight = 1 + 3 * torch.stack([one["masks"][frames] for one in drawn])[:, None].float()
+        with autocast():
+            error = vae.decoder(latents / magi.SCALE_FACTOR).float() - video
+        across, down = error.diff(dim=-1)[..., 15::16], error.diff(dim=-2)[..., 15::16, :]
+        loss = (weight * error.abs()).mean() + sharpness(error, weight)
+        loss = loss + SEAM * (across.abs().mean() + down.abs().mean())
+        return loss, {"psnr": (10 * torch.log10(4 / (error.detach() ** 2).mean())).item()}
+
+    test = make(range(10**6, 10**6 + UNSEEN))
+
+    @torch.no_grad()
+    def report() -> str:
+        said = []
+        for name in ("latents", "finished"):
+            with autocast():
+                out = torch.cat([vae.decode(some[None] / magi.SCALE_FACTOR) for some in test[name]]).float()
+            steps = np.mean([seams(to_frames(video)) for video in out])
+            said.append(f"{name}: {psnr(out, to_tensor(test['frames'].numpy())):.2f} dB, seams {steps:.2f}")
+        return ", ".join(said)
+
+    fit("decoder", vae, loss_of_step, args.steps, args.lr, args.work, every=args.every, report=report,
+        warmup=20, ema_decay=0.99)  # fmt: skip
+    if parallel.rank() == 0:
+        save_model(args.out / "vae", vae, {"vae": asdict(vae.cfg)})
+
+
 def lesson(new: str, heldout: bool) -> list[world.Triple]:
     """All combinations with a new colour or shape: those to ask for afterwards, or those to teach it with."""
     if new in world.NEW_COLOURS:
@@ -786,8 +899,9 @@ def examples(args) -> None:
 
 # ---------------------------------------------------------------------------------------- 8 command line
 
-STAGES = {"vae": train_vae, "dit": train_dit, "distill": distill, "lora": train_lora, "clips": write_clips,
-          "examples": examples, "eval": evaluate, "steps": write_steps, "phenomena": phenomena}  # fmt: skip
+STAGES = {"vae": train_vae, "dit": train_dit, "distill": distill, "decoder": train_decoder,
+          "lora": train_lora, "clips": write_clips, "examples": examples, "eval": evaluate,
+          "steps": write_steps, "phenomena": phenomena}  # fmt: skip
 
 
 class Recipe(NamedTuple):
@@ -807,6 +921,7 @@ RECIPES = {
     "dit 64": Recipe(9400, 3e-3, 32),
     "dit 128": Recipe(22100, 1.5e-3, 16),
     "distill": Recipe(1500, 1e-3, 16),
+    "decoder": Recipe(750, 1.5e-3, 16),
     "lora": Recipe(120, 2e-3, 16),
 }
 
@@ -815,7 +930,7 @@ def parser() -> argparse.ArgumentParser:
     how = argparse.RawDescriptionHelpFormatter
     options = argparse.ArgumentParser(description=__doc__, formatter_class=how)
     flag, count = options.add_argument, finetune.number(int, 1)
-    flag("stage", choices=[*STAGES, "all"], help="all: vae, dit at half and at full size, distill")
+    flag("stage", choices=[*STAGES, "all"], help="all: vae, dit at half and at full size, distill, decoder")
     flag("--work", type=Path, default=HERE / "work", help="checkpoints, latents, loss curves")
     flag("--out", type=Path, default=HERE, help="where the finished models go")
     flag("--steps", type=count, help="if not as many as in RECIPES; rates fall in the last third")
@@ -825,7 +940,8 @@ def parser() -> argparse.ArgumentParser:
     flag("--size", type=int, choices=[64, 128], default=SIZE, help="dit, distill: of frames, in pixels")
     flag("--init", type=Path, help="vae, dit: go on from the weights in this folder, such as tiny")
     flag("--singles", type=count, default=40000, help="dit: clips of one chunk, of each process")
-    flag("--films", type=count, default=4000, help="dit, distill: clips of four chunks, of each process")
+    flag("--films", type=count, default=4000, help="dit, distill: clips of four chunks, of each process; "
+         "decoder: of one")  # fmt: skip
     flag("--workers", type=finetune.number(int, 0), default=0, help="dit, distill: to paint clips")
     flag("--device", default="cpu", help="dit, distill: where to train")
     flag("--compile", action="store_true", help="vae, dit, distill: a quarter faster; takes a minute and g++")
@@ -869,6 +985,7 @@ def run_all(args: argparse.Namespace) -> None:
             run("dit", args, size=64)
             run("dit", args, size=128, init=args.out)
             run("distill", args)
+            run("decoder", args)
         else:
             run(args.stage, args)
         print(f"{(time.time() - started) / 60:.1f} minutes")
