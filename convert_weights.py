@@ -7,9 +7,9 @@
     ckpt/ with any of these                      all SRC OUT    (OUT/4.5B-base/ ..., OUT/vae/, OUT/t5/)
     a folder of ours, in bf16 or float32         quantize MODEL OUT    the same model in fp8
 
-    python convert_weights.py all ckpt weights --special-tokens special_tokens.npz
+    python convert_weights.py all ckpt weights --special_tokens special_tokens.npz
     python convert_weights.py dit ckpt/magi/4.5B_base/inference_weight weights/4.5B-base \\
-        --config 4.5B_base_config.json --special-tokens special_tokens.npz
+        --config 4.5B_base_config.json --special_tokens special_tokens.npz
     python convert_weights.py quantize weights/4.5B-base weights/4.5B-base-fp8 --device cuda
 
 It keeps three promises. It writes no weight before every name, shape and dtype in the files' headers agrees,
@@ -24,7 +24,6 @@ MAGI-1.1 checkpoints, which pack q, k, v in an undocumented order.
 
 from __future__ import annotations
 
-import argparse
 import dataclasses
 import itertools
 import json
@@ -55,7 +54,7 @@ import parallel
 from checkpoints import compare_headers, make_config, read_json, reading, require, weight_files
 from magi import DiTConfig, SamplerConfig, VAEConfig
 from outputs import check_room, new_folder, save
-from terminal import exit_code
+from terminal import Parser, exit_code
 
 INDEX = "model.safetensors.index.json"
 SHARD_BYTES = 5 * 10**9          # no output file is larger, unless a single tensor is
@@ -490,7 +489,7 @@ def run_dit(src: Path, out: Path, config: str, special_tokens: Path | None, forc
         if tokens:
             save(tokens, folder / "special_tokens.safetensors")
         else:
-            notes.append(f"note: without --special-tokens, {out} only runs with special_tokens=(), in "
+            notes.append(f"note: without --special_tokens, {out} only runs with special_tokens=(), in "
                          f"sample.py --special_tokens none")
     for note in filter(None, notes):
         print(note, file=sys.stderr)
@@ -582,7 +581,7 @@ def quantizer() -> Any:
 
 def main(argv: list[str] | None = None) -> int:
     argv = sys.argv[1:] if argv is None else argv
-    parser = argparse.ArgumentParser(description="Turn an official MAGI-1 download into folders of ours.")
+    parser = Parser(description="Turn an official MAGI-1 download into folders of ours.")
     commands = parser.add_subparsers(required=True)
     for name, run, text in (("all", run_all, "everything found in an official ckpt folder"),
                             ("dit", run_dit, "one diffusion transformer: an inference_weight* folder"),
@@ -594,7 +593,7 @@ def main(argv: list[str] | None = None) -> int:
         command.add_argument("out", type=Path, metavar="OUT", help="the folder to make")
         command.add_argument("--force", action="store_true", help="replace what is already there")
         if name in ("all", "dit"):
-            command.add_argument("--special-tokens", type=Path, metavar="NPZ", help="special_tokens.npz")
+            command.add_argument("--special_tokens", type=Path, metavar="NPZ", help="special_tokens.npz")
         if name == "dit":
             command.add_argument("--config", required=True, metavar="JSON",
                                  help="the official config, whose values are kept, or a preset: "

@@ -73,8 +73,8 @@ def share_the_machine() -> None:
 class Parser(argparse.ArgumentParser):
     """argparse whose errors are one line, without the usage, and guess at what was meant.
 
-    In the names of flags hyphens and underscores are the same. A flag is given once, unless its default is a
-    list: a second value would silently replace the first.
+    In the names of flags hyphens and underscores are the same. A flag is given once, unless it collects its
+    values: a second value would silently replace the first.
     """
 
     other_names: dict[str, str] = {}     # names that flags have elsewhere: these are taken
@@ -89,7 +89,8 @@ class Parser(argparse.ArgumentParser):
         parsed = super().parse_known_args(words, namespace)
         names = [word.partition("=")[0] for word in words]
         for name, flag in self._option_string_actions.items():
-            if names.count(name) > 1 and name.startswith("--") and not isinstance(flag.default, list):
+            may_repeat = isinstance(flag, argparse._AppendAction)
+            if names.count(name) > 1 and name.startswith("--") and not may_repeat:
                 self.error(f"{name} is given twice: leave one out")
         return parsed
 

@@ -118,7 +118,7 @@ def test_official_dit_folder_becomes_ours(name, layout, tmp_path):
     arrays, files = official_tokens(tmp_path / "t.npz"), sorted(src.iterdir())
     out = tmp_path / "models" / name
     code, said, err = run_main(
-        cw.main, "dit", src, out, "--config", config, "--special-tokens", tmp_path / "t.npz"
+        cw.main, "dit", src, out, "--config", config, "--special_tokens", tmp_path / "t.npz"
     )
     assert code == 0 and said.startswith(f"wrote {out}: 0.00") and said.endswith("in 3 files\n") and err == ""
     assert {f.name for f in out.iterdir()} == {"config.json", MODEL, "special_tokens.safetensors"}
@@ -424,7 +424,7 @@ def test_a_whole_download_at_once(tmp_path, monkeypatch):
     written(ckpt / "vae/config.json", official_config("vae"))
     official_t5_folder(ckpt / "t5/t5-v1_1-xxl")
     official_tokens(tmp_path / "special_tokens.npz")
-    code, said, err = run_main(cw.main, "all", ckpt, out, "--special-tokens", tmp_path / "special_tokens.npz")
+    code, said, err = run_main(cw.main, "all", ckpt, out, "--special_tokens", tmp_path / "special_tokens.npz")
     assert code == 0 and said.count("wrote") == 5 and err == "", err
     assert {f.name for f in out.iterdir()} == {"4.5B-base", "4.5B-distill", "4.5B-distill-fp8", "vae", "t5"}
     pipe = magi.load(out / "4.5B-base")
@@ -740,7 +740,7 @@ def test_incomplete_t5_and_vae_folders_are_refused(tmp_path):
 def test_special_tokens_are_checked_before_anything_is_written(tmp_path):
     src = official_folder(tmp_path / "src", official_weights("base"))
     config = written(tmp_path / "c.json", official_config("base"))
-    args = "dit", src, tmp_path / "out", "--config", config, "--special-tokens", tmp_path / "t.npz"
+    args = "dit", src, tmp_path / "out", "--config", config, "--special_tokens", tmp_path / "t.npz"
     assert_unconverted("t.npz", *args)
     official_tokens(tmp_path / "t.npz", width=33)
     assert_unconverted("(1, 33), the model needs (1, 32)", *args)

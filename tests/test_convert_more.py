@@ -151,7 +151,7 @@ def test_a_config_for_several_gpus_says_how_to_start_on_them(cp, pp, gpus, tmp_p
     src = official_folder(tmp_path / "src", official_weights("base"))
     config = official_config("base", cp_size=cp, pp_size=pp, cp_strategy="cp_ulysses")
     official_tokens(tmp_path / "t.npz")
-    flags = "--config", written(tmp_path / "c.json", config), "--special-tokens", tmp_path / "t.npz"
+    flags = "--config", written(tmp_path / "c.json", config), "--special_tokens", tmp_path / "t.npz"
     code, _, err = run_main(cw.main, "dit", src, tmp_path / "out", *flags)
     assert code == 0
     if gpus is None:
@@ -213,7 +213,7 @@ def test_files_get_the_mode_that_the_umask_asks_for(umask, mode, tmp_path, monke
     monkeypatch.setattr(cw, "SHARD_BYTES", 200_000)
     before = os.umask(umask)
     try:
-        flags = "--config", config, "--special-tokens", tmp_path / "t.npz"
+        flags = "--config", config, "--special_tokens", tmp_path / "t.npz"
         assert run_main(cw.main, "dit", src, tmp_path / "dit", *flags)[0] == 0
         assert run_main(cw.main, "t5", t5, tmp_path / "t5")[0] == 0
     finally:

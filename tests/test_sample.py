@@ -208,7 +208,7 @@ def test_sample_flags_reach_the_sampler(model_folder, tmp_path, planned):
     flags = [model_folder, "--prompt", "a", "--out", tmp_path / "a.mp4"]
     some = "--num-frames inf --fps 12 --steps 12 --window 2 --kv-range 4 3 2 --clean_kv_range -1"
     some += " --text_scale 3 --prev-scale 1.25 --transition 2 --transition 3:restyle"
-    some += " --special-tokens 2d duration --negative_tokens logo"
+    some += " --special_tokens 2d duration --negative_tokens logo"
     run_sample(*flags, *some.split())
     cfg = planned["cfg"]
     assert cfg.num_frames is None and planned["chunks"] == math.inf and cfg.fps == 12

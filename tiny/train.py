@@ -4,6 +4,7 @@
     dit    text encoder and DiT together, on the latents of many clips: at half size (--size 64), where a
            step shows four times as many, then at the whole (--init)        -> tiny/t5/, tiny/base/
     distill  three branches and many steps into one branch and few          -> tiny/distill/
+    decoder  the VAE's decoder goes on, on latents as the distilled model leaves them  -> tiny/vae/
     clips  mp4 files with captions that teach a new colour or shape (--teach cyan, cross)  -> --out
     lora   the same, by `training.py lora`, and what the judge says         -> tiny/lora/cyan.safetensors
     eval   what the judge says of prompts that were never trained on
@@ -72,6 +73,7 @@ import magi  # noqa: E402
 import media  # noqa: E402
 import outputs  # noqa: E402
 import parallel  # noqa: E402
+import terminal  # noqa: E402
 import training  # noqa: E402
 
 SIZE, GRID = world.SIZE, world.SIZE // 8  # side of the frame in pixels and in latents
@@ -908,7 +910,8 @@ class Recipe(NamedTuple):
     """What made the shipped weights, but for repairs on the way. Until step 14,000 of "dit 128" the loss
     counted cells with a thing three times (notebook 5 tells why that was wrong). Until step 18,000 orbits
     began anywhere (world.py, head); after that most batches had two to four times as many clips of orbits.
-    The given frames of a clip ended before its last chunk; now they may be all frames but the last.
+    The given frames of a clip ended before its last chunk; now they may be all frames but the last. In the
+    first 300 steps of "decoder" one clip in four kept its latents, and all offsets were as large as they may.
     """
 
     steps: int
@@ -926,9 +929,9 @@ RECIPES = {
 }
 
 
-def parser() -> argparse.ArgumentParser:
+def parser() -> terminal.Parser:
     how = argparse.RawDescriptionHelpFormatter
-    options = argparse.ArgumentParser(description=__doc__, formatter_class=how)
+    options = terminal.Parser(description=__doc__, formatter_class=how)
     flag, count = options.add_argument, finetune.number(int, 1)
     flag("stage", choices=[*STAGES, "all"], help="all: vae, dit at half and at full size, distill, decoder")
     flag("--work", type=Path, default=HERE / "work", help="checkpoints, latents, loss curves")

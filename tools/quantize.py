@@ -160,6 +160,6 @@ def add_flags(command: argparse.ArgumentParser) -> None:
     command.add_argument("--device", default="cpu", help="where the sampling runs; default: cpu")
     command.add_argument("--backend", choices=["torch", "triton"], default="torch", help="default: torch")
     command.add_argument("--alpha", type=float, default=ALPHA, help=f"smoothing strength; default: {ALPHA}")
-    for flag, help in (("num-frames", "video frames of each run"), ("num-steps", "steps per chunk"),
+    for flag, help in (("num_frames", "video frames of each run"), ("num_steps", "steps per chunk"),
                        ("height", "pixels"), ("width", "pixels"), ("seed", "of the first run")):
         command.add_argument(f"--{flag}", type=int, metavar="N", help=f"{help}; default: the model's")
