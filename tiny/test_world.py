@@ -166,7 +166,8 @@ def test_the_trainer_refuses_in_one_line(tmp_path, capsys):
         (["dit", "--init", "nowhere"], "nowhere is no folder"),
         (["clips", "--out", str(train.HERE)], "say with --out"),
     ):
-        assert train.main(["--out", str(tmp_path), *words, "--work", str(tmp_path)]) == 2
+        out = [] if "--out" in words else ["--out", str(tmp_path)]
+        assert train.main([*words, *out, "--work", str(tmp_path)]) == 2
         assert said in capsys.readouterr().err
     for words, said in (("eval --prompts 0", "whole number of at least 1"), ("dit --lr 0", "above 0")):
         with pytest.raises(SystemExit, match="2"):
@@ -605,8 +606,9 @@ def test_score_counts_all_three(monkeypatch):
     monkeypatch.setattr(measure, "judge", lambda video: next(said))
     monkeypatch.setattr(measure, "rigidity", lambda video: (0.5, 0.25))
     monkeypatch.setattr(measure, "burn", lambda video: (video, 0.0))
+    monkeypatch.setattr(measure, "seams", lambda video: 1.25)
     found = measure.score([1.0, np.nan], [("red", "ball", "left")] * 2)
-    assert [*found.values()] == [1, 1, 0.5, 0.5, 0.5, 0.25, 1, 0]
+    assert [*found.values()] == [1, 1, 0.5, 0.5, 0.5, 0.25, 1, 0, 1.25]
 
 
 def test_guidance_that_burns_is_seen(oracle):
