@@ -713,6 +713,7 @@ def distill(args) -> None:
 
 TOGETHER = 64  # clips that are made at once for the decoder, and kept in a file
 OFFSET, SEAM = 0.12, 2.0  # of tokens, at most, in deviations; weight of steps where tokens meet
+RIM = 8.0  # weight of the outermost pixels, where the last convolution sees zeros
 
 
 @torch.no_grad()
@@ -787,6 +788,8 @@ def train_decoder(args) -> None:
         latents = latents + apart(latents.shape, seed=i)
         video = to_tensor(torch.stack([one["frames"][frames] for one in drawn]).numpy())
         weight = 1 + 3 * torch.stack([one["masks"][frames] for one in drawn])[:, None].float()
+        weight[..., [0, -1]] += RIM
+        weight[..., [0, -1], :] += RIM
         with autocast():
             error = vae.decoder(latents / magi.SCALE_FACTOR).float() - video
         across, down = error.diff(dim=-1)[..., 15::16], error.diff(dim=-2)[..., 15::16, :]
@@ -911,7 +914,8 @@ class Recipe(NamedTuple):
     counted cells with a thing three times (notebook 5 tells why that was wrong). Until step 18,000 orbits
     began anywhere (world.py, head); after that most batches had two to four times as many clips of orbits.
     The given frames of a clip ended before its last chunk; now they may be all frames but the last. In the
-    first 300 steps of "decoder" one clip in four kept its latents, and all offsets were as large as they may.
+    first 300 steps of "decoder" one clip in four kept its latents, and all offsets were as large as they may;
+    RIM came with the last 180.
     """
 
     steps: int
@@ -924,7 +928,7 @@ RECIPES = {
     "dit 64": Recipe(9400, 3e-3, 32),
     "dit 128": Recipe(22100, 1.5e-3, 16),
     "distill": Recipe(1500, 1e-3, 16),
-    "decoder": Recipe(750, 1.5e-3, 16),
+    "decoder": Recipe(930, 1.5e-3, 16),
     "lora": Recipe(120, 2e-3, 16),
 }
 
