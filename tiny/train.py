@@ -293,13 +293,7 @@ def train_vae(args) -> None:
     """On crops for nine tenths of the steps, then on whole frames. --init: the decoder alone goes on from the
     weights in this folder, so that latents stay as they are."""
     torch.manual_seed(0)
-    vae = magi.VAE(magi.VAE_PRESETS["tiny"])
-    vae.ops = CPU_OPS
-    if args.init:
-        vae.load_state_dict(magi.load_vae(args.init / "vae").state_dict())
-        vae.encoder.requires_grad_(False)
-    for conv in (vae.encoder.patch_embed, vae.decoder.last_layer):
-        no_autocast(conv)
+    vae = vae_to_train(args.init)
     see_crops(vae.encoder)
     see_crops(vae.decoder)
     fast = torch.compile(reconstruction, dynamic=False) if args.compile else reconstruction
@@ -344,6 +338,18 @@ def train_vae(args) -> None:
         standardise(vae, video)
     if parallel.rank() == 0:
         save_model(args.out / "vae", vae, {"vae": asdict(vae.cfg)})
+
+
+def vae_to_train(init: Path | None) -> magi.VAE:
+    """A new VAE, or that in folder `init`, of which only the decoder learns."""
+    vae = magi.VAE(magi.VAE_PRESETS["tiny"])
+    vae.ops = CPU_OPS
+    if init:
+        vae.load_state_dict(magi.load_vae(init / "vae").state_dict())
+        vae.encoder.requires_grad_(False)
+    for conv in (vae.encoder.patch_embed, vae.decoder.last_layer):
+        no_autocast(conv)
+    return vae
 
 
 def no_autocast(conv: nn.Module) -> None:
@@ -717,11 +723,11 @@ RIM = 8.0  # weight of the outermost pixels, where the last convolution sees zer
 
 
 @torch.no_grad()
-def finish(dit: magi.DiT, latents: Tensor, text: Tensor, mask: Tensor, seed: int, steps: int = 8) -> Tensor:
-    """Latents of chunks (B, 16, 6, h, w) after noise and the last of a distilled model's steps: from t = 0.3
-    on, where the layout is settled, for two of three clips, else from t = 0.52."""
+def finish(dit: magi.DiT, latents: Tensor, text: Tensor, mask: Tensor, seed: int) -> Tensor:
+    """Latents of chunks (B, 16, 6, h, w) after noise and the last of a distilled model's 8 steps: from t =
+    0.3 on, where the layout is settled, for two of three clips, else from t = 0.52."""
     generator = torch.Generator().manual_seed(seed)
-    grid = magi.timestep_grid(steps).tolist()
+    grid, d = magi.timestep_grid(8).tolist(), magi.shortcut_d(8)[0]
     first = torch.tensor([6, 6, 7]).repeat(len(latents))[: len(latents)]
     noise = torch.randn(latents.shape, generator=generator)
     t = torch.tensor(grid)[first].view(-1, 1, 1, 1, 1)
@@ -730,7 +736,7 @@ def finish(dit: magi.DiT, latents: Tensor, text: Tensor, mask: Tensor, seed: int
         moves = first <= i
         at = torch.full((int(moves.sum()), 1), grid[i])
         with autocast():
-            v = dit(x[moves], at, text[moves], mask[moves], d=steps / 2)
+            v = dit(x[moves], at, text[moves], mask[moves], d=d)
         x[moves] += (grid[i + 1] - grid[i]) * v
     return x
 
@@ -751,12 +757,7 @@ def train_decoder(args) -> None:
     to count in a mean error, but not for the eye: so they are given a loss of their own. Half of what is
     decoded are clips' latents as they are. The encoder stays, and so do all latents."""
     torch.manual_seed(3)
-    vae = magi.VAE(magi.VAE_PRESETS["tiny"])
-    vae.load_state_dict(magi.load_vae(args.out / "vae").state_dict())
-    vae.ops = CPU_OPS
-    vae.encoder.requires_grad_(False)
-    for conv in (vae.encoder.patch_embed, vae.decoder.last_layer):
-        no_autocast(conv)
+    vae = vae_to_train(args.out)
     model = Tiny(SIZE, args.out / "t5" / "spiece.model")
     model.load(args.out)
     model.dit.load_state_dict(magi.load_dit(args.out / "distill").state_dict())
