@@ -89,7 +89,9 @@ class TrainingConfig:
 
     image_share: float = 0.15         # clips that begin with one given frame (image to video)
     video_share: float = 0.35         # clips that begin with more: part of a chunk, or whole ones and part
+    whole_share: float = 0.0          # of these, the ones that begin with whole chunks
     pipeline_share: float = 0.5       # clips timed as a moment of the sampler's pipeline; the rest: the law
+    entering_share: float = 0.0       # of these, the ones whose last chunk is in its first stage: see there
     null_share: float = 0.15          # clips that lose their captions, for the branches without text
     clean_noise: float = 0.05         # most noise a clean chunk carries: generated history is not perfect
     ranges_share: float = 0.9         # clips under the sampler's kv_ranges; the rest see only themselves
@@ -151,6 +153,9 @@ def draw_prefix(dit: DiT, latents: Tensor, text: Tensor, text_mask: Tensor, imag
     length = torch.rand(B, generator=generator)
     most = T - 1                                                             # something is left to predict
     video = (2 + length * (most - 1)).long().clamp(max=most)
+    if cfg.whole_share and n > 1:
+        is_whole = torch.rand(B, generator=generator) < cfg.whole_share
+        video = torch.where(is_whole, CHUNK * (1 + (length * (n - 1)).long().clamp(max=n - 2)), video)
     is_image = task < cfg.image_share
     is_video = ~is_image & (task < cfg.image_share + cfg.video_share)
     prefix_frames = torch.where(is_image, 1, video * is_video)
@@ -176,15 +181,23 @@ def law_times(batch: int, n: int, prefix_chunks: Tensor, generator: torch.Genera
     return t.sort(dim=1, descending=True).values
 
 
-def pipeline_stages(batch: int, n: int, prefix_chunks: Tensor, window: int,
-                    generator: torch.Generator | None) -> Tensor:
+def pipeline_stages(batch: int, n: int, prefix_chunks: Tensor, window: int, entering_share: float = 0.0,
+                    generator: torch.Generator | None = None) -> Tensor:
     """A random moment of the pipeline: how many stages (a real number) each chunk has gone through, (B, n).
 
     Below 0: it has not entered. From `window` on: it is clean. The chunks are exactly one stage apart, and
     the last one is still in flight; with a window of 4 a clip of four chunks may be at 3.5, 2.5, 1.5, 0.5.
+
+    `entering_share` of the clips are at a moment at which the last chunk has just entered. Before its first
+    stage is over it has to find out from those before it where things are and how fast they move; left to
+    chance, few clips with a clean history show that moment, and a small model never learns to.
     """
     later = torch.arange(n) - prefix_chunks[:, None]                         # (B, n) 0: first noisy chunk
-    first = torch.rand(batch, 1, generator=generator) * (window - 1 + n - prefix_chunks[:, None])
+    moment = torch.rand(batch, 1, generator=generator)
+    first = moment * (window - 1 + n - prefix_chunks[:, None])
+    if entering_share:
+        enters = torch.rand(batch, 1, generator=generator) < entering_share
+        first = torch.where(enters, later[:, -1:] + moment, first)
     return first - later
 
 
@@ -201,7 +214,7 @@ def draw_times(batch: int, n: int, prefix_chunks: Tensor, cfg: TrainingConfig, s
         one prefix chunk, the law                  clean .12   .05
     """
     law = law_times(batch, n, prefix_chunks, generator)
-    stages = pipeline_stages(batch, n, prefix_chunks, sampler.window, generator)
+    stages = pipeline_stages(batch, n, prefix_chunks, sampler.window, cfg.entering_share, generator)
     moment = shift_time((stages / sampler.window).clamp(0, 1) ** 2)
     # A chunk that would not have entered yet still gets some time, or its place in the batch would be wasted.
     moment = torch.where(stages < 0, law, moment).cummin(dim=1).values

@@ -62,6 +62,26 @@ def test_pipeline_times_are_a_stage_apart_and_the_last_chunk_is_in_flight():
     both = ~clean[:, :-1] & (stage[:, :-1] > 1)  # the next one has started
     assert both.sum() > 500 and ((stage[:, :-1] - stage[:, 1:])[both] - 1).abs().max() < 1e-3
 
+    cfg = training.TrainingConfig(pipeline_share=1.0, entering_share=1.0)
+    t, clean = training.draw_times(2000, 4, given_chunks, cfg, QUICK, generator)
+    stage = QUICK.window * (3 * t / (1 + 2 * t)).sqrt()
+    assert (stage[:, -1] < 1).all() and abs(stage[:, -1].mean() - 0.5) < 0.05  # all have just entered
+    assert torch.equal(clean.sum(1), torch.maximum(given_chunks, torch.tensor(4 - QUICK.window)))
+
+
+def test_given_videos_end_with_a_chunk_if_asked():
+    dit, latents, text, mask = training_batch()
+    many = [u.repeat(500, *[1] * (u.ndim - 1)) for u in (latents, text, mask)]
+    generator = torch.Generator().manual_seed(0)
+
+    def given(**shares) -> list[int]:
+        cfg = training.TrainingConfig(image_share=0, **shares)
+        return training.draw_prefix(dit, *many, None, cfg, generator).prefix_frames.unique().tolist()
+
+    assert given(video_share=1, whole_share=1) == [6, 12]  # of 18 frames: something is left to predict
+    assert given(video_share=1) == [*range(2, 18)]
+    assert given(video_share=0, whole_share=1) == [0]
+
 
 def test_loss_counts_noisy_chunks_only_but_gradients_reach_the_clean_ones():
     dit, latents, text, mask = training_batch()

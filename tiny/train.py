@@ -613,7 +613,9 @@ def train_dit(args) -> None:
     """Half the size first (--size 64), where a step shows four times as many clips, then the whole (--init).
 
     Chunks alone first: with a history to copy from, captions are learned four times slower. Later more and
-    more often two or four in a row, which teach histories, continuations and changes at a boundary.
+    more often two or four in a row, which teach histories, continuations and changes at a boundary. At the
+    whole size most of these show the moment at which a chunk enters after clean ones: then it has to read
+    from them where things are and how fast they move, which left to chance it learns but slowly.
     """
     torch.manual_seed(1)
     vae = magi.load_vae(args.out / "vae").to(args.device)
@@ -621,20 +623,39 @@ def train_dit(args) -> None:
     model = Tiny(args.size, parallel.from_first(made_tokenizer)(args.out)).to(args.device)
     if args.init:
         model.load(args.init)
+    if args.frozen_text:
+        model.t5.requires_grad_(False)
+        model.tokens.requires_grad_(False)
     if args.compile:
         compile_layers(model.dit)
     singles, films = Films(vae, 1, args), Films(vae, 4, args)
     batch_size = args.batch // parallel.ranks()
     # What moves how is decided below t = 0.1, where the report's law puts 1 draw in 70: most clips take the
     # sampler's own times instead.
-    together = training.TrainingConfig(pipeline_share=0.8)
-    alone = dataclasses.replace(together, video_share=0.0)
+    mixed = training.TrainingConfig(pipeline_share=0.8)
+    cfgs = {
+        "alone": dataclasses.replace(mixed, video_share=0.0),
+        "mixed": mixed,
+        "enters": training.TrainingConfig(
+            image_share=0.05,
+            video_share=0.85,
+            whole_share=0.8,
+            pipeline_share=1.0,
+            entering_share=1.0,
+            null_share=0.1,
+        ),
+    }
 
     def loss_of_step(i: int):
         step = i // parallel.ranks()
         rng, done = np.random.default_rng([step, 10]), step / args.steps  # alike in all processes
-        several = 0.35 if args.init else np.clip(2 * done - 0.2, 0, 0.6)
-        n = int(rng.choice([2, 4])) if rng.random() < several else 1
+        if args.init:
+            shares = [0.4, 0.2, 0.4]
+        else:
+            several = np.clip(2 * done - 0.2, 0, 0.6)
+            shares = [1 - several, several, 0]
+        kind = str(rng.choice([*cfgs], p=shares))
+        n = 1 if kind == "alone" else int(rng.choice([2, 4]))
         rng = np.random.default_rng([i, 11])
         shown = batch_size * step  # chunks so far, each about sixteen times
         if n > 1:
@@ -642,10 +663,9 @@ def train_dit(args) -> None:
         else:
             batch = make_batch(singles, rng, 1, batch_size, min(args.singles, 512 + shown // 16), model)
         generator = torch.Generator().manual_seed(i)
-        cfg = alone if n == 1 else together
         with autocast(args.device):
             loss = training.flow_matching_loss(
-                model.dit, **batch, cfg=cfg, sampler=model.sampler, generator=generator
+                model.dit, **batch, cfg=cfgs[kind], sampler=model.sampler, generator=generator
             )
         return loss, {"chunks": n}
 
@@ -694,6 +714,7 @@ def distill(args) -> None:
         compile_layers(student)
     sampler = dataclasses.replace(model.sampler, distilled=True, num_steps=8)
     films = Films(vae, 4, args)
+    cfg = training.TrainingConfig(video_share=0.5, whole_share=0.8)
 
     def loss_of_step(i: int):
         step = i // parallel.ranks()
@@ -704,7 +725,13 @@ def distill(args) -> None:
         generator = torch.Generator().manual_seed(i)
         with autocast(args.device):
             loss = training.shortcut_loss(
-                student, model.dit, **batch, num_steps=num_steps, sampler=model.sampler, generator=generator
+                student,
+                model.dit,
+                **batch,
+                num_steps=num_steps,
+                cfg=cfg,
+                sampler=model.sampler,
+                generator=generator,
             )
         return loss, {"steps": num_steps}
 
@@ -951,6 +978,7 @@ def parser() -> terminal.Parser:
     flag("--films", type=count, default=4000, help="dit, distill: clips of four chunks, of each process; "
          "decoder: of one")  # fmt: skip
     flag("--workers", type=finetune.number(int, 0), default=0, help="dit, distill: to paint clips")
+    flag("--frozen_text", action="store_true", help="dit: text encoder and special tokens stay as in --init")
     flag("--device", default="cpu", help="dit, distill: where to train")
     flag("--compile", action="store_true", help="vae, dit, distill: a quarter faster; takes a minute and g++")
     new = [*world.NEW_COLOURS, *world.NEW_SHAPES]
@@ -986,6 +1014,8 @@ def run_all(args: argparse.Namespace) -> None:
     started = time.time()
     if args.init and not args.init.is_dir():
         raise ValueError(f"{args.init} is no folder: check the path")
+    if args.frozen_text and not args.init:
+        raise ValueError("--frozen_text keeps the text encoder of --init: give its folder")
     parallel.start(args.device)
     with parallel.first_speaks():
         if args.stage == "all":
