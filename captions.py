@@ -320,6 +320,11 @@ def no_garbage_collection() -> Iterator[None]:
             gc.enable()
 
 
+# While transformers makes a model, it changes settings of the whole process (PyTorch's default dtype, what
+# initialises weights) and puts back what it found: two threads at once would leave those of the other.
+_reading_t5 = threading.Lock()
+
+
 class T5:
     """A T5 encoder folder (config.json, weights, spiece.model), read offline, when captions come.
 
@@ -329,7 +334,7 @@ class T5:
 
     def __init__(self, folder: str | Path, length: int = 800, device: str | torch.device = "cpu",
                  dtype: torch.dtype = torch.bfloat16, keep: bool = False):
-        self.folder, self.length = Path(folder), length
+        self.folder, self.length = Path(folder).absolute(), length           # it is read later: see os.chdir
         self.device, self.dtype, self.keep = device, dtype, keep
         self.model: Any = None
 
@@ -342,7 +347,8 @@ class T5:
 
         logging.disable_progress_bar()
         read: Any = T5EncoderModel.from_pretrained
-        model, info = read(self.folder, dtype=self.dtype, local_files_only=True, output_loading_info=True)
+        with _reading_t5:
+            model, info = read(self.folder, dtype=self.dtype, local_files_only=True, output_loading_info=True)
         self.refuse_without(info["missing_keys"])            # transformers would make them random
         return model.to(self.device).eval()
 

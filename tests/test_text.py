@@ -3,6 +3,7 @@
 import contextlib
 import gc
 import shutil
+import threading
 from types import SimpleNamespace
 
 import pytest
@@ -71,6 +72,34 @@ def test_a_t5_without_all_its_tensors_is_refused(model_folder, tmp_path):
     save_file(sd, tmp_path / "t5" / "model.safetensors", {"format": "pt"})
     with bad("lacks 1 tensor.*final_layer_norm"):
         magi.T5(tmp_path / "t5")(["a red ball"])
+
+
+def test_threads_read_t5_one_after_another(model_folder):
+    """transformers sets PyTorch's default dtype while it makes a model: two at once would leave T5's."""
+    pipe, start, read = magi.load(model_folder), threading.Barrier(4), []
+
+    def encode():
+        start.wait()
+        read.append(pipe.encode_text(["a red ball"])[0])
+
+    threads = [threading.Thread(target=encode) for _ in range(4)]
+    try:
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        assert len(read) == 4 and all(torch.equal(text, read[0]) for text in read)
+        assert torch.get_default_dtype() == torch.float32
+    finally:
+        torch.set_default_dtype(torch.float32)
+
+
+def test_t5_is_found_after_a_change_of_folder(model_folder, tmp_path, monkeypatch):
+    """It is read when a prompt comes; a relative path holds for the folder in which the model was loaded."""
+    monkeypatch.chdir(model_folder.parent)
+    pipe = magi.load(model_folder.name)
+    monkeypatch.chdir(tmp_path)
+    assert pipe.encode_text(["a red ball"])[0].any()
 
 
 def test_garbage_is_collected_again_after_an_import_but_not_where_a_user_does_not_want_it():
