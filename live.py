@@ -333,10 +333,12 @@ class Server:
         async def guarded(request: web.Request, handler: Callable) -> web.StreamResponse:
             """Without a token, only pages of this machine may ask: another site's name that was made to lead
             here (DNS rebinding) shows in Host, another site's page that talks to us in Origin."""
+            allowed = False
             if token:
                 allowed = secrets.compare_digest(request.query.get("token", "").encode(), token.encode())
             else:
-                allowed = request.url.host in LOCAL
+                with contextlib.suppress(ValueError):                        # a Host that is no address
+                    allowed = request.url.host in LOCAL
             ours = (None, f"http://{request.host}", f"https://{request.host}")
             if not allowed or request.headers.get("Origin") not in ours:
                 raise web.HTTPForbidden(text="open the address that live.py printed")
