@@ -32,6 +32,7 @@ from checkpoints import read_config, read_json, require
 # ------------------------------------------------------------------------------------------------------------
 
 GIB = 2**30
+LONG = 24                        # chunks, after which a cache that forgets takes no more
 T5_XXL = dict(d_model=4096, num_layers=24, vocab_size=32128, d_ff=10240)     # of its config.json
 
 
@@ -69,7 +70,7 @@ def needs(dit: magi.DiTConfig, run: magi.SamplerConfig, vae: magi.VAEConfig = ma
     layers, others, codec = sizes(dit, vae)
     weights = others + (0 if stream else sum(layers) // R)
 
-    steps = list(magi.plan(run, 24))
+    steps = list(magi.plan(run, LONG + max(run.kv_ranges, default=0)))
     n = max(len(step.chunks) for step in steps)                              # chunks in a forward
     cached = max(int(step.noisy[0].chunk - max(0, step.forget)) for step in steps)
     s = magi.CHUNK * (run.height // 16) * (run.width // 16)                  # tokens of a chunk
@@ -176,6 +177,9 @@ def memory_table(dit: magi.DiTConfig, run: magi.SamplerConfig, vae: Path, t5: Pa
         memory = needs(dit, run, R=R, stream=stream, **more)
         columns = " ".join(f"{getattr(memory, part) / GIB:11.2f}" for part in parts)
         lines.append(f"{R:9}  {'cpu' if stream else '-':>6} {columns}")
+    if not run.kv_ranges:
+        lines.append(f"--kv_range all forgets nothing: this is the cache after {LONG} s, "
+                     f"it grows with each chunk")
     lines.append(f"--stream cpu keeps {pinned(dit) / GIB:.2f} GiB of layers in host memory, disk keeps none")
     names = {R: f"{R} (torchrun --nproc_per_node {R} sample.py ...)" for R in numbers} | {1: "one"}
     lines.append("\nA card of    " + "".join(f"{names[R]:63}" for R in numbers).rstrip())

@@ -241,6 +241,15 @@ def test_the_plan_is_of_the_dtype_that_is_asked_for():
     assert cache(floats) == pytest.approx(2 * cache(halves), abs=0.02)
 
 
+def test_the_plan_counts_all_chunks_that_are_seen():
+    """The cache of a wide range is counted in full; one that forgets nothing has no end, which is said."""
+    cache = lambda *ranges: float(printed(sample.main, "--model", "4.5B-base", "--kv_range", *ranges)[2][5])
+    assert cache("60") == pytest.approx(2 * cache("30"), rel=0.1)
+    lines = [" ".join(line) for line in printed(sample.main, "--model", "4.5B-base", "--kv_range", "all")]
+    assert any("forgets nothing: this is the cache after 24 s" in line for line in lines)
+    assert not any("forgets nothing" in " ".join(line) for line in printed(sample.main))
+
+
 @pytest.mark.parametrize(
     "card, number, size, way",
     [
