@@ -1475,6 +1475,8 @@ def load_dit(folder: str | Path, device: Device = "cpu", dtype: str | None = Non
 def load_vae(folder: str | Path, device: Device = "cpu", dtype: torch.dtype | None = None,
              backend: str = "torch") -> VAE:
     """A VAE alone, in float32 or `dtype`."""
+    require(dtype is None or isinstance(dtype, torch.dtype),
+            f"vae_dtype {dtype!r} is not a dtype: give torch.float32, torch.bfloat16 or torch.float16")
     cfg = read_config(folder, "vae", VAEConfig)
     vae = fill(build(lambda: VAE(cfg), folder), folder, device, dtype)
     vae.ops = get_ops(backend, device)

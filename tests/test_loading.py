@@ -212,6 +212,13 @@ def test_broken_folders_are_refused(model_folder, tmp_path):
         pipe("a red ball")
 
 
+def test_a_dtype_of_the_wrong_kind_is_refused(model_folder):
+    with bad("vae_dtype 'bfloat16' is not a dtype: give torch.float32, torch.bfloat16"):
+        magi.load(model_folder, vae_dtype="bfloat16")
+    with bad("dtype torch.bfloat16 is not one of 'float32', 'bfloat16', 'float16'"):
+        magi.load(model_folder, dtype=torch.bfloat16)
+
+
 def test_dtypes_of_load(model_folder):
     pipe = magi.load(model_folder, dtype="bfloat16", vae_dtype=torch.float16)
     assert pipe.dit.layers[0].attn.q.weight.dtype == torch.bfloat16 and pipe.vae.dtype == torch.float16
