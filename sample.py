@@ -250,7 +250,11 @@ def claim_outputs(args: argparse.Namespace, locks: contextlib.ExitStack) -> list
         folder = Path("out") if args.out == Path("out.mp4") else args.out
         require(folder.is_dir() or not folder.exists() and not folder.suffix,
                 f"--out {str(args.out)!r} must be a folder, for the videos of --prompt_file")
-        folder.mkdir(exist_ok=True)
+        require(folder.parent.is_dir(),
+                f"cannot make the folder {str(args.out)!r}: create {str(folder.parent)!r} first")
+        if not folder.exists():
+            folder.mkdir()
+            locks.callback(remove_if_empty, folder)                          # where a check below fails
         names = [re.sub(r"[^a-z0-9]+", "-", prompts[0].lower())[:40].strip("-") for prompts in args.videos]
         files = [folder / f"{i:03d}{'-' * bool(name)}{name}.mp4" for i, name in enumerate(names)]
         locks.enter_context(outputs.locked(folder / "*.mp4"))                # one lock: each is an open file
@@ -258,6 +262,11 @@ def claim_outputs(args: argparse.Namespace, locks: contextlib.ExitStack) -> list
     if str(args.out) == "-":
         return [locks.enter_context(outputs.standard_output())]
     return [locks.enter_context(outputs.claimed(args.out, inputs))]
+
+
+def remove_if_empty(folder: Path) -> None:
+    with contextlib.suppress(OSError):
+        folder.rmdir()
 
 
 def settings(args: argparse.Namespace, dit, cfg) -> tuple[magi.SamplerConfig, list[str]]:
@@ -357,6 +366,7 @@ def check(args: argparse.Namespace) -> SimpleNamespace:
     dit, native = read_configs(args.model)
     parallel.check_heads(dit)
     cfg, notes = settings(args, dit, native)
+    dataclasses.replace(cfg, seed=cfg.seed + len(args.videos) - 1)           # the last seed is checked, too
     fastest = 50 if args.out.suffix.lower() == ".gif" else 1000
     require(cfg.fps <= fastest, f"fps {cfg.fps} is too fast: {str(args.out)!r} can play {fastest} at most")
     device = choose_device(args)
@@ -374,7 +384,8 @@ def check(args: argparse.Namespace) -> SimpleNamespace:
     chunks = math.inf if total is None else total - filled                   # that will be generated
     check_model(args, dit, cfg, chunks)
     for chunk, _ in args.transition:
-        require(chunk < chunks, f"transition at chunk {chunk}: the video has {chunks} chunks, counted from 0")
+        require(chunk < chunks, f"transition at chunk {chunk}: the video has {chunks} "
+                f"chunk{'s' * (chunks > 1)}, counted from 0")
     notes += notes_on_run(args, cfg, native, chunks)
     text = captions.load_text(args.text, dit.text_length, dit.text_dim) if args.text else None
     return SimpleNamespace(cfg=cfg, chunks=chunks, device=device, image=image, video=video, text=text,
@@ -501,7 +512,7 @@ def generate(frames, cfg, chunks: float, out: Any, device: str, report: Callable
     ended = {0: "", 1: "stopped: ", 130: "interrupted: "}[code]
     if made:
         print(f"{ended}{in_words(first - start, (last - start) / made * cfg.fps)}, {peak_memory(device)}, "
-              f"{made} frames -> {name}")
+              f"{made} frame{'s' * (made > 1)} -> {name}")
         if report:
             print(report())
     else:

@@ -323,6 +323,7 @@ def test_a_file_of_prompts_makes_a_video_a_line(tmp_path):
         ),
         (["--prompt_file", "LICENSE", "--num_frames", "inf"], "none is endless"),
         (["--prompt_file", "LICENSE", "--out", "README.md"], "'README.md' must be a folder"),
+        (["--prompt_file", "LICENSE", "--out", "nix/a/b"], "the folder 'nix/a/b': create 'nix/a' first"),
     ],
 )
 def test_what_does_not_go_together_is_one_line(flags, message, monkeypatch, capsys):
@@ -330,6 +331,18 @@ def test_what_does_not_go_together_is_one_line(flags, message, monkeypatch, caps
     assert sample.main(flags) == 2
     err = capsys.readouterr().err
     assert message in err and err.count("\n") == 1
+
+
+@pytest.mark.parametrize("existed", [False, True])
+def test_the_last_seed_of_a_file_of_prompts_is_checked_before_the_first_video(tmp_path, existed):
+    """What is refused leaves no empty folder behind, but one that was there."""
+    (tmp_path / "p.txt").write_text(f"{RED}\n{BLUE}\n")
+    made = tmp_path / "made"
+    if existed:
+        made.mkdir()
+    flags = ("--prompt_file", tmp_path / "p.txt", "--out", made, "--seed", 2**63 - 1)
+    assert_refused(sample.main, [*flags, *QUICK], f"seed {2**63} must be in")
+    assert made.exists() == existed and not (existed and os.listdir(made))
 
 
 @pytest.mark.parametrize("frames", ["inf", "24"])
@@ -769,6 +782,8 @@ def test_only_this_machine_may_ask(film):
             (at, "null", False),
             (at, f"http://{client.host}:1", False),
             ("127.0.0.1.", None, False),
+            ("127.0.0.1:99999999", None, False),
+            ("\u00ff", None, False),
         ]:
             headers = {"Host": host} | ({"Origin": origin} if origin else {})
             for path in ("/", "/film.mp4", "/live"):

@@ -572,6 +572,7 @@ BAD_FLAGS = {
     "seed": (["--prompt", "a", "--seed", "-1"], "-1"),
     "guidance table": (["--prompt", "a", "--text_scale", "7", "1"], "7.0, 1.0"),
     "transition late": (["--prompt", "a", "--transition", "2"], "2", "chunk"),
+    "transition in one": (["--prompt", "a", "--num_frames", "24", "--transition", "1"], "has 1 chunk,"),
     "transition first": (["--prompt", "a", "--transition", "0"], "chunk 0"),
     "transition kind": (["--prompt", "a", "--transition", "1:fade"], "fade", "restyle"),
     "i2v without image": (["--mode", "i2v", "--prompt", "a"], "--image"),
@@ -631,6 +632,12 @@ def test_sample_refuses(case, model_folder, tmp_path, monkeypatch, no_weights):
     model = [] if "--model" in flags else ["--model", model_folder]
     assert_refused(sample.main, [*model, *flags], *words)
     assert not (tmp_path / "out.mp4").exists()
+
+
+def test_one_frame_is_one_frame(model_folder, tmp_path, capsys):
+    out = tmp_path / "a.png"
+    assert run_sample(model_folder, "--prompt", "a", "--num_frames", "1", "--out", out) == 0
+    assert f", 1 frame -> {out}" in capsys.readouterr().out
 
 
 def test_sample_takes_a_lora(model_folder, tmp_path, capsys):
