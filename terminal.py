@@ -28,6 +28,7 @@ def begin() -> None:
     """The first thing that a command does, since its other imports take seconds."""
     if signal.getsignal(signal.SIGINT) is signal.default_int_handler:        # not where a shell ignores it
         signal.signal(signal.SIGINT, leave)
+    sys.excepthook = name_what_is_missing
     share_the_machine()
     if sys.flags.optimize > 1:           # python -OO drops docstrings, which transformers needs: start again
         os.execve(sys.executable, [sys.executable, *sys.argv], os.environ | {"PYTHONOPTIMIZE": ""})
@@ -39,8 +40,20 @@ def leave(*_: Any) -> None:
     os._exit(130)
 
 
+def name_what_is_missing(kind: Any, error: Any, trace: Any) -> None:
+    """Of an import that fails since a package is not installed: in one line, with the cure."""
+    if not issubclass(kind, ModuleNotFoundError):
+        sys.__excepthook__(kind, error, trace)
+        return
+    print(f"error: this Python has no package {error.name!r}: pip install -r requirements.txt, or start "
+          f"the Python that has it", file=sys.stderr, flush=True)
+    os._exit(2)
+
+
 def imported() -> None:
     """After the imports: from here on there may be files, so Ctrl-C is an exception again."""
+    if sys.excepthook is name_what_is_missing:
+        sys.excepthook = sys.__excepthook__
     if signal.getsignal(signal.SIGINT) is leave:
         signal.signal(signal.SIGINT, signal.default_int_handler)
 

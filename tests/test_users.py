@@ -27,7 +27,7 @@ import av
 import numpy as np
 import pytest
 import torch
-from common import HERE, assert_refused, environment, run_main, same, small
+from common import HERE, assert_refused, environment, run_main, run_python, same, small
 from PIL import Image, ImageCms
 from safetensors.torch import load_file, save_file
 
@@ -1287,6 +1287,15 @@ def test_images_that_are_not_clear(x, words):
 def test_videos_that_are_not_clear(x, words):
     with pytest.raises(ValueError, match=words):
         media.to_video(x)
+
+
+@pytest.mark.parametrize(
+    "words", ["sample.py --prompt a", "sample.py --promt a", "live.py", "training.py lora"]
+)
+def test_a_package_that_is_not_installed_is_named_in_one_line(words):
+    done = run_python("-S", *words.split())  # -S: without the folder of packages
+    assert done.returncode == 2 and done.stderr.count("\n") == 1
+    assert re.match(r"error: this Python has no package '\w+': pip install -r requirements.txt", done.stderr)
 
 
 def test_the_pipeline_takes_what_people_hold(model_folder, tmp_path):
