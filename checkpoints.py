@@ -96,6 +96,8 @@ def read_json(path: str | Path, what: str = "config") -> Any:
 def read_config(folder: str | Path, part: str, kind: type) -> Any:
     """One dataclass of a folder's config.json. Raises ValueError if the file or a key is not as expected."""
     file = Path(folder) / "config.json"
+    require(file.is_file() or part != "vae",
+            f"no VAE in {str(folder)!r}: {file} does not exist; give the right folder (--vae)")
     require(file.is_file(), f"no model in {str(folder)!r}: {file} does not exist; give a folder that "
             f"convert_weights.py or tiny/train.py has written (the small models are in the clone, not in an "
             f"installed copy: use pip install -e)")

@@ -836,6 +836,7 @@ def parser() -> Parser:
 def run(args: argparse.Namespace) -> None:
     if args.command == "export":
         training.export_lora(args.lora, args.out, args.format)
+        print(f"wrote {args.out}")
         return
     if args.command == "merge":
         merge(args)

@@ -629,10 +629,16 @@ def official_layers(targets: Iterable[str]) -> dict[str, str]:
     return names
 
 
+def refuse_folder(file: str | Path) -> None:
+    require(not Path(file).is_dir(), f"LoRA {str(file)!r} is a folder: name the file in it, of PEFT "
+            f"{str(Path(file) / 'adapter_model.safetensors')!r}")
+
+
 def lora_metadata(file: str | Path) -> dict[str, str]:
     """What the header of a LoRA file says of it: base_model, rank, alpha and prompts, if we wrote it."""
     from safetensors import safe_open
 
+    refuse_folder(file)
     with reading("LoRA", file), safe_open(file, "pt") as f:
         return f.metadata() or {}
 
@@ -668,6 +674,7 @@ def lora_strength(config: dict, layer: str, rank: int) -> float:
 
 def check_lora(dit: DiT, file: str | Path) -> int:
     """The largest rank in a LoRA file, from its header. ValueError if it does not fit (meta will do)."""
+    refuse_folder(file)
     found = read_headers([file])
     return max(found[names["down"]][0][0] for names in lora_layers(dit, file).values())
 
@@ -728,6 +735,7 @@ def export_lora(file: str | Path, out: str | Path, style: str = "peft") -> None:
     config_file = out.with_name("adapter_config.json")                       # for peft alone
     for path in (out, config_file) if style == "peft" else (out,):
         require(not path.exists(), f"{str(path)!r} exists: choose another --out")
+    refuse_folder(file)
     with reading("LoRA", file):
         tensors = load_file(file)
     require(tensors and all(name.endswith((".lora.down", ".lora.up")) for name in tensors),

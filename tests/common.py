@@ -271,7 +271,12 @@ def run_main(main, *arguments) -> tuple[int, str, str]:
     return code, out.getvalue(), err.getvalue()
 
 
-FIRST_WORD = {"convert_weights": "convert_weights: ", "live": "error: ", "sample": "error: "}
+FIRST_WORD = {
+    "convert_weights": "convert_weights: ",
+    "finetune": "training: ",
+    "live": "error: ",
+    "sample": "error: ",
+}
 
 
 def assert_one_line(first: str, result: tuple[int, str, str], *words: str) -> str:

@@ -19,6 +19,7 @@ from common import (
     FOLDER_DIT,
     HERE,
     assert_one_line,
+    assert_refused,
     bad,
     read_frames,
     relative,
@@ -794,7 +795,20 @@ def test_merge_and_export_from_the_command_line(finished, model_folder, tmp_path
     assert run_main(finetune.main, "merge", "--model", model_folder, "--lora", finished, "--out", out)[0] == 0
     merged = training.merge_lora(training.load_lora(magi.load_dit(model_folder), finished)).state_dict()
     assert all(torch.equal(v, merged[k]) for k, v in magi.load_dit(out).state_dict().items())
-    assert run_main(finetune.main, "export", "--lora", finished, "--out", tmp_path / "peft")[0] == 0
+    code, said, _ = run_main(finetune.main, "export", "--lora", finished, "--out", tmp_path / "peft")
+    assert (code, said) == (0, f"wrote {tmp_path / 'peft'}\n")
+    assert_refused(
+        sample.main,
+        ["--prompt", "a", "--model", model_folder, "--lora", tmp_path / "peft"],
+        "is a folder: name the file in it",
+        "peft/adapter_model.safetensors'",
+    )
+    assert_refused(
+        finetune.main,
+        ["merge", "--model", model_folder, "--lora", tmp_path / "peft", "--out", tmp_path / "m"],
+        "is a folder: name the file in it",
+    )
+    assert_refused(sample.main, ["--prompt", "a", "--model", out], "no VAE in", "(--vae)")
     config = json.loads((tmp_path / "peft" / "adapter_config.json").read_text())
     assert config["r"] == config["lora_alpha"] == 2 and "layers.0.attn.q" in config["target_modules"]
     kept = magi.read_config(model_folder, "sampler", magi.SamplerConfig)
