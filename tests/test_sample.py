@@ -355,6 +355,7 @@ def test_many_videos_are_claimed_by_one_lock(tmp_path):
         with pytest.raises(ValueError, match="another run is writing"):
             sample.claim_outputs(args, locks)
     args.video = tmp_path / "made" / "007-a-red-ball.mp4"
+    args.video.parent.mkdir()  # the empty one has gone with its locks
     args.video.touch()
     with pytest.raises(ValueError, match="007-a-red-ball.mp4' is an input"), contextlib.ExitStack() as locks:
         sample.claim_outputs(args, locks)
