@@ -1464,7 +1464,7 @@ class _Run:
 
 def load_dit(folder: str | Path, device: Device = "cpu", dtype: str | None = None,
              backend: str = "torch") -> DiT:
-    """A DiT alone; dtype overrides that of its blocks."""
+    """A DiT alone; dtype overrides that of its blocks. To train it, ask for gradients: requires_grad_()."""
     cfg = read_config(folder, "dit", DiTConfig)
     cfg = dataclasses.replace(cfg, dtype=dtype or cfg.dtype)
     dit = fill(build(lambda: DiT(cfg), folder), folder, device)

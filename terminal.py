@@ -168,17 +168,30 @@ class Quiet:
             os.dup2(os.open(os.devnull, os.O_WRONLY), self.stream.fileno())
 
 
+def now_and_then() -> Callable[[], bool]:
+    """When to write a line into a log, where nobody watches a bar: at once, after a second, then after twice
+    as long, up to a minute. What this returns says whether it is time for one."""
+    pause, next_line = 1, 0.0
+
+    def is_time() -> bool:
+        nonlocal pause, next_line
+        if time.monotonic() < next_line:
+            return False
+        next_line, pause = time.monotonic() + pause, min(2 * pause, 60)
+        return True
+
+    return is_time
+
+
 def progress_bar(chunks: float) -> tuple[Any, Callable]:
     """The bar of a video, and what to call with a magi.Progress after every pass through the model, in which
-    all chunks in flight take a step. Where nobody watches (a log), a line now and then instead: at once,
-    after a second, then after twice as long, up to a minute."""
+    all chunks in flight take a step. In a log, a line now and then."""
     from tqdm import tqdm
 
     bar = tqdm(unit=" passes", desc="starting", dynamic_ncols=True, disable=not sys.stderr.isatty())
-    pause, next_line = 1, 0.0
+    is_time = now_and_then()
 
     def progress(p: Any) -> None:
-        nonlocal pause, next_line
         where, done = f"chunk {p.chunk + 1}", f"pass {p.step}"
         if p.total is not None:
             where, done = f"{where}/{chunks}", f"{done} of {p.total}"
@@ -186,9 +199,8 @@ def progress_bar(chunks: float) -> tuple[Any, Callable]:
             bar.total = p.total
             bar.set_description_str(where, refresh=False)
             bar.update(p.step - bar.n)
-        elif p.step == p.total or time.monotonic() >= next_line:
+        elif is_time() or p.step == p.total:
             say(f"{where}: {done}")
-            next_line, pause = time.monotonic() + pause, min(2 * pause, 60)
 
     return bar, progress
 

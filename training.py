@@ -37,6 +37,7 @@ import math
 import os
 import re
 import signal
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -954,7 +955,9 @@ def fit(name: str, model: nn.Module, loss_of_step: Callable[[int], tuple[Tensor,
 
     rows: list[list[Any]] = read_log(log, before=first)
     log.write_text("".join(",".join(map(str, row)) + "\n" for row in rows))
-    bar = tqdm(range(first, steps), initial=first, total=steps, desc=name, mininterval=1, dynamic_ncols=True)
+    bar = tqdm(range(first, steps), initial=first, total=steps, desc=name, mininterval=1, dynamic_ncols=True,
+               disable=not sys.stderr.isatty())
+    is_time = terminal.now_and_then()
     model.train()
     with log.open("a", newline="") as table, stop_between_steps() as asked:
         writer = csv.writer(table)
@@ -992,6 +995,9 @@ def fit(name: str, model: nn.Module, loss_of_step: Callable[[int], tuple[Tensor,
             shown = dict(zip(["loss", *numbers, "s/step"], recent[1:], strict=True))
             bar.set_postfix({key: f"{value:.3g}" for key, value in shown.items()}, refresh=False)
             is_last, stops = step + 1 == steps, sum_of_all(len(asked)) > 0   # all end at the same step
+            if bar.disable and (is_time() or is_last):                       # a log: a line now and then
+                figures = ", ".join(f"{key} {value:.3g}" for key, value in shown.items())
+                terminal.say(f"{name}: step {step + 1} of {steps}, {figures}")
             if (step + 1) % every == 0 or is_last or stops:
                 save_state(step + 1)
                 kept = step + 1

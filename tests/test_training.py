@@ -441,3 +441,13 @@ def test_of_two_processes_the_first_writes_the_clips_and_judges_the_lora(tmp_pat
     assert second == [0, [], "", ""]
     dit = training.load_lora(magi.load_dit(tmp_path / "base"), tmp_path / "lora" / "cyan.safetensors")
     assert any(lora.up.any() for lora in training.loras(dit))
+
+
+def test_a_log_gets_lines_where_a_terminal_gets_a_bar(tmp_path, capfd):
+    model = torch.nn.Linear(2, 2)
+    loss_of_step = lambda i: (model(torch.ones(2)).square().sum(), {"psnr": 30.0})
+    training.fit("my", model, loss_of_step, 3, [torch.optim.SGD(model.parameters())], tmp_path)
+    err = capfd.readouterr().err
+    lines = err.splitlines()
+    assert lines[0].startswith("my: step 1 of 3, loss ") and lines[-1].startswith("my: step 3 of 3, loss ")
+    assert all(", psnr 30, s/step " in line for line in lines) and "\r" not in err
