@@ -26,12 +26,12 @@ What is notable in this model:
     - Texts are packed end to end without padding, so cross-attention is block attention too.
 
 Symbols, the same everywhere:
-    B batch   T latent frames   H W latent height, width   N tokens   D model width   L text length, C width
-    Hq Hkv query, key/value heads   hd head width   n chunks in a forward
-    K chunks in the video   P whole prefix chunks   d what tells a distilled model how fine its steps are
+    B batch   T latent frames   H W latent height, width   N tokens   M key tokens   D model width
+    Hq Hkv query, key/value heads   hd head width   L text length, C width   n chunks in a forward
+    K chunks in the video   P whole prefix chunks   d half the number of steps: a distilled model is told it
     kv_range: how many chunks a chunk sees, itself included.   first_seen: the oldest of them.
-    spans: the same in key tokens, [start, end).
-    clean: a finished chunk.   stage: num_steps / window steps.   branch: a forward that guidance combines.
+    spans: their key tokens, [start, end).   stage: num_steps / window steps.
+    clean: a chunk that is finished, or given.   branch: one of the forwards that guidance combines.
     null text: the learned text that stands for no caption.   LN1: LayerNorm with weight + 1 (LayerNorm1p).
     Video is (B, 3, frames, height, width) in [-1, 1], latents (B, 16, T, H, W); tokens are ordered t, h, w.
 
@@ -84,8 +84,8 @@ Device = str | torch.device
 # 1  Configs and presets
 # ----------------------------------------------------------------------------------------------------------
 # Three frozen dataclasses describe a model and a run. They check themselves when they are made
-# (checkpoints.py), so a bad number is refused at once, not after an hour of sampling. `cfg` is a config; only
-# in `cfg_t` it stands for classifier-free guidance.
+# (checkpoints.py), so a bad number is refused at once, not after an hour of sampling; `require(ok, message)`
+# raises ValueError throughout. `cfg` is a config; only in `cfg_t` it stands for classifier-free guidance.
 
 SCALE_FACTOR = 0.18215     # brings latents to unit variance, as in latent diffusion
 CHUNK = 6                  # latent frames in a chunk: 24 video frames, one second
@@ -120,7 +120,7 @@ class VAEConfig:
 
     @property
     def out_features(self) -> int:
-        """Channels of a token before the pixel shuffle: a whole number for each pixel of its patch."""
+        """Channels of a token before the pixel shuffle, which deals them out to the pixels of its patch."""
         return 4 * math.prod(self.patch) if self.use_final_proj else self.embed_dim
 
 
@@ -308,11 +308,10 @@ def block_attention(q: Tensor, k: Tensor, v: Tensor, spans: Tensor, out: Tensor 
     A span is contiguous and everything in it may be read, so there is no mask: one dense attention per chunk.
     """
     out = torch.empty_like(q) if out is None else out
-    entries = len(q) // len(spans)                                # of the batch, that have the same spans
     size = q.shape[1] // spans.shape[1]                           # tokens of a chunk
-    for row, spans_of_row in enumerate(spans.tolist()):
-        batch = slice(row * entries, (row + 1) * entries)
-        for i, (start, end) in enumerate(spans_of_row):
+    for row, row_spans in enumerate(spans.tolist()):
+        batch = slice(None) if len(spans) == 1 else slice(row, row + 1)
+        for i, (start, end) in enumerate(row_spans):
             chunk = slice(i * size, (i + 1) * size)
             out[batch, chunk] = attention(q[batch, chunk], k[batch, start:end], v[batch, start:end])
     return out
@@ -545,9 +544,9 @@ class VAE(nn.Module):
         if tile is None:
             return self.encoder(video, self.ops)[0]
 
-        def encode_tile(window: Sequence[slice]) -> Tensor:
-            t, h, w = (slice(s.start * p, s.stop * p) for s, p in zip(window, self.patch, strict=True))
-            return self.encoder(video[:, :, t, h, w], self.ops)[0]
+        def encode_tile(place: Sequence[slice]) -> Tensor:
+            pixels = [slice(s.start * p, s.stop * p) for s, p in zip(place, self.patch, strict=True)]
+            return self.encoder(video[..., *pixels], self.ops)[0]
 
         size = [s // p for s, p in zip(video.shape[2:], self.patch, strict=True)]
         return self._tiled(encode_tile, size, tile, overlap, scale=1, neighbour="blended")
@@ -557,18 +556,13 @@ class VAE(nn.Module):
         """(B, 16, T, H, W) -> video (B, 3, 4T, 8H, 8W). 4 a latent frame; of an image keep the first."""
         if tile is None:
             return self.decoder(latent, self.ops)
-
-        def decode_tile(window: Sequence[slice]) -> Tensor:
-            t, h, w = window
-            return self.decoder(latent[:, :, t, h, w], self.ops)
-
+        decode_tile = lambda place: self.decoder(latent[..., *place], self.ops)
         return self._tiled(decode_tile, latent.shape[2:], tile, overlap, self.cfg.patch_size, neighbour="raw")
 
     def _tiled(self, fn: Callable, size: Sequence[int], tile: Sequence[int], overlap: float, scale: int,
                neighbour: str) -> Tensor:
-        """Apply fn tile by tile and blend the seams. fn gets a tile's place in latents, (t, h, w) slices;
-        size counts latents, too. scale: pixels of the result for each latent in height and width (encoding:
-        latents, so 1).
+        """Apply fn tile by tile and blend the seams. `size` counts latents, and so do the (t, h, w) slices
+        that fn gets, the place of a tile; the result is `scale` times as high and wide.
 
         Two rules of the official code are unexpected: a tile starts at every stride, even where the one
         before already reaches the edge, and a tile is blended with its neighbour as that was before
@@ -578,16 +572,18 @@ class VAE(nn.Module):
         require(fits and 0 <= overlap < 1, f"tile {tuple(tile)} must be positive multiples of {self.patch} "
                 f"and overlap {overlap} in [0, 1)")
         tile = [t // p for t, p in zip(tile, self.patch, strict=True)]
+        # 1e-6: in floats 10 * (1 - 0.9) is just below 1.
         stride = [tile[0], *(max(1, int(s * (1 - overlap) + 1e-6)) for s in tile[1:])]
-        frames, rows, columns = map(_windows, size, tile, stride)
+        frames, rows, columns = map(_places, size, tile, stride)
         keep_h, keep_w = stride[1] * scale, stride[2] * scale                # what each tile contributes
         overlap_h, overlap_w = (tile[1] - stride[1]) * scale, (tile[2] - stride[2]) * scale
         pieces = []
         for frame in frames:
-            tiles = iter(self.map_tiles(fn, [(frame, row, column) for row in rows for column in columns]))
-            joined, above = [], None
+            outs = iter(self.map_tiles(fn, [(frame, row, column) for row in rows for column in columns]))
+            strips = []
+            above = None                                                     # the row of tiles before
             for _ in rows:
-                raw = list(itertools.islice(tiles, len(columns)))
+                raw = list(itertools.islice(outs, len(columns)))
                 blended: list[Tensor] = []
                 seen = blended if neighbour == "blended" else raw            # what a neighbour blends with
                 for i, out in enumerate(raw):
@@ -596,14 +592,14 @@ class VAE(nn.Module):
                     if i > 0:
                         out = _blend(seen[i - 1], out, overlap_w, dim=-1)
                     blended.append(out)
-                joined.append(torch.cat([out[..., :keep_h, :keep_w] for out in blended], dim=-1))
+                strips.append(torch.cat([out[..., :keep_h, :keep_w] for out in blended], dim=-1))
                 above = seen
-            pieces.append(torch.cat(joined, dim=-2))
+            pieces.append(torch.cat(strips, dim=-2))
         return torch.cat(pieces, dim=2)
 
 
-def _windows(length: int, tile: int, stride: int) -> list[slice]:
-    """The tiles along one axis."""
+def _places(length: int, tile: int, stride: int) -> list[slice]:
+    """Where the tiles lie along one axis."""
     return [slice(start, min(start + tile, length)) for start in range(0, length, stride)]
 
 
@@ -671,8 +667,8 @@ def key_spans(chunks: Sequence[int], first_seen: Sequence[int] | Tensor, axis: S
               ) -> Tensor:
     """Key tokens [start, end) that each chunk reads, from the oldest chunk it sees to itself.
 
-    chunks (n,) of this forward; first_seen (n,), or (B, n) in training; axis: the chunks that stand on the
-    key axis, cached ones first, rising, `size` tokens each. Returns (1 or B, n, 2) on the CPU. Raises
+    chunks (n,) of this forward; first_seen (n,), or (B, n) in training; axis: the chunks whose keys lie end
+    to end, cached ones first, rising, `size` tokens each. Returns (1 or B, n, 2) on the CPU. Raises
     ValueError if a chunk would read one that is not there.
     """
     def span(first: int, own: int) -> tuple[int, int]:
@@ -762,7 +758,7 @@ def _linear(cfg: DiTConfig, index: int, n_in: int, n_out: int, kind: str, otherw
 
 class CachedAttention(nn.Module):
     """Self-attention over the chunks of this forward and the cached ones before them. It has no weights; it
-    is a module so that parallel.py can put talk between GPUs around its forward."""
+    is a module so that parallel.py can exchange heads between GPUs before and after it."""
 
     def __init__(self, index: int):
         super().__init__()
@@ -808,7 +804,8 @@ class ParallelAttention(nn.Module):
 
     def attend(self, x: Tensor, ctx: Context) -> Tensor:
         """Self- and cross-attention before the projection: (B, N, D) -> (B, N, 2*Hq*hd)."""
-        ops, h = ctx.ops, self.norm(x)
+        ops = ctx.ops
+        h = self.norm(x)
         heads = lambda linear: linear(h, ops).unflatten(-1, (-1, self.head_dim))         # (B, N, heads, hd)
         q = ops.norm_rotary(heads(self.q), self.q_norm, ctx.angles)
         k = ops.norm_rotary(heads(self.k), self.k_norm, ctx.angles)
@@ -833,8 +830,9 @@ class FeedForward(nn.Module):
     def __init__(self, cfg: DiTConfig, index: int):
         super().__init__()
         self.gated = cfg.gated_ffn
+        hidden = 2 * cfg.ffn_size if cfg.gated_ffn else cfg.ffn_size
         self.norm = nn.LayerNorm(cfg.hidden_size, cfg.norm_eps, dtype=cfg.torch_dtype)
-        self.fc1 = _linear(cfg, index, cfg.hidden_size, cfg.ffn_size * (1 + cfg.gated_ffn), "tensor")
+        self.fc1 = _linear(cfg, index, cfg.hidden_size, hidden, "tensor")
         self.fc2 = _linear(cfg, index, cfg.ffn_size, cfg.hidden_size, "channel")
 
     def forward(self, x: Tensor, ctx: Context) -> Tensor:                    # (B, N, D)
@@ -900,8 +898,8 @@ class DiT(nn.Module):
         self.final_linear = nn.Linear(D, p * p * cfg.out_channels, bias=False)
 
     def condition(self, t: Tensor, conditional: Tensor, d: float | None = None) -> Tensor:
-        """The input of the gates for each chunk: its time, and a flag, whether it has a caption. (The vectors
-        of the flag are two rows of the null text; the released models mask them in cross-attention.)
+        """The input of the gates for each chunk: its time, and a flag that says whether it has a caption.
+        (The flag is one of two rows of the null text, which the released models mask in cross-attention.)
 
         t (B, n), conditional (B, n) bool, d of a distilled model (see `shortcut_d`) -> (B, n, D/4) float32.
         """
@@ -961,7 +959,9 @@ class DiT(nn.Module):
               first_seen: Sequence[int] | Tensor | None, conditional: bool | Tensor, d: float | None,
               cache: KVCache | None, store: int) -> tuple[Tensor, Context]:
         """The arguments of `forward` -> tokens (B, N, D), and what all layers share."""
-        (B, n), (T, H, W), p = t.shape, x.shape[2:], self.cfg.patch_size
+        B, n = t.shape
+        T, H, W = x.shape[2:]
+        p = self.cfg.patch_size
         require(T % n == 0 and H % p == 0 and W % p == 0 and min(H, W) >= 2 * p,
                 f"latent (T, H, W) = {(T, H, W)} does not divide into {n} chunks of {p}x{p} patches, "
                 f"at least 2x2")
@@ -1002,7 +1002,7 @@ def shift_time(u: Tensor, shift: float = 1 / 3) -> Tensor:
 
 
 def shortcut_d(num_steps: int, shortcut_mode: str = "8,16,16") -> list[float]:
-    """d of each step, which tells a distilled model how fine its steps are: half their number.
+    """d of each step: half the number of steps of its length that a whole run would have.
 
     The 12-step grid takes one double step (d 4) and two single ones (d 8) of a 16-step grid in each quarter.
     """
@@ -1014,7 +1014,7 @@ def shortcut_d(num_steps: int, shortcut_mode: str = "8,16,16") -> list[float]:
 def timestep_grid(num_steps: int, shortcut_mode: str = "8,16,16") -> Tensor:
     """The num_steps + 1 times of a chunk from 0 (noise) to 1 (clean), float32; half of them are below 0.1.
 
-    With s evenly spaced, t = shift_time(s^2). 12 steps are those of a 16-step grid, some of them joined (see
+    With s evenly spaced, t = shift_time(s^2). 12 steps are those of a 16-step grid, four pairs joined (see
     `shortcut_d`).
     """
     s = torch.linspace(0, 1, num_steps + 1)
@@ -1155,7 +1155,7 @@ def plan(cfg: SamplerConfig, chunks: int | None, prefix_chunks: int = 0,
     K: float = math.inf if chunks is None else chunks
     config_of = config_of or (lambda chunk: cfg)
     d = shortcut_d(cfg.num_steps, cfg.shortcut_mode)
-    exceptions = [P + chunk for chunk, _ in cfg.kv_ranges_at]
+    exceptions = [P + chunk for chunk, _ in cfg.kv_ranges_at]    # chunks whose ranges are not cfg.kv_ranges
     ahead: dict[int, list[ChunkInput]] = {}              # chunk -> what is left of its life
     for stage in itertools.count():                          # chunk P + stage enters
         newest = P + stage
@@ -1167,9 +1167,9 @@ def plan(cfg: SamplerConfig, chunks: int | None, prefix_chunks: int = 0,
         if all(len(inputs) == 1 for inputs in ahead.values()):
             return                                       # all are done, and nobody will read the last keys
 
-        # Forget what neither the chunks in flight nor those to come will read. Of the latter those count that
-        # have ranges of their own, and the next one without: it sees further back than all after it.
-        # (A config of a chunk's own may not look further back than the run's: `check_own_config`.)
+        # Forget what neither the chunks in flight nor those to come will read. Of those to come it is enough
+        # to look at the exceptions and at the next plain one: the plain ones after it see no further back.
+        # (Nor does a chunk's own config: `check_own_config` refuses one that does.)
         plain = next(chunk for chunk in itertools.count(newest + 1) if chunk not in exceptions)
         to_come = [life(cfg, chunk, P) for chunk in (plain, *exceptions) if newest < chunk < K]
         forget = min(c.first_seen for inputs in (*ahead.values(), *to_come) for c in inputs)
@@ -1178,8 +1178,8 @@ def plan(cfg: SamplerConfig, chunks: int | None, prefix_chunks: int = 0,
             prefix = needed(range(forget, P), [clean_input(cfg, chunk, prefix=True) for chunk in range(P)])
             if prefix:
                 yield Step(tuple(prefix), d[0], None, forget, None)
-        # Of a chunk in its last stage, its noisy inputs and the clean one are left; the clean one alone then
-        # stands in the first step of the next stage.
+        # A chunk in its last stage has its noisy inputs and the clean one left; the clean one stays alone for
+        # the first step of the next stage.
         done = next((chunk for chunk, inputs in ahead.items() if len(inputs) == per_stage + 1), None)
         for j in range(per_stage):
             yield Step(chunks=tuple(inputs[j] for inputs in ahead.values() if j < len(inputs)),
@@ -1205,7 +1205,7 @@ def plan(cfg: SamplerConfig, chunks: int | None, prefix_chunks: int = 0,
 
 
 class Branch(NamedTuple):
-    captioned: bool                      # noisy chunks have their captions and the flag; else null text
+    captioned: bool                      # noisy chunks have captions, and the flag says so; else null text
     alone: bool = False                  # each chunk sees only itself
     stores: bool = False                 # this branch's keys of clean chunks go to the cache
 
@@ -1290,17 +1290,19 @@ def sample(dit: DiT, text: Tensor | Iterator[tuple], text_mask: Tensor | None, s
     special_tokens  name -> (1, C)
     prefix          (16, T, H, W), clean latents that come first
     noise           (16, 6 K, H, W), in place of the seeded noise; K counts prefix chunks too. H and W are
-                    those of prefix or noise, the sampler's height and width only without both
+                    taken from prefix or noise; without both, from the sampler's height and width
     skip            False: compute also what is multiplied by zero
 
     Yields float32 latents (16, 6, H, W), less the frames that were given; only an image run (a prefix of one
     frame) keeps that frame. Raises ValueError for inputs that do not fit, before anything is computed.
     """
-    cfg, channels = sampler, dit.cfg.latent_channels
+    cfg = sampler
+    channels = dit.cfg.latent_channels
     for name, u in (("prefix", prefix), ("noise", noise)):
         require(u is None or u.dim() == 4 and len(u) == channels and u.shape[1] >= 1,
                 f"{name} must be ({channels}, T, H, W), not {None if u is None else tuple(u.shape)}")
     if prefix is None:
+        # 8: the VAE's patch_size
         H, W = (cfg.height // 8, cfg.width // 8) if noise is None else noise.shape[2:]
         prefix = torch.zeros(channels, 0, H, W)
     K, P = count_chunks(cfg.num_frames, prefix.shape[1])
@@ -1313,7 +1315,7 @@ def sample(dit: DiT, text: Tensor | Iterator[tuple], text_mask: Tensor | None, s
     table = special_tokens or {}
     checkpoints.check_tokens(cfg, table, dit.cfg.text_dim, math.inf if K is None else K - P)
     if isinstance(text, Tensor):
-        text = captions.each_chunk(text, text_mask, tuple(dit.null_text.shape))
+        text = captions.each_chunk(text, text_mask, tuple(dit.null_text.shape))      # checked, one by one
     return _Run(dit, cfg, K, P, text, table, prefix, noise, skip).stream(progress or (lambda _: None))
 
 
@@ -1331,7 +1333,7 @@ class _Run:
     def __init__(self, dit: DiT, cfg: SamplerConfig, K: int | None, P: int, texts: Iterator,
                  table: dict[str, Tensor], prefix: Tensor, noise: Tensor | None, skip: bool):
         self.dit, self.cfg, self.K, self.P, self.noise, self.skip = dit, cfg, K, P, noise, skip
-        self.texts = captions.endless(texts)
+        self.texts = captions.endless(texts)                                 # the last one goes on for ever
         null = dit.null_text.detach().float()                                # (L, C)
         self.table = {name: v.to(null) for name, v in table.items()}
         self.prefix = prefix[None].to(null.device, torch.float32)            # (1, 16, T, H, W)
@@ -1370,21 +1372,20 @@ class _Run:
         """Guided velocity of every noisy chunk; the keys of clean ones are stored on the way."""
         noisy = step.noisy
         shares = {c.chunk: branch_shares(self.entries[c.chunk].cfg, c, c == noisy[0]) for c in noisy}
-        inputs: dict[str, list[ChunkInput]] = {}         # what each branch holds, of those that are needed
+        held: dict[str, list[ChunkInput]] = {}           # the chunks of each branch that is needed
         for name, branch in self.branches.items():
             wanted = [chunk for chunk, share in shares.items() if share[name] != 0 or not self.skip]
             if branch.stores:
                 wanted += [c.chunk for c in step.chunks if c.clean]
-            if branch.alone:
-                inputs[name] = [c._replace(first_seen=c.chunk) for c in noisy if c.chunk in wanted]
-            else:
-                inputs[name] = needed(wanted, step.chunks)
-        inputs = {name: held for name, held in inputs.items() if held}
-        outs = self.dit.forward_all([self.call(held, self.branches[name], step.d, x)
-                                     for name, held in inputs.items()])
+            if wanted and branch.alone:
+                held[name] = [c._replace(first_seen=c.chunk) for c in noisy if c.chunk in wanted]
+            elif wanted:
+                held[name] = needed(wanted, step.chunks)
+        outs = self.dit.forward_all([self.call(inputs, self.branches[name], step.d, x)
+                                     for name, inputs in held.items()])
         guided: dict[int, Tensor] = {}                   # shares sum to 1, so each chunk gets a velocity
-        for (name, held), out in zip(inputs.items(), outs, strict=True):
-            for c, v in zip(held, out.chunk(len(held), dim=2), strict=True):
+        for (name, inputs), out in zip(held.items(), outs, strict=True):
+            for c, v in zip(inputs, out.chunk(len(inputs), dim=2), strict=True):
                 share = 0 if c.clean else shares[c.chunk][name]
                 if share != 0:
                     guided[c.chunk] = guided.get(c.chunk, 0) + share * v
@@ -1410,18 +1411,18 @@ class _Run:
         item = next(self.texts)
         if item is None:
             return None
-        text, mask, *own = item
+        text, mask, *own = item              # own: [SamplerConfig] or []
         require(text.shape == self.null.text.shape and mask.shape == self.null.mask.shape,
                 f"text {tuple(text.shape)} and text_mask {tuple(mask.shape)} of chunk {chunk - self.P} "
                 f"must be {tuple(self.null.text.shape)} and {tuple(self.null.mask.shape)}")
         cfg = own[0] if own else self.cfg
-        checkpoints.check_own_config(cfg, self.cfg)
+        checkpoints.check_own_config(cfg, self.cfg)      # it may differ only in ranges and guidance
         if mask.any():
             remaining = math.inf if self.K is None else self.K - chunk
             names = token_names(self.cfg.special_tokens, SPECIAL_TOKENS, remaining)
             text, mask = text.to(self.null.text), mask.to(self.null.mask.device).bool().long()
             text, mask = prepend_tokens(text, mask, [self.table[name] for name in names])
-        else:                                # an empty caption
+        else:                                # an empty caption is null text in every branch
             text, mask = self.null.text, self.null.mask
         self.entries[chunk] = Entry(text, mask, cfg)
         return cfg
@@ -1460,6 +1461,8 @@ class _Run:
 #     tiny/base/  config.json {"dit": ..., "sampler": ...}  model.safetensors  special_tokens.safetensors
 #     tiny/vae/   config.json {"vae": ...}                  model.safetensors
 #     tiny/t5/    config.json (transformers)                model.safetensors  spiece.model
+#
+# `build` makes a module without memory and compares it with the headers of the files; `fill` reads them.
 
 
 def load_dit(folder: str | Path, device: Device = "cpu", dtype: str | None = None,
@@ -1543,21 +1546,24 @@ class MAGI:
             import media
 
             pixels = media.prefix_pixels(image, video, prefix_frames, (cfg.height, cfg.width), fit, cfg.fps)
+        # Captions in a list are encoded here; those of an iterator, and Prompts, when their chunk enters.
         text, mask = captions.texts_of(prompt, cfg, self.encode_text, shot_transition)
         prefix = None if pixels is None else self.encode(pixels)
         chunks = sample(self.dit, text, mask, cfg, special_tokens=self.special_tokens, prefix=prefix,
                         progress=progress)
-        given = None if video is None else prefix[:, prefix.shape[1] // CHUNK * CHUNK :]
+        given = None
+        if video is not None:                            # what the prefix gives of the first chunk
+            given = prefix[:, prefix.shape[1] // CHUNK * CHUNK :]
         return self._frames(chunks, wanted, given)
 
     def _frames(self, chunks: Iterator[tuple[int, Tensor]], wanted: float, given: Tensor | None
                 ) -> Iterator[np.ndarray]:
-        """Decode chunks, to `wanted` video frames in all. Where the first chunk begins with `given` latent
-        frames of a video, it is decoded with them, as a VAE is at its best on whole chunks; they are not
-        shown again."""
+        """Decode chunks, to `wanted` video frames in all. The first one is decoded together with the `given`
+        latent frames of a video, since a VAE is at its best on whole chunks; these are not shown again."""
         for i, latent in chunks:
             skip = 0
-            if i == 0 and given is not None:             # a lone given frame is in `latent` already
+            if i == 0 and given is not None:
+                # [-CHUNK:]: a prefix of one latent frame is in `latent` already.
                 latent = torch.cat([given.to(latent), latent], dim=1)[:, -CHUNK:]
                 skip = FRAMES_PER_LATENT * given.shape[1]
             frames = self.decode(latent)[skip:]
