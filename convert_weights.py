@@ -604,8 +604,7 @@ def main(argv: list[str] | None = None) -> int:
         quantizer().add_flags(command)
     args = vars(parser.parse_args(argv))
     run = args.pop("run")
-    return exit_code("convert_weights", lambda: run(**args),
-                     stopped="interrupted; what was there before is whole")
+    return exit_code(lambda: run(**args), stopped="interrupted; what was there before is whole")
 
 
 if __name__ == "__main__":

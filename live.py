@@ -627,7 +627,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--port", type=whole_number, default=8765, help="default: 8765")
     page, others = parser.parse_known_args(argv)
     args = sample.parse_arguments(others)
-    return exit_code("error", lambda: show(page.host, page.port, args, others))
+    return exit_code(lambda: show(page.host, page.port, args, others))
 
 
 def show(host: str, port: int, args: argparse.Namespace, given: list[str]) -> int:

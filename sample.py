@@ -549,8 +549,8 @@ def main(argv: list[str] | None = None) -> int:
             contextlib.redirect_stderr(Quiet(sys.stderr)):
         try:
             return exit_code(
-                "error", lambda: make_videos(argv), kept="what was written stays", too_large=", see --plan, "
-                "or try --stream cpu, a smaller --height and --width, or --window 1 --kv_range 2")
+                lambda: make_videos(argv), kept="what was written stays", too_large=", see --plan, or try "
+                "--stream cpu, a smaller --height and --width, or --window 1 --kv_range 2")
         finally:
             signal.signal(signal.SIGINT, on_ctrl_c)
 

@@ -235,11 +235,11 @@ def uninterrupted() -> Iterator[None]:
         raise KeyboardInterrupt
 
 
-def exit_code(name: str, action: Callable[[], Any], *, stopped: str = "stopped", kept: str = "",
-              too_large: str = "") -> int:
+def exit_code(action: Callable[[], Any], *, stopped: str = "stopped", kept: str = "", too_large: str = ""
+              ) -> int:
     """Do the action -> the exit code of the command: 2 for a fault in what was given or in a file, 1 for a
-    later failure, 130 for Ctrl-C. One line, after `name`, says what went wrong; a fault in the code shows its
-    traceback. Of several processes the first one that fails says it.
+    later failure, 130 for Ctrl-C. One line says what went wrong, as "error: ..." in every command; Ctrl-C is
+    no error. A fault in the code shows its traceback. Of several processes the first one that fails says it.
 
     stopped: what is said of Ctrl-C; kept: what is left when another process is gone; too_large: what takes
     less memory.
@@ -250,21 +250,21 @@ def exit_code(name: str, action: Callable[[], Any], *, stopped: str = "stopped",
     try:
         return action() or 0
     except KeyboardInterrupt as stop:
-        complaint, code = str(stop) or stopped, 130
+        line, code = str(stop) or stopped, 130
     except (ValueError, FloatingPointError, OSError, ImportError) as error:
-        complaint, code = str(error), 2
+        line, code = f"error: {error}", 2
     except (MemoryError, RuntimeError) as error:
         code = 1
         if parallel.lost_another(error):
-            complaint = f"another process has stopped, and all with it; {kept}"
+            line = f"error: another process has stopped, and all with it; {kept}"
         elif isinstance(error, checkpoints.KernelError):
-            complaint = str(error)
+            line = f"error: {error}"
         elif checkpoints.out_of_memory(error):
-            complaint = f"out of memory{too_large} ({error})"
+            line = f"error: out of memory{too_large} ({error})"
         else:
             raise
     if code != 1 and parallel.rank() > 0:
         time.sleep(1)                    # what all have found, the first rank says
     if parallel.first_to_tell():
-        say(f"{name}: {complaint}")
+        say(line)
     return code

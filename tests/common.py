@@ -271,20 +271,12 @@ def run_main(main, *arguments) -> tuple[int, str, str]:
     return code, out.getvalue(), err.getvalue()
 
 
-FIRST_WORD = {
-    "convert_weights": "convert_weights: ",
-    "finetune": "training: ",
-    "live": "error: ",
-    "sample": "error: ",
-}
-
-
-def assert_one_line(first: str, result: tuple[int, str, str], *words: str) -> str:
-    """A result of run_main is exit code 2 and one line on stderr, from `first` on, that has all `words`: this
+def assert_one_line(result: tuple[int, str, str], *words: str) -> str:
+    """A result of run_main is exit code 2 and one line on stderr, "error: ...", that has all `words`: this
     line."""
     code, _, err = result
     assert code == 2 and len(err.splitlines()) == 1 and err.endswith("\n"), (code, err)
-    assert err.startswith(first), err
+    assert err.startswith("error: "), err
     for word in words:
         assert word in err, (word, err)
     return err
@@ -293,7 +285,7 @@ def assert_one_line(first: str, result: tuple[int, str, str], *words: str) -> st
 def assert_refused(main, arguments, *words: str, out: Path | None = None) -> str:
     """The command line is refused in one line, which is returned, and nothing is new at or beside `out`."""
     before = sorted(out.parent.rglob("*")) if out else None
-    line = assert_one_line(FIRST_WORD[main.__module__], run_main(main, *arguments), *words)
+    line = assert_one_line(run_main(main, *arguments), *words)
     assert out is None or sorted(out.parent.rglob("*")) == before
     return line
 

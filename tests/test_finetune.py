@@ -1,7 +1,6 @@
 """Fine-tuning on a folder of clips (finetune.py), the loop, LoRA files of other programs."""
 
 import dataclasses
-import functools
 import importlib
 import json
 import math
@@ -85,7 +84,7 @@ def train(*args, **kwargs) -> tuple[int, str, str]:
     return run_main(finetune.main, *command_line(*args, **kwargs))
 
 
-refused = functools.partial(assert_one_line, "training: ")
+refused = assert_one_line
 
 
 # ------------------------------------------------------------------------------------------------ the data
@@ -310,7 +309,7 @@ def no_weights(monkeypatch):
 )
 def test_flags_are_checked_as_those_of_sample(flags, words, tmp_path):
     line = command_line(tmp_path, tmp_path, tmp_path / "a", *flags)
-    assert_one_line("error: ", run_main(finetune.main, *line), words)
+    assert_one_line(run_main(finetune.main, *line), words)
 
 
 def test_bad_clips_are_named_before_anything_is_loaded(model_folder, tmp_path, no_weights):
@@ -323,7 +322,7 @@ def test_bad_clips_are_named_before_anything_is_loaded(model_folder, tmp_path, n
     (data / "short.txt").write_text("a red")
     refused(train(model_folder, data, out), "'short.mp4' has 20 frames", "24", "--skip_bad")
     code, _, err = train(model_folder, data, out, "--skip_bad")
-    assert code == 2 and "skipped: clip 'short.mp4'" in err and "training: no clip of" in err
+    assert code == 2 and "skipped: clip 'short.mp4'" in err and "error: no clip of" in err
     (data / "short.mp4").write_bytes(b"no video")
     refused(train(model_folder, data, out), "short.mp4", "--skip_bad")
     write_clip(data / "short.mp4", 30)
@@ -516,7 +515,7 @@ def test_out_of_memory_is_one_line(cached, model_folder, tmp_path, monkeypatch, 
     monkeypatch.setattr(training, "flow_matching_loss", full)
     code, _, err = train(model_folder, cached, tmp_path / "a.safetensors")
     last = err.splitlines()[-1]
-    assert code == 1 and last.startswith("training: out of memory") and words in last, err
+    assert code == 1 and last.startswith("error: out of memory") and words in last, err
     assert all(flag in last for flag in ("--size", "--seconds", "--tokens", "--stream"))
     with pytest.raises(RuntimeError, match="a mistake"):
         error = RuntimeError("a mistake")
@@ -535,12 +534,12 @@ def test_a_full_disk_is_one_line(cached, model_folder, tmp_path, monkeypatch):
         patch.setattr(torch, "save", full)
         code, _, err = train(model_folder, cached, out)
         assert code == 2 and "train.pt', is the disk full? What was saved before is kept" in err
-        assert err.splitlines()[-1].startswith("training: cannot write")
+        assert err.splitlines()[-1].startswith("error: cannot write")
     with monkeypatch.context() as patch:
         patch.setattr(finetune.outputs, "save_file", full_too)
         code, _, err = train(model_folder, cached, out)
         assert code == 2 and err.splitlines()[-1].startswith(
-            f"training: cannot write {str(out)!r}: Error while"
+            f"error: cannot write {str(out)!r}: Error while"
         ), err
     assert train(model_folder, cached, out)[0] == 0
 
@@ -553,7 +552,7 @@ def test_ctrl_c_twice_stops_within_a_step(cached, model_folder, tmp_path, monkey
 
     monkeypatch.setattr(training.AdamW, "step", twice)
     code, _, err = train(model_folder, cached, tmp_path / "a.safetensors")
-    assert code == 130 and err.splitlines()[-1].startswith("training: stopped within a step"), err
+    assert code == 130 and err.splitlines()[-1].startswith("stopped within a step"), err
 
 
 def test_a_run_with_a_folder_of_its_own_replaces_no_other_file(cached, model_folder, tmp_path, no_weights):
@@ -776,7 +775,7 @@ def test_what_is_wrong_is_said_once_by_several_processes(model_folder, tmp_path)
     flags = ("--model", model_folder, "--data", "nowhere", "--out", tmp_path / "a.safetensors")
     run = run_python("-m", "torch.distributed.run", "--standalone", "--nproc_per_node", 2,
                      HERE / "training.py", "lora", *flags, "--device", "cpu")  # fmt: skip
-    (line,) = (line for line in run.stderr.splitlines() if line.startswith("training:"))
+    (line,) = (line for line in run.stderr.splitlines() if line.startswith("error:"))
     assert "the data folder 'nowhere' does not exist" in line
 
 

@@ -840,8 +840,8 @@ def test_sample_says_in_one_line_which_kernel_failed(failure, model_folder, tmp_
 
 def test_training_says_in_one_line_which_kernel_failed(failure, capsys):
     swiglu = lambda: magi.get_ops("auto", "cpu").swiglu(tensors((6, 20))[0])
-    assert finetune.exit_code("training", swiglu) == 1
-    assert re.fullmatch(f"training: {failure}\n", capsys.readouterr().err)
+    assert finetune.exit_code(swiglu) == 1
+    assert re.fullmatch(f"error: {failure}\n", capsys.readouterr().err)
 
 
 def test_the_page_says_in_one_line_which_kernel_failed(failure):

@@ -1032,7 +1032,7 @@ def run_all(args: argparse.Namespace) -> None:
 def main(argv: list[str] | None = None) -> int:
     """The command line -> its exit code."""
     args = parser().parse_args(argv)
-    return finetune.exit_code("train", lambda: run_all(args))
+    return finetune.exit_code(lambda: run_all(args))
 
 
 if __name__ == "__main__":

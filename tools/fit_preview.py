@@ -10,6 +10,7 @@ to preview.json in the folder of the VAE.
 
 from __future__ import annotations
 
+import argparse
 import json
 import sys
 from collections.abc import Sequence
@@ -22,7 +23,7 @@ sys.path.append(str(Path(__file__).resolve().parents[1]))
 import magi  # noqa: E402
 import outputs  # noqa: E402
 import sample  # noqa: E402
-from terminal import say  # noqa: E402
+from terminal import exit_code  # noqa: E402
 
 
 def fit_preview(pipe: magi.MAGI, prompts: Sequence[str], file: Path,
@@ -48,16 +49,15 @@ def fit_preview(pipe: magi.MAGI, prompts: Sequence[str], file: Path,
 
 def main(argv: list[str] | None = None) -> int:
     args = sample.parse_arguments(argv)
-    try:
-        sample.check_flags(args)
-        run = sample.check(args)
-        with outputs.claimed(args.vae / "preview.json") as file:
-            pipe = sample.load(args, run.device)
-            print(f"{file}: off by {fit_preview(pipe, args.prompt, file, run.cfg):.1f} of 255")
-    except (ValueError, OSError) as error:
-        say(f"error: {error}")
-        return 2
-    return 0
+    return exit_code(lambda: fit(args))
+
+
+def fit(args: argparse.Namespace) -> None:
+    sample.check_flags(args)
+    run = sample.check(args)
+    with outputs.claimed(args.vae / "preview.json") as file:
+        pipe = sample.load(args, run.device)
+        print(f"{file}: off by {fit_preview(pipe, args.prompt, file, run.cfg):.1f} of 255")
 
 
 if __name__ == "__main__":
