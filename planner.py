@@ -18,7 +18,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -54,21 +54,31 @@ class Memory:
         return max(self.t5, both + max(self.activations, self.decoding))
 
 
+class Sizes(NamedTuple):
+    """Bytes of the weights."""
+
+    layers: tuple[int, ...]      # of each layer of the DiT
+    others: int                  # of all else in the DiT
+    vae: int
+    pinned: int                  # of all layers in pinned host memory: PyTorch takes powers of two
+
+
 @lru_cache(16)                   # a plan asks some thirty times, and the 24B takes its time to build
-def sizes(dit: magi.DiTConfig, vae: magi.VAEConfig) -> tuple[tuple[int, ...], int, int]:
-    """Bytes of the weights: of each layer of the DiT, of all its others, of the VAE."""
-    bytes_of = lambda module: sum(u.nbytes for u in module.state_dict().values())
+def sizes(dit: magi.DiTConfig, vae: magi.VAEConfig) -> Sizes:
+    bytes_of = lambda module: [u.nbytes for u in module.state_dict().values()]
     with torch.device("meta"):
         transformer, codec = magi.DiT(dit), magi.VAE(vae)
-    layers = tuple(bytes_of(layer) for layer in transformer.layers)
-    return layers, bytes_of(transformer) - sum(layers), bytes_of(codec)
+    layers = tuple(sum(bytes_of(layer)) for layer in transformer.layers)
+    pinned = sum(1 << (size - 1).bit_length() for size in bytes_of(transformer.layers))
+    return Sizes(layers, sum(bytes_of(transformer)) - sum(layers), sum(bytes_of(codec)), pinned)
 
 
 def needs(dit: magi.DiTConfig, run: magi.SamplerConfig, vae: magi.VAEConfig = magi.VAE_PRESETS["magi"],
           t5: dict = T5_XXL, *, R: int = 1, stream: bool = False, keep_t5: bool = False) -> Memory:
     """Memory of a long run on each of R ranks, with the torch backend. keep_t5: as of magi.load."""
-    layers, others, codec = sizes(dit, vae)
-    weights = others + (0 if stream else sum(layers) // R)
+    size = sizes(dit, vae)
+    layers = size.layers
+    weights = size.others + (0 if stream else sum(layers) // R)
 
     steps = list(magi.plan(run, LONG + max(run.kv_ranges, default=0)))
     n = max(len(step.chunks) for step in steps)                              # chunks in a forward
@@ -111,7 +121,7 @@ def needs(dit: magi.DiTConfig, run: magi.SamplerConfig, vae: magi.VAEConfig = ma
     return Memory(
         weights=weights + keep_t5 * encoder,
         passing=passing[worst],
-        vae=codec,
+        vae=size.vae,
         cache=cached * s * dit.num_layers * 2 * (G // R) * b,
         activations=activations(worst),
         decoding=2 * second + max(second, tile),
@@ -148,20 +158,13 @@ def smallest_change(dit: magi.DiTConfig, run: magi.SamplerConfig, card: float, R
     return "nothing here"
 
 
-def pinned(dit: magi.DiTConfig) -> int:
-    """Bytes of host memory for --stream cpu: PyTorch rounds what it pins up to a power of two."""
-    with torch.device("meta"):
-        weights = magi.DiT(dit).layers.state_dict().values()
-    return sum(1 << (u.nbytes - 1).bit_length() for u in weights)
-
-
 def memory_table(dit: magi.DiTConfig, run: magi.SamplerConfig, vae: Path, t5: Path, keep_t5: bool,
                  numbers: Sequence[int], cards: Sequence[float]) -> str:
     """What a run takes, in ways to run it, and what makes it fit so many cards of so many GB: the text of
     sample.py --plan. VAE and T5 are the released ones if there are none in these folders."""
-    more: dict[str, Any] = {"keep_t5": keep_t5}
-    if (vae / "config.json").is_file():
-        more["vae"] = read_config(vae, "vae", magi.VAEConfig)
+    is_here = (vae / "config.json").is_file()
+    codec = read_config(vae, "vae", magi.VAEConfig) if is_here else magi.VAE_PRESETS["magi"]
+    more: dict[str, Any] = {"vae": codec, "keep_t5": keep_t5}
     if (t5 / "config.json").is_file():
         more["t5"] = read_json(t5 / "config.json")
     most = 1 if keep_t5 else dit.num_kv_heads            # one process reads the prompts
@@ -180,7 +183,8 @@ def memory_table(dit: magi.DiTConfig, run: magi.SamplerConfig, vae: Path, t5: Pa
     if not run.kv_ranges:
         lines.append(f"--kv_range all forgets nothing: this is the cache after {LONG} s, "
                      f"it grows with each chunk")
-    lines.append(f"--stream cpu keeps {pinned(dit) / GIB:.2f} GiB of layers in host memory, disk keeps none")
+    pinned = sizes(dit, codec).pinned
+    lines.append(f"--stream cpu keeps {pinned / GIB:.2f} GiB of layers in host memory, disk keeps none")
     names = {R: f"{R} (torchrun --nproc_per_node {R} sample.py ...)" for R in numbers} | {1: "one"}
     lines.append("\nA card of    " + "".join(f"{names[R]:63}" for R in numbers).rstrip())
     for card in cards:

@@ -208,6 +208,11 @@ def check_flags(args: argparse.Namespace) -> None:
             f"--out {out!r} must end in .mp4, .gif or .png")
     require(args.save_text is None or args.save_text.suffix == ".safetensors",
             f"--save_text {str(args.save_text)!r} must end in .safetensors")
+    check_lora_scales(args)
+
+
+def check_lora_scales(args: argparse.Namespace) -> None:
+    """Set args.lora_scale to one number for each LoRA."""
     scales = args.lora_scale
     require(args.lora or not scales, "--lora_scale needs a LoRA: add --lora FILE")
     require(len(scales) in (0, 1, len(args.lora)), f"{len(scales)} --lora_scale for {len(args.lora)} --lora: "
@@ -273,7 +278,8 @@ def settings(args: argparse.Namespace, dit, cfg) -> tuple[magi.SamplerConfig, li
     """The SamplerConfig of the run, which is the model's or that of --config_file with the given flags on
     top, and notes on it."""
     notes: list[str] = []
-    cfg = training.lora_sampler(cfg, args.lora)
+    acting = [file for file, scale in zip(args.lora, args.lora_scale, strict=True) if scale != 0]
+    cfg = training.lora_sampler(cfg, acting)
     if args.config_file:
         cfg, notes = convert_weights.official_sampler(args.config_file, args.model, dit, cfg)
     given = {field.name: getattr(args, field.name, None) for field in dataclasses.fields(cfg)}
@@ -399,6 +405,7 @@ def check(args: argparse.Namespace) -> SimpleNamespace:
 
 def memory_table(args: argparse.Namespace) -> str:
     """The text of --plan; --model may also name a released model that is not here yet."""
+    check_lora_scales(args)
     is_absent = args.model.name in magi.PRESETS and not args.model.exists()
     dit, native = magi.PRESETS[args.model.name] if is_absent else read_configs(args.model)
     dit = dataclasses.replace(dit, dtype=args.dtype or dit.dtype)

@@ -269,6 +269,15 @@ def test_several_processes_do_not_keep_all_layers_each():
     assert " ".join(memory).startswith("--stream cpu keeps 66.01 GiB of layers in host memory")
 
 
+def test_a_plan_builds_the_shapes_of_a_model_once(monkeypatch):
+    built = []
+    real = magi.DiT
+    monkeypatch.setattr(magi, "DiT", lambda cfg: built.append(cfg) or real(cfg))
+    planner.sizes.cache_clear()
+    printed(sample.main, "48", "--model", "4.5B-base")
+    assert len(built) == 1
+
+
 @pytest.mark.parametrize(
     "card, message",
     [

@@ -668,11 +668,17 @@ def test_a_distilled_lora_makes_the_model_a_distilled_one(model_folder, tmp_path
         (["lora"], [], (False, 4)),
         (["distill"], [], (True, 16)),
         (["lora", "distill"], ["--num_steps", 8], (True, 8)),
+        (["lora", "distill"], ["--lora_scale", 1, "--lora_scale", 0.5], (True, 16)),
+        (["lora", "distill"], ["--lora_scale", 1, "--lora_scale", 0], (False, 4)),  # it does not act
+        (["distill"], ["--lora_scale", 0], (False, 4)),
     ):
         more = more + [word for name in loras for word in ("--lora", tmp_path / f"{name}.safetensors")]
         assert run_sample(model_folder, *flags, *more) == 0
         assert (planned["cfg"].distilled, planned["cfg"].num_steps) == expected
         assert planned["frames"].keywords["sampler"] == planned["cfg"]
+    loras = [word for name in ("lora", "distill") for word in ("--lora", tmp_path / f"{name}.safetensors")]
+    assert run_sample(model_folder, "--plan", *loras, "--lora_scale", "0") == 0
+    assert_refused(sample.main, ["--plan", *loras, *["--lora_scale", "1"] * 3], "3 --lora_scale for 2 --lora")
     already = write_model(tmp_path / "distilled", distilled=True, num_steps=8)
     beside = ("--vae", model_folder.parent / "vae", "--t5", model_folder.parent / "t5")
     assert run_sample(already, *flags, *beside, "--lora", tmp_path / "distill.safetensors") == 0
