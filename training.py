@@ -1034,24 +1034,22 @@ def read_log(log: Path, before: int) -> list[list[str]]:
 
 
 def plot_loss(log: Path) -> None:
-    """Draw the smoothed loss of a CSV beside it, if matplotlib is there."""
+    """Draw the smoothed loss of a CSV beside it, if matplotlib is there. pyplot is left alone: in a notebook it
+    has to go on drawing into the page."""
     try:
-        import matplotlib
+        from matplotlib.figure import Figure
     except ImportError:
         return
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
     rows = [(float(row[0]), float(row[1])) for row in read_log(log, before=2**63)]
     width = max(1, len(rows) // 200)
     parts = [rows[i : i + width] for i in range(0, len(rows) - width + 1, width)]
-    figure, axes = plt.subplots(figsize=(6, 3.5))
+    figure = Figure(figsize=(6, 3.5))
+    axes = figure.subplots()
     axes.semilogy([sum(step for step, _ in part) / width for part in parts],
                   [sum(loss for _, loss in part) / width for part in parts])
     axes.set(xlabel="step", ylabel="loss", title=log.stem)
     axes.grid(alpha=0.3)
     figure.savefig(log.with_suffix(".png"), dpi=100, bbox_inches="tight")
-    plt.close(figure)
 
 
 if __name__ == "__main__":

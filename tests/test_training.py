@@ -322,6 +322,19 @@ def test_rows_that_were_cut_off_are_left_out(tmp_path):
     assert (tmp_path / "toy.png").stat().st_size > 1000
 
 
+def test_drawing_the_loss_leaves_the_backend_of_a_notebook(tmp_path):
+    plt = pytest.importorskip("matplotlib.pyplot")
+    before = plt.get_backend()
+    (tmp_path / "toy.csv").write_text("0,0.7,0.1\r\n1,0.6,0.1\n")
+    try:
+        plt.switch_backend("svg")
+        training.plot_loss(tmp_path / "toy.csv")
+        assert plt.get_backend() == "svg" and not plt.get_fignums()
+    finally:
+        plt.switch_backend(before)
+    assert (tmp_path / "toy.png").stat().st_size > 1000
+
+
 def test_a_report_changes_nothing(tmp_path):
     ends = []
     for report in (None, lambda: "fine"):
