@@ -30,7 +30,7 @@ from torch import Tensor
 from checkpoints import GUIDANCE, check_text_encoder, reading, require
 
 __all__ = ["MAX_TOLD", "Prompt", "T5", "as_prompt", "check_text", "clean_caption", "each_chunk", "endless",
-           "load_text", "texts_of", "told_by", "tokenize", "unread"]
+           "load_text", "load_tokenizer", "texts_of", "told_by", "tokenize", "unread"]
 
 Encode = Callable[[Sequence[str]], tuple[Tensor, Tensor]]     # captions -> text (n, L, C), mask (n, L)
 MAX_TOLD = 2_000                         # characters of a prompt that is told while the video is made
@@ -258,6 +258,15 @@ def clean_caption(caption: str) -> str:
     return caption
 
 
+def load_tokenizer(t5: Path) -> Any:
+    """The SentencePieceProcessor of a T5 folder."""
+    from sentencepiece import SentencePieceProcessor
+
+    file = t5 / "spiece.model"
+    with reading("tokenizer", file):
+        return SentencePieceProcessor(model_file=str(file))
+
+
 def tokenize(tokenizer: Any, captions: Sequence[str], length: int) -> tuple[Tensor, Tensor]:
     """Captions -> T5 token ids (n, L) and 0/1 mask (n, L), truncated to L with a warning.
 
@@ -278,10 +287,7 @@ def tokenize(tokenizer: Any, captions: Sequence[str], length: int) -> tuple[Tens
 
 def unread(t5: Path, prompts: Iterable[str], words: bool = True) -> list[str]:
     """Warnings of prompts of which T5 can read nothing and, if `words`, of single words that it cannot."""
-    from sentencepiece import SentencePieceProcessor
-
-    with reading("tokenizer", t5 / "spiece.model"):
-        tokenizer = SentencePieceProcessor(model_file=str(t5 / "spiece.model"))
+    tokenizer = load_tokenizer(t5)
     warned = []
     for prompt in prompts:
         heard = clean_caption(prompt).split()
@@ -361,11 +367,9 @@ class T5:
     @torch.no_grad()
     def __call__(self, captions: Sequence[str], clean: bool = True) -> tuple[Tensor, Tensor]:
         """Captions -> last hidden state (n, L, text_dim) float32 and mask (n, L), on the CPU."""
-        from sentencepiece import SentencePieceProcessor
-
         model = self.model or self.read()
         self.model = model if self.keep else None
-        tokenizer = SentencePieceProcessor(model_file=str(self.folder / "spiece.model"))
+        tokenizer = load_tokenizer(self.folder)
         captions = [clean_caption(c) if clean else c for c in captions]
         ids, mask = tokenize(tokenizer, captions, self.length)
         used = max(1, int(mask.sum(1).max()))            # the columns that are not padding everywhere

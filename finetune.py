@@ -64,9 +64,9 @@ import parallel
 import planner
 import terminal
 import training
-from captions import clean_caption
+from captions import clean_caption, load_tokenizer
 from checkpoints import build, read_config, read_json, read_tensors, reading, require, weight_files
-from magi import CHUNK, FRAMES_PER_LATENT, DiT, DiTConfig, SamplerConfig
+from magi import CHUNK, FRAMES_PER_LATENT, DiT, DiTConfig, SamplerConfig, VAEConfig
 from terminal import Parser, say
 
 FPS = 24
@@ -422,13 +422,8 @@ class Batches:
 
 
 def caption_check(t5: Path, length: int) -> Callable[[str, str], None]:
-    """What raises ValueError for a caption (of this owner) that is longer than the model takes. Only the
-    tokenizer is read."""
-    from sentencepiece import SentencePieceProcessor
-
-    file = t5 / "spiece.model"
-    require(file.is_file(), f"no text encoder in {str(t5)!r}: {file} does not exist; give one with --t5")
-    tokenizer = SentencePieceProcessor(model_file=str(file))
+    """What raises ValueError for a caption (of this owner) that is longer than the model takes."""
+    tokenizer = load_tokenizer(t5)
 
     def check(caption: str, owner: str) -> None:
         count = len(tokenizer.encode(clean_caption(caption))) + 1            # </s>
@@ -468,7 +463,8 @@ def finetune(args: argparse.Namespace) -> None:
 
 
 def check_model(args: argparse.Namespace) -> DiT:
-    """The base model on the meta device. ValueError if it cannot be trained, or not like this."""
+    """The base model on the meta device. ValueError if it cannot be trained, or not like this, or if VAE or
+    T5 are not for it."""
     cfg = read_config(args.model, "dit", DiTConfig)
     sampler = training.lora_sampler(read_config(args.model, "sampler", SamplerConfig), args.lora)
     require(not cfg.fp8, f"{args.model} has fp8 weights, too coarse for the small changes of training: "
@@ -493,6 +489,9 @@ def check_model(args: argparse.Namespace) -> DiT:
     base = build(lambda: DiT(cfg), args.model)
     for file in args.lora:
         training.check_lora(base, file)
+    vae = read_config(args.vae, "vae", VAEConfig)
+    build(lambda: magi.VAE(vae), args.vae)
+    checkpoints.check_text_encoder(args.t5, cfg.text_dim)
     return base
 
 

@@ -5,6 +5,7 @@ import importlib
 import json
 import math
 import os
+import shutil
 import signal
 import sys
 import types
@@ -26,6 +27,7 @@ from common import (
     run_python,
     shades,
     write_model,
+    write_t5,
 )
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
@@ -357,6 +359,19 @@ def test_models_and_outputs_that_cannot_be(cached, model_folder, tmp_path, no_we
         patch.setattr(finetune.importlib.util, "find_spec", lambda name: None)
         refused(train(model_folder, cached, out, "--optimizer", "adamw8bit"), "pip install torchao")
     refused(train(model_folder, cached, out, "--t5", tmp_path), "spiece.model", "--t5")
+    refused(train(model_folder, cached, out, "--vae", tmp_path), "no VAE in", "--vae")
+    assert not (tmp_path / "a.work").exists()
+    wide = write_t5(tmp_path / "t5", width=2 * FOLDER_DIT.text_dim)
+    words = f"has width {2 * FOLDER_DIT.text_dim}, this model needs {FOLDER_DIT.text_dim}"
+    refused(train(model_folder, cached, out, "--t5", wide, "--plan"), words)
+    other_vae = shutil.copytree(model_folder.parent / "vae", tmp_path / "vae")
+    config = json.loads((other_vae / "config.json").read_text())
+    config["vae"]["embed_dim"] *= 2
+    (other_vae / "config.json").write_text(json.dumps(config))
+    refused(train(model_folder, cached, out, "--vae", other_vae, "--plan"), str(other_vae))
+    broken = shutil.copytree(model_folder.parent / "t5", tmp_path / "broken")
+    (broken / "spiece.model").write_bytes(b"no tokenizer")
+    refused(train(model_folder, cached, out, "--t5", broken, "--plan"), "cannot read tokenizer", "damaged")
     out.write_bytes(b"mine")
     refused(train(model_folder, cached, out), "exists and was not made by this run")
     assert out.read_bytes() == b"mine"
@@ -579,8 +594,7 @@ def test_a_run_whose_clips_or_encoders_changed_is_refused(
     with pytest.raises(pytest.fail.Exception, match="weights are loaded"):
         train(model_folder, data, out)
     (tmp_path / "t5").symlink_to(model_folder.parent / "t5")  # the same by another name
-    (tmp_path / "other").mkdir()
-    (tmp_path / "other" / "spiece.model").symlink_to(model_folder.parent / "t5" / "spiece.model")
+    shutil.copytree(model_folder.parent / "t5", tmp_path / "other")
     with pytest.raises(pytest.fail.Exception, match="weights are loaded"):
         train(model_folder, data, out, "--t5", tmp_path / "t5")
     refused(train(model_folder, data, out, "--t5", tmp_path / "other"), "other settings: t5 (was", "other)")
