@@ -898,6 +898,47 @@ def stop_between_steps() -> Iterator[list[str]]:
             signal.signal(number, handler)
 
 
+@dataclass
+class Checkpoint:
+    """All that a run needs to go on, and the file that it is written to."""
+
+    file: Path
+    trained: dict[str, nn.Parameter]
+    ema: dict[str, Tensor]               # their moving average; empty where none is kept
+    optimizers: Sequence[torch.optim.Optimizer]
+    step: int = 0                        # so many steps are in the file
+
+    def read(self) -> None:
+        """Go on from the file, if it is there."""
+        if not self.file.exists():
+            return
+        with reading("checkpoint", self.file):
+            several = parallel.ranks() > 1               # which take a part each
+            state = torch.load(self.file, weights_only=True, map_location="cpu", mmap=several)
+        require(state["model"].keys() == self.trained.keys(), f"{str(self.file)!r} is the checkpoint of "
+                f"another run: choose another folder, or remove it")
+        with torch.no_grad():
+            for k, p in self.trained.items():
+                p.copy_(like(state["model"][k], p))
+        self.ema = {k: like(v, self.trained[k]) for k, v in state["ema"].items()}
+        for optimizer, saved in zip(self.optimizers, state["optimizers"], strict=True):
+            optimizer.load_state_dict(saved)
+        self.step = state["step"]
+
+    def save(self, step: int) -> None:
+        """Write what is there after so many steps. All processes must call this; the first one writes."""
+        state = {"model": {k: p.detach() for k, p in self.trained.items()}, "ema": self.ema, "step": step,
+                 "optimizers": [optimizer.state_dict() for optimizer in self.optimizers]}
+        state = gathered(state)
+        if parallel.rank() == 0:
+            try:
+                outputs.replace(self.file, lambda new: torch.save(state, new))
+            except RuntimeError as error:                # so PyTorch calls a full disk
+                raise OSError(f"cannot write {str(self.file)!r}, is the disk full? What was saved before is "
+                              f"kept, and the same command goes on ({error})") from None
+        self.step = step
+
+
 def fit(name: str, model: nn.Module, loss_of_step: Callable[[int], tuple[Tensor, dict[str, float]]],
         steps: int, optimizers: Sequence[torch.optim.Optimizer], folder: Path, *, every: int = 500,
         warmup: int = 100, accumulate: int = 1, ema_decay: float | None = None,
@@ -913,41 +954,18 @@ def fit(name: str, model: nn.Module, loss_of_step: Callable[[int], tuple[Tensor,
     which is read if it is there. folder/name.csv has a row a step, and name.png draws it.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    file, log = folder / f"{name}.pt", folder / f"{name}.csv"
     is_first = parallel.rank() == 0                      # it alone writes
-    if not is_first:
-        log = Path(os.devnull)
+    log = folder / f"{name}.csv" if is_first else Path(os.devnull)
     forwards = range(parallel.rank(), accumulate, parallel.ranks())          # of a step, in this process
     assert accumulate % parallel.ranks() == 0, "an equal share for each process"
     trained = {k: p for k, p in model.named_parameters() if p.requires_grad}
     rates = [[group["lr"] for group in optimizer.param_groups] for optimizer in optimizers]
     ema = {k: p.detach().clone() for k, p in trained.items()} if ema_decay else {}
-    first = kept = 0
-    if file.exists():
-        with reading("checkpoint", file):
-            several = parallel.ranks() > 1               # which take a part each
-            state = torch.load(file, weights_only=True, map_location="cpu", mmap=several)
-        require(state["model"].keys() == trained.keys(), f"{str(file)!r} is the checkpoint of another run: "
-                f"choose another folder, or remove it")
-        with torch.no_grad():
-            for k, p in trained.items():
-                p.copy_(like(state["model"][k], p))
-        ema = {k: like(v, trained[k]) for k, v in state["ema"].items()}
-        first = kept = state["step"]
-        for optimizer, saved in zip(optimizers, state["optimizers"], strict=True):
-            optimizer.load_state_dict(saved)
+    checkpoint = Checkpoint(folder / f"{name}.pt", trained, ema, optimizers)
+    checkpoint.read()
+    first, ema = checkpoint.step, checkpoint.ema
 
-    def save_state(step: int) -> None:
-        state = {"model": {k: p.detach() for k, p in trained.items()}, "ema": ema, "step": step,
-                 "optimizers": [optimizer.state_dict() for optimizer in optimizers]}
-        state = gathered(state)
-        if not is_first:
-            return
-        try:
-            outputs.replace(file, lambda new: torch.save(state, new))
-        except RuntimeError as error:                    # so PyTorch calls a full disk
-            raise OSError(f"cannot write {str(file)!r}, is the disk full? What was saved before is kept, and "
-                          f"the same command goes on ({error})") from None
+    def draw() -> None:
         try:
             plot_loss(log)
         except Exception as error:
@@ -963,9 +981,10 @@ def fit(name: str, model: nn.Module, loss_of_step: Callable[[int], tuple[Tensor,
         writer = csv.writer(table)
         for step in bar:
             start = time.perf_counter()
+            share = min((step + 1) / warmup, 1, 3 * (1 - step / steps))
             for optimizer, group_rates in zip(optimizers, rates, strict=True):
                 for group, rate in zip(optimizer.param_groups, group_rates, strict=True):
-                    group["lr"] = rate * min((step + 1) / warmup, 1, 3 * (1 - step / steps))
+                    group["lr"] = rate * share
             model.zero_grad(set_to_none=True)
             losses = []
             for i in forwards:
@@ -975,7 +994,8 @@ def fit(name: str, model: nn.Module, loss_of_step: Callable[[int], tuple[Tensor,
                 losses.append(float(loss.detach()))
             mean_loss = sum_of_all(sum(losses)) / accumulate
             if not math.isfinite(mean_loss):
-                end = f", or end with --steps {kept}: so many are in {file}" if kept else ""
+                kept = checkpoint.step
+                end = f", or end with --steps {kept}: so many are in {checkpoint.file}" if kept else ""
                 raise FloatingPointError(f"the loss of step {step} is {mean_loss}, and will be again: try a "
                                          f"lower --lr with a new --work{end}")
             finish_gradients([*trained.values()])
@@ -989,18 +1009,17 @@ def fit(name: str, model: nn.Module, loss_of_step: Callable[[int], tuple[Tensor,
             rows.append([str(value) for value in (step, mean_loss, *numbers.values(), round(seconds, 3))])
             writer.writerow(rows[-1])
             table.flush()
-            # An older version of this project may have begun the log, with other columns: they do not count.
-            alike = [row for row in rows[-100:] if len(row) == len(rows[-1])]
-            recent = [sum(map(float, column)) / len(column) for column in zip(*alike, strict=True)]
-            shown = dict(zip(["loss", *numbers, "s/step"], recent[1:], strict=True))
-            bar.set_postfix({key: f"{value:.3g}" for key, value in shown.items()}, refresh=False)
+            means = zip(["loss", *numbers, "s/step"], recent_means(rows)[1:], strict=True)
+            shown = {key: f"{value:.3g}" for key, value in means}
+            bar.set_postfix(shown, refresh=False)
             is_last, stops = step + 1 == steps, sum_of_all(len(asked)) > 0   # all end at the same step
             if bar.disable and (is_time() or is_last):                       # a log: a line now and then
-                figures = ", ".join(f"{key} {value:.3g}" for key, value in shown.items())
+                figures = ", ".join(f"{key} {value}" for key, value in shown.items())
                 terminal.say(f"{name}: step {step + 1} of {steps}, {figures}")
             if (step + 1) % every == 0 or is_last or stops:
-                save_state(step + 1)
-                kept = step + 1
+                checkpoint.save(step + 1)
+                if is_first:
+                    draw()
             if stops:
                 bar.close()
                 raise KeyboardInterrupt(f"stopped after step {step + 1} of {steps}, all of which are saved")
@@ -1033,9 +1052,16 @@ def read_log(log: Path, before: int) -> list[list[str]]:
     return [row for row in csv.reader(lines) if len(row) > 1 and row[0].isdecimal() and int(row[0]) < before]
 
 
+def recent_means(rows: list[list[str]]) -> list[float]:
+    """The mean of each column over the last 100 rows. An older version of this project may have begun the
+    log, with other columns: those rows do not count."""
+    alike = [row for row in rows[-100:] if len(row) == len(rows[-1])]
+    return [sum(map(float, column)) / len(column) for column in zip(*alike, strict=True)]
+
+
 def plot_loss(log: Path) -> None:
-    """Draw the smoothed loss of a CSV beside it, if matplotlib is there. pyplot is left alone: in a notebook it
-    has to go on drawing into the page."""
+    """Draw the smoothed loss of a CSV beside it, if matplotlib is there. pyplot is left alone: in a notebook
+    it has to go on drawing into the page."""
     try:
         from matplotlib.figure import Figure
     except ImportError:
