@@ -221,6 +221,15 @@ def evaluate(args) -> None:
 # ------------------------------------------------------------------------------------------ 3 steps and time
 
 
+COLUMNS = """\
+Colour, shape and motion are the shares of videos in which the judge finds what the caption asks for, and "all
+three" is the share in which it finds all of that. "Rigid IoU" says how well the outline of a thing fits that
+of the next frame (1: exactly), "area variation" how much its size changes, "saturation" how strong its paint
+is (0.9 in true clips), and "burnt" which share of the pixels beside things is at a limit, 0 or 255. "Seams",
+in newer tables, says how much steeper frames are where the DiT's tokens meet (1.02 in true clips).
+"""
+
+
 def step_counts(pipe: magi.MAGI, count: int, steps: Sequence[int] = (64, 32, 16, 8, 4)) -> list[dict]:
     """What fewer steps cost, in quality, and save, in time: a row for each number of steps. All film the same
     held-out prompts from the same noise, 48 frames each; time is that of the whole pipeline, here."""
@@ -254,7 +263,7 @@ def write_steps(args) -> None:
             print(*rows[-len(steps) :], sep="\n", flush=True)
     if not rows:
         raise ValueError(f"no models in {args.out}: train them first, or give their folder with --out")
-    table = markdown(rows) + f"\n{args.prompts} held-out prompts, two seconds each.\n"
+    table = markdown(rows) + f"\n{args.prompts} held-out prompts, two seconds each. {COLUMNS}"
     (args.out / "examples").mkdir(parents=True, exist_ok=True)
     (args.out / "examples" / "steps.md").write_text(table)
     print(table)
@@ -447,6 +456,26 @@ def mean_rows(rows: list[dict], by: str) -> list[dict]:
     return means
 
 
+ABOUT = f"""\
+What the report describes, measured with the small models by `python tiny/train.py phenomena`. Under each
+table stands the number of its videos.
+
+{COLUMNS}
+- **changes**: the caption changes one word. Shares of the videos in which the judge sees that in the very
+  chunk to which the new caption belongs.
+- **drift**: long videos with K/V ranges of 2 ("short") and of 5, 4, 3, 2 ("as trained"). "Layout change"
+  is the mean difference from the first second, in grey levels of 255, where neither second shows a thing.
+- **guidance**: "none" has both weights 1, and a number is the weight of the text. "Both things" is the
+  share of videos of two things that show both as asked.
+- **hidden**: a thing is behind a wall for a whole second. "Comes out" is the share of videos in which it
+  comes back, "right side" the share of those in which it does so where it was going. "Time" and "height"
+  are how many frames too early or late and how many pixels too high or low that is (medians). The K/V
+  ranges are 1 ("none"), 2 ("short"), 5, 4, 3, 2 ("as trained") and 8 ("long").
+- **history**: how many pixels a thing is off, in the next second, from where it truly goes.
+- **transitions**: one comes at the third second. "Layout change" is that from the second before, as in
+  drift, and "jump" how many pixels the thing moves from the last frame to the next.
+"""
+
 PHENOMENA = {
     "guidance": guidance,
     "history": judge_continuations,
@@ -466,8 +495,8 @@ def phenomena(args) -> None:
     for name in args.only or [n for n in PHENOMENA if n != "guidance" or not pipe.sampler.distilled]:
         found = markdown(PHENOMENA[name](pipe, args.prompts)) + f"\n--prompts {args.prompts}\n"
         tables = read_tables(file) | {f"{name}, {args.model}": found}
-        text = "".join(f"## {title}\n\n{table}\n" for title, table in sorted(tables.items()))
-        outputs.replace(file, lambda new, text=text: new.write_text(text))
+        text = "".join(f"\n## {title}\n\n{table}" for title, table in sorted(tables.items()))
+        outputs.replace(file, lambda new, text=text: new.write_text(ABOUT + text))
         print(f"\n{name}, {args.model}\n\n{found}", flush=True)
 
 

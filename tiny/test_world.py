@@ -672,3 +672,9 @@ def test_tables_of_phenomena_take_the_place_of_older_ones(tmp_path, monkeypatch)
     tables = measure.read_tables(file)
     assert [*tables] == ["rest, base", "wait, base", "wait, distill"]
     assert tables["wait, base"] == "| time |\n| --- |\n| 3.00 |\n\n--prompts 7\n"
+    first, second, *_ = file.read_text().split("## ")  # what the columns mean stands once, above the tables
+    assert first == measure.ABOUT + "\n" and second.startswith("rest, base\n")
+
+
+def test_every_table_of_phenomena_is_explained():
+    assert all(f"- **{name}**: " in measure.ABOUT for name in measure.PHENOMENA)
