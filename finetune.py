@@ -67,7 +67,7 @@ import training
 from captions import clean_caption, load_tokenizer
 from checkpoints import build, read_config, read_json, read_tensors, reading, require, weight_files
 from magi import CHUNK, FRAMES_PER_LATENT, DiT, DiTConfig, SamplerConfig, VAEConfig
-from terminal import Parser, say
+from terminal import Parser, number, say
 
 FPS = 24
 CHUNK_FRAMES = CHUNK * FRAMES_PER_LATENT                                     # 24: one second
@@ -753,21 +753,6 @@ def write_model(out: Path, base: Path, weights: dict[str, Tensor], config: dict,
 # ----------------------------------------------------------------------------------------------------------
 # 6  Command line
 # ----------------------------------------------------------------------------------------------------------
-
-
-def number(kind: type, least: float) -> Callable[[str], Any]:
-    """A type for argparse: whole or real numbers, finite and not below the least (a real one: above it)."""
-    def parse(text: str) -> Any:
-        try:
-            value = kind(text)
-        except ValueError:
-            value = math.nan
-        if not (least <= value < math.inf) or kind is float and value == least:
-            what = f"a number above {least}" if kind is float else f"a whole number of at least {least}"
-            raise argparse.ArgumentTypeError(f"{text!r} is not {what}")
-        return value
-
-    return parse
 
 
 def size_of(text: str) -> tuple[int, int]:

@@ -1,9 +1,9 @@
 """How a command behaves: it shares the machine, says what is wrong in one line, and ends well on Ctrl-C.
 
-    begin, imported             before and after PyTorch is imported: threads, Ctrl-C
-    Parser, whole_number        a bad flag is one line, at once
-    say, Quiet, progress_bar    what is printed while it runs
-    uninterrupted, exit_code    how it ends, and with which exit code
+    begin, imported                before and after PyTorch is imported: threads, Ctrl-C
+    Parser, whole_number, number   a bad flag is one line, at once
+    say, Quiet, progress_bar       what is printed while it runs
+    uninterrupted, exit_code       how it ends, and with which exit code
 
 Importing this file imports nothing slow, and not PyTorch, which reads what `share_the_machine` sets.
 """
@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import math
 import os
 import re
 import signal
@@ -139,6 +140,21 @@ def whole_number(text: str, otherwise: str | None = None) -> int | str:
     except ValueError:
         also = f" or {otherwise!r}" if otherwise else ""
         raise argparse.ArgumentTypeError(f"{text!r} is not a whole number{also}") from None
+
+
+def number(kind: type, least: float) -> Callable[[str], Any]:
+    """A type for argparse: whole or real numbers, finite and not below the least (a real one: above it)."""
+    def parse(text: str) -> Any:
+        try:
+            value = kind(text)
+        except ValueError:
+            value = math.nan
+        if not (least <= value < math.inf) or kind is float and value == least:
+            what = f"a number above {least}" if kind is float else f"a whole number of at least {least}"
+            raise argparse.ArgumentTypeError(f"{text!r} is not {what}")
+        return value
+
+    return parse
 
 
 # -------------------------------------------------------------------------------------------- what is printed

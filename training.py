@@ -587,6 +587,7 @@ def lora_layers(dit: DiT, file: str | Path) -> dict[str, dict[str, str]]:
     Layers may have our names or the official ones (those from "videodit_blocks" on). ValueError if one is of
     no layer here, if a factor is missing or has another shape, or if the file is no LoRA of this kind.
     """
+    refuse_folder(file)
     found, targets = read_headers([file]), lora_targets(dit)
     matches = {name: LORA_NAMES.fullmatch(name) for name in found}
     for name in sorted(name for name, m in matches.items() if m is None):
@@ -675,9 +676,9 @@ def lora_strength(config: dict, layer: str, rank: int) -> float:
 
 def check_lora(dit: DiT, file: str | Path) -> int:
     """The largest rank in a LoRA file, from its header. ValueError if it does not fit (meta will do)."""
-    refuse_folder(file)
+    layers = lora_layers(dit, file)
     found = read_headers([file])
-    return max(found[names["down"]][0][0] for names in lora_layers(dit, file).values())
+    return max(found[names["down"]][0][0] for names in layers.values())
 
 
 def load_lora(dit: DiT, file: str | Path, scale: float = 1.0) -> DiT:

@@ -964,12 +964,12 @@ RECIPES = {
 def parser() -> terminal.Parser:
     how = argparse.RawDescriptionHelpFormatter
     options = terminal.Parser(description=__doc__, formatter_class=how)
-    flag, count = options.add_argument, finetune.number(int, 1)
+    flag, count = options.add_argument, terminal.number(int, 1)
     flag("stage", choices=[*STAGES, "all"], help="all: vae, dit at half and at full size, distill, decoder")
     flag("--work", type=Path, default=HERE / "work", help="checkpoints, latents, loss curves")
     flag("--out", type=Path, default=HERE, help="where the finished models go")
     flag("--steps", type=count, help="if not as many as in RECIPES; rates fall in the last third")
-    flag("--lr", type=finetune.number(float, 0), help="highest rate, if not that in RECIPES")
+    flag("--lr", type=terminal.number(float, 0), help="highest rate, if not that in RECIPES")
     flag("--batch", type=count, help="vae: clips, at most 8; else chunks of all processes")
     flag("--every", type=count, default=250, help="steps from checkpoint to checkpoint")
     flag("--size", type=int, choices=[64, 128], default=SIZE, help="dit, distill: of frames, in pixels")
@@ -977,7 +977,7 @@ def parser() -> terminal.Parser:
     flag("--singles", type=count, default=40000, help="dit: clips of one chunk, of each process")
     flag("--films", type=count, default=4000, help="dit, distill: clips of four chunks, of each process; "
          "decoder: of one")  # fmt: skip
-    flag("--workers", type=finetune.number(int, 0), default=0, help="dit, distill: to paint clips")
+    flag("--workers", type=terminal.number(int, 0), default=0, help="dit, distill: to paint clips")
     flag("--frozen_text", action="store_true", help="dit: text encoder and special tokens stay as in --init")
     flag("--device", default="cpu", help="dit, distill: where to train")
     flag("--compile", action="store_true", help="vae, dit, distill: a quarter faster; takes a minute and g++")
