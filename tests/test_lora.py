@@ -134,3 +134,5 @@ def test_loras_that_do_not_fit_are_refused(tmp_path):
     file.write_bytes(b"no weights")
     with bad("cannot read weights .*a.safetensors., damaged or of another kind"):
         training.check_lora(deeper, file)
+    with bad("is a folder: name the file in it"):
+        training.load_lora(deeper, tmp_path)
