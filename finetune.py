@@ -589,6 +589,7 @@ def checkpoint_layers(dit: DiT) -> None:
 
 def make_models(args: argparse.Namespace) -> tuple[DiT, DiT]:
     """The model to train, and its teacher if it is distilled: itself without its LoRA, or a second one."""
+    terminal.announce("model", args.model)
     load = partial(parallel.load_dit, args.model, args.device, backend=args.backend, stream=args.stream)
     models = [load(to_train=True) for _ in range(2 if args.command == "distill" and not args.rank else 1)]
     for dit in models:

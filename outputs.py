@@ -3,6 +3,8 @@
     with claimed(path, inputs) as path:                  # a file: links resolved, nobody else writes it
         replace(path, write)                             # the old file stays until the new one is whole
         save(tensors, path)                              # the same for safetensors
+    with claimed_folder(folder, names, inputs) as paths: # several files in a folder
+        ...
     with new_folder(src, out, force) as folder:          # a model folder: OUT.partial, empty
         check_room(folder, size)
         ...                                              # write the files
@@ -85,6 +87,24 @@ def claimed(path: Path, inputs: Iterable[str | Path] = ()) -> Iterator[Path]:
     path = check_output(path, inputs)
     with locked(path):
         yield path
+
+
+@contextmanager
+def claimed_folder(folder: Path, names: Iterable[str], inputs: Iterable[str | Path] = ()
+                   ) -> Iterator[list[Path]]:
+    """The same for several files in a folder, which is made, and removed again if nothing is written."""
+    name = str(folder)
+    require(folder.is_dir() or not folder.exists() and not folder.suffix,
+            f"--out {name!r} must be a folder, for the videos of --prompt_file")
+    require(folder.parent.is_dir(), f"cannot make the folder {name!r}: create {str(folder.parent)!r} first")
+    is_new = not folder.exists()
+    folder.mkdir(exist_ok=True)
+    try:
+        with locked(folder / "*.mp4"):                   # one lock: each is an open file
+            yield [check_output(folder / name, inputs) for name in names]
+    finally:
+        if is_new and not any(folder.iterdir()):
+            folder.rmdir()
 
 
 @contextmanager

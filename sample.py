@@ -253,25 +253,12 @@ def claim_outputs(args: argparse.Namespace, locks: contextlib.ExitStack) -> list
         args.save_text = locks.enter_context(outputs.claimed(args.save_text, inputs))
     if args.prompt_file:
         folder = Path("out") if args.out == Path("out.mp4") else args.out
-        require(folder.is_dir() or not folder.exists() and not folder.suffix,
-                f"--out {str(args.out)!r} must be a folder, for the videos of --prompt_file")
-        require(folder.parent.is_dir(),
-                f"cannot make the folder {str(args.out)!r}: create {str(folder.parent)!r} first")
-        if not folder.exists():
-            folder.mkdir()
-            locks.callback(remove_if_empty, folder)                          # where a check below fails
         names = [re.sub(r"[^a-z0-9]+", "-", prompts[0].lower())[:40].strip("-") for prompts in args.videos]
-        files = [folder / f"{i:03d}{'-' * bool(name)}{name}.mp4" for i, name in enumerate(names)]
-        locks.enter_context(outputs.locked(folder / "*.mp4"))                # one lock: each is an open file
-        return [outputs.check_output(file, inputs) for file in files]
+        names = [f"{i:03d}{'-' * bool(name)}{name}.mp4" for i, name in enumerate(names)]
+        return locks.enter_context(outputs.claimed_folder(folder, names, inputs))
     if str(args.out) == "-":
         return [locks.enter_context(outputs.standard_output())]
     return [locks.enter_context(outputs.claimed(args.out, inputs))]
-
-
-def remove_if_empty(folder: Path) -> None:
-    with contextlib.suppress(OSError):
-        folder.rmdir()
 
 
 def settings(args: argparse.Namespace, dit, cfg) -> tuple[magi.SamplerConfig, list[str]]:
@@ -455,6 +442,7 @@ def encode_text(args: argparse.Namespace, length: int, device: str) -> list[tupl
     this returns, so the model itself finds its memory free."""
     distinct = list(dict.fromkeys(args.prompt or [""]))                      # equal ones are encoded once
     encoded: dict[str, tuple] = {}
+    terminal.announce("text encoder", args.t5)
     with reading("text encoder", args.t5):
         t5 = parallel.T5(args.t5, length, device, stream=args.stream)
         for i in range(0, len(distinct), 16):
@@ -471,11 +459,14 @@ def encode_text(args: argparse.Namespace, length: int, device: str) -> list[tupl
 
 def load(args: argparse.Namespace, device: str) -> magi.MAGI:
     """The model with its LoRAs, and with T5 if prompts are told while it runs."""
+    if args.stream != "disk":                                                # which reads layer by layer
+        terminal.announce("model", args.model)
     pipe = magi.load(args.model, vae=args.vae, t5=args.t5, device=device, dtype=args.dtype,
                      backend=args.backend, keep_t5=args.told, parts=parallel.parts(args.stream))
     for file, scale in zip(args.lora, args.lora_scale, strict=True):
         training.load_lora(pipe.dit, file, scale)
     if args.told:
+        terminal.announce("text encoder", args.t5)
         with reading("text encoder", args.t5):                               # now, not at the first prompt
             pipe.encode_text([""])
     return pipe

@@ -2,7 +2,7 @@
 
     begin, imported                before and after PyTorch is imported: threads, Ctrl-C
     Parser, whole_number, number   a bad flag is one line, at once
-    say, Quiet, progress_bar       what is printed while it runs
+    say, announce, progress_bar    what is printed while it runs
     uninterrupted, exit_code       how it ends, and with which exit code
 
 Importing this file imports nothing slow, and not PyTorch, which reads what `share_the_machine` sets.
@@ -20,6 +20,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from difflib import get_close_matches
+from pathlib import Path
 from typing import Any
 
 # -------------------------------------------------------------------------------------------------- it begins
@@ -165,6 +166,16 @@ def say(message: object) -> None:
     from tqdm import tqdm
 
     tqdm.write(" ".join(str(message).split()), file=sys.stderr)
+
+
+LARGE = 10**9                        # bytes: it takes more than a moment to read them
+
+
+def announce(what: str, folder: Path) -> None:
+    """A line before large weights are read, which may take minutes."""
+    size = sum(file.stat().st_size for file in folder.glob("*") if file.suffix in (".safetensors", ".bin"))
+    if size > LARGE:
+        say(f"reading the {what} {str(folder)!r}, {size / 2**30:.1f} GiB")
 
 
 class Quiet:

@@ -1133,6 +1133,15 @@ def test_a_log_gets_a_line_now_and_then(model_folder, tmp_path):
     assert 1 <= len(lines) < 10 and lines[-1] == "chunk 5/5: pass 16 of 16"
 
 
+def test_large_weights_are_announced_before_they_are_read(model_folder, tmp_path, monkeypatch):
+    text = model_folder.parent / "text.safetensors"
+    flags = "--model", model_folder, "--text", text, "--num_frames", 24, "--out", tmp_path / "a.mp4"
+    assert "reading" not in run_main(sample.main, *flags)[2]
+    monkeypatch.setattr(terminal, "LARGE", 1000)
+    code, _, err = run_main(sample.main, *flags)
+    assert code == 0 and err.startswith(f"reading the model '{model_folder}', 0.0 GiB\n")
+
+
 def test_log_lines_over_an_hour(monkeypatch, capsys):
     now = [0.0]
     monkeypatch.setattr(terminal, "time", types.SimpleNamespace(monotonic=lambda: now[0]))
