@@ -1046,6 +1046,13 @@ def clean_kv_range(cfg: SamplerConfig, prefix: bool = False) -> float:
     return cfg.clean_kv_range
 
 
+def widest_range(cfg: SamplerConfig) -> float:
+    """How many chunks a generated chunk sees at most, whenever that is. (Nor may a chunk's own config ask for
+    more: `check_own_config` refuses it.)"""
+    ranges = [cfg.kv_ranges, *dict(cfg.kv_ranges_at).values()]
+    return max(clean_kv_range(cfg), *(max(some, default=math.inf) for some in ranges))
+
+
 def shot_transition(cfg: SamplerConfig, chunk: int, kind: str = "cut") -> SamplerConfig:
     """Generated chunk `chunk` sees no history in half of its steps (report section 3.3).
 
@@ -1155,7 +1162,6 @@ def plan(cfg: SamplerConfig, chunks: int | None, prefix_chunks: int = 0,
     K: float = math.inf if chunks is None else chunks
     config_of = config_of or (lambda chunk: cfg)
     d = shortcut_d(cfg.num_steps, cfg.shortcut_mode)
-    exceptions = [P + chunk for chunk, _ in cfg.kv_ranges_at]    # chunks whose ranges are not cfg.kv_ranges
     ahead: dict[int, list[ChunkInput]] = {}              # chunk -> what is left of its life
     for stage in itertools.count():                          # chunk P + stage enters
         newest = P + stage
@@ -1167,12 +1173,10 @@ def plan(cfg: SamplerConfig, chunks: int | None, prefix_chunks: int = 0,
         if all(len(inputs) == 1 for inputs in ahead.values()):
             return                                       # all are done, and nobody will read the last keys
 
-        # Forget what neither the chunks in flight nor those to come will read. Of those to come it is enough
-        # to look at the exceptions and at the next plain one: the plain ones after it see no further back.
-        # (Nor does a chunk's own config: `check_own_config` refuses one that does.)
-        plain = next(chunk for chunk in itertools.count(newest + 1) if chunk not in exceptions)
-        to_come = [life(cfg, chunk, P) for chunk in (plain, *exceptions) if newest < chunk < K]
-        forget = min(c.first_seen for inputs in (*ahead.values(), *to_come) for c in inputs)
+        # Forget what neither the chunks in flight nor those to come can read.
+        forget = min(c.first_seen for inputs in ahead.values() for c in inputs)
+        if newest + 1 < K:
+            forget = min(forget, int(max(0, newest + 2 - widest_range(cfg))))
 
         if stage == 0:
             prefix = needed(range(forget, P), [clean_input(cfg, chunk, prefix=True) for chunk in range(P)])
@@ -1205,20 +1209,20 @@ def plan(cfg: SamplerConfig, chunks: int | None, prefix_chunks: int = 0,
 
 
 class Branch(NamedTuple):
-    captioned: bool                      # noisy chunks have captions, and the flag says so; else null text
+    conditional: bool                    # noisy chunks have captions, and the flag says so; else null text
     alone: bool = False                  # each chunk sees only itself
     stores: bool = False                 # this branch's keys of clean chunks go to the cache
 
 
 # One branch stores the keys of a clean chunk. In that step the others see keys that they compute themselves.
 BASE_BRANCHES = {
-    "text": Branch(captioned=True),
-    "previous": Branch(captioned=False, stores=True),
-    "nothing": Branch(captioned=False, alone=True),
+    "text": Branch(conditional=True),
+    "previous": Branch(conditional=False, stores=True),
+    "nothing": Branch(conditional=False, alone=True),
 }
 DISTILLED_BRANCHES = {
-    "text": Branch(captioned=True, stores=True),
-    "alone": Branch(captioned=True, alone=True),
+    "text": Branch(conditional=True, stores=True),
+    "alone": Branch(conditional=True, alone=True),
 }
 
 
@@ -1395,14 +1399,14 @@ class _Run:
              ) -> tuple[tuple, dict[str, Any]]:
         """The arguments of the DiT for one branch."""
         chunks = [c.chunk for c in inputs]
-        shown = [self.null if c.clean or not branch.captioned else self.entries[c.chunk] for c in inputs]
+        shown = [self.null if c.clean or not branch.conditional else self.entries[c.chunk] for c in inputs]
         text = torch.stack([entry.text for entry in shown])[None]            # (1, n, L, C)
         mask = torch.stack([entry.mask for entry in shown])[None]
         latents = torch.cat([x[chunk] for chunk in chunks], dim=2)           # (1, 16, 6 n, H, W)
         t = torch.tensor([[c.t for c in inputs]], device=latents.device)     # (1, n)
         return (latents, t, text, mask), dict(
             chunks=chunks, first_seen=[c.first_seen for c in inputs],
-            conditional=branch.captioned, d=d if self.cfg.distilled else None,
+            conditional=branch.conditional, d=d if self.cfg.distilled else None,
             cache=self.cache, store=sum(c.clean for c in inputs) if branch.stores else 0)
 
     def enter(self, chunk: int) -> SamplerConfig | None:

@@ -122,7 +122,7 @@ class Corrupted:
     x: Tensor                         # (B, 16, T, H, W) clips with noise
     t: Tensor                         # (B, n) time of each chunk
     first_seen: Tensor                # (B, n) the oldest chunk that each attends to
-    captioned: Tensor                 # (B, n) bool: is it shown its caption, or null text?
+    conditional: Tensor               # (B, n) bool: is it shown its caption, or null text?
     captions: tuple[Tensor, Tensor]   # text (B, n, L, C) and mask (B, n, L), before null text takes a place
     is_clean: Tensor                  # (B, n) bool
     pasted: Tensor                    # (B, 1, T, 1, 1) bool: given frames that stand in a noisy chunk
@@ -130,7 +130,7 @@ class Corrupted:
 
     def text_for(self, dit: DiT) -> tuple[Tensor, Tensor]:
         """Text and mask as this model is shown them: its own null text where there is no caption."""
-        return with_null_text(dit, *self.captions, ~self.captioned)
+        return with_null_text(dit, *self.captions, ~self.conditional)
 
     def mean_square(self, error: Tensor) -> Tensor:
         """Mean of error^2 over the frames of noisy chunks that were not given. All places count alike: if the
@@ -247,9 +247,9 @@ def corrupt(clips: Clips, t: Tensor, is_clean: Tensor, kv_ranges: Tensor, cfg: T
     x = torch.where(pasted, latents, (1 - level) * noise + level * latents)
 
     # Clean chunks carry null text, as in the sampler, where it keeps their keys free of any caption.
-    captioned = ~is_clean
+    conditional = ~is_clean
     if null_share is not None:
-        captioned = captioned & (torch.rand(B, 1, generator=generator) >= null_share)
+        conditional = conditional & (torch.rand(B, 1, generator=generator) >= null_share)
 
     # Clean chunks have ranges of their own; some clips see no history, for the branch without.
     for which, prefix in ((is_clean, False), (clips.in_prefix, True)):
@@ -257,7 +257,7 @@ def corrupt(clips: Clips, t: Tensor, is_clean: Tensor, kv_ranges: Tensor, cfg: T
     alone = torch.rand(B, 1, generator=generator) >= cfg.ranges_share
     kv_ranges = torch.where(alone, 1, kv_ranges)
     first_seen = (torch.arange(n) - kv_ranges + 1).clamp(min=0)
-    return Corrupted(x, t.to(device), first_seen, captioned.to(device), (clips.text, clips.mask), is_clean,
+    return Corrupted(x, t.to(device), first_seen, conditional.to(device), (clips.text, clips.mask), is_clean,
                      pasted, latents - noise)
 
 
@@ -306,7 +306,8 @@ def flow_matching_loss(dit: DiT, latents: Tensor, text: Tensor, text_mask: Tenso
     kv_ranges = kv_ranges_of_times(t, sampler)
     batch = corrupt(clips, t, is_clean, kv_ranges, cfg, sampler, generator, cfg.null_share)
     # An empty caption is null text too, but keeps the flag of a caption, as in the sampler.
-    v = dit(batch.x, batch.t, *batch.text_for(dit), first_seen=batch.first_seen, conditional=batch.captioned)
+    v = dit(batch.x, batch.t, *batch.text_for(dit), first_seen=batch.first_seen,
+            conditional=batch.conditional)
     return batch.mean_square(v - batch.v)
 
 
@@ -379,9 +380,9 @@ def guided_velocity(dit: DiT, x: Tensor, t: Tensor, text: Tensor, text_mask: Ten
     x (B, 16, T, H, W), t, is_clean and first_seen (B, n), text (B, n, L, C) -> (B, 16, T, H, W). Clean chunks
     have the unconditional flag in every branch: the sampler's cache holds their keys from such a branch.
     """
-    captioned, never = ~is_clean, torch.zeros_like(is_clean)
+    conditional, never = ~is_clean, torch.zeros_like(is_clean)
     alone = torch.arange(t.shape[1]).expand(t.shape)
-    branches = ((captioned, first_seen), (never, first_seen), (never, alone))  # text, previous, nothing
+    branches = ((conditional, first_seen), (never, first_seen), (never, alone))  # text, previous, nothing
     texts, masks = zip(*(with_null_text(dit, text, text_mask, ~which) for which, _ in branches), strict=True)
     v = dit(torch.cat([x] * 3), t.repeat(3, 1), torch.cat(texts), torch.cat(masks),
             first_seen=torch.cat([seen for _, seen in branches]),
