@@ -155,7 +155,7 @@ def captions_of_rows(folder: Path, rows: list[dict[str, Any]], skip_bad: bool
 
 
 def as_captions(text: str | list[str]) -> tuple[str, ...]:
-    """An empty line is a second without a caption, but those at the end are none."""
+    """A caption a line. Empty lines at the end are dropped; another one is a second without a caption."""
     lines = [line.strip() for line in (text.splitlines() if isinstance(text, str) else text)]
     while lines and not lines[-1]:
         lines.pop()
@@ -174,7 +174,9 @@ def find_videos(folder: Path, cache: Path, skip_bad: bool = False) -> list[Video
         for path, text in bar:
             with skipping(skip_bad):
                 key = file_key(path)
-                seen[key] = frames, height, width = seen.get(key) or probe(path)
+                if key not in seen:
+                    seen[key] = probe(path)
+                frames, height, width = seen[key]
                 require(frames >= CHUNK_FRAMES, f"clip {path.name!r} has {frames} frames at {FPS} fps: at "
                         f"least {CHUNK_FRAMES} (one second) are needed")
                 videos.append(Video(path, text, frames // CHUNK_FRAMES, height, width))
@@ -186,7 +188,7 @@ def find_videos(folder: Path, cache: Path, skip_bad: bool = False) -> list[Video
 
 def probe(path: Path) -> tuple[int, int, int]:
     """Frames at 24 fps, height and width of a video. It is decoded, as lengths in headers may be wrong."""
-    frames = media.read_video(path, FPS, start=0, count=10**9, size=(16, 16), fit="stretch")
+    frames = media.read_video(path, FPS, start=0, size=(16, 16), fit="stretch")
     height, width = media.read_video(path, FPS, start=0, count=1).shape[1:3]
     return len(frames), height, width
 
@@ -273,7 +275,7 @@ class Cache:
     """Latents of pieces and text of captions, one file each, found again by what made them.
 
     The name of a file holds a hash of the video file (its path, size and time), the piece and the VAE; or of
-    the caption and the T5. So nothing is ever read that other weights have made.
+    the caption and the T5. Models are told apart by the names, sizes and first megabytes of their files.
     """
 
     folder: Path
@@ -336,13 +338,13 @@ class Cache:
 
 @torch.no_grad()
 def encode_piece(vae: Any, piece: Piece) -> dict[str, Tensor]:
-    """What training needs of a piece, in bf16: that is finer than the VAE is right."""
+    """What training needs of a piece, in bf16, which rounds by less than the VAE errs."""
     frames = media.read_video(piece.path, FPS, start=piece.start * FPS, count=piece.chunks * CHUNK_FRAMES,
                               size=(piece.height, piece.width))
     require(len(frames) == piece.chunks * CHUNK_FRAMES, f"clip {piece.path.name!r} ends early: {len(frames)} "
             f"frames from second {piece.start} on, not {piece.chunks * CHUNK_FRAMES}")
     video = media.fit_frames(frames, piece.height, piece.width).to(vae.encoder.pos_embed)
-    latents = torch.cat([vae.encode(part) for part in video.split(CHUNK_FRAMES, dim=2)], dim=2)
+    latents = vae.encode(video)
     image = vae.encode(video[:, :, FRAMES_PER_LATENT - 1 : FRAMES_PER_LATENT])
     return {"latents": (latents[0].float() * magi.SCALE_FACTOR).bfloat16(),
             "image": (image[0].float() * magi.SCALE_FACTOR).bfloat16()}
@@ -384,7 +386,7 @@ def chunk_texts(captions: Sequence[tuple[Tensor, Tensor]], remaining: int, sampl
 
 @dataclass
 class Batches:
-    """The data of every training step: they depend on the seed and the number of the step alone."""
+    """The data of every forward: they depend on the seed and the forward's number alone."""
 
     cache: Cache
     pieces: list[Piece]
@@ -394,14 +396,14 @@ class Batches:
     most_tokens: int                     # of one forward
     seed: int
 
-    def __call__(self, step: int, device: str) -> dict[str, Tensor]:
-        """Clips of one size, as many as fit, as the losses take them.
+    def __call__(self, i: int, device: str) -> dict[str, Tensor]:
+        """The clips of forward i, all of one size and length, as many as fit, as the losses take them.
 
-        Half of the steps take pieces at their full length and half their first seconds only: a video's first
-        moments, and cheaper. Nothing says where a video ends, so how much is left is drawn: every duration
-        token is trained.
+        One piece, drawn at random, decides the size and in half of the forwards the length; in the others a
+        shorter one is drawn, which is cheaper. Longer pieces are cut to it. A clip is trained as if a video
+        began with it, and how much of that is left is drawn: so every duration token is trained.
         """
-        rng = np.random.default_rng([self.seed, step])
+        rng = np.random.default_rng([self.seed, i])
         first = self.pieces[rng.integers(len(self.pieces))]
         n = first.chunks if rng.random() < 0.5 else int(rng.integers(1, first.chunks + 1))
         same = [piece for piece in self.pieces
@@ -437,7 +439,7 @@ def caption_check(t5: Path, length: int) -> Callable[[str, str], None]:
 # 5  A run
 # ----------------------------------------------------------------------------------------------------------
 
-LEARNING_RATES = {"lora": 2e-4, "full": 1e-5, "distill": 1e-5}               # (not in the report)
+LORA_RATE, FULL_RATE = 2e-4, 1e-5                                            # (not in the report)
 
 
 def finetune(args: argparse.Namespace) -> None:
@@ -486,6 +488,7 @@ def check_model(args: argparse.Namespace) -> DiT:
     require(not args.lora or not (args.stream or several), "--lora is merged into weights that one process "
             "holds: make a model of it first (training.py merge)")
     check_output(args.out, args.work, args.rank)
+    magi.get_ops(args.backend, args.device)              # ValueError if it cannot be used
     base = build(lambda: DiT(cfg), args.model)
     for file in args.lora:
         training.check_lora(base, file)
@@ -503,8 +506,8 @@ def check_output(out: Path, work: Path, rank: int) -> None:
     writable = parent.is_dir() and os.access(parent, os.W_OK)
     require(writable, f"--out {str(out)!r} cannot be made: {parent} is read-only, or no folder")
     settings = work / "settings.json"
-    before = read_json(settings, "settings") if settings.is_file() else {"out": None}
-    is_ours = before.get("out", setting(out)) == setting(out)                # older versions noted none
+    before = read_json(settings, "settings") if settings.is_file() else None
+    is_ours = before is not None and before.get("out", setting(out)) == setting(out)     # older ones lack it
     require(not out.exists() or is_ours, f"{str(out)!r} exists and was not made by this run: choose another "
             f"--out, or remove it")
 
@@ -518,7 +521,6 @@ def look_at_data(args: argparse.Namespace, base: DiT) -> Batches:
     dtype = torch.bfloat16 if "cuda" in args.device else None
     cache = Cache(folder, args.vae, args.t5, dtype)
     height, width = args.size or (sampler.height, sampler.width)
-    most_tokens = args.tokens or args.seconds * tokens_of_chunk(height, width)
     check = caption_check(args.t5, base.cfg.text_length - len(sampler.special_tokens))
     check(args.sample_prompt or "", "--sample_prompt")
     videos = []
@@ -528,7 +530,9 @@ def look_at_data(args: argparse.Namespace, base: DiT) -> Batches:
                 check(caption, f"the caption of clip {video.path.name!r}")
             videos.append(video)
     require(videos, f"no clip of {str(args.data)!r} can be used")
-    pieces = cut(videos, height * width, args.seconds, most_tokens)
+    pieces = cut(videos, height * width, args.seconds, args.tokens or sys.maxsize)
+    most_tokens = args.seconds * tokens_of_chunk(height, width)
+    most_tokens = args.tokens or max(most_tokens, *(piece.tokens for piece in pieces))   # sizes are rounded
     return Batches(cache, pieces, sampler, table, base.cfg.text_length, most_tokens, args.seed)
 
 
@@ -581,8 +585,8 @@ def encode(args: argparse.Namespace, batches: Batches) -> str:
 
 
 def checkpoint_layers(dit: DiT) -> None:
-    """Keep only the input of each layer for the backward pass, and compute the rest again: a third more work,
-    and the memory of one layer in place of all."""
+    """Keep only the input of each layer for the backward pass, and compute the rest again: the memory of one
+    layer in place of all, for one forward more (a third of all work, or half of a LoRA's)."""
     for layer in dit.layers:
         layer.forward = partial(checkpoint, layer.forward, use_reentrant=False)
 
@@ -644,16 +648,16 @@ class Training:
     def train(self) -> None:
         args = self.args
         trained = [p for p in self.dit.parameters() if p.requires_grad]
-        rate = args.lr or LEARNING_RATES[args.command]
+        rate = args.lr or (LORA_RATE if args.rank else FULL_RATE)
         optimizer = make_optimizer(args.optimizer, trained, rate, weight_decay=0.0 if args.rank else 0.1)
         try:
             training.fit("train", self.dit, self.loss, args.steps, [optimizer], args.work, every=args.every,
                 warmup=min(args.warmup, max(1, args.steps // 5)), accumulate=args.accumulate,
                 report=self.sample if args.sample_every else None, report_every=args.sample_every)
         except KeyboardInterrupt as stop:
-            if str(stop) and (args.work / "train.pt").is_file():             # "": asked twice, within a step
+            if str(stop):                # fit has saved a checkpoint; "": asked twice, it ended at once
                 self.write()
-            how = str(stop) or "stopped within a step, which is lost"
+            how = str(stop) or "stopped at once, the steps since the last checkpoint are lost"
             raise KeyboardInterrupt(f"{how}; the same command goes on") from None
         self.write()
         if report := getattr(self.dit.ops, "report", None):                  # which kernels were used
@@ -680,7 +684,7 @@ class Training:
         cfg = dataclasses.replace(self.sampler, num_frames=FPS * args.sample_seconds, seed=args.seed,
                                   height=most_common.height, width=most_common.width)
         text, mask = cache.text(self.prompt, self.batches.length)
-        vae = magi.load_vae(args.vae, args.device)
+        vae = magi.load_vae(args.vae, args.device, cache.vae_dtype)
         pipe = magi.MAGI(self.dit, vae, cfg, self.batches.table, encode_text=None)
         seconds = pipe((text[None], mask[None]))
         if parallel.rank() > 0:                                              # it only has to take part
@@ -780,19 +784,22 @@ def parser() -> Parser:
         flag("--out", type=Path, required=True, help="LoRA file (.safetensors), or folder for all weights")
         flag("--vae", **folder, help="default: vae beside the model")
         flag("--t5", **folder, help="default: t5 beside the model")
-        flag("--lora", type=Path, metavar="FILE", action="append", default=[], help="merged into it first")
+        flag("--lora", type=Path, metavar="FILE", action="append", default=[],
+             help="merged into the base model first; again for more")
         flag("--rank", **natural, default=16 if name == "lora" else 0,
              help="of the LoRA; 0: all weights" + default)
         flag("--steps", **positive, default=1000, help="the rates fall in the last third" + default)
-        flag("--lr", type=number(float, 0), metavar="X", help=f"peak rate; default: {LEARNING_RATES[name]:g}")
+        flag("--lr", type=number(float, 0), metavar="X",
+             help=f"peak rate; default: {LORA_RATE:g} for a LoRA, {FULL_RATE:g} for all weights")
         flag("--warmup", **positive, default=50, help="steps; at most a fifth of all" + default)
         flag("--accumulate", **positive, help="forwards in a step, shared by all processes; default: 1 each")
         flag("--size", type=size_of, metavar="HxW", help="only its area counts; default: the model's")
         flag("--seconds", **positive, default=4, help="of the longest piece" + default)
-        flag("--tokens", **positive, help="most in a forward; default: those of the longest piece")
+        flag("--tokens", **positive, help="most in a forward; default: those of --seconds at --size")
         flag("--optimizer", choices=["adamw", "adamw8bit"], default="adamw",
              help="adamw8bit needs torchao" + default)
-        flag("--keep_activations", action="store_true", help="of all layers: more memory, a third less time")
+        flag("--keep_activations", action="store_true", help="of all layers: more memory, a quarter less "
+             "time (for a LoRA a third)")
         flag("--stream", choices=["cpu", "disk"], help="where a LoRA's frozen layers are kept, of which the "
              "device holds two at a time; default: it holds all")
         flag("--seed", **natural, default=0, help="of data, noise and samples" + default)
@@ -853,7 +860,7 @@ def merge(args: argparse.Namespace) -> None:
 
 exit_code = partial(
     terminal.exit_code, kept="the last checkpoint is kept", too_large=": training needs less with a smaller "
-    "--size, --seconds or --tokens, or with --stream cpu")
+    "--size, --seconds or --tokens, with --stream cpu, or without samples (--sample_every 0)")
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -328,9 +328,10 @@ def read_video(path: str | os.PathLike, fps: int = 24, start: int | None = None,
     """Frames of a video at `fps`, as a player shows them: uint8 (frames, h, w, 3).
 
     start None: its last `count` frames (None: all), counted back from the last one, where a result goes on.
-    start N: `count` frames from frame N on, counted at `fps` too. Fewer if the video is shorter. Each is the
-    frame on show at its time, so 12 frames per second read at 24 come twice each. `size` and `fit` are those
-    of `fitted`; memory is what the chosen frames need at that size, so give one for large videos.
+    start N: `count` frames (None: all) from frame N on, counted at `fps` too. Fewer if the video is shorter.
+    Each is the frame on show at its time, so 12 frames per second read at 24 come twice each. `size` and
+    `fit` are those of `fitted`; memory is what the chosen frames need at that size, so give one for large
+    videos.
     """
     with reading("video", path), av.open(os.path.abspath(path)) as file:     # "12:30.mov" is no URL
         stream = best_stream(file)

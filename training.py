@@ -15,7 +15,7 @@ each chunk sees), and the loss is the mean square of the model's answer minus it
     clip --draw_prefix--> Clips --times--> --corrupt--> Corrupted --DiT--> v    loss = mean |v - target|^2
 
 The official project ships no training code. What the report leaves open is our choice; such choices are
-marked "(not in the report)" and are fields of TrainingConfig where they are numbers.
+marked "(not in the report)"; those that say how a clip is corrupted are fields of TrainingConfig.
 
 Symbols as in magi.py: B clips in a batch, n chunks of a clip, T = 6 n latent frames; t is 0 for noise and 1
 for clean. kv_range counts the chunks that a chunk sees, itself included; first_seen is the oldest of them.
@@ -92,7 +92,7 @@ class TrainingConfig:
     video_share: float = 0.35         # clips that begin with more: part of a chunk, or whole ones and part
     whole_share: float = 0.0          # of these, the ones that begin with whole chunks
     pipeline_share: float = 0.5       # clips timed as a moment of the sampler's pipeline; the rest: the law
-    entering_share: float = 0.0       # of these, the ones whose last chunk is in its first stage: see there
+    entering_share: float = 0.0       # of these, the ones whose last chunk is in its first stage
     null_share: float = 0.15          # clips that lose their captions, for the branches without text
     clean_noise: float = 0.05         # most noise a clean chunk carries: generated history is not perfect
     ranges_share: float = 0.9         # clips under the sampler's kv_ranges; the rest see only themselves
@@ -123,7 +123,7 @@ class Corrupted:
     t: Tensor                         # (B, n) time of each chunk
     first_seen: Tensor                # (B, n) the oldest chunk that each attends to
     conditional: Tensor               # (B, n) bool: is it shown its caption, or null text?
-    captions: tuple[Tensor, Tensor]   # text (B, n, L, C) and mask (B, n, L), before null text takes a place
+    captions: tuple[Tensor, Tensor]   # text (B, n, L, C), mask (B, n, L), as given; see text_for
     is_clean: Tensor                  # (B, n) bool
     pasted: Tensor                    # (B, 1, T, 1, 1) bool: given frames that stand in a noisy chunk
     v: Tensor                         # (B, 16, T, H, W) data - noise
@@ -550,10 +550,13 @@ def save_lora(dit: DiT, file: str | Path, metadata: dict[str, str] | None = None
     """Write the LoRA alone: LAYER.lora.down (rank, in) and LAYER.lora.up (out, rank), in safetensors.
 
     The header says the rank and alpha (they are equal: nothing is rescaled) besides `metadata`, such as the
-    base model and prompts.
+    base model and prompts. The scale at which a LoRA acts goes into `up`.
     """
     rank = str(max(len(lora.down) for lora in loras(dit)))
     tensors = {k: v for k, v in dit.state_dict().items() if ".lora." in k}
+    for name, linear in lora_targets(dit).items():
+        if hasattr(linear, "lora") and linear.lora.scale != 1:
+            tensors[f"{name}.lora.up"] = linear.lora.up.detach() * linear.lora.scale
     outputs.save(tensors, file, {"format": "pt", "rank": rank, "alpha": rank} | (metadata or {}))
 
 
@@ -669,9 +672,9 @@ def lora_config(file: str | Path) -> dict:
 
 def lora_strength(config: dict, layer: str, rank: int) -> float:
     """What alpha multiplies a layer's LoRA by: 1 if nothing is said."""
-    alpha = config.get("lora_alpha") or rank
-    for pattern, value in (config.get("alpha_pattern") or {}).items():       # as PEFT matches them
-        alpha = value if re.fullmatch(rf"(.*\.)?({pattern})", layer) else alpha
+    patterns = (config.get("alpha_pattern") or {}).items()
+    matching = [value for pattern, value in patterns if re.fullmatch(rf"(.*\.)?({pattern})", layer)]
+    alpha = matching[0] if matching else config.get("lora_alpha") or rank    # the first one, as in PEFT
     return alpha / (rank**0.5 if config.get("use_rslora") else rank)
 
 
@@ -952,8 +955,9 @@ def fit(name: str, model: nn.Module, loss_of_step: Callable[[int], tuple[Tensor,
     finished model further, give more steps. With ema_decay a moving average of the weights is kept; `report`
     sees it, and it is what is left in the model.
 
-    Every `every` steps, at the end and at Ctrl-C all that is needed to go on is written to folder/name.pt,
-    which is read if it is there. folder/name.csv has a row a step, and name.png draws it.
+    Every `every` steps, before a report, at the end and at Ctrl-C all that is needed to go on is written to
+    folder/name.pt, which is read if it is there. folder/name.csv has a row a step: its number, the loss, the
+    numbers (of the last forward) and seconds. name.png draws the loss.
     """
     folder.mkdir(parents=True, exist_ok=True)
     is_first = parallel.rank() == 0                      # it alone writes
@@ -1018,14 +1022,15 @@ def fit(name: str, model: nn.Module, loss_of_step: Callable[[int], tuple[Tensor,
             if bar.disable and (is_time() or is_last):                       # a log: a line now and then
                 figures = ", ".join(f"{key} {value}" for key, value in shown.items())
                 terminal.say(f"{name}: step {step + 1} of {steps}, {figures}")
-            if (step + 1) % every == 0 or is_last or stops:
+            is_report = report is not None and ((step + 1) % (report_every or every) == 0 or is_last)
+            if (step + 1) % every == 0 or is_last or stops or is_report:     # a report may fail
                 checkpoint.save(step + 1)
                 if is_first:
                     draw()
             if stops:
                 bar.close()
                 raise KeyboardInterrupt(f"stopped after step {step + 1} of {steps}, all of which are saved")
-            if report and ((step + 1) % (report_every or every) == 0 or is_last):
+            if report is not None and is_report:
                 with exchanged(model, ema):
                     bar.write(f"{name} {step + 1}: {report()}")
     model.load_state_dict(ema, strict=False)

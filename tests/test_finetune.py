@@ -39,6 +39,7 @@ import parallel
 import planner
 import sample
 import training
+from checkpoints import build
 
 CAPTIONS = {"one.mp4": "a red", "two.mp4": "a blue\na red"}
 
@@ -106,6 +107,23 @@ def test_videos_are_cut_into_seconds_with_their_captions(data, tmp_path):
     assert [p.captions for p in pieces] == [("a", "b", "b"), ("b", "b", "b"), ("b",)]  # the last one goes on
     with bad("more than 100 tokens: raise --tokens"):
         finetune.cut([long], 256 * 256, 4, most_tokens=100)
+
+
+def test_pieces_are_as_long_as_asked_also_where_sizes_are_rounded_up(cached, model_folder, monkeypatch):
+    """544x960 has more tokens than 720x720, whose area it stands for."""
+    clip = finetune.Video(cached / "one.mp4", ("a red",), seconds=4, height=720, width=1280)
+    monkeypatch.setattr(finetune, "find_videos", lambda *_: [clip])
+    for seconds, flags in ((1, []), (2, []), (2, ["--tokens", 3 * 12240])):
+        flags = command_line(
+            model_folder, cached, "a.safetensors", "--size", "720x720", "--seconds", seconds, *flags
+        )
+        args = finetune.parser().parse_args(flags)
+        args.vae, args.t5 = model_folder.parent / "vae", model_folder.parent / "t5"
+        batches = finetune.look_at_data(args, build(lambda: magi.DiT(FOLDER_DIT), model_folder))
+        assert [(p.chunks, p.height, p.width) for p in batches.pieces] == [(seconds, 544, 960)] * (
+            4 // seconds
+        )
+        assert batches.most_tokens == (args.tokens or seconds * 12240)
 
 
 @pytest.mark.parametrize(
@@ -567,7 +585,31 @@ def test_ctrl_c_twice_stops_within_a_step(cached, model_folder, tmp_path, monkey
 
     monkeypatch.setattr(training.AdamW, "step", twice)
     code, _, err = train(model_folder, cached, tmp_path / "a.safetensors")
-    assert code == 130 and err.splitlines()[-1].startswith("stopped within a step"), err
+    assert code == 130 and err.splitlines()[-1].startswith("stopped at once, the steps since"), err
+
+
+def test_a_backend_that_cannot_be_used_is_refused_before_weights(
+    cached, model_folder, tmp_path, no_weights, monkeypatch
+):
+    def refuse(backend, device):
+        raise ValueError(f"backend {backend!r} needs an NVIDIA GPU")
+
+    monkeypatch.setattr(magi, "get_ops", refuse)
+    refused(train(model_folder, cached, tmp_path / "a.safetensors", "--backend", "triton"), "'triton' needs")
+
+
+@pytest.mark.parametrize("command, rank, rate", [("lora", 2, 2e-4), ("full", 0, 1e-5), ("distill", 2, 2e-4)])
+def test_a_lora_learns_at_its_own_rate_whatever_it_learns(
+    cached, model_folder, tmp_path, monkeypatch, command, rank, rate
+):
+    def caught(name, params, lr, weight_decay):
+        raise ValueError(f"the rate is {lr}")
+
+    monkeypatch.setattr(finetune, "make_optimizer", caught)
+    out = tmp_path / ("a.safetensors" if rank else "a")
+    flags = ["--rank", rank] if rank else []
+    code, _, err = train(model_folder, cached, out, *flags, command=command)
+    assert code == 2 and err.endswith(f"error: the rate is {rate}\n")
 
 
 def test_a_run_with_a_folder_of_its_own_replaces_no_other_file(cached, model_folder, tmp_path, no_weights):
@@ -1138,6 +1180,7 @@ def test_alpha_scales_wherever_it_stands(model_folder, tmp_path):
         "config": (peft, {"r": 4, "lora_alpha": 8}, 2),
         "square root": (peft, {"r": 4, "lora_alpha": 8, "use_rslora": True}, 4),
         "pattern": (peft, {"r": 4, "lora_alpha": 8, "alpha_pattern": {"attn.q": 2}}, 0.5),
+        "two patterns": (peft, {"r": 4, "alpha_pattern": {"attn.q": 2, "q": 16}}, 0.5),
         "another's pattern": (peft, {"r": 4, "lora_alpha": 8, "alpha_pattern": {"attn.k": 2}}, 2),
         "tensor": (pair("lora_unet_layers_1_attn_q.lora_{}.weight", "down", "up")
                    | {"lora_unet_layers_1_attn_q.alpha": torch.tensor(2.0)}, {}, 0.5),

@@ -38,6 +38,9 @@ def test_an_untrained_lora_changes_nothing_and_a_merged_one_gives_the_same_video
         assert torch.equal(video_of(again), plain)
     half = training.load_lora(copy.deepcopy(small()[0]), tmp_path / "a.safetensors", scale=0.5)
     between = video_of(half)
+    training.save_lora(half, tmp_path / "half.safetensors")
+    saved = training.load_lora(copy.deepcopy(small()[0]), tmp_path / "half.safetensors")
+    assert relative(video_of(saved), between) < 1e-5
     for unmerged, video in ((again, adapted), (half, between)):
         merged = training.merge_lora(copy.deepcopy(unmerged))
         assert merged.state_dict().keys() == small()[0].state_dict().keys() and not training.loras(merged)

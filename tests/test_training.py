@@ -456,6 +456,23 @@ def test_of_two_processes_the_first_writes_the_clips_and_judges_the_lora(tmp_pat
     assert any(lora.up.any() for lora in training.loras(dit))
 
 
+def test_a_report_that_fails_loses_no_step(tmp_path):
+    model = torch.nn.Linear(2, 1)
+
+    def report():
+        raise MemoryError
+
+    def loss_of_step(i: int):
+        return model(torch.ones(2)).square().sum(), {}
+
+    optimizer = torch.optim.SGD(model.parameters(), 0.1)
+    with pytest.raises(MemoryError):
+        training.fit(
+            "a", model, loss_of_step, 9, [optimizer], tmp_path, every=5, report=report, report_every=3
+        )
+    assert torch.load(tmp_path / "a.pt", weights_only=True)["step"] == 3
+
+
 def test_a_log_gets_lines_where_a_terminal_gets_a_bar(tmp_path, capfd):
     model = torch.nn.Linear(2, 2)
     loss_of_step = lambda i: (model(torch.ones(2)).square().sum(), {"psnr": 30.0})
