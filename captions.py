@@ -239,6 +239,7 @@ def clean_caption(caption: str) -> str:
     """
     import ftfy
     from bs4 import BeautifulSoup
+    from bs4.exceptions import ParserRejectedMarkup
 
     def apply(rules: list[tuple[re.Pattern, str]], text: str) -> str:
         for pattern, new in rules:
@@ -247,7 +248,7 @@ def clean_caption(caption: str) -> str:
 
     for _ in range(2):
         caption = apply(_MARKUP_RULES, urllib.parse.unquote_plus(caption).strip().lower())
-        with warnings.catch_warnings():
+        with warnings.catch_warnings(), contextlib.suppress(ParserRejectedMarkup):   # "<![a b": no markup
             warnings.simplefilter("ignore")  # bs4 takes a caption such as "a/b" for a path, and says so
             caption = BeautifulSoup(caption, features="html.parser").text
         caption = apply(_TEXT_RULES, caption)

@@ -14,6 +14,7 @@ import importlib.util
 import itertools
 import json
 import math
+import operator
 import os
 import re
 import sys
@@ -73,8 +74,11 @@ def reading(what: str, path: str | Path) -> Iterator[None]:
     """
     require(os.path.exists(path), f"{what} {str(path)!r} does not exist: check the path")
     try:
-        if not os.path.isdir(path):
-            open(path, "rb").close()                           # safetensors hides "permission denied"
+        if os.path.isfile(path):
+            with open(path, "rb") as file:                     # safetensors hides "permission denied"
+                start = file.read(24)
+            require(start != b"version https://git-lfs.", "it is what git leaves in place of a large file: "
+                    "run git lfs pull")
         yield
     except Exception as error:
         if out_of_memory(error):
@@ -85,6 +89,14 @@ def reading(what: str, path: str | Path) -> Iterator[None]:
         if isinstance(error, Refused):
             cause = f": {error}"
         raise Refused(f"cannot read {what} {str(path)!r}{cause}") from error
+
+
+def beside(folder: str | Path, name: str) -> Path:
+    """The neighbour of that name of a folder, which may be "." or end with ".."."""
+    folder = Path(folder)
+    if folder.name in ("", ".."):
+        folder = Path(os.path.abspath(folder))
+    return folder.parent / name
 
 
 def read_json(path: str | Path, what: str = "config") -> Any:
@@ -163,7 +175,12 @@ def check_sampler_config(cfg: Any) -> None:
         require(hasattr(value, "__index__") or (name, value) == ("num_frames", None),
                 f"{name} {value!r} must be a whole number")
     for name in ("clean_t", "nearly_clean_t", "nearly_clean_blend"):
-        require(not math.isnan(getattr(cfg, name)), f"{name} {getattr(cfg, name)} must be a number")
+        value = getattr(cfg, name)
+        require(hasattr(value, "__float__") and not math.isnan(value), f"{name} {value!r} must be a number")
+    for name in ("kv_ranges", "cfg_t", "prev_scales", "text_scales", "special_tokens", "negative_tokens"):
+        value = getattr(cfg, name)
+        require(isinstance(value, list | tuple),
+                f"{name} {value!r} must be a tuple, such as {getattr(type(cfg), name)}")
     _check_schedule(cfg)
     _check_guidance(cfg)
     require(cfg.num_frames is None or cfg.num_frames >= 1,
@@ -174,7 +191,7 @@ def check_sampler_config(cfg: Any) -> None:
         require(value == nearest,
                 f"{name} {value} must be a multiple of 16, 32 to 16384: the nearest is {nearest}")
     require(cfg.fps > 0, f"fps {cfg.fps} must be positive")
-    require(0 <= cfg.seed < 2**63, f"seed {cfg.seed} must be in [0, 2**63)")
+    require(0 <= operator.index(cfg.seed) < 2**63, f"seed {cfg.seed} must be in [0, 2**63)")
     for kind, known in (("special", SPECIAL_TOKENS), ("negative", NEGATIVE_TOKENS)):
         for name in getattr(cfg, f"{kind}_tokens"):
             require(name in known, f"unknown {kind} token {name!r}: choose from {', '.join(known)}")
@@ -417,7 +434,7 @@ def load_installed(name: str, file: str | Path) -> bool:
     return True
 
 
-def check_device(device: str) -> None:
+def check_device(device: str | torch.device) -> None:
     """ValueError if PyTorch cannot compute on this device here."""
     require(re.fullmatch(r"cpu|mps|cuda(:\d+)?", str(device)),
             f"device {str(device)!r} is unknown: try cpu, cuda, cuda:1 or mps")

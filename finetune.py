@@ -833,8 +833,8 @@ def run(args: argparse.Namespace) -> None:
     if args.command == "merge":
         merge(args)
         return
-    args.vae = args.vae or args.model.parent / "vae"
-    args.t5 = args.t5 or args.model.parent / "t5"
+    args.vae = args.vae or checkpoints.beside(args.model, "vae")
+    args.t5 = args.t5 or checkpoints.beside(args.model, "t5")
     name = args.out.name.removesuffix(".safetensors")
     args.work = args.work or args.out.with_name(f"{name}.work")
     require(args.command != "lora" or args.rank, "--rank 0 is for all weights: use the command full")

@@ -1501,8 +1501,9 @@ def load(folder: str | Path, *, vae: str | Path | None = None, t5: str | Path | 
     parts: what loads the three of them; parallel.parts() shares them among GPUs or streams their weights.
     ValueError for what does not fit.
     """
-    folder = Path(folder)
-    vae, t5 = Path(vae or folder.parent / "vae"), Path(t5 or folder.parent / "t5")
+    checkpoints.check_device(device)
+    vae = Path(vae or checkpoints.beside(folder, "vae"))
+    t5 = Path(t5 or checkpoints.beside(folder, "t5"))
     sampler = read_config(folder, "sampler", SamplerConfig)
     vae_cfg = read_config(vae, "vae", VAEConfig)
     build(lambda: VAE(vae_cfg), vae)                     # only to check it before the large DiT is read

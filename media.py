@@ -55,6 +55,7 @@ def to_image(x: Any) -> np.ndarray:
     if isinstance(x, str | os.PathLike):
         return read_image(x)
     if isinstance(x, Image.Image):
+        require(x.width and x.height, f"the image has {x.width}x{x.height} pixels: give one that has some")
         return np.asarray(as_rgb(x))
     given, is_tensor = as_array(x, "image")
     array = given[0] if given.ndim == 4 and len(given) == 1 else given       # a batch of one
@@ -180,6 +181,7 @@ def prefix_clip(image: np.ndarray | None, video: np.ndarray | None, prefix_frame
 def prefix_pixels(image: Any, video: Any, prefix_frames: int, size: tuple[int, int], fit: str, fps: int
                   ) -> torch.Tensor:
     """The frames the model is shown, of an image or a video in any form: (1, 3, frames, *size) in [-1, 1]."""
+    require(hasattr(prefix_frames, "__index__"), f"prefix_frames {prefix_frames!r} must be a whole number")
     image = None if image is None else to_image(image)
     video = None if video is None else to_video(video, max(FRAMES_PER_LATENT, prefix_frames), fps)
     clip: Any = prefix_clip(image, video, prefix_frames)
@@ -334,6 +336,10 @@ def read_video(path: str | os.PathLike, fps: int = 24, start: int | None = None,
     videos.
     """
     with reading("video", path), av.open(os.path.abspath(path)) as file:     # "12:30.mov" is no URL
+        require(file.format.name != "tty", "it is a text, not a video")
+        if file.format.name == "webp_pipe":
+            with Image.open(path) as image:
+                require(not image.is_animated, "FFmpeg cannot read animated WebP: save it as a GIF or mp4")
         stream = best_stream(file)
         begin = None if start is None else (stream.start_time or 0) * stream.time_base + Fraction(start, fps)
         length = math.inf if count is None else Fraction(count, fps)
@@ -600,6 +606,9 @@ class Mp4Writer:
 
     def append(self, data: bytes) -> None:
         """All of the data or nothing, and only to the file as it was left."""
+        if not self.out.exists():
+            self.stat = None                                                 # there is nothing to close
+            raise OSError("it was moved or deleted while it grew, with all that was in it")
         before = self.out.stat()
         if not os.path.samestat(before, self.stat) or before.st_size != self.stat.st_size:
             raise OSError("another program has changed it")

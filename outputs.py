@@ -44,7 +44,7 @@ def locked(path: Path, wait: bool = False) -> Iterator[None]:
         yield
         return
     path = path.absolute()
-    lock = path.with_name(f".{path.name}.lock")
+    lock = path.with_name(f".{path.name}.lock".replace("*", "all"))          # some systems allow no *
     while True:
         try:
             file = os.open(lock, os.O_CREAT | os.O_RDWR, 0o666)
@@ -94,7 +94,8 @@ def claimed_folder(folder: Path, names: Iterable[str], inputs: Iterable[str | Pa
                    ) -> Iterator[list[Path]]:
     """The same for several files in a folder, which is made, and removed again if nothing is written."""
     name = str(folder)
-    require(folder.is_dir() or not folder.exists() and not folder.suffix,
+    is_video = folder.suffix.lower() in (".mp4", ".gif", ".png")
+    require(folder.is_dir() or not folder.exists() and not is_video,
             f"--out {name!r} must be a folder, for the videos of --prompt_file")
     require(folder.parent.is_dir(), f"cannot make the folder {name!r}: create {str(folder.parent)!r} first")
     is_new = not folder.exists()

@@ -166,7 +166,9 @@ def memory_table(dit: magi.DiTConfig, run: magi.SamplerConfig, vae: Path, t5: Pa
     codec = read_config(vae, "vae", magi.VAEConfig) if is_here else magi.VAE_PRESETS["magi"]
     more: dict[str, Any] = {"vae": codec, "keep_t5": keep_t5}
     if (t5 / "config.json").is_file():
-        more["t5"] = read_json(t5 / "config.json")
+        more["t5"] = config = read_json(t5 / "config.json")
+        require(isinstance(config, dict) and all(isinstance(config.get(name), int) for name in T5_XXL),
+                f"{str(t5 / 'config.json')!r} is not of a T5 model: give the right folder (--t5)")
     most = 1 if keep_t5 else dit.num_kv_heads            # one process reads the prompts
     counts = [r for r in range(1, most + 1) if dit.num_kv_heads % r == 0]
     ways = " or ".join(f"--plan {R}x{cards[0]:g}" for R in counts)

@@ -157,8 +157,10 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     # fmt: on
 
     args = parser.parse_args(argv)
-    args.vae = args.vae or args.model.parent / "vae"
-    args.t5 = args.t5 or args.model.parent / "t5"
+    from checkpoints import beside  # with PyTorch, which takes seconds
+
+    args.vae = args.vae or beside(args.model, "vae")
+    args.t5 = args.t5 or beside(args.model, "t5")
     return args
 
 
@@ -188,6 +190,9 @@ terminal.imported()
 
 def check_flags(args: argparse.Namespace) -> None:
     """Check the flags alone, reading no file but --prompt_file, and fill in those that follow from others."""
+    for name in ("image", "video", "text", "config_file"):
+        require(getattr(args, name) != "", f"--{name} '' names no file: give one, or leave it out (is it a "
+                f"variable that is not set?)")
     args.mode = args.mode or ("i2v" if args.image else "v2v" if args.video else "t2v")
     for mode, name in (("i2v", "image"), ("v2v", "video")):
         file = getattr(args, name)
@@ -258,7 +263,10 @@ def claim_outputs(args: argparse.Namespace, locks: contextlib.ExitStack) -> list
         return locks.enter_context(outputs.claimed_folder(folder, names, inputs))
     if str(args.out) == "-":
         return [locks.enter_context(outputs.standard_output())]
-    return [locks.enter_context(outputs.claimed(args.out, inputs))]
+    out = locks.enter_context(outputs.claimed(args.out, inputs))
+    require(out.suffix.lower() == args.out.suffix.lower(), f"--out {str(args.out)!r} is a link to "
+            f"{str(out)!r}, which ends otherwise: remove it, or give another name")
+    return [out]
 
 
 def settings(args: argparse.Namespace, dit, cfg) -> tuple[magi.SamplerConfig, list[str]]:
@@ -278,7 +286,8 @@ def settings(args: argparse.Namespace, dit, cfg) -> tuple[magi.SamplerConfig, li
     if args.num_frames == "inf":
         given["num_frames"] = None
     for name, neutral in (("text_scales", 0), ("prev_scales", 1)):
-        if len(given.get(name, ())) == 1:    # one number replaces the entries of the table that guide at all
+        # One number replaces the entries of the table that guide at all.
+        if len(given.get(name, ())) == 1 and "cfg_t" not in given:
             given[name] = tuple(v if v == neutral else given[name][0] for v in getattr(cfg, name))
     if cfg.distilled and given.keys() & {"text_scales", "prev_scales"}:
         notes.append("note: the guidance of a distilled model is built in, the flags for it do nothing")
@@ -483,13 +492,15 @@ def generate(frames, cfg, chunks: float, out: Any, device: str, report: Callable
     name, suffix = (out, out.suffix.lower()) if isinstance(out, Path) else ("-", ".mp4")
     writer = media.WRITERS[suffix](out, cfg.fps) if out else None
     is_stream = out and not isinstance(out, Path)        # a write may wait for its reader, even for ever
-    code, made, first = 0, 0, 0.0
+    code, made, first, is_writing = 0, 0, 0.0, False
     start = last = time.perf_counter()
     try:
         for chunk in frames(progress=progress):
             with contextlib.nullcontext() if is_stream else uninterrupted():
                 if writer:
+                    is_writing = True
                     writer.write(chunk)
+                    is_writing = False
                 made, last = made + len(chunk), time.perf_counter()
                 first = first or last
     except (KeyboardInterrupt, BrokenPipeError) as error:                    # or the player was closed
@@ -499,7 +510,7 @@ def generate(frames, cfg, chunks: float, out: Any, device: str, report: Callable
         if is_stream:                                                        # nobody reads its rest
             os.dup2(os.open(os.devnull, os.O_WRONLY), out.fileno())
     except (OSError, ValueError, FloatingPointError) as error:
-        where = f"cannot write {str(name)!r}: " if isinstance(error, OSError) else ""
+        where = f"cannot write {str(name)!r}: " if is_writing and isinstance(error, OSError) else ""
         say(f"error: {where}{error}")
         code = 1
     finally:
@@ -507,6 +518,8 @@ def generate(frames, cfg, chunks: float, out: Any, device: str, report: Callable
     if writer:
         with contextlib.suppress(KeyboardInterrupt), uninterrupted():        # what is made will be finished
             writer.close()
+    if isinstance(out, Path) and made and not out.exists():
+        name = "where it was moved to"
     ended = {0: "", 1: "stopped: ", 130: "interrupted: "}[code]
     if made:
         print(f"{ended}{in_words(first - start, (last - start) / made * cfg.fps)}, {peak_memory(device)}, "

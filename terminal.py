@@ -274,6 +274,9 @@ def exit_code(action: Callable[[], Any], *, stopped: str = "stopped", kept: str 
     import checkpoints
     import parallel
 
+    for stream in (sys.stdout, sys.stderr):              # a name that a terminal cannot show is no error
+        with contextlib.suppress(AttributeError):        # a notebook's stream has no such method
+            stream.reconfigure(errors="backslashreplace")  # type: ignore[union-attr]
     try:
         return action() or 0
     except KeyboardInterrupt as stop:

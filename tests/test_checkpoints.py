@@ -48,6 +48,20 @@ def test_whatever_goes_wrong_is_one_error_that_names_the_file(error, message, tm
     assert info.value.__cause__ is error
 
 
+def test_what_git_leaves_in_place_of_a_large_file_is_told_apart(tmp_path):
+    file = tmp_path / "model.safetensors"
+    file.write_text("version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 12345\n")
+    with bad("cannot read weights '.*': it is what git leaves in place of a large file: run git lfs pull"):
+        checkpoints.read_headers([file])
+
+
+def test_the_neighbour_of_a_folder_however_it_is_spelled(tmp_path, monkeypatch):
+    (tmp_path / "a" / "b").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path / "a" / "b")
+    for folder, neighbour in ((".", "a/vae"), ("..", "vae"), ("../b", "a/vae"), (tmp_path / "a", "vae")):
+        assert checkpoints.beside(folder, "vae").resolve() == tmp_path / neighbour
+
+
 @pytest.mark.parametrize(
     "error",
     [MemoryError(), torch.OutOfMemoryError("CUDA out of memory"), RuntimeError("can't allocate memory")],

@@ -2,6 +2,7 @@
 
 import math
 
+import numpy as np
 import pytest
 import torch
 from common import bad
@@ -39,6 +40,11 @@ BAD_SETTINGS = [
     (dict(clean_t=math.nan), "clean_t nan"),
     (dict(cfg_t=(0.0, math.nan), prev_scales=(1.0, 1.0), text_scales=(1.0, 1.0)), "rise from t = 0"),
     (dict(text_scales=(7.5, 7.5, math.inf, 0.0, 0.0)), "be finite"),
+    (dict(text_scales=7.5), "text_scales 7.5 must be a tuple, such as .7.5, 7.5"),
+    (dict(kv_ranges=5), "kv_ranges 5 must be a tuple"),
+    (dict(special_tokens="hq"), "special_tokens 'hq' must be a tuple"),
+    (dict(special_tokens=None), "special_tokens None must be a tuple"),
+    (dict(nearly_clean_t="0.3"), "nearly_clean_t '0.3' must be a number"),
     (dict(num_steps=12, window=3, kv_ranges=(2,), distilled=True), "window 3 must be 1, 2 or 4"),
 ]
 
@@ -47,6 +53,11 @@ BAD_SETTINGS = [
 def test_bad_settings_are_refused_when_the_config_is_made(change, message):
     with bad(message):
         magi.SamplerConfig(**GOOD | change)
+
+
+def test_a_seed_may_be_any_whole_number():
+    for seed in (np.int64(5), torch.tensor(5)):
+        assert magi.SamplerConfig(seed=seed).seed == 5
 
 
 @settings(max_examples=60)

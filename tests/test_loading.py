@@ -223,3 +223,15 @@ def test_dtypes_of_load(model_folder):
     pipe = magi.load(model_folder, dtype="bfloat16", vae_dtype=torch.float16)
     assert pipe.dit.layers[0].attn.q.weight.dtype == torch.bfloat16 and pipe.vae.dtype == torch.float16
     assert pipe.dit.final_linear.weight.dtype == torch.float32
+
+
+@pytest.mark.parametrize("device", ["gpu", "cuda:99"])
+def test_a_device_that_is_not_there_is_refused_before_weights_are_read(model_folder, monkeypatch, device):
+    monkeypatch.setattr(magi, "fill", lambda *_: pytest.fail("weights are read"))
+    with bad(f"device '{device}' is"):
+        magi.load(model_folder, device=device)
+
+
+def test_a_model_may_be_the_folder_that_one_is_in(model_folder, monkeypatch):
+    monkeypatch.chdir(model_folder)
+    assert magi.load(".").dit.cfg == magi.load(model_folder).dit.cfg

@@ -292,6 +292,22 @@ def test_cards_that_cannot_be_planned_for_are_refused(card, message):
 # --------------------------------------------------------------------------------------------------- failures
 
 
+def test_an_environment_that_is_half_a_torchruns_is_refused(monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setenv("RANK", "0")
+    monkeypatch.setenv("MASTER_ADDR", "localhost")
+    with bad("WORLD_SIZE is 2, but not set: LOCAL_RANK, MASTER_PORT; start with torchrun, or unset"):
+        parallel.start("cpu")
+    monkeypatch.setenv("WORLD_SIZE", "")
+    assert parallel.start("cpu") == "cpu"
+
+
+def test_a_plan_with_a_text_encoder_of_another_kind(tmp_path):
+    (tmp_path / "config.json").write_text('{"model_type": "clip", "hidden_size": 768}')
+    message = "config.json' is not of a T5 model: give the right folder (--t5)"
+    assert_refused(sample.main, ["--plan", "24", "--model", "4.5B-base", "--t5", tmp_path], message)
+
+
 @pytest.mark.parametrize("rank", [0, 1])
 def test_a_killed_process_takes_the_others_with_it(models, rank):
     (models / "forever.mp4").unlink(missing_ok=True)

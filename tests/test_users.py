@@ -27,7 +27,7 @@ import av
 import numpy as np
 import pytest
 import torch
-from common import HERE, assert_refused, environment, run_main, run_python, same, small
+from common import HERE, assert_refused, bad, environment, run_main, run_python, same, small
 from PIL import Image, ImageCms
 from safetensors.torch import load_file, save_file
 
@@ -567,6 +567,16 @@ def test_memory_of_videos_is_a_few_frames(tmp_path):
     assert peak(code, path) < 150e6
 
 
+def test_what_ffmpeg_takes_for_a_video_or_cannot_read(tmp_path):
+    (tmp_path / "notes.txt").write_text("a red ball\nbounces\n" * 400)
+    with bad("notes.txt': it is a text, not a video"):
+        media.read_video(tmp_path / "notes.txt")
+    first, *others = map(Image.fromarray, greys(range(0, 120, 20)))
+    first.save(tmp_path / "a.webp", save_all=True, append_images=others)
+    with bad("a.webp': FFmpeg cannot read animated WebP: save it as a GIF or mp4"):
+        media.read_video(tmp_path / "a.webp")
+
+
 # ------------------------------------------------------------------------------------------------------- LoRA
 
 
@@ -887,6 +897,52 @@ def refused(model: Path, *flags) -> str:
     )
 
 
+def test_a_name_that_the_terminal_cannot_show_is_no_error(model_folder, tmp_path, monkeypatch):
+    flags = command(model_folder, "--num_frames", 24, "--out", tmp_path / "мяч.mp4")[2:]
+    written = io.BytesIO()
+    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(written, "cp1252"))
+    assert sample.main(flags) == 0 and (tmp_path / "мяч.mp4").is_file()
+    sys.stdout.flush()
+    assert rb"\u043c\u044f\u0447.mp4" in written.getvalue()
+
+
+def test_a_link_to_another_kind_of_file_is_refused(model_folder, tmp_path):
+    (tmp_path / "abc").touch()
+    (tmp_path / "a.mp4").symlink_to(tmp_path / "abc")
+    assert "which ends otherwise" in refused(model_folder, "--out", tmp_path / "a.mp4")
+    assert (tmp_path / "abc").read_bytes() == b""
+
+
+def test_the_folder_of_many_videos_may_have_a_point_in_its_name(tmp_path):
+    with outputs.claimed_folder(tmp_path / "run_1.5", ["a.mp4"]) as files:
+        assert files == [tmp_path / "run_1.5" / "a.mp4"]
+    assert not (tmp_path / "run_1.5").exists()  # as nothing was written
+
+
+def test_a_video_that_is_moved_while_it_grows(tmp_path, capsys):
+    out, moved = tmp_path / "a.mp4", tmp_path / "b.mp4"
+
+    def frames(progress):
+        yield greys([0] * 24)
+        out.rename(moved)
+        yield greys([9] * 24)
+
+    code = sample.generate(frames, magi.SamplerConfig(), 2, out, "cpu")
+    said, err = capsys.readouterr()
+    assert code == 1 and "24 frames -> where it was moved to" in said
+    assert "it was moved or deleted while it grew" in err and "fragments" not in err
+    assert len(media.read_video(moved)) == 24 and not out.exists()
+
+
+def test_a_disk_that_fails_while_weights_are_read_is_not_blamed_on_the_output(tmp_path, capsys):
+    def frames(progress):
+        raise OSError(5, "Input/output error", "model.safetensors")
+        yield
+
+    assert sample.generate(frames, magi.SamplerConfig(), 2, tmp_path / "a.mp4", "cpu") == 1
+    assert capsys.readouterr().err.startswith("error: [Errno 5] Input/output error: 'model.safetensors'")
+
+
 @pytest.mark.parametrize("ending", [".mp4", ".gif", ".png"])
 def test_two_runs_on_one_output(ending, model_folder, tmp_path):
     """The second to come leaves with one line, by whatever path it comes; the first one's file is whole."""
@@ -1082,6 +1138,21 @@ def test_prompts_that_the_text_encoder_cannot_read(model_folder, tmp_path, monke
     assert "'شبكة'" in line
 
 
+@pytest.mark.parametrize("name", ["image", "video", "config_file"])
+def test_an_empty_name_is_no_file(name):
+    """As a variable of the shell that is not set gives it."""
+    flags = [f"--{name}", "", "--prompt", "a red ball"]
+    assert_refused(sample.main, flags, f"--{name} '' names no file: give one, or leave it out")
+
+
+def test_a_number_for_guidance_with_a_table_of_ones_own(model_folder):
+    flags = "--cfg_t 0 --text_scale 3 --prev_scale 1".split()
+    args = sample.parse_arguments(["--model", str(model_folder), *flags])
+    sample.check_lora_scales(args)
+    cfg, _ = sample.settings(args, *sample.read_configs(model_folder))
+    assert (cfg.cfg_t, cfg.text_scales, cfg.prev_scales) == ((0.0,), (3.0,), (1.0,))
+
+
 # ---------------------------------------------------------------------------------------------- how it is run
 
 
@@ -1227,6 +1298,14 @@ def test_images_that_people_hold(tmp_path):
     bf16 = torch.from_numpy(x / 255).bfloat16()
     assert np.abs(media.to_image(bf16) - x.astype(float)).max() <= 1
     assert (media.to_image(np.full((2, 1, 3), 1.0005)) == 255).all()  # what resizing leaves
+
+
+def test_what_is_no_picture_and_no_number_of_frames(model_folder):
+    with bad("the image has 0x0 pixels"):
+        media.to_image(Image.new("RGB", (0, 0)))
+    for wrong in (8.0, None):
+        with bad(f"prefix_frames {wrong} must be a whole number"):
+            media.prefix_pixels(None, greys(range(40)), wrong, (32, 48), "crop", 24)
 
 
 def test_videos_that_people_hold(tmp_path):
