@@ -731,8 +731,7 @@ def describe(args: argparse.Namespace, base: DiT, batches: Batches) -> None:
         args.keep_activations, parallel.ranks(), bool(args.stream))
     lines.append(planner.show_training(needs, planner.memory_of(args.device)))
     for name, folder in (("VAE", args.vae), ("T5", args.t5)):
-        weights = [file for file in folder.glob("*") if file.suffix in (".safetensors", ".bin")]
-        size = sum(file.stat().st_size for file in weights)
+        size = terminal.weight_bytes(folder)
         lines.append(f"before it, for what is not cached: {name}, {size / 1e9:.2f} GB")
     print("\n".join(lines), file=sys.stderr)
 

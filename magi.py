@@ -1046,13 +1046,6 @@ def clean_kv_range(cfg: SamplerConfig, prefix: bool = False) -> float:
     return cfg.clean_kv_range
 
 
-def widest_range(cfg: SamplerConfig) -> float:
-    """How many chunks a generated chunk sees at most, whenever that is. (Nor may a chunk's own config ask for
-    more: `check_own_config` refuses it.)"""
-    ranges = [cfg.kv_ranges, *dict(cfg.kv_ranges_at).values()]
-    return max(clean_kv_range(cfg), *(max(some, default=math.inf) for some in ranges))
-
-
 def shot_transition(cfg: SamplerConfig, chunk: int, kind: str = "cut") -> SamplerConfig:
     """Generated chunk `chunk` sees no history in half of its steps (report section 3.3).
 
@@ -1162,6 +1155,7 @@ def plan(cfg: SamplerConfig, chunks: int | None, prefix_chunks: int = 0,
     K: float = math.inf if chunks is None else chunks
     config_of = config_of or (lambda chunk: cfg)
     d = shortcut_d(cfg.num_steps, cfg.shortcut_mode)
+    exceptions = [P + chunk for chunk, _ in cfg.kv_ranges_at]    # chunks whose ranges are not cfg.kv_ranges
     ahead: dict[int, list[ChunkInput]] = {}              # chunk -> what is left of its life
     for stage in itertools.count():                          # chunk P + stage enters
         newest = P + stage
@@ -1173,10 +1167,12 @@ def plan(cfg: SamplerConfig, chunks: int | None, prefix_chunks: int = 0,
         if all(len(inputs) == 1 for inputs in ahead.values()):
             return                                       # all are done, and nobody will read the last keys
 
-        # Forget what neither the chunks in flight nor those to come can read.
-        forget = min(c.first_seen for inputs in ahead.values() for c in inputs)
-        if newest + 1 < K:
-            forget = min(forget, int(max(0, newest + 2 - widest_range(cfg))))
+        # Forget what neither the chunks in flight nor those to come will read. Of those to come it is enough
+        # to look at the exceptions and at the next plain one: the plain ones after it see no further back.
+        # (Nor does a chunk's own config: `check_own_config` refuses one that does.)
+        plain = next(chunk for chunk in itertools.count(newest + 1) if chunk not in exceptions)
+        to_come = [life(cfg, chunk, P) for chunk in (plain, *exceptions) if newest < chunk < K]
+        forget = min(c.first_seen for inputs in (*ahead.values(), *to_come) for c in inputs)
 
         if stage == 0:
             prefix = needed(range(forget, P), [clean_input(cfg, chunk, prefix=True) for chunk in range(P)])

@@ -171,9 +171,14 @@ def say(message: object) -> None:
 LARGE = 10**9                        # bytes: it takes more than a moment to read them
 
 
+def weight_bytes(folder: Path) -> int:
+    """The size of all files of weights in a folder."""
+    return sum(file.stat().st_size for file in folder.glob("*") if file.suffix in (".safetensors", ".bin"))
+
+
 def announce(what: str, folder: Path) -> None:
     """A line before large weights are read, which may take minutes."""
-    size = sum(file.stat().st_size for file in folder.glob("*") if file.suffix in (".safetensors", ".bin"))
+    size = weight_bytes(folder)
     if size > LARGE:
         say(f"reading the {what} {str(folder)!r}, {size / 2**30:.1f} GiB")
 

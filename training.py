@@ -1022,15 +1022,15 @@ def fit(name: str, model: nn.Module, loss_of_step: Callable[[int], tuple[Tensor,
             if bar.disable and (is_time() or is_last):                       # a log: a line now and then
                 figures = ", ".join(f"{key} {value}" for key, value in shown.items())
                 terminal.say(f"{name}: step {step + 1} of {steps}, {figures}")
-            is_report = report is not None and ((step + 1) % (report_every or every) == 0 or is_last)
-            if (step + 1) % every == 0 or is_last or stops or is_report:     # a report may fail
+            is_due = (step + 1) % (report_every or every) == 0 or is_last
+            if (step + 1) % every == 0 or is_last or stops or report and is_due:         # a report may fail
                 checkpoint.save(step + 1)
                 if is_first:
                     draw()
             if stops:
                 bar.close()
                 raise KeyboardInterrupt(f"stopped after step {step + 1} of {steps}, all of which are saved")
-            if report is not None and is_report:
+            if report and is_due:
                 with exchanged(model, ema):
                     bar.write(f"{name} {step + 1}: {report()}")
     model.load_state_dict(ema, strict=False)

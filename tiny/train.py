@@ -75,6 +75,7 @@ import outputs  # noqa: E402
 import parallel  # noqa: E402
 import terminal  # noqa: E402
 import training  # noqa: E402
+from captions import load_tokenizer  # noqa: E402
 
 SIZE, GRID = world.SIZE, world.SIZE // 8  # side of the frame in pixels and in latents
 
@@ -488,9 +489,7 @@ def made_tokenizer(out: Path) -> Path:
 
 @functools.cache
 def tokenizer(spiece: Path):
-    from sentencepiece import SentencePieceProcessor
-
-    return SentencePieceProcessor(model_file=str(spiece))
+    return load_tokenizer(spiece.parent)
 
 
 # ------------------------------------------------------------------------------------- 5 clips as latents
