@@ -957,7 +957,7 @@ def fit(name: str, model: nn.Module, loss_of_step: Callable[[int], tuple[Tensor,
 
     Every `every` steps, before a report, at the end and at Ctrl-C all that is needed to go on is written to
     folder/name.pt, which is read if it is there. folder/name.csv has a row a step: its number, the loss, the
-    numbers (of the last forward) and seconds. name.png draws the loss.
+    numbers (of the last forward) and seconds, as its first line says. name.png draws the loss.
     """
     folder.mkdir(parents=True, exist_ok=True)
     is_first = parallel.rank() == 0                      # it alone writes
@@ -978,13 +978,11 @@ def fit(name: str, model: nn.Module, loss_of_step: Callable[[int], tuple[Tensor,
             bar.write(f"{name}: the loss cannot be drawn: {error}")
 
     rows: list[list[Any]] = read_log(log, before=first)
-    log.write_text("".join(",".join(map(str, row)) + "\n" for row in rows))
     bar = tqdm(range(first, steps), initial=first, total=steps, desc=name, mininterval=1, dynamic_ncols=True,
                disable=not sys.stderr.isatty())
     is_time = terminal.now_and_then()
     model.train()
-    with log.open("a", newline="") as table, stop_between_steps() as asked:
-        writer = csv.writer(table)
+    with stop_between_steps() as asked:
         for step in bar:
             start = time.perf_counter()
             share = min((step + 1) / warmup, 1, 3 * (1 - step / steps))
@@ -1012,10 +1010,11 @@ def fit(name: str, model: nn.Module, loss_of_step: Callable[[int], tuple[Tensor,
                     decay = min(ema_decay, (step + 1) / (step + 10))         # the start is soon forgotten
                     ema[k].lerp_(trained[k].to(ema[k]), 1 - decay)
             seconds = time.perf_counter() - start
+            columns = ["step", "loss", *numbers, "s/step"]
             rows.append([str(value) for value in (step, mean_loss, *numbers.values(), round(seconds, 3))])
-            writer.writerow(rows[-1])
-            table.flush()
-            means = zip(["loss", *numbers, "s/step"], recent_means(rows)[1:], strict=True)
+            with log.open("w" if step == first else "a", newline="") as table:
+                csv.writer(table).writerows([columns, *rows] if step == first else [rows[-1]])
+            means = zip(columns[1:], recent_means(rows)[1:], strict=True)
             shown = {key: f"{value:.3g}" for key, value in means}
             bar.set_postfix(shown, refresh=False)
             is_last, stops = step + 1 == steps, sum_of_all(len(asked)) > 0   # all end at the same step
