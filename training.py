@@ -977,7 +977,12 @@ def fit(name: str, model: nn.Module, loss_of_step: Callable[[int], tuple[Tensor,
         except Exception as error:
             bar.write(f"{name}: the loss cannot be drawn: {error}")
 
-    rows: list[list[Any]] = read_log(log, before=first)
+    def write(mode: str, some: list[list[str]]) -> None:
+        with log.open(mode, newline="") as table:
+            csv.writer(table).writerows(some)
+
+    rows = read_log(log, before=first)
+    write("w", rows)                                     # what came later is computed again
     bar = tqdm(range(first, steps), initial=first, total=steps, desc=name, mininterval=1, dynamic_ncols=True,
                disable=not sys.stderr.isatty())
     is_time = terminal.now_and_then()
@@ -1012,8 +1017,9 @@ def fit(name: str, model: nn.Module, loss_of_step: Callable[[int], tuple[Tensor,
             seconds = time.perf_counter() - start
             columns = ["step", "loss", *numbers, "s/step"]
             rows.append([str(value) for value in (step, mean_loss, *numbers.values(), round(seconds, 3))])
-            with log.open("w" if step == first else "a", newline="") as table:
-                csv.writer(table).writerows([columns, *rows] if step == first else [rows[-1]])
+            if step == first:                                                # now they are known
+                write("w", [columns, *rows[:-1]])
+            write("a", rows[-1:])
             means = zip(columns[1:], recent_means(rows)[1:], strict=True)
             shown = {key: f"{value:.3g}" for key, value in means}
             bar.set_postfix(shown, refresh=False)
