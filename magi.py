@@ -1157,8 +1157,7 @@ def plan(cfg: SamplerConfig, chunks: int | None, prefix_chunks: int = 0,
     d = shortcut_d(cfg.num_steps, cfg.shortcut_mode)
     exceptions = [P + chunk for chunk, _ in cfg.kv_ranges_at]    # chunks whose ranges are not cfg.kv_ranges
     ahead: dict[int, list[ChunkInput]] = {}              # chunk -> what is left of its life
-    for stage in itertools.count():                          # chunk P + stage enters
-        newest = P + stage
+    for newest in itertools.count(P):                        # a stage, at which this chunk enters
         config = config_of(newest) if newest < K else None
         if config is None:
             K = min(K, newest)
@@ -1174,20 +1173,17 @@ def plan(cfg: SamplerConfig, chunks: int | None, prefix_chunks: int = 0,
         to_come = [life(cfg, chunk, P) for chunk in (plain, *exceptions) if newest < chunk < K]
         forget = min(c.first_seen for inputs in (*ahead.values(), *to_come) for c in inputs)
 
-        if stage == 0:
+        if newest == P:
             prefix = needed(range(forget, P), [clean_input(cfg, chunk, prefix=True) for chunk in range(P)])
             if prefix:
                 yield Step(tuple(prefix), d[0], None, forget, None)
-        # A chunk in its last stage has its noisy inputs and the clean one left; the clean one stays alone for
-        # the first step of the next stage.
-        done = next((chunk for chunk, inputs in ahead.items() if len(inputs) == per_stage + 1), None)
         for j in range(per_stage):
-            yield Step(chunks=tuple(inputs[j] for inputs in ahead.values() if j < len(inputs)),
-                       d=d[j],
-                       enters=newest if config is not None and j == 0 else None,
-                       forget=forget,
-                       done=done if j == per_stage - 1 else None)
-        ahead = {chunk: inputs[per_stage:] for chunk, inputs in ahead.items() if len(inputs) > per_stage}
+            now = tuple(inputs.pop(0) for inputs in ahead.values())
+            ahead = {chunk: inputs for chunk, inputs in ahead.items() if inputs}
+            # A chunk is done when only its clean input is left.
+            done = next((chunk for chunk, inputs in ahead.items() if len(inputs) == 1), None)
+            enters = newest if config is not None and j == 0 else None
+            yield Step(now, d[j], enters, forget, done)
 
 
 # ----------------------------------------------------------------------------------------------------------
