@@ -1379,12 +1379,11 @@ class _Run:
                 held[name] = needed(wanted, step.chunks)
         outs = self.dit.forward_all([self.call(inputs, self.branches[name], step.d, x)
                                      for name, inputs in held.items()])
-        guided: dict[int, Tensor] = {}                   # shares sum to 1, so each chunk gets a velocity
+        guided: dict[int, Tensor] = {}
         for (name, inputs), out in zip(held.items(), outs, strict=True):
             for c, v in zip(inputs, out.chunk(len(inputs), dim=2), strict=True):
-                share = 0 if c.clean else shares[c.chunk][name]
-                if share != 0:
-                    guided[c.chunk] = guided.get(c.chunk, 0) + share * v
+                if not c.clean:
+                    guided[c.chunk] = guided.get(c.chunk, 0) + shares[c.chunk][name] * v
         return guided
 
     def call(self, inputs: Sequence[ChunkInput], branch: Branch, d: float, x: dict[int, Tensor]
