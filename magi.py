@@ -453,9 +453,7 @@ class VAETransformer(nn.Module):
         self.norm = nn.LayerNorm(cfg.embed_dim)
 
     def positions(self, size: tuple[int, ...]) -> Tensor:
-        """The position table resampled to another (T, H, W); the class token has no place to resample."""
-        if size == self.grid:
-            return self.pos_embed
+        """The position table resampled to (T, H, W); the class token has no place to resample."""
         table = self.pos_embed[:, 1:].reshape(1, *self.grid, -1).permute(0, 4, 1, 2, 3)
         table = F.interpolate(table.float(), size, mode="trilinear", align_corners=False)
         table = table.to(self.pos_embed.dtype).flatten(2).transpose(1, 2)
