@@ -253,10 +253,10 @@ def small_normal(*shape: int) -> nn.Parameter:
     return nn.Parameter(nn.init.trunc_normal_(torch.empty(shape), std=0.02))
 
 
-def timestep_features(t: Tensor, dim: int = 256) -> Tensor:
-    """Sinusoidal features of t in [0, 1]: (...) -> (..., dim), [cos | sin], float32 (Vaswani et al. 2017)."""
-    steps = torch.arange(dim // 2, device=t.device, dtype=torch.float32)
-    freqs = torch.exp(-math.log(10000) * steps / (dim // 2))
+def timestep_features(t: Tensor) -> Tensor:
+    """Sinusoidal features of t in [0, 1]: (...) -> (..., 256), [cos | sin], float32 (Vaswani et al. 2017)."""
+    i = torch.arange(128, device=t.device, dtype=torch.float32)
+    freqs = torch.exp(-math.log(10000) * i / 128)            # from 1 down to almost 1/10000
     angles = t.float()[..., None] * freqs * 1000             # the scale of diffusion's thousand steps
     return torch.cat([angles.cos(), angles.sin()], dim=-1)
 
