@@ -729,8 +729,6 @@ class FP8Linear(nn.Module):
     input is divided by a smoothing scale per channel, which moves outliers from activations to weights.
     """
 
-    input_scale: Tensor
-
     def __init__(self, in_features: int, out_features: int, kind: str):
         super().__init__()
         assert kind in ("tensor", "channel"), kind
