@@ -1543,9 +1543,8 @@ class MAGI:
         prefix = None if pixels is None else self.encode(pixels)
         chunks = sample(self.dit, text, mask, cfg, special_tokens=self.special_tokens, prefix=prefix,
                         progress=progress)
-        given = None
-        if video is not None:                            # what the prefix gives of the first chunk
-            given = prefix[:, prefix.shape[1] // CHUNK * CHUNK :]
+        # Of a video: what its prefix gives of the first chunk.
+        given = None if video is None else prefix[:, prefix.shape[1] // CHUNK * CHUNK :]
         return self._frames(chunks, wanted, given)
 
     def _frames(self, chunks: Iterator[tuple[int, Tensor]], wanted: float, given: Tensor | None
