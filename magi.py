@@ -1000,7 +1000,7 @@ def shift_time(u: Tensor, shift: float = 1 / 3) -> Tensor:
 def shortcut_d(num_steps: int, shortcut_mode: str = "8,16,16") -> list[float]:
     """d of each step: half the number of steps of its length that a whole run would have.
 
-    The 12-step grid takes one double step (d 4) and two single ones (d 8) of a 16-step grid in each quarter.
+    12 steps are those of a 16-step grid (d 8) with a pair joined to a double step (d 4) in each quarter.
     """
     if num_steps == 12:
         return [4.0, 8.0, 8.0] * 4 if shortcut_mode == "8,16,16" else [8.0, 8.0, 4.0] * 4
@@ -1010,8 +1010,7 @@ def shortcut_d(num_steps: int, shortcut_mode: str = "8,16,16") -> list[float]:
 def timestep_grid(num_steps: int, shortcut_mode: str = "8,16,16") -> Tensor:
     """The num_steps + 1 times of a chunk from 0 (noise) to 1 (clean), float32; half of them are below 0.1.
 
-    With s evenly spaced, t = shift_time(s^2). 12 steps are those of a 16-step grid, four pairs joined (see
-    `shortcut_d`).
+    t = shift_time(s^2), with s evenly spaced but for 12 steps (see `shortcut_d`).
     """
     s = torch.linspace(0, 1, num_steps + 1)
     if num_steps == 12:                  # a step with d covers 1/(2d) of the way
