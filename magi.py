@@ -581,7 +581,7 @@ class VAE(nn.Module):
             strips = []
             above = None                                                     # the row of tiles before
             for _ in rows:
-                raw = list(itertools.islice(outs, len(columns)))
+                raw = [next(outs) for _ in columns]
                 blended: list[Tensor] = []
                 seen = blended if neighbour == "blended" else raw            # what a neighbour blends with
                 for i, out in enumerate(raw):
@@ -604,10 +604,8 @@ def _places(length: int, tile: int, stride: int) -> list[slice]:
 def _blend(old: Tensor, new: Tensor, width: int, dim: int) -> Tensor:
     """Fade the end of `old` into the start of `new` over `width` pixels along dim; returns the new tile."""
     width = min(width, old.shape[dim], new.shape[dim])
-    if width == 0:
-        return new
     ramp = torch.arange(width, device=new.device, dtype=new.dtype) / width
-    ramp = ramp.reshape(-1, *[1] * (-1 - dim))
+    ramp = ramp[:, None] if dim == -2 else ramp                              # along the height or the width
     tail = old.narrow(dim, old.shape[dim] - width, width)
     head, rest = new.split([width, new.shape[dim] - width], dim)
     return torch.cat([tail * (1 - ramp) + head * ramp, rest], dim=dim)
