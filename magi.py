@@ -528,11 +528,11 @@ class VAE(nn.Module):
         return self.encoder(self._checked(video), self.ops)
 
     def _checked(self, video: Tensor) -> Tensor:
+        """The video, if it can be encoded; an image as 4 equal frames, which make one latent frame."""
         (frames, height, width), (pt, p, _) = video.shape[2:], self.patch
         require(frames == 1 or frames % pt == 0,
                 f"cannot encode {frames} frames: give 1 or a multiple of {pt}")
         require(height % p == 0 and width % p == 0, f"cannot encode {height}x{width}: give multiples of {p}")
-        # An image is encoded as 4 equal frames, which make one latent frame.
         return repeat(video, "b c 1 h w -> b c t h w", t=pt) if frames == 1 else video
 
     def encode(self, video: Tensor, tile: tuple[int, int, int] | None = (12, 256, 256),
@@ -551,11 +551,11 @@ class VAE(nn.Module):
 
     def decode(self, latent: Tensor, tile: tuple[int, int, int] | None = (12, 256, 256),
                overlap: float = 0.25) -> Tensor:
-        """(B, 16, T, H, W) -> video (B, 3, 4T, 8H, 8W). 4 a latent frame; of an image keep the first."""
+        """(B, 16, T, H, W) -> video (B, 3, 4T, 8H, 8W). Of an image the caller keeps the first frame."""
         if tile is None:
             return self.decoder(latent, self.ops)
         decode_tile = lambda place: self.decoder(latent[..., *place], self.ops)
-        return self._tiled(decode_tile, latent.shape[2:], tile, overlap, self.cfg.patch_size, neighbour="raw")
+        return self._tiled(decode_tile, latent.shape[2:], tile, overlap, scale=self.patch[1], neighbour="raw")
 
     def _tiled(self, fn: Callable, size: Sequence[int], tile: Sequence[int], overlap: float, scale: int,
                neighbour: str) -> Tensor:
@@ -566,8 +566,8 @@ class VAE(nn.Module):
         before already reaches the edge, and a tile is blended with its neighbour as that was before
         (decoding: "raw") or after (encoding: "blended") its own blending.
         """
-        fits = all(t > 0 and t % p == 0 for t, p in zip(tile, self.patch, strict=True))
-        require(fits and 0 <= overlap < 1, f"tile {tuple(tile)} must be positive multiples of {self.patch} "
+        whole = all(t > 0 and t % p == 0 for t, p in zip(tile, self.patch, strict=True))
+        require(whole and 0 <= overlap < 1, f"tile {tuple(tile)} must be positive multiples of {self.patch} "
                 f"and overlap {overlap} in [0, 1)")
         tile = [t // p for t, p in zip(tile, self.patch, strict=True)]
         # 1e-6: in floats 10 * (1 - 0.9) is just below 1.
@@ -1020,7 +1020,7 @@ def timestep_grid(num_steps: int, shortcut_mode: str = "8,16,16") -> Tensor:
 def kv_range(cfg: SamplerConfig, grid_index: int, chunk: int = -1) -> float:
     """How many chunks a noisy chunk sees, itself included, at a step of its own time grid; inf: all.
 
-    `chunk` counts generated chunks: it selects an exception of cfg.kv_ranges_at.
+    `chunk` counts generated chunks: it selects an exception of cfg.kv_ranges_at; -1 selects none.
     """
     ranges = dict(cfg.kv_ranges_at).get(chunk, cfg.kv_ranges)
     return ranges[grid_index * len(ranges) // cfg.num_steps] if ranges else math.inf
@@ -1115,7 +1115,7 @@ def life(cfg: SamplerConfig, chunk: int, prefix_chunks: int) -> list[ChunkInput]
 
 def needed(wanted: Sequence[int], inputs: Sequence[ChunkInput]) -> list[ChunkInput]:
     """The inputs on which the `wanted` chunks depend: themselves, the chunks whose keys they read, the chunks
-    whose keys those read in the layer before, and so on."""
+    whose keys those read in the layer before, and so on, and what lies between all these."""
     if not wanted:
         return []
     low, high = min(wanted), max(wanted)
@@ -1329,7 +1329,7 @@ class _Run:
         self.branches = DISTILLED_BRANCHES if cfg.distilled else BASE_BRANCHES
         self.cache = KVCache()
         self.entries: dict[int, Entry] = {}                                  # of the chunks in flight
-        # Null text, the learned text that stands for no caption: negative tokens are among its unmasked rows.
+        # Negative tokens are among the unmasked rows of the null text.
         mask = (torch.arange(len(null), device=null.device) < dit.cfg.null_length).long()
         names = token_names(cfg.negative_tokens, NEGATIVE_TOKENS)
         text, _ = prepend_tokens(null, mask, [self.table[name] for name in names])
@@ -1340,7 +1340,7 @@ class _Run:
         """The pipeline: a chunk enters as noise, moves by the guided velocity, leaves when it is clean."""
         per_stage = self.cfg.num_steps // self.cfg.window
         total = None if self.K is None else (self.K - self.P + self.cfg.window - 1) * per_stage
-        steps = itertools.count(1)
+        number = itertools.count(1)                                          # of a step; the prefix has none
         x = {chunk: self.given(chunk) for chunk in range(self.P)}            # chunk -> (1, 16, 6, H, W)
         for step in plan(self.cfg, self.K, self.P, self.enter):
             self.cache.evict(step.forget)
@@ -1352,7 +1352,7 @@ class _Run:
             x = {c.chunk: x[c.chunk] for c in step.noisy}                    # clean ones are in the cache now
             if step.noisy:
                 chunk = step.noisy[0].chunk - self.P
-                progress(Progress(next(steps), total, chunk, step, self.cache.bytes, dict(x), v))
+                progress(Progress(next(number), total, chunk, step, self.cache.bytes, dict(x), v))
             if step.done is not None:
                 del self.entries[step.done]
                 yield step.done - self.P, self.emit(step.done, x[step.done])
