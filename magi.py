@@ -1213,7 +1213,7 @@ DISTILLED_BRANCHES = {
 
 def guidance_scales(cfg: SamplerConfig, t: float) -> tuple[float, float]:
     """(w_prev, w_text) at time t: those of the last bucket that begins at t or before, within 1e-7."""
-    bucket = max((i for i, edge in enumerate(cfg.cfg_t) if t >= edge - 1e-7), default=0)
+    bucket = max(i for i, edge in enumerate(cfg.cfg_t) if t >= edge - 1e-7)
     return cfg.prev_scales[bucket], cfg.text_scales[bucket]
 
 
