@@ -1288,8 +1288,9 @@ def sample(dit: DiT, text: Tensor | Iterator[tuple], text_mask: Tensor | None, s
     cfg = sampler
     channels = dit.cfg.latent_channels
     for name, u in (("prefix", prefix), ("noise", noise)):
-        require(u is None or u.dim() == 4 and len(u) == channels and u.shape[1] >= 1,
-                f"{name} must be ({channels}, T, H, W), not {None if u is None else tuple(u.shape)}")
+        if u is not None:
+            require(u.dim() == 4 and len(u) == channels and u.shape[1] >= 1,
+                    f"{name} must be ({channels}, T, H, W), not {tuple(u.shape)}")
     if prefix is None:
         # 8: the VAE's patch_size
         H, W = (cfg.height // 8, cfg.width // 8) if noise is None else noise.shape[2:]
@@ -1408,7 +1409,7 @@ class _Run:
         if mask.any():
             remaining = math.inf if self.K is None else self.K - chunk
             names = token_names(self.cfg.special_tokens, SPECIAL_TOKENS, remaining)
-            text, mask = text.to(self.null.text), mask.to(self.null.mask.device).bool().long()
+            text, mask = text.to(self.null.text), mask.bool().to(self.null.mask)
             text, mask = prepend_tokens(text, mask, [self.table[name] for name in names])
         else:                                # an empty caption is null text in every branch
             text, mask = self.null.text, self.null.mask
