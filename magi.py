@@ -487,7 +487,7 @@ class VAEEncoder(VAETransformer):
 class VAEDecoder(VAETransformer):
     def __init__(self, cfg: VAEConfig):
         super().__init__(cfg)
-        self.patch = dict(zip(("pt", "ph", "pw"), cfg.patch, strict=True))
+        self.patch = dict(pt=cfg.patch_length, ph=cfg.patch_size, pw=cfg.patch_size)
         self.proj_in = nn.Linear(cfg.z_chans, cfg.embed_dim)
         width = cfg.out_features
         self.final: nn.Module = nn.Identity()
