@@ -136,7 +136,7 @@ class Live:
         self.cards: list[Card] = []                              # made, in flight, waiting
         self.prompt = ""                                         # the newest
         self.made, self.position = 0.0, 0.0                      # seconds of film: in all, and played
-        self.pace, self.waited = 0.0, 0.0                        # seconds: see `shoot` and `clock`
+        self.pace, self.waited = 0.0, 0.0                        # seconds: see `add` and `clock`
         self.running, self.paused, self.error, self.note, self.latency = False, False, "", "", ""
         self.given: dict = {}                                    # the image= or video= of the newest take
         self.takes: deque[dict | None] = deque(maxlen=1)         # what to begin next; None: nothing any more
@@ -203,23 +203,14 @@ class Live:
             if start is None:
                 return
             try:
-                with self.arithmetic:
-                    self.shoot(start)
-            except NewTake:
-                pass
+                with self.arithmetic, contextlib.suppress(NewTake):
+                    for frames in self.pipe(self.prompts(), progress=self.step, **start):
+                        self.add(frames)
+                        # Late, since a prompt may come; but the next second may take half as long again.
+                        self.wait(lambda: self.made - self.position < 0.6 + 1.5 * self.pace)
             except Exception as error:                   # the page lives on; what was given may be at fault
                 print(f"error: {one_line(error)}", file=sys.stderr)
                 self.update(running=False, error=one_line(error), given={})
-
-    def shoot(self, start: dict) -> None:
-        """Make chunk after chunk of the film, for ever."""
-        begun, stages = self.clock(), self.cfg.window                        # until the first chunk is clean
-        for frames in self.pipe(self.prompts(), progress=self.step, **start):
-            seconds = self.add(frames)
-            pace = (self.clock() - begun) / stages / seconds
-            self.pace = 0.7 * (self.pace or pace) + 0.3 * pace
-            self.wait(lambda: self.made - self.position < 0.6 + 1.5 * self.pace)
-            begun, stages = self.clock(), 1
 
     def prompts(self) -> Iterator[magi.Prompt]:
         """For each chunk that asks: the next one that waits, or else the last one goes on."""
@@ -241,8 +232,8 @@ class Live:
                 card.picture = data_uri(preview(p.guess(c.chunk)[0], self.matrix))
         self.wait()
 
-    def add(self, frames: np.ndarray) -> float:
-        """Frames become film, all of them or (on a full disk) none; returns how many seconds."""
+    def add(self, frames: np.ndarray) -> None:
+        """Frames become film, all of them or (on a full disk) none."""
         seconds, picture = len(frames) / self.cfg.fps, data_uri(frames[len(frames) // 2])
         writer = copy.deepcopy(self.writer)              # the old one is kept where the file does not grow
         writer.write(frames)
@@ -250,12 +241,13 @@ class Live:
             card = self.find("flying")[0]
             card.state, card.picture, card.start = "made", picture, self.made
             card.offset = self.size or len(writer.fragments.init)
-            card.least = max(card.least, self.clock() - card.asked)          # and all its steps are made
+            life = self.clock() - card.asked                                 # seconds of computing
+            card.least = max(card.least, life)
+            self.pace = life / self.cfg.window / seconds                     # so many chunks share it
             self.writer, self.size = writer, writer.stat.st_size
             self.made += seconds
             if len(self.find("made")) > SHOWN:
                 del self.cards[0]
-        return seconds
 
     def wait(self, ready: Callable[[], bool] = lambda: True) -> None:
         """Compute nothing while paused or not `ready`; NewTake if another take is wanted."""
