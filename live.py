@@ -111,7 +111,7 @@ class Card:
     state: str = "waiting"               # then "flying": a chunk has asked for the prompt, then "made"
     t: float = 0.0                       # from noise, 0, to clean, 1
     picture: str = ""                    # a data URI
-    asked: float = 0.0                   # when its chunk asked for the prompt, by Live.clock
+    asked: float = 0.0                   # when its chunk asked for the prompt, without waits since then
     least: float = 0.0                   # seconds that the schedule needs from prompt to first frame
     start: float = 0.0                   # where it begins in the film, in seconds
     offset: int = 0                      # ... and in its file
@@ -136,7 +136,7 @@ class Live:
         self.cards: list[Card] = []                              # made, in flight, waiting
         self.prompt = ""                                         # the newest
         self.made, self.position = 0.0, 0.0                      # seconds of film: in all, and played
-        self.pace, self.waited = 0.0, 0.0                        # seconds: see `add` and `clock`
+        self.pace = 0.0                                          # seconds of computing per second of film
         self.running, self.paused, self.error, self.note, self.latency = False, False, "", "", ""
         self.given: dict = {}                                    # the image= or video= of the newest take
         self.takes: deque[dict | None] = deque(maxlen=1)         # what to begin next; None: nothing any more
@@ -220,7 +220,7 @@ class Live:
                     self.cards.append(Card(self.prompt))
                 card = self.find("waiting")[0]
                 card.least = len(self.find("flying")) * 24 / self.cfg.fps    # they are shown before it
-                card.state, card.asked = "flying", self.clock()
+                card.state, card.asked = "flying", time.monotonic()
                 card.kind = card.kind if chunk else None                     # the first has no past to cut
             yield magi.Prompt(card.text, card.kind)
 
@@ -241,7 +241,7 @@ class Live:
             card = self.find("flying")[0]
             card.state, card.picture, card.start = "made", picture, self.made
             card.offset = self.size or len(writer.fragments.init)
-            life = self.clock() - card.asked                                 # seconds of computing
+            life = time.monotonic() - card.asked                             # seconds of computing
             card.least = max(card.least, life)
             self.pace = life / self.cfg.window / seconds                     # so many chunks share it
             self.writer, self.size = writer, writer.stat.st_size
@@ -251,16 +251,13 @@ class Live:
 
     def wait(self, ready: Callable[[], bool] = lambda: True) -> None:
         """Compute nothing while paused or not `ready`; NewTake if another take is wanted."""
-        begun = time.perf_counter()
+        begun = time.monotonic()
         with self.changed:
             self.changed.wait_for(lambda: self.takes or not self.paused and ready())
-            self.waited += time.perf_counter() - begun
+            for card in self.find("flying"):
+                card.asked += time.monotonic() - begun                       # only computing counts
             if self.takes:
                 raise NewTake
-
-    def clock(self) -> float:
-        """Seconds, of which those are left out that a take has waited."""
-        return time.perf_counter() - self.waited
 
     # ------------------------------------------------------------------------------- what visitors are told
 
