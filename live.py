@@ -46,16 +46,17 @@ import av
 import numpy as np
 from PIL import Image
 
+try:
+    from aiohttp import web
+except ImportError:                                                          # `show` says what to do about it
+    web = None  # type: ignore[assignment]
+
 import magi
 import media
+import sample
 from captions import MAX_TOLD, check_text
 from checkpoints import KernelError, reading, require, short_warnings
 from terminal import Parser, exit_code, say, whole_number
-
-try:
-    from aiohttp import web
-except ImportError:                                                          # main says what to do about it
-    web = None  # type: ignore[assignment]
 
 terminal.imported()
 
@@ -607,8 +608,6 @@ ON_PAGE = ("mode", "prompt", "prompt_file", "text", "save_text", "image", "video
 @short_warnings(lambda line: print(line, file=sys.stderr))
 def main(argv: list[str] | None = None) -> int:
     """The command line -> its exit code: 2 for what is wrong, 130 when Ctrl-C ends it."""
-    import sample
-
     parser = Parser(prog="live.py", allow_abbrev=False, description=(__doc__ or "").split("\n")[0],
                     epilog="sample.py's flags for size, sampling and model work, too.")
     parser.add_argument("--host", default="127.0.0.1", help="default: 127.0.0.1; with another one other "
@@ -621,8 +620,6 @@ def main(argv: list[str] | None = None) -> int:
 
 def show(host: str, port: int, args: argparse.Namespace, given: list[str]) -> int:
     """Check all, load the model and serve the page until Ctrl-C; or print what --plan asks for."""
-    import sample
-
     require(web, "the page needs aiohttp: pip install aiohttp")
     unwanted = " and ".join(f"--{name}" for name in ON_PAGE if getattr(args, name))
     require(not unwanted, f"prompts, pictures, clips and cuts are given on the page, whose video has no end: "
