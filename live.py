@@ -298,14 +298,15 @@ POLICY = ("default-src 'none'; script-src 'unsafe-inline'; style-src 'unsafe-inl
 
 def read_upload(data: bytes, cfg: magi.SamplerConfig) -> dict:
     """image= or video= of Live.begin, from the bytes of a file. ValueError if it is neither."""
-    picture, clip = (re.match(kind, data, re.DOTALL) for kind in (PICTURES, CLIPS))
-    require(picture or clip, "this is neither a picture (PNG, JPEG, GIF, WebP) nor a clip (MP4, MOV, WebM, "
-            "MKV, AVI)")
+    is_picture = re.match(PICTURES, data, re.DOTALL)
+    is_clip = re.match(CLIPS, data, re.DOTALL)
+    require(is_picture or is_clip, "this is neither a picture (PNG, JPEG, GIF, WebP) nor a clip (MP4, MOV, "
+            "WebM, MKV, AVI)")
     with tempfile.TemporaryDirectory() as folder:
         file, size = Path(folder, "upload"), (cfg.height, cfg.width)
         file.write_bytes(data)
         try:
-            if picture:
+            if is_picture:
                 return {"image": media.read_image(file, size)}
             with reading("video", file), av.open(str(file)) as clip:
                 seconds = (clip.duration or 0) / av.time_base
