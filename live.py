@@ -606,7 +606,7 @@ ON_PAGE = ("mode", "prompt", "prompt_file", "text", "save_text", "image", "video
            "transition", "num_frames")                 # flags of sample.py that are not for the page
 
 
-@short_warnings(lambda line: print(line, file=sys.stderr))
+@short_warnings(say)
 def main(argv: list[str] | None = None) -> int:
     """The command line -> its exit code: 2 for what is wrong, 130 when Ctrl-C ends it."""
     parser = Parser(prog="live.py", allow_abbrev=False, description=(__doc__ or "").split("\n")[0],
@@ -642,7 +642,7 @@ def show(host: str, port: int, args: argparse.Namespace, given: list[str]) -> in
 
     def told(warning: str) -> None:
         """It goes to the terminal and to the page."""
-        print(warning, file=sys.stderr)
+        say(warning)
         film.update(note=warning)
 
     with short_warnings(told):
