@@ -497,7 +497,8 @@ function connect() {                        // with a new player: the server may
   socket = new WebSocket(location.origin.replace("http", "ws") + "/live?" + query);
   socket.binaryType = "arraybuffer";
   socket.onmessage = ({data}) => {
-    const news = typeof data == "string" ? JSON.parse(data) : queue.push(data);
+    if (typeof data != "string") return queue.push(data);                    // a fragment
+    const news = JSON.parse(data);
     if (news.problem) problem = news.problem;
     if (news.said === prompt.value) prompt.value = "";
     if (news.cards) state = news;
