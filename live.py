@@ -461,7 +461,7 @@ PAGE = r"""<!doctype html>
   <video id="video" muted playsinline></video>
   <form id="form">
     <fieldset id="controls">
-      <textarea id="prompt" maxlength="2000" aria-label="the next prompt" autofocus></textarea>
+      <textarea id="prompt" aria-label="the next prompt" autofocus></textarea>
       <button id="say" name="say" title="From the next chunk on">Say it</button>
       <button name="say" value="cut" title="A new scene, laid out without the past">Cut</button>
       <button name="say" value="restyle" title="The layout stays, details change">Restyle</button>
