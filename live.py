@@ -121,7 +121,7 @@ class Card:
 class Live:
     """One film, made of takes: a new seed or an upload begins another take at the film's end.
 
-    The thread of `work` computes; what it shares with the server's is read and written under `changed`.
+    The thread of `work` computes. Cards come, go and change their state under `changed`, on which it waits.
     """
 
     def __init__(self, pipe: magi.MAGI, matrix: np.ndarray | None = None,
@@ -198,7 +198,8 @@ class Live:
         while True:
             with self.changed:
                 self.cards = self.find("made") + self.find("waiting")
-                self.latency = self.latency if self.find("waiting") else ""
+                if not self.find("waiting"):
+                    self.latency = ""                    # the prompts that were in flight will not be seen
                 self.changed.wait_for(lambda: self.takes)
                 start = self.takes.pop()
             if start is None:
@@ -373,6 +374,7 @@ class Server:
                         message = await visitor.receive(timeout=0.05)
                         if message.type in (web.WSMsgType.TEXT, web.WSMsgType.BINARY):
                             tasks.create_task(self.obey(name, visitor, message.data))
+            # Unless it is closed already:
             await visitor.close(message=b"this page is open in another tab: reload it to go on here")
         except* ConnectionError:
             pass                                                             # the visitor has left
