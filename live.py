@@ -245,7 +245,7 @@ class Live:
             card.offset = self.size or len(writer.fragments.init)
             life = time.monotonic() - card.asked                             # seconds of computing
             card.least = max(card.least, life)
-            self.pace = life / self.cfg.window / seconds                     # so many chunks share it
+            self.pace = life / self.cfg.window * self.cfg.fps / 24           # so many chunks share it
             self.writer, self.size = writer, writer.stat.st_size
             self.made += seconds
             if len(self.find("made")) > SHOWN:
