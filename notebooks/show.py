@@ -54,7 +54,8 @@ def film(clips: dict, every: int = 8, scale: int = 1, label: int = 150) -> Pictu
         _text(canvas, (label - 8, y * h + h // 2), name, anchor="rm")
         for x, frame in enumerate(frames):
             canvas.paste(_enlarge(frame, scale), (label + x * w, y * h))
-    return _png(canvas.quantize(128, dither=Image.Dither.NONE), optimize=True)
+    few = canvas.quantize(256, kmeans=1, dither=Image.Dither.NONE)  # kmeans: rare colours keep their own
+    return _png(few, optimize=True)
 
 
 def play(clips: dict, every: int = 2, scale: int = 2, columns: int = 4, fps: int = 24) -> Picture:
@@ -73,7 +74,7 @@ def play(clips: dict, every: int = 2, scale: int = 2, columns: int = 4, fps: int
             canvas.paste(_enlarge(frames[min(i, len(frames) - 1)], scale), (x, y + 15 * lines))
         pictures.append(canvas)
     some = np.concatenate([np.asarray(p) for p in pictures[:: max(1, length // 8)]])
-    palette = Image.fromarray(some).quantize(64, dither=Image.Dither.NONE)
+    palette = Image.fromarray(some).quantize(64, kmeans=1, dither=Image.Dither.NONE)
     first, *rest = [p.quantize(palette=palette, dither=Image.Dither.NONE) for p in pictures]
     return _png(first, save_all=True, append_images=rest, duration=1000 * every / fps, loop=0)
 
