@@ -58,8 +58,6 @@ from captions import MAX_TOLD, check_text
 from checkpoints import KernelError, reading, require, short_warnings
 from terminal import Parser, exit_code, say, whole_number
 
-terminal.imported()
-
 MAX_WAITING = 8                                        # prompts that no chunk has asked for yet
 MAX_UPLOAD, MAX_CLIP, MAX_VISITORS = 32 * 2**20, 180, 20                     # bytes, seconds
 SHOWN = 4                                              # seconds of film on the strip, before those in flight

@@ -180,8 +180,6 @@ import planner
 import training
 from checkpoints import build, check_device, read_config, reading, require
 
-terminal.imported()
-
 # ------------------------------------------------------------------------------------------------------------
 # 2  Checks
 # ------------------------------------------------------------------------------------------------------------

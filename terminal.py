@@ -1,6 +1,6 @@
 """How a command behaves: it shares the machine, says what is wrong in one line, and ends well on Ctrl-C.
 
-    begin, imported                before and after PyTorch is imported: threads, Ctrl-C
+    begin                          before PyTorch is imported: threads, Ctrl-C, what is not installed
     Parser, whole_number, number   a bad flag is one line, at once
     say, announce, progress_bar    what is printed while it runs
     uninterrupted, exit_code       how it ends, and with which exit code
@@ -50,14 +50,6 @@ def name_what_is_missing(kind: Any, error: Any, trace: Any) -> None:
     print(f"error: this Python has no package {error.name!r}: pip install -r requirements.txt, or start "
           f"the Python that has it", file=sys.stderr, flush=True)
     os._exit(2)
-
-
-def imported() -> None:
-    """After the imports: from here on there may be files, so Ctrl-C is an exception again."""
-    if sys.excepthook is name_what_is_missing:
-        sys.excepthook = sys.__excepthook__
-    if signal.getsignal(signal.SIGINT) is leave:
-        signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def share_the_machine() -> None:
@@ -281,6 +273,8 @@ def exit_code(action: Callable[[], Any], *, stopped: str = "stopped", kept: str 
 
     for stream in (sys.stdout, sys.stderr):              # a name that a terminal cannot show is no error
         with contextlib.suppress(AttributeError):        # a notebook's stream has no such method
+    if signal.getsignal(signal.SIGINT) is leave:         # from here on there may be files
+        signal.signal(signal.SIGINT, signal.default_int_handler)
             stream.reconfigure(errors="backslashreplace")  # type: ignore[union-attr]
     try:
         return action() or 0

@@ -1093,5 +1093,4 @@ def plot_loss(log: Path) -> None:
 if __name__ == "__main__":
     from finetune import main
 
-    terminal.imported()
     parallel.leave(main())
