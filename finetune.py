@@ -865,8 +865,7 @@ exit_code = partial(
 def main(argv: Sequence[str] | None = None) -> int:
     """The command line -> its exit code."""
     args = parser().parse_args(argv)
-    with checkpoints.short_warnings(say):
-        return exit_code(lambda: run(args))
+    return exit_code(lambda: run(args))
 
 
 if __name__ == "__main__":

@@ -607,7 +607,6 @@ ON_PAGE = ("mode", "prompt", "prompt_file", "text", "save_text", "image", "video
            "transition", "num_frames")                 # flags of sample.py that are not for the page
 
 
-@short_warnings(say)
 def main(argv: list[str] | None = None) -> int:
     """The command line -> its exit code: 2 for what is wrong, 130 when Ctrl-C ends it."""
     parser = Parser(prog="live.py", allow_abbrev=False, description=(__doc__ or "").split("\n")[0],

@@ -118,6 +118,7 @@ def standard_output() -> Iterator[BinaryIO]:
         try:
             yield stdout
         finally:
+            sys.stdout.flush()
             os.dup2(stdout.fileno(), 1)
 
 

@@ -31,7 +31,6 @@ import math
 import os
 import re
 import signal
-import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
@@ -39,7 +38,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-from terminal import Parser, Quiet, exit_code, peak_memory, progress_bar, say, uninterrupted, whole_number
+from terminal import Parser, exit_code, peak_memory, progress_bar, say, uninterrupted, whole_number
 
 # ------------------------------------------------------------------------------------------------------------
 # 1  Flags
@@ -554,14 +553,12 @@ def main(argv: list[str] | None = None) -> int:
     """Run the command line and return the exit code: see the top of the file. A flag that argparse refuses
     leaves by SystemExit(2)."""
     on_ctrl_c = signal.getsignal(signal.SIGINT)
-    with checkpoints.short_warnings(say), contextlib.redirect_stdout(Quiet(sys.stdout)), \
-            contextlib.redirect_stderr(Quiet(sys.stderr)):
-        try:
-            return exit_code(
-                lambda: make_videos(argv), kept="what was written stays", too_large=", see --plan, or try "
-                "--stream cpu, a smaller --height and --width, or --window 1 --kv_range 2")
-        finally:
-            signal.signal(signal.SIGINT, on_ctrl_c)
+    try:
+        return exit_code(
+            lambda: make_videos(argv), kept="what was written stays", too_large=", see --plan, or try "
+            "--stream cpu, a smaller --height and --width, or --window 1 --kv_range 2")
+    finally:
+        signal.signal(signal.SIGINT, on_ctrl_c)
 
 
 if __name__ == "__main__":

@@ -32,6 +32,7 @@ def begin() -> None:
         signal.signal(signal.SIGINT, leave)
     sys.excepthook = name_what_is_missing
     share_the_machine()
+    sys.stdout, sys.stderr = Quiet(sys.stdout), Quiet(sys.stderr)
     if sys.flags.optimize > 1:           # python -OO drops docstrings, which transformers needs: start again
         os.execve(sys.executable, [sys.executable, *sys.argv], os.environ | {"PYTHONOPTIMIZE": ""})
 
@@ -263,7 +264,8 @@ def exit_code(action: Callable[[], Any], *, stopped: str = "stopped", kept: str 
               ) -> int:
     """Do the action -> the exit code of the command: 2 for a fault in what was given or in a file, 1 for a
     later failure, 130 for Ctrl-C. One line says what went wrong, as "error: ..." in every command; Ctrl-C is
-    no error. A fault in the code shows its traceback. Of several processes the first one that fails says it.
+    no error, and a warning is one line, too. A fault in the code shows its traceback. Of several processes
+    the first one that fails says it.
 
     stopped: what is said of Ctrl-C; kept: what is left when another process is gone; too_large: what takes
     less memory.
@@ -271,13 +273,14 @@ def exit_code(action: Callable[[], Any], *, stopped: str = "stopped", kept: str 
     import checkpoints
     import parallel
 
-    for stream in (sys.stdout, sys.stderr):              # a name that a terminal cannot show is no error
-        with contextlib.suppress(AttributeError):        # a notebook's stream has no such method
     if signal.getsignal(signal.SIGINT) is leave:         # from here on there may be files
         signal.signal(signal.SIGINT, signal.default_int_handler)
+    for stream in (sys.stdout, sys.stderr):              # a name that a terminal cannot show is no error
+        with contextlib.suppress(AttributeError):        # a notebook's stream has no such method
             stream.reconfigure(errors="backslashreplace")  # type: ignore[union-attr]
     try:
-        return action() or 0
+        with checkpoints.short_warnings(say):
+            return action() or 0
     except KeyboardInterrupt as stop:
         line, code = str(stop) or stopped, 130
     except (ValueError, FloatingPointError, OSError, ImportError) as error:

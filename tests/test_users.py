@@ -19,6 +19,7 @@ import sys
 import threading
 import time
 import types
+import warnings
 import zlib
 from fractions import Fraction
 from pathlib import Path
@@ -1166,6 +1167,11 @@ def test_python_without_docstrings(model_folder, tmp_path, monkeypatch, capsys):
     with pytest.raises(SystemExit):
         sample.main(["--help"])
     assert "--prompt" in capsys.readouterr().out
+
+
+def test_a_warning_of_any_command_is_one_line(capsys):
+    assert terminal.exit_code(lambda: warnings.warn("a\nb", stacklevel=1)) == 0
+    assert capsys.readouterr().err == "warning: a b\n"
 
 
 @pytest.mark.parametrize("after", [0.1, 0.4, 1.0])
