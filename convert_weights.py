@@ -22,7 +22,13 @@ in the tables of 1 and 2. tools/quantize.py quantises. Two things are left out o
 MAGI-1.1 checkpoints, which pack q, k, v in an undocumented order.
 """
 
+# ruff: noqa: E402
 from __future__ import annotations
+
+import terminal
+
+if __name__ == "__main__":
+    terminal.begin()                                     # before PyTorch is imported
 
 import dataclasses
 import itertools

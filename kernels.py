@@ -39,6 +39,7 @@ ahead-of-time compiling are in tools/bench_kernels.py. References: FlashAttentio
 2307.08691); SmoothQuant (2211.10438); Triton's tutorials 3, 6 and 9.
 """
 
+# ruff: noqa: E402
 from __future__ import annotations
 
 import itertools
@@ -49,6 +50,11 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any, NamedTuple
 from unittest.mock import MagicMock
+
+if __name__ == "__main__":
+    import terminal
+
+    sys.excepthook = terminal.name_what_is_missing       # PyTorch, or Triton
 
 import torch
 import torch.nn.functional as F

@@ -199,6 +199,14 @@ def test_all_on_nothing_but_magi_1_1_says_why(tmp_path):
     assert_refused(cw.main, command, "to convert; ", "magi1.1 is skipped: MAGI-1.1", out=tmp_path / "out")
 
 
+def test_all_goes_on_when_nobody_can_read_what_it_says(tmp_path):
+    vae_folder(tmp_path / "ckpt" / "vae")
+    command = [sys.executable, cw.__file__, "all", tmp_path / "ckpt", tmp_path / "out"]
+    with open("/dev/full", "w") as full:
+        done = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, env=environment())
+    assert done.returncode == 0 and bias(tmp_path / "out" / "vae").abs().max() == 0, done.stderr
+
+
 # ---------------------------------------------------------------------------------------------------- modes
 
 

@@ -1392,6 +1392,11 @@ def test_a_package_that_is_not_installed_is_named_in_one_line(words):
     assert re.match(r"error: this Python has no package '\w+': pip install -r requirements.txt", done.stderr)
 
 
+@pytest.mark.parametrize("file", ["convert_weights.py", "kernels.py"])
+def test_a_tool_names_it_as_well(file):
+    test_a_package_that_is_not_installed_is_named_in_one_line(file)
+
+
 def test_the_pipeline_takes_what_people_hold(model_folder, tmp_path):
     pipe = magi.load(model_folder)
     text = tuple(load_file(model_folder.parent / "text.safetensors").values())
