@@ -378,3 +378,12 @@ class T5:
         hidden = model(ids, attention_mask=short).last_hidden_state.float().cpu()
         # Padding is zeroed, so that a result does not depend on what else is in the batch.
         return F.pad(hidden * mask[:, :used, None], (0, 0, 0, self.length - used)), mask
+
+    def each(self, captions: Iterable[str]) -> Iterator[tuple[str, Tensor, Tensor]]:
+        """Each distinct caption with its text (L, C) and mask (L,). 16 are encoded at a time, and the model
+        is freed after the last ones."""
+        distinct = list(dict.fromkeys(captions))
+        for i in range(0, len(distinct), 16):
+            batch = distinct[i : i + 16]
+            self.keep = i + 16 < len(distinct)
+            yield from zip(batch, *self(batch), strict=True)

@@ -318,11 +318,10 @@ class Cache:
         if not missing:
             return
         (self.folder / "text").mkdir(parents=True, exist_ok=True)
-        t5 = magi.T5(self.t5, length, device, keep=True)
-        for i in tqdm(range(0, len(missing), 8), desc="encode captions", unit_scale=8, disable=None):
-            for caption, text, mask in zip(missing[i : i + 8], *t5(missing[i : i + 8]), strict=True):
-                kept = text[: int(mask.sum())].bfloat16()                    # without the padding
-                outputs.save({"text": kept}, self.text_file(caption), {"caption": caption})
+        encoded = magi.T5(self.t5, length, device).each(missing)
+        for caption, text, mask in tqdm(encoded, "encode captions", len(missing), disable=None):
+            kept = text[: int(mask.sum())].bfloat16()                        # without the padding
+            outputs.save({"text": kept}, self.text_file(caption), {"caption": caption})
 
     def latents(self, piece: Piece) -> tuple[Tensor, Tensor]:
         """Scaled latents (16, T, H, W), and (16, 1, H, W) of the fourth frame alone, encoded as an image."""

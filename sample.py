@@ -446,15 +446,10 @@ def noted(prompts: Iterable[str | None], args: argparse.Namespace) -> Iterator[s
 def encode_text(args: argparse.Namespace, length: int, device: str) -> list[tuple]:
     """The prompts of each video as the model reads them: text (n, L, C) and mask (n, L). T5 is freed before
     this returns, so the model itself finds its memory free."""
-    distinct = list(dict.fromkeys(args.prompt or [""]))                      # equal ones are encoded once
-    encoded: dict[str, tuple] = {}
     terminal.announce("text encoder", args.t5)
     with reading("text encoder", args.t5):
         t5 = parallel.T5(args.t5, length, device, stream=args.stream)
-        for i in range(0, len(distinct), 16):
-            batch = distinct[i : i + 16]
-            t5.keep = i + 16 < len(distinct)                                 # it is freed after the last ones
-            encoded |= zip(batch, zip(*t5(batch), strict=True), strict=True)
+        encoded = {prompt: row for prompt, *row in t5.each(args.prompt or [""])}
     rows = [[encoded[prompt] for prompt in prompts or [""]] for prompts in args.videos]
     texts = [tuple(map(torch.stack, zip(*row, strict=True))) for row in rows]
     if args.save_text and parallel.rank() == 0:
