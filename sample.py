@@ -274,8 +274,7 @@ def settings(args: argparse.Namespace, dit, cfg) -> tuple[magi.SamplerConfig, li
     cfg = training.lora_sampler(cfg, acting)
     if args.config_file:
         cfg, notes = convert_weights.official_sampler(args.config_file, args.model, dit, cfg)
-    given = {field.name: getattr(args, field.name, None) for field in dataclasses.fields(cfg)}
-    given = {name: value for name, value in given.items() if value is not None}
+    given = {name: value for name, value in vars(args).items() if name in vars(cfg) and value is not None}
     for name, value in given.items():
         if isinstance(value, list):
             empty = "all" if name == "kv_ranges" else "none"                 # no ranges: no chunk is left out
