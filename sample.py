@@ -513,19 +513,15 @@ def generate(frames, cfg, chunks: float, out: Any, device: str, report: Callable
         name = "where it was moved to"
     ended = {0: "", 1: "stopped: ", 130: "interrupted: "}[code]
     if made:
-        print(f"{ended}{in_words(first - start, (last - start) / made * cfg.fps)}, {peak_memory(device)}, "
+        pace = (last - start) / made * cfg.fps
+        print(f"{ended}first chunk after {first - start:.2f} s, {pace:.2f} s of computing per second of "
+              f"video ({'faster' if pace < 1 else 'slower'} than it plays), {peak_memory(device)}, "
               f"{made} frame{'s' * (made > 1)} -> {name}")
         if report:
             print(report())
     else:
         print(f"{ended}no chunk could be written, {name} is as it was")
     return code
-
-
-def in_words(first: float, pace: float) -> str:
-    """How fast a video was made: seconds to the first chunk, and seconds per second of video."""
-    return (f"first chunk after {first:.2f} s, {pace:.2f} s of computing per second of video "
-            f"({'faster' if pace < 1 else 'slower'} than it plays)")
 
 
 def make_videos(argv: list[str] | None) -> int:
