@@ -54,10 +54,9 @@ from safetensors import safe_open
 from torch import Tensor, nn
 from tqdm import tqdm
 
-import checkpoints
 import magi
 import parallel
-from checkpoints import compare_headers, make_config, read_json, reading, require, weight_files
+from checkpoints import compare_headers, load_module, make_config, read_json, reading, require, weight_files
 from magi import DiTConfig, SamplerConfig, VAEConfig
 from outputs import check_room, new_folder, save
 from terminal import Parser, exit_code
@@ -331,10 +330,8 @@ def _rename(sd: dict[str, Tensor], modules: dict[str, tuple[str, str]]) -> dict[
 
 def special_tokens_from_npz(file: Path, width: int) -> dict[str, Tensor]:
     """Read the learned vectors (1, width) by name. They pass through float16, as in the official code."""
-    tokens = {}
     with reading("special tokens", file), np.load(file, allow_pickle=False) as arrays:
-        for name, (array, row) in TOKEN_ROWS.items():
-            tokens[name] = arrays[array][row:row + 1]
+        tokens = {name: arrays[array][row:row + 1] for name, (array, row) in TOKEN_ROWS.items()}
     for name, token in tokens.items():
         require(token.shape == (1, width), f"{file}: {name} is {token.shape}, the model needs {(1, width)}")
         tokens[name] = torch.from_numpy(token.astype(np.float16).astype(np.float32))
@@ -582,7 +579,7 @@ def meta_weights(build: Callable[[], nn.Module]) -> dict[str, Tensor]:
 
 def quantizer() -> Any:
     """Load tools/quantize.py by its path, since other packages are called `tools` too."""
-    return checkpoints.load_module("magi_quantize", Path(__file__).parent / "tools" / "quantize.py")
+    return load_module("magi_quantize", Path(__file__).parent / "tools" / "quantize.py")
 
 
 def main(argv: list[str] | None = None) -> int:
