@@ -431,6 +431,15 @@ def test_quantize_looks_at_out_and_the_device_first(tmp_path, monkeypatch):
     assert_refused(cw.main, command, "device 'tpu' is unknown", out=tmp_path / "out")
 
 
+def test_quantize_finds_the_t5_beside_the_folder_where_it_runs(tmp_path, monkeypatch):
+    def reached(*_):
+        raise ValueError("t5 was found")
+
+    monkeypatch.setattr(cw.quantizer(), "fp8_layers", reached)
+    monkeypatch.chdir(HERE / "tiny" / "base")
+    assert_refused(cw.main, ("quantize", ".", tmp_path / "out"), "t5 was found", out=tmp_path / "out")
+
+
 def test_the_help_lists_every_command(capsys):
     with contextlib.suppress(SystemExit):
         cw.main(["--help"])

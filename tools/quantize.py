@@ -119,7 +119,7 @@ def quantize(src: Path, folder: Path, prompt: list[str] | None, t5: Path | None,
     magi.get_ops(backend, device)                                            # says if the device cannot
     given = {name: value for name, value in settings.items() if value is not None}
     sampler_run = dataclasses.replace(sampler, **given)
-    t5 = t5 or src.parent / "t5"
+    t5 = t5 or checkpoints.beside(src, "t5")
     check_text_encoder(t5, cfg.text_dim)
 
     cfg8 = dataclasses.replace(cfg, fp8=True, dtype="bfloat16")
