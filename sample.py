@@ -528,6 +528,7 @@ def make_videos(argv: list[str] | None) -> int:
     """Make all videos that are asked for, one after the other -> the exit code."""
     code = 0
     with contextlib.ExitStack() as locks:
+        locks.callback(signal.signal, signal.SIGINT, signal.getsignal(signal.SIGINT))    # see generate
         try:
             for run in prepare(argv, locks):
                 code = max(code, generate(**run))
@@ -542,13 +543,9 @@ def make_videos(argv: list[str] | None) -> int:
 def main(argv: list[str] | None = None) -> int:
     """Run the command line and return the exit code: see the top of the file. A flag that argparse refuses
     leaves by SystemExit(2)."""
-    on_ctrl_c = signal.getsignal(signal.SIGINT)
-    try:
-        return exit_code(
-            lambda: make_videos(argv), kept="what was written stays", too_large=", see --plan, or try "
-            "--stream cpu, a smaller --height and --width, or --window 1 --kv_range 2")
-    finally:
-        signal.signal(signal.SIGINT, on_ctrl_c)
+    return exit_code(
+        lambda: make_videos(argv), kept="what was written stays", too_large=", see --plan, or try "
+        "--stream cpu, a smaller --height and --width, or --window 1 --kv_range 2")
 
 
 if __name__ == "__main__":

@@ -1200,6 +1200,18 @@ def test_ctrl_c_while_python_imports(after, model_folder, tmp_path):
     assert [f.name for f in tmp_path.iterdir()] == ["slow"]
 
 
+def test_ctrl_c_works_again_after_a_run_that_it_ended(model_folder, tmp_path, monkeypatch):
+    """In a notebook, for example: generate ignores it while it ends."""
+
+    def interrupted(*_, **__):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(magi, "sample", interrupted)
+    before = signal.getsignal(signal.SIGINT)
+    assert sample.main(command(model_folder, "--out", tmp_path / "a.mp4")[2:]) == 130
+    assert signal.getsignal(signal.SIGINT) is before
+
+
 def test_a_log_gets_a_line_now_and_then(model_folder, tmp_path):
     """Lines after 1, 2, 4 ... 60 s, no carriage returns."""
     flags = ["--num_frames", 120, "--steps", 8, "--out", tmp_path / "a.mp4"]
