@@ -27,12 +27,12 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
-__all__ = ["GUIDANCE", "KernelError", "NEGATIVE_TOKENS", "SPECIAL_TOKENS", "build", "check_device",
-           "check_dit_config", "check_own_config", "check_sampler_config", "check_text_encoder",
-           "check_tokens", "check_vae_config", "compare_headers", "fill", "headers_of", "load_installed",
-           "load_module", "make_config", "out_of_memory", "read_config", "read_headers", "read_json",
-           "read_special_tokens", "read_tensors", "reading", "require", "short_warnings", "token_names",
-           "weight_files", "with_settings"]
+__all__ = ["GUIDANCE", "KernelError", "NEGATIVE_TOKENS", "Refused", "SPECIAL_TOKENS", "beside", "build",
+           "check_device", "check_dit_config", "check_own_config", "check_sampler_config",
+           "check_text_encoder", "check_tokens", "check_vae_config", "compare_headers", "fill", "headers_of",
+           "load_installed", "load_module", "make_config", "out_of_memory", "read_config", "read_headers",
+           "read_json", "read_special_tokens", "read_tensors", "reading", "require", "short_warnings",
+           "token_names", "weight_files", "with_settings"]
 
 Module = TypeVar("Module", bound=nn.Module)
 
