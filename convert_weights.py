@@ -160,13 +160,19 @@ def note_on_gpus(config: dict) -> str:
     return note if ranks > 1 and parallel.ranks() == 1 else ""
 
 
+def read_official(file: str | Path) -> tuple[dict, DiTConfig, SamplerConfig]:
+    """An official JSON as it is, and as our two configs."""
+    official = read_json(file)
+    with reading("config", file):
+        return official, *configs_from_upstream(official)
+
+
 def official_sampler(file: str | Path, model: Path, dit: DiTConfig, sampler: SamplerConfig
                      ) -> tuple[SamplerConfig, list[str]]:
     """The sampler of an official JSON for a model of ours, whose own configs these are, and notes on what
     else in it does not fit."""
-    notes, official = [], read_json(file)
-    with reading("config", file):
-        their_dit, theirs = configs_from_upstream(official)
+    official, their_dit, theirs = read_official(file)
+    notes = []
     if theirs.distilled != sampler.distilled:
         kinds = ("a base model", "a distilled one")
         notes.append(f"note: --config_file describes {kinds[theirs.distilled]}, but "
@@ -483,8 +489,7 @@ def run_dit(src: Path, out: Path, config: str, special_tokens: Path | None, forc
         else:
             require(Path(config).is_file(), f"config {config!r} is neither a file nor one of "
                     f"{', '.join(magi.PRESETS)}")
-            official = read_json(config)
-            cfg, sampler = configs_from_upstream(official)
+            official, cfg, sampler = read_official(config)
             notes.append(note_on_gpus(official))
         tokens = special_tokens_from_npz(special_tokens, cfg.text_dim) if special_tokens else {}
         convert_files(weight_files(src), convert_dit, meta_weights(lambda: magi.DiT(cfg)), folder)

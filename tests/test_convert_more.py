@@ -128,6 +128,15 @@ def test_a_config_may_begin_with_a_byte_order_mark(bom, encoding, tmp_path):
     assert magi.T5(tmp_path / "t5", length=8)(["a red ball"])[0].shape == (1, 8, 32)
 
 
+def test_a_config_that_is_wrong_is_named(tmp_path):
+    config = official_config("base")
+    config["model_config"]["what"] = 1
+    file = written(tmp_path / "c.json", config)
+    src = official_folder(tmp_path / "src", official_weights("base"))
+    why = f"cannot read config {str(file)!r}: unknown key model_config.what (1)"
+    assert_refused(cw.main, ("dit", src, tmp_path / "dit", "--config", file), why, out=tmp_path / "dit")
+
+
 @pytest.mark.parametrize("preset", ["4.5B-base", "4.5B-distill", "24B-distill"])
 def test_a_preset_brings_its_sampler_and_a_json_its_own(preset, tmp_path, monkeypatch):
     dit, _ = cw.configs_from_upstream(official_config("base"))
