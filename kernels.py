@@ -240,14 +240,13 @@ def _norm(weight: Tensor, bias: Tensor, eps: float) -> Callable[[Tensor], Tensor
 
 
 @triton.jit
-def _gated_residual_kernel(X, Gate, Update, Weight, Bias, Out, tokens, chunk, chunks, width, eps,
-                           C: tl.constexpr):
-    """x + LN1(gate * update) of one token. Grid: (B N,). tokens is N, chunk the tokens of one, chunks their
-    number n; C is the width, rounded up to a power of two."""
+def _gated_residual_kernel(X, Gate, Update, Weight, Bias, Out, chunk, width, eps, C: tl.constexpr):
+    """x + LN1(gate * update) of one token. Grid: (B N,). chunk: tokens of a chunk, N / n; C: the width, rounded
+    up to a power of two."""
     token, cols = tl.program_id(0), tl.arange(0, C)
     mask, offsets = cols < width, token.to(tl.int64) * width + cols
-    gate = token // tokens * chunks + token % tokens // chunk                # the token's row of (B n, width)
-    u = tl.load(Gate + gate.to(tl.int64) * width + cols, mask, 0.0).to(tl.float32)
+    gate = (token // chunk).to(tl.int64)                                     # the token's row of (B n, width)
+    u = tl.load(Gate + gate * width + cols, mask, 0.0).to(tl.float32)
     u *= tl.load(Update + offsets, mask, 0.0).to(tl.float32)
     u = tl.where(mask, u - tl.sum(u, 0) / width, 0.0)                        # LN1: mean 0, ...
     u *= tl.rsqrt(tl.sum(u * u, 0) / width + eps)                            # ... variance 1
@@ -266,8 +265,8 @@ def gated_residual(x: Tensor, gate: Tensor, update: Tensor, norm: magi.LayerNorm
     require(n > 0 and N % n == 0, f"{N} tokens do not divide into {n} chunks")
     out = x.new_empty(x.shape)
     launch(_gated_residual_kernel, (B * N,), Tiles(1, D, warps=8), X=x.contiguous(), Gate=gate.contiguous(),
-           Update=update.contiguous(), Weight=norm.weight, Bias=norm.bias, Out=out, tokens=N, chunk=N // n,
-           chunks=n, width=D, eps=norm.eps, C=triton.next_power_of_2(D))
+           Update=update.contiguous(), Weight=norm.weight, Bias=norm.bias, Out=out, chunk=N // n, width=D,
+           eps=norm.eps, C=triton.next_power_of_2(D))
 
     def reference(x, gate, update, weight, bias):
         return magi.gated_residual(x, gate, update, _norm(weight, bias, norm.eps))
