@@ -282,16 +282,16 @@ def _norm_rotary_kernel(X, Weight, Bias, Angles, Out, rows, tokens, heads, eps, 
 
     PAIRS is 48 at head width 128, no power of two, so the two halves that rotate cannot be cut out of a tile.
     Instead every column also loads its partner (names in _p), which the first load has just brought into the
-    cache. The norms of qx and kx have bf16 weights: what PyTorch rounds to that type, 1 + weight and the
-    result, is rounded here too.
+    cache. The norms of qx and kx have bf16 weights (and no angles): what PyTorch rounds to that type,
+    1 + weight and the result, is rounded here too.
     """
     row, col = tl.program_id(0) * ROWS + tl.arange(0, ROWS)[:, None], tl.arange(0, HD)[None, :]
     TYPE: tl.constexpr = Weight.dtype.element_ty
     weight = (tl.load(Weight + col).to(tl.float32) + 1).to(TYPE).to(tl.float32)
     bias = tl.load(Bias + col).to(tl.float32)
     if PAIRS > 0:
-        rotates = (row < rows) & (col < 2 * PAIRS)                           # the other columns get angle 0
-        partner = tl.where(col < PAIRS, col + PAIRS, tl.where(col < 2 * PAIRS, col - PAIRS, col))
+        rotates = (row < rows) & (col < 2 * PAIRS)             # the others have angle 0, and any partner
+        partner = tl.where(col < PAIRS, col + PAIRS, col - PAIRS)
         angle = tl.load(Angles + row % tokens * PAIRS + col % PAIRS, rotates, 0.0)
         cos, sin = tl.cos(angle), tl.where(col < PAIRS, -tl.sin(angle), tl.sin(angle))
         weight_p, bias_p = tl.load(Weight + partner) + 1, tl.load(Bias + partner)
