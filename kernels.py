@@ -102,8 +102,8 @@ class Tiles(NamedTuple):
     """The tile sizes of a kernel, and what else the compiler must know of it; T in the kernels. The names m,
     n, k are those of matrix products (BLOCK_M, ... elsewhere), not the legend's."""
 
-    m: int                        # queries per tile; fp8: rows of the output
-    n: int                        # keys per tile; fp8: columns of the output
+    m: int                        # queries per tile; elsewhere rows
+    n: int                        # keys per tile; elsewhere columns
     k: int = 0                    # fp8 only: how much of the inner axis per step
     warps: int = 4
     stages: int = 2               # tiles in flight: loads run ahead of the arithmetic by this many
@@ -212,10 +212,10 @@ class _ReferenceGradient(torch.autograd.Function):
 
 
 @triton.jit
-def _swiglu_kernel(U, Out, width, C: tl.constexpr):
-    """silu(first half) * second half of a row. Grid: (rows, tiles of C columns)."""
+def _swiglu_kernel(U, Out, width, T: tl.constexpr):
+    """silu(first half) * second half of a row. Grid: (rows, tiles of T.n columns)."""
     row = tl.program_id(0).to(tl.int64)
-    cols = tl.program_id(1) * C + tl.arange(0, C)
+    cols = tl.program_id(1) * T.n + tl.arange(0, T.n)
     mask = cols < width
     a = tl.load(U + row * 2 * width + cols, mask, 0.0).to(tl.float32)
     b = tl.load(U + row * 2 * width + width + cols, mask, 0.0).to(tl.float32)
@@ -230,7 +230,7 @@ def swiglu(u: Tensor) -> Tensor:
     width, tiles = u.shape[-1] // 2, Tiles(1, 1024)
     out = u.new_empty(*u.shape[:-1], width)
     launch(_swiglu_kernel, (out.numel() // max(1, width), triton.cdiv(width, tiles.n)), tiles,
-           U=u.contiguous(), Out=out, width=width, C=tiles.n)
+           U=u.contiguous(), Out=out, width=width, T=tiles)
     return _ReferenceGradient.apply(magi.swiglu, out, u)
 
 
@@ -240,10 +240,10 @@ def _norm(weight: Tensor, bias: Tensor, eps: float) -> Callable[[Tensor], Tensor
 
 
 @triton.jit
-def _gated_residual_kernel(X, Gate, Update, Weight, Bias, Out, chunk, width, eps, C: tl.constexpr):
-    """x + LN1(gate * update) of one token. Grid: (B N,). chunk: tokens of a chunk, N / n; C: the width, rounded
-    up to a power of two."""
-    token, cols = tl.program_id(0), tl.arange(0, C)
+def _gated_residual_kernel(X, Gate, Update, Weight, Bias, Out, chunk, width, eps, T: tl.constexpr):
+    """x + LN1(gate * update) of one token. Grid: (B N,). chunk: tokens of a chunk, N / n; T.n: the width,
+    rounded up to a power of two."""
+    token, cols = tl.program_id(0), tl.arange(0, T.n)
     mask, offsets = cols < width, token.to(tl.int64) * width + cols
     gate = (token // chunk).to(tl.int64)                                     # the token's row of (B n, width)
     u = tl.load(Gate + gate * width + cols, mask, 0.0).to(tl.float32)
@@ -263,10 +263,10 @@ def gated_residual(x: Tensor, gate: Tensor, update: Tensor, norm: magi.LayerNorm
             f"gate {tuple(gate.shape)}, update {tuple(update.shape)} and norm {tuple(norm.weight.shape)} "
             f"do not go with x {tuple(x.shape)}")
     require(n > 0 and N % n == 0, f"{N} tokens do not divide into {n} chunks")
-    out = x.new_empty(x.shape)
-    launch(_gated_residual_kernel, (B * N,), Tiles(1, D, warps=8), X=x.contiguous(), Gate=gate.contiguous(),
+    out, tiles = x.new_empty(x.shape), Tiles(1, triton.next_power_of_2(D), warps=8)
+    launch(_gated_residual_kernel, (B * N,), tiles, X=x.contiguous(), Gate=gate.contiguous(),
            Update=update.contiguous(), Weight=norm.weight, Bias=norm.bias, Out=out, chunk=N // n, width=D,
-           eps=norm.eps, C=triton.next_power_of_2(D))
+           eps=norm.eps, T=tiles)
 
     def reference(x, gate, update, weight, bias):
         return magi.gated_residual(x, gate, update, _norm(weight, bias, norm.eps))
@@ -275,17 +275,17 @@ def gated_residual(x: Tensor, gate: Tensor, update: Tensor, norm: magi.LayerNorm
 
 
 @triton.jit
-def _norm_rotary_kernel(X, Weight, Bias, Angles, Out, rows, tokens, heads, eps, HD: tl.constexpr,
-                        PAIRS: tl.constexpr, ROWS: tl.constexpr):
-    """LN1, then rotation of the pairs (j, j + PAIRS), for all heads of ROWS tokens. If PAIRS is 0, LN1 alone.
-    Grid: (tiles of tokens,).
+def _norm_rotary_kernel(X, Weight, Bias, Angles, Out, rows, tokens, heads, eps, PAIRS: tl.constexpr,
+                        T: tl.constexpr):
+    """LN1, then rotation of the pairs (j, j + PAIRS), for all heads of T.m tokens; T.n is hd. If PAIRS is 0,
+    LN1 alone. Grid: (tiles of tokens,).
 
     PAIRS is 48 at head width 128, no power of two, so the two halves that rotate cannot be cut out of a tile.
     Instead every column also loads its partner (names in _p), which the first load has just brought into the
     cache. The norms of qx and kx have bf16 weights (and no angles): what PyTorch rounds to that type,
     1 + weight and the result, is rounded here too.
     """
-    row, col = tl.program_id(0) * ROWS + tl.arange(0, ROWS)[:, None], tl.arange(0, HD)[None, :]
+    row, col = tl.program_id(0) * T.m + tl.arange(0, T.m)[:, None], tl.arange(0, T.n)[None, :]
     TYPE: tl.constexpr = Weight.dtype.element_ty
     weight = (tl.load(Weight + col).to(tl.float32) + 1).to(TYPE).to(tl.float32)
     bias = tl.load(Bias + col).to(tl.float32)
@@ -296,11 +296,11 @@ def _norm_rotary_kernel(X, Weight, Bias, Angles, Out, rows, tokens, heads, eps, 
         cos, sin = tl.cos(angle), tl.where(col < PAIRS, -tl.sin(angle), tl.sin(angle))
         weight_p, bias_p = tl.load(Weight + partner) + 1, tl.load(Bias + partner)
     for head in range(heads):
-        offset = (row.to(tl.int64) * heads + head) * HD
+        offset = (row.to(tl.int64) * heads + head) * T.n
         x = tl.load(X + offset + col, row < rows, 0.0).to(TYPE).to(tl.float32)
-        mean = tl.sum(x, 1)[:, None] / HD
+        mean = tl.sum(x, 1)[:, None] / T.n
         x -= mean
-        rstd = tl.rsqrt(tl.sum(x * x, 1)[:, None] / HD + eps)                # 1 / standard deviation
+        rstd = tl.rsqrt(tl.sum(x * x, 1)[:, None] / T.n + eps)               # 1 / standard deviation
         y = (x * rstd * weight + bias).to(TYPE)
         if PAIRS > 0:
             x_p = tl.load(X + offset + partner, row < rows, 0.0).to(tl.float32) - mean
@@ -321,7 +321,7 @@ def norm_rotary(x: Tensor, norm: magi.LayerNorm1p, angles: Tensor | None) -> Ten
     out, tiles = x.new_empty(x.shape), Tiles(8, hd)
     launch(_norm_rotary_kernel, (triton.cdiv(B * N, tiles.m),), tiles, X=x.contiguous(), Weight=norm.weight,
            Bias=norm.bias, Angles=None if angles is None else angles.contiguous(), Out=out, rows=B * N,
-           tokens=N, heads=heads, eps=norm.eps, HD=hd, PAIRS=pairs, ROWS=tiles.m)
+           tokens=N, heads=heads, eps=norm.eps, PAIRS=pairs, T=tiles)
 
     def reference(x, weight, bias, angles=None):
         return magi.norm_rotary(x, _norm(weight, bias, norm.eps), angles)
