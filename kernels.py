@@ -175,19 +175,7 @@ def _require_head_width(hd: int) -> None:
 #                      their sum r8 w4 · joined r4 w4 · to bf16 r4 w2           49 bytes, in one pass  4
 #     swiglu           silu r2 w2 · product r4 w2                               10 bytes, in one pass  6
 #
-# What a whole layer moves with these kernels, outside products and attention, in bytes per token and channel
-# of D, for four chunks and one in the cache (4.5B at 720x720: 48,600 tokens of 3,072 channels; 24B at
-# 720x1280: 86,400 of 6,144). These are counts, not times. (Joining the results of both attentions, 2 D wide,
-# and putting them in Wo's order would move 16 more: that is what their `out` saves.)
-#
-#                                                                             4.5B    24B
-#     two layer norms r2 w2                                                    8       8
-#     gated_residual: after Wo (update in float32) r6 w2, after fc2 r4 w2     14      14
-#     norm_rotary of q and k, norm of qx                                       9.3     8.7
-#     gelu r2 w2 on 4 D, or swiglu on 8/3 D                                   16      16
-#     keys and values joined with the cache, r2 w2 on 2/3 or 1/3 D of 5/4      3.3     1.7
-#     sum                                                                     50.7    48.3
-#     in GB                                                                    7.6    25.7
+# What that makes of a whole layer is counted in tools/bench_kernels.py.
 
 
 class _ReferenceGradient(torch.autograd.Function):
@@ -515,7 +503,8 @@ def _plan_on(device: torch.device, held: str, *args: Any) -> dict[str, Tensor]:
 # has 50 MB.
 #
 # Self- and cross-attention of a layer write side by side into one buffer (B, N, 2 Hq hd), which the output
-# projection reads as it is. That is why the kernel takes `out`, and a stride for it.
+# projection reads as it is. That is why the kernel takes `out`, and a stride for it: to join two results and
+# put them in the projection's order would move 16 bytes per token and channel of the layer.
 
 LOG2E = tl.constexpr(math.log2(math.e))        # the hardware has 2^x, not e^x
 LN2 = tl.constexpr(math.log(2))

@@ -198,6 +198,19 @@ def compile_all(quick: bool = False) -> bool:
 # ----------------------------------------------------------------------------------------------------------
 # What a kernel achieves is useful arithmetic over time, whatever it does besides: masked pairs do not
 # count. Of the elementwise steps it is bytes over time. Peaks are the makers' figures for dense matrices.
+#
+# What a whole layer moves with these kernels, outside products and attention, in bytes per token and channel
+# of D, for four chunks and one in the cache (4.5B at 720x720: 48,600 tokens of 3,072 channels; 24B at
+# 720x1280: 86,400 of 6,144). These are counts, not times.
+#
+#                                                                             4.5B    24B
+#     two layer norms r2 w2                                                    8       8
+#     gated_residual: after Wo (update in float32) r6 w2, after fc2 r4 w2     14      14
+#     norm_rotary of q and k, norm of qx                                       9.3     8.7
+#     gelu r2 w2 on 4 D, or swiglu on 8/3 D                                   16      16
+#     keys and values joined with the cache, r2 w2 on 2/3 or 1/3 D of 5/4      3.3     1.7
+#     sum                                                                     50.7    48.3
+#     in GB                                                                    7.6    25.7
 
 # fmt: off
 PEAKS = {                                       # TFLOP/s in bf16 and fp8 (float32 sums), memory in GB/s
