@@ -551,7 +551,8 @@ def _attend_tile(q, acc, m, l, keys, values, row, left, scale, EDGE: tl.constexp
     s = tl.dot(q, k.T, input_precision=T.precision)                          # (T.m, ROWS)
     if EDGE:
         s = tl.where(tl.arange(0, ROWS)[None, :] < left, s, -float("inf"))
-    new = tl.maximum(m, tl.max(s, 1) * scale)          # scale holds log2(e) too: e^x is 2^(x log2(e))
+    scale *= LOG2E                                     # e^x is 2^(x log2(e))
+    new = tl.maximum(m, tl.max(s, 1) * scale)
     p = tl.exp2(s * scale - new[:, None])
     shrink = tl.exp2(m - new)
     v = _tile(values, row, left, ROWS, EDGE, T)        # not beside k: loaded earlier, it makes sm_120 spill
@@ -581,9 +582,9 @@ def _forward_kernel(Q, K, V, K_tma, V_tma, Out, Lse, Plan, tokens, q_stride, k_s
     m = tl.full(rows.shape, -float("inf"), tl.float32)
     whole = count // T.n * T.n                         # whole tiles of keys, then the rest in smaller ones
     for j in tl.range(0, whole, T.n):
-        acc, m, l = _attend_tile(q, acc, m, l, keys, values, key + j, T.n, scale * LOG2E, False, T)
+        acc, m, l = _attend_tile(q, acc, m, l, keys, values, key + j, T.n, scale, False, T)
     for j in tl.range(whole, count, T.rest, num_stages=1):
-        acc, m, l = _attend_tile(q, acc, m, l, keys, values, key + j, count - j, scale * LOG2E, True, T)
+        acc, m, l = _attend_tile(q, acc, m, l, keys, values, key + j, count - j, scale, True, T)
     _store(Matrix(Out, head * T.hd, out_stride), row, left, acc / l[:, None], T)
     tl.store(Lse + head.to(tl.int64) * tokens + row + rows, (m + tl.log2(l)) * LN2, rows < left)
 
@@ -605,10 +606,11 @@ def _forward_kernel(Q, K, V, K_tma, V_tma, Out, Lse, Plan, tokens, q_stride, k_s
 
 @triton.jit
 def _dq_tile(q, do, lse, delta, dq, keys, values, row, left, scale, EDGE: tl.constexpr, T: tl.constexpr):
-    """Add to dq what a tile of keys gives. (lse comes in units of log 2 here, and scale holds log2(e).)"""
+    """Add to dq what a tile of keys gives."""
     ROWS: tl.constexpr = T.rest if EDGE else T.n
     k, v = _tile(keys, row, left, ROWS, EDGE, T), _tile(values, row, left, ROWS, EDGE, T)
-    p = tl.exp2(tl.dot(q, k.T, input_precision=T.precision) * scale - lse[:, None])          # (T.m, ROWS)
+    s = tl.dot(q, k.T, input_precision=T.precision) * (scale * LOG2E)                        # (T.m, ROWS)
+    p = tl.exp2(s - (lse * LOG2E)[:, None])
     if EDGE:
         p = tl.where(tl.arange(0, ROWS)[None, :] < left, p, 0.0)
     ds = p * (tl.dot(do, v.T, input_precision=T.precision) - delta[:, None])
@@ -630,13 +632,13 @@ def _dq_kernel(Q, K, V, K_tma, V_tma, Out, dOut, Lse, Delta, dQ, Plan, tokens, q
     rows = tl.arange(0, T.m)
     offsets = head.to(tl.int64) * tokens + row + rows
     tl.store(Delta + offsets, delta, rows < left)
-    lse = tl.load(Lse + offsets, rows < left, float("inf")) * LOG2E      # beyond the edge p is e^-inf, 0
+    lse = tl.load(Lse + offsets, rows < left, float("inf"))              # beyond the edge p is e^-inf, 0
     dq = tl.zeros(q.shape, tl.float32)
     whole = count // T.n * T.n
     for j in tl.range(0, whole, T.n):
-        dq = _dq_tile(q, do, lse, delta, dq, keys, values, key + j, T.n, scale * LOG2E, False, T)
+        dq = _dq_tile(q, do, lse, delta, dq, keys, values, key + j, T.n, scale, False, T)
     for j in tl.range(whole, count, T.rest, num_stages=1):
-        dq = _dq_tile(q, do, lse, delta, dq, keys, values, key + j, count - j, scale * LOG2E, True, T)
+        dq = _dq_tile(q, do, lse, delta, dq, keys, values, key + j, count - j, scale, True, T)
     _store(Matrix(dQ, head * T.hd, q_stride), row, left, dq * scale, T)
 
 
@@ -649,7 +651,8 @@ def _dkv_tile(k, v, dk, dv, queries, douts, Lse, Delta, row, left, scale, EDGE: 
     rows = tl.arange(0, ROWS)
     lse = tl.load(Lse + row + rows, rows < left, float("inf"))               # beyond the edge p is e^-inf, 0
     delta = tl.load(Delta + row + rows, rows < left, 0.0)
-    p = tl.exp2(tl.dot(k, q.T, input_precision=T.precision) * scale - (lse * LOG2E)[None, :])  # (T.n, ROWS)
+    s = tl.dot(k, q.T, input_precision=T.precision) * (scale * LOG2E)                        # (T.n, ROWS)
+    p = tl.exp2(s - (lse * LOG2E)[None, :])
     dv = tl.dot(p.to(do.dtype), do, dv, input_precision=T.precision)
     ds = p * (tl.dot(v, do.T, input_precision=T.precision) - delta[None, :])
     return tl.dot(ds.to(q.dtype), q, dk, input_precision=T.precision), dv
@@ -672,11 +675,9 @@ def _dkv_kernel(Q, K, V, dOut, Q_tma, dOut_tma, Lse, Delta, dK, dV, Plan, Runs, 
         lse, delta = Lse + head.to(tl.int64) * tokens, Delta + head.to(tl.int64) * tokens
         whole = count // T.m * T.m
         for j in tl.range(0, whole, T.m):
-            dk, dv = _dkv_tile(k, v, dk, dv, queries, douts, lse, delta, query + j, T.m, scale * LOG2E,
-                               False, T)
+            dk, dv = _dkv_tile(k, v, dk, dv, queries, douts, lse, delta, query + j, T.m, scale, False, T)
         for j in tl.range(whole, count, T.rest, num_stages=1):
-            dk, dv = _dkv_tile(k, v, dk, dv, queries, douts, lse, delta, query + j, count - j,
-                               scale * LOG2E, True, T)
+            dk, dv = _dkv_tile(k, v, dk, dv, queries, douts, lse, delta, query + j, count - j, scale, True, T)
     _store(Matrix(dK, kv * T.hd, k_stride), row, left, dk * scale, T)
     _store(Matrix(dV, kv * T.hd, k_stride), row, left, dv, T)
 
