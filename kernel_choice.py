@@ -51,7 +51,6 @@ from checkpoints import KernelError
 
 kernels = magi.load_kernels()
 OPERATIONS = ("attention", "block_attention", "norm_rotary", "gated_residual", "swiglu", "fp8_matmul")
-FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 # The largest relative error of a result that rounding explains; for a gradient it is twice as much.
 BARS = {torch.float32: 2e-4, torch.float16: 4e-3, torch.bfloat16: 1.5e-2}
 LONG = 5.0                        # ms: for shorter calls FlexAttention is not worth the time it compiles
@@ -139,7 +138,7 @@ def _flex_mask(spans: tuple, B: int, N: int, M: int, device: torch.device) -> ob
     from torch.nn.attention.flex_attention import create_block_mask
 
     start, end = torch.tensor(spans, device=device).expand(B, -1, -1).unbind(-1)
-    size = -(-N // start.shape[1])                               # tokens of a chunk
+    size = N // start.shape[1]                                   # tokens of a chunk
     seen = lambda b, h, i, j: (j >= start[b, i // size]) & (j < end[b, i // size])
     # Without _compile the mask of all pairs is written to memory first, 9 GB for the 24B.
     return create_block_mask(seen, B, None, N, M, device=device, _compile=device.type == "cuda")
@@ -214,14 +213,15 @@ def small_input(operation: str, args: tuple, tokens: int) -> tuple:
     return (random(x, tokens, x.shape[-1]) * spread).to(x.dtype), weight[:tokens], divide, scale
 
 
-def outcome(function: Callable, args: tuple, backward: bool = False, **options: Any) -> list[Tensor]:
-    """The result and, if `backward`, the gradients of all floating-point arguments and parameters."""
+def outcome(function: Callable, args: tuple, backward: bool, **options: Any) -> list[Tensor]:
+    """The result and, if `backward`, the gradients of all floating-point arguments and parameters (not of
+    e4m3 weights)."""
     if not backward:
         with torch.no_grad():
             return [function(*args, **options)]
     keep = lambda u: u              # hooks that do nothing, instead of those of gradient checkpointing around
     with torch.enable_grad(), torch.autograd.graph.saved_tensors_hooks(keep, keep):
-        floats = lambda u: isinstance(u, Tensor) and u.dtype in FLOATS
+        floats = lambda u: isinstance(u, Tensor) and u.dtype in BARS
         args = tuple(u.detach().requires_grad_() if floats(u) else u for u in args)
         leaves = [u for u in args if floats(u)]
         leaves += [p for u in args if isinstance(u, nn.Module) for p in u.parameters() if p.requires_grad]
@@ -355,7 +355,7 @@ class Chooser:
             choice = self.choices[key]
             if isinstance(error, torch.OutOfMemoryError) or choice["use"] == "torch":
                 raise
-            self.fail(key, error)                    # it was right when chosen, and fails at these sizes
+            self.fail(key, error, choice["use"])     # it was right when chosen, and fails at these sizes
             self.ready[key] = plain
             return plain(*args, **options)
 
@@ -424,11 +424,10 @@ class Chooser:
                 choice["ms"][name] = ms
                 best = min(best, ms)
 
-    def fail(self, key: str, error: Exception, name: str | None = None) -> None:
+    def fail(self, key: str, error: Exception, name: str) -> None:
         """Note, and warn once, that a candidate failed; "torch" takes its place. Raises KernelError if the
         chooser is strict, BrokenGPU if the GPU takes no more work."""
         choice, operation = self.choices[key], key.split()[0]
-        name = name or choice["use"]
         reason = (str(error) or type(error).__name__).strip().splitlines()[0][:160]
         what = f"{self.card.name}: {operation} by {name} fails: {reason}"
         if self.strict:
