@@ -155,7 +155,7 @@ def other_tiles(changed: str, change: Callable) -> Callable:
 
 OTHER_STAGES = other_tiles("forward", lambda tiles: tiles._replace(stages=tiles.stages - 1))
 # for cross-attention: the tokens of a caption are only a tile or two
-NARROW = other_tiles("forward", lambda tiles: tiles._replace(n=tiles.n // 2, rest=max(16, tiles.n // 4)))
+NARROW = other_tiles("forward", lambda tiles: tiles._replace(n=tiles.n // 2))
 THREE_STAGES = other_tiles("fp8", lambda tiles: tiles._replace(stages=3))
 
 

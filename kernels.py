@@ -108,7 +108,7 @@ class Tiles(NamedTuple):
     warps: int = 4
     stages: int = 2               # tiles in flight: loads run ahead of the arithmetic by this many
     tma: bool = False             # let the copy engine load whole tiles
-    # The rest is for attention alone, and its last three are filled in at the launch.
+    # The others are for attention alone, and are filled in at the launch.
     rest: int = 16                # after the whole tiles of a span, the remainder goes in tiles of this size
     hd: int = 0
     group: int = 1                # query heads that read the same key/value head
@@ -692,7 +692,8 @@ def _launch_attention(kernel: Callable, q: Tensor, k: Tensor, v: Tensor, spans: 
     """
     (B, N, Hq, hd), (M, Hkv) = q.shape, k.shape[1:3]
     precision = "bf16x3" if q.dtype == torch.float32 and not INTERPRETED else "ieee"
-    tiles = tiles._replace(hd=hd, group=Hq // Hkv, precision=precision)
+    rest = 16 if kernel is _dkv_kernel else max(16, tiles.n // 2)
+    tiles = tiles._replace(rest=rest, hd=hd, group=Hq // Hkv, precision=precision)
     args = dict(Q=q, K=k, V=v, tokens=B * N, q_stride=q.stride(1), k_stride=k.stride(1), scale=hd**-0.5,
                 T=tiles, **others)
     if kernel is _dkv_kernel:
@@ -802,9 +803,9 @@ TRITON_OPS = magi.Ops(name="triton", attention=attention, block_attention=block_
 #            ahead with 128 keys, so it does not (1 stage). sm_100 keeps its sums outside the registers.
 #   stages   are 3 with the copy engine if they fit: with 2 there is one buffer each for k and v, and no load
 #            overlaps with arithmetic.
-#   rest     is half a tile in the forward and dq: with 16, the 118 keys that a chunk of 12,150 leaves after
-#            whole tiles of 128 would take 8 steps. Loads at an edge go through registers, and in dkv larger
-#            ones spill, as full tiles would in the others.
+#   rest     (chosen at the launch) is half a tile in the forward and dq: with 16, the 118 keys that a chunk
+#            of 12,150 leaves after whole tiles of 128 would take 8 steps. Loads at an edge go through registers,
+#            and in dkv larger ones spill, as full tiles would in the others.
 #   float32  is split into bf16 parts, which doubles every operand: the tiles are small squares.
 #   fp8      on sm_90 partial sums are added up in float32 (section 3), which takes a second set of
 #            accumulators: 128 x 256 spills, 128 x 128 does not. sm_100 has memory of its own for sums, so 256
@@ -842,7 +843,7 @@ def tiles_for(kernel: str, arch: int, hd: int = 0, dtype: torch.dtype = torch.bf
         warps = 8 if kernel == "dkv" and arch < 900 else 4       # dkv spills with 4, on gfx942 with 8
         return Tiles(side, side, warps=warps, stages=1, tma=tma)
     m, n, warps, stages = ATTENTION_TILES[f"{kernel} {width}"][COLUMN[arch]]
-    return Tiles(m, n, 0, warps, stages, tma, rest=16 if kernel == "dkv" else max(16, n // 2))
+    return Tiles(m, n, 0, warps, stages, tma)
 
 
 def get_ops(backend: str, device: torch.device | str) -> magi.Ops:
