@@ -7,7 +7,7 @@ kernel on the user's own card, and uses it only where it is right and faster tha
 
     operation          signature as in magi.py section 2                    what it saves
     attention          (q, k, v)                                            the N x M scores of each head
-    block_attention    (q, k, v, spans, out)                                all launches but one; a copy
+    block_attention    (q, k, v, spans, out)                                n - 1 of n launches, and a copy
     fp8_matmul         (x, weight, divide, scale)                           half the bytes, twice the rate
     norm_rotary        (x, norm, angles or None)                            45 of 49 bytes per element (bf16)
     gated_residual     (x, gate, update, norm)                              40 of 46 bytes per element (bf16)
@@ -16,6 +16,7 @@ kernel on the user's own card, and uses it only where it is right and faster tha
 
     python kernels.py               on a GPU: check against magi.py, then time, beside PyTorch's own kernels
     python kernels.py --compile     anywhere: compile for six architectures; registers, memory, instructions
+                                    (both are in tools/bench_kernels.py)
 
 Symbols as in magi.py: B batch, N queries, M keys, Hq Hkv query and key/value heads, hd head width, n chunks.
 A *row* is a token, counted through the whole batch; in attention it is one token of one head. In kernels,
@@ -34,9 +35,8 @@ Contents
 Each of 2, 3 and 6 has the reasons first, then the kernels, then the function that checks its arguments and
 starts them (for section 5 it stands in 6). The simplest kernel is `_swiglu_kernel`; the heart of attention is
 `_attend_tile`, a dozen lines.
-Left out on purpose: dropout, masks of any kind, head widths other than 16, 32, 64 and 128. Timing and
-ahead-of-time compiling are in tools/bench_kernels.py. References: FlashAttention 1 and 2 (arXiv 2205.14135,
-2307.08691); SmoothQuant (2211.10438); Triton's tutorials 3, 6 and 9.
+Left out on purpose: dropout, masks of any kind, head widths other than 16, 32, 64 and 128. References:
+FlashAttention 1 and 2 (arXiv 2205.14135, 2307.08691); SmoothQuant (2211.10438); Triton's tutorials 3, 6, 9.
 """
 
 # ruff: noqa: E402
@@ -211,7 +211,7 @@ def _swiglu_kernel(U, Out, width, T: tl.constexpr):
     tl.store(Out + row * width + cols, (a * b).to(Out.dtype.element_ty), mask)
 
 
-@torch.compiler.disable
+@torch.compiler.disable                # here and below: torch.compile cannot trace a launch
 def swiglu(u: Tensor) -> Tensor:
     """magi.swiglu: silu(first half) * second half of the last axis, (..., 2 FFN) -> (..., FFN)."""
     require(u.shape[-1] % 2 == 0, f"u {tuple(u.shape)} must have two halves")
@@ -791,9 +791,8 @@ TRITON_OPS = magi.Ops(name="triton", attention=attention, block_attention=block_
 # A tile that stays on chip is read once however many tiles stream past it, so tiles should be large; but they
 # must fit into registers and into shared memory (227 KiB on sm_90 and sm_100, 99 KiB on sm_89 and sm_120,
 # 64 KiB on gfx942, 160 KiB on gfx950). What does not fit into registers *spills*: it goes to memory and back.
-# Of the sizes that spill nothing, by what the compiler says (--compile), these are the largest. None has been
-# timed yet. (sm_89 is the RTX 4090, sm_90 the H100, sm_100 the B200, sm_120 the RTX 5090, gfx942 the MI300,
-# gfx950 the MI350.)
+# Of the sizes that spill nothing, by what the compiler says (--compile), these are the largest. (sm_89 is the
+# RTX 4090, sm_90 the H100, sm_100 the B200, sm_120 the RTX 5090, gfx942 the MI300, gfx950 the MI350.)
 #
 #   forward  sm_90 and sm_100 multiply from shared memory (wgmma, tcgen05), so 128 x 128 leaves registers for
 #            the scores. sm_89 and sm_120 multiply from registers: half the keys per step.
@@ -803,8 +802,8 @@ TRITON_OPS = magi.Ops(name="triton", attention=attention, block_attention=block_
 #            ahead with 128 keys, so it does not (1 stage). sm_100 keeps its sums outside the registers.
 #   stages   are 3 with the copy engine if they fit: with 2 there is one buffer each for k and v, and no load
 #            overlaps with arithmetic.
-#   rest     (chosen at the launch) is half a tile in the forward and dq: with 16, the 118 keys that a chunk
-#            of 12,150 leaves after whole tiles of 128 would take 8 steps. Loads at an edge go through registers,
+#   rest     (set at the launch) is half a tile in the forward and dq: with 16, the 118 keys that a chunk of
+#            12,150 leaves after whole tiles of 128 would take 8 steps. Loads at an edge go through registers,
 #            and in dkv larger ones spill, as full tiles would in the others.
 #   float32  is split into bf16 parts, which doubles every operand: the tiles are small squares.
 #   fp8      on sm_90 partial sums are added up in float32 (section 3), which takes a second set of
