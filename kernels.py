@@ -682,29 +682,31 @@ def _dkv_kernel(Q, K, V, dOut, Q_tma, dOut_tma, Lse, Delta, dK, dV, Plan, Runs, 
     _store(Matrix(dV, kv * T.hd, k_stride), row, left, dv, T)
 
 
-def _launch_attention(kernel: Callable, q: Tensor, k: Tensor, v: Tensor, spans: tuple, tiles: Tiles,
+def _launch_attention(name: str, q: Tensor, k: Tensor, v: Tensor, spans: tuple, tiles_of: Callable,
                       **others: Tensor | int) -> None:
-    """Start any of the three kernels. dkv holds keys and goes along queries, the others the other way round.
+    """Start "forward", "dq" or "dkv". dkv holds keys and goes along queries, the others the other way round.
 
     A float32 number is split into two bf16 parts, a product into three ("bf16x3"), which keeps 16 of 24 bits.
     Three TF32 products would keep more, but spill hundreds of registers at head width 128; one keeps 11.
     Other types are multiplied as they are ("ieee"); so is float32 in the interpreter, which has no bf16x3.
     """
     (B, N, Hq, hd), (M, Hkv) = q.shape, k.shape[1:3]
+    tiles = tiles_of(name, arch_of(q.device), hd, q.dtype)
     precision = "bf16x3" if q.dtype == torch.float32 and not INTERPRETED else "ieee"
-    rest = 16 if kernel is _dkv_kernel else max(16, tiles.n // 2)
+    rest = 16 if name == "dkv" else max(16, tiles.n // 2)
     tiles = tiles._replace(rest=rest, hd=hd, group=Hq // Hkv, precision=precision)
     args = dict(Q=q, K=k, V=v, tokens=B * N, q_stride=q.stride(1), k_stride=k.stride(1), scale=hd**-0.5,
                 T=tiles, **others)
-    if kernel is _dkv_kernel:
+    if name == "dkv":
         args |= _plan_on(q.device, "keys", spans, B, N, M, tiles.n)
         programs, streamed, step = len(args["Plan"]), ("Q", "dOut"), tiles.m
     else:
         args |= _plan_on(q.device, "queries", spans, B, N, M, tiles.m)
         programs, streamed, step = len(args["Plan"]) * tiles.group, ("K", "V"), tiles.n
-    for name in streamed:                                # tensors whose tiles a program goes along
-        matrix = args[name].flatten(2).flatten(0, 1)                         # tokens x (heads hd)
-        args[f"{name}_tma"] = TensorDescriptor.from_tensor(matrix, [step, hd]) if tiles.tma else None
+    for u in streamed:                                   # tensors whose tiles a program goes along
+        matrix = args[u].flatten(2).flatten(0, 1)                            # tokens x (heads hd)
+        args[f"{u}_tma"] = TensorDescriptor.from_tensor(matrix, [step, hd]) if tiles.tma else None
+    kernel = {"forward": _forward_kernel, "dq": _dq_kernel, "dkv": _dkv_kernel}[name]
     launch(kernel, (programs, Hkv), tiles, **args)
 
 
@@ -714,8 +716,7 @@ class _Attention(torch.autograd.Function):
     @staticmethod
     def forward(ctx, q, k, v, out, spans, tiles_of):
         lse = q.new_empty(q.shape[2], *q.shape[:2], dtype=torch.float32)
-        _launch_attention(_forward_kernel, q, k, v, spans, tiles_of("forward"), Out=out, Lse=lse,
-                          out_stride=out.stride(1))
+        _launch_attention("forward", q, k, v, spans, tiles_of, Out=out, Lse=lse, out_stride=out.stride(1))
         ctx.save_for_backward(q, k, v, out, lse)
         ctx.spans, ctx.tiles_of = spans, tiles_of
         ctx.mark_dirty(out)
@@ -727,9 +728,9 @@ class _Attention(torch.autograd.Function):
     def backward(ctx, dout, _):
         q, k, v, out, lse = ctx.saved_tensors
         dq, dk, dv, delta = (torch.empty_like(u) for u in (q, k, v, lse))
-        inputs, rows = (q, k, v, ctx.spans), dict(dOut=_dense(dout), Lse=lse, Delta=delta)
-        _launch_attention(_dq_kernel, *inputs, ctx.tiles_of("dq"), Out=out, dQ=dq, **rows)
-        _launch_attention(_dkv_kernel, *inputs, ctx.tiles_of("dkv"), dK=dk, dV=dv, **rows)
+        given, rows = (q, k, v, ctx.spans, ctx.tiles_of), dict(dOut=_dense(dout), Lse=lse, Delta=delta)
+        _launch_attention("dq", *given, Out=out, dQ=dq, **rows)
+        _launch_attention("dkv", *given, dK=dk, dV=dv, **rows)
         return dq, dk, dv, None, None, None
 
 
@@ -758,15 +759,14 @@ def flash_attention(q: Tensor, k: Tensor, v: Tensor, spans: Tensor, out: Tensor 
     if q.numel() == 0:
         return magi.block_attention(q, k, v, spans, out), q.new_empty(Hq, B, N, dtype=torch.float32)
     span_tuples = tuple(tuple(map(tuple, row)) for row in spans.tolist())    # `_plan_on` remembers by them
-    arch = arch_of(q.device)
-    tiles_of = lambda kernel: (tiles or tiles_for)(kernel, arch, hd, q.dtype)
     q, k, v = map(_dense, (q, k, v))
     # The kernel can write to `out` if a token's heads lie side by side in it and all tokens are equally far
     # apart. If not, or if autograd must see what is written into `out`, the result is copied there.
     direct = (out is not None and out.stride()[2:] == (hd, 1) and out.stride(1) >= Hq * hd
               and (B == 1 or out.stride(0) == N * out.stride(1))
               and not (torch.is_grad_enabled() and any(u.requires_grad for u in (q, k, v, out))))
-    result, lse = _Attention.apply(q, k, v, out if direct else torch.empty_like(q), span_tuples, tiles_of)
+    result, lse = _Attention.apply(q, k, v, out if direct else torch.empty_like(q), span_tuples,
+                                   tiles or tiles_for)
     return (result if out is None or direct else out.copy_(result)), lse
 
 
