@@ -145,7 +145,8 @@ def _flex_mask(spans: tuple, B: int, N: int, M: int, device: torch.device) -> ob
 
 
 def other_tiles(changed: str, change: Callable) -> Callable:
-    """A function like kernels.tiles_for, with other tiles for one kernel (if it has more than one stage)."""
+    """A function like kernels.tiles_for, with other tiles for one kernel. (Those of one stage, as float32 has
+    them, are as small as they can be.)"""
     def tiles_for(kernel: str, *others: Any) -> Any:
         tiles = kernels.tiles_for(kernel, *others)
         return change(tiles) if kernel == changed and tiles.stages > 1 else tiles

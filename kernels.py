@@ -474,7 +474,7 @@ def plan_keys(spans: tuple, B: int, N: int, M: int, size: int) -> tuple[list, li
 
 @lru_cache(256)
 def _plan_on(device: torch.device, held: str, *args: Any) -> dict[str, Tensor]:
-    """The plan for programs whose tile is of "queries" or of "keys", as arguments of a kernel. The last 256
+    """The plan for programs that hold a tile of "queries" or "keys", as arguments of a kernel. The last 256
     plans stay on the device: every layer and step asks for the same few."""
     if held == "queries":
         tables = {"Plan": plan_queries(*args)}
