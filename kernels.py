@@ -791,8 +791,9 @@ TRITON_OPS = magi.Ops(name="triton", attention=attention, block_attention=block_
 # A tile that stays on chip is read once however many tiles stream past it, so tiles should be large; but they
 # must fit into registers and into shared memory (227 KiB on sm_90 and sm_100, 99 KiB on sm_89 and sm_120,
 # 64 KiB on gfx942, 160 KiB on gfx950). What does not fit into registers *spills*: it goes to memory and back.
-# Of the sizes that spill nothing, by what the compiler says (--compile), these are the largest. (sm_89 is the
-# RTX 4090, sm_90 the H100, sm_100 the B200, sm_120 the RTX 5090, gfx942 the MI300, gfx950 the MI350.)
+# Of the sizes that spill nothing, by what the compiler says (--compile), these are the largest. None has been
+# timed yet. (sm_89 is the RTX 4090, sm_90 the H100, sm_100 the B200, sm_120 the RTX 5090, gfx942 the MI300,
+# gfx950 the MI350.)
 #
 #   forward  sm_90 and sm_100 multiply from shared memory (wgmma, tcgen05), so 128 x 128 leaves registers for
 #            the scores. sm_89 and sm_120 multiply from registers: half the keys per step.

@@ -931,6 +931,15 @@ def test_every_operations_small_input_and_candidates(monkeypatch, tmp_path):
                 kernel_choice.require_close(kernel_choice.outcome(functions[name], given, backward), expected)
 
 
+@pytest.mark.parametrize("dtype", kernel_choice.BARS)
+def test_what_rounds_as_its_type_does_is_right_at_the_sizes_of_the_run_too(choosing, dtype):
+    """The copies of results that are compared there were float32, so bf16 was held to the bar of float32."""
+    q, k = tensors((1, 80, 2, 32), (1, 120, 1, 32), dtype=dtype)
+    ops, _ = choosing(Stand(ours=0.1), operation="attention", ours=kernels.attention)
+    result, lines = quiet(lambda: ops.attention(q, k, k))
+    assert not lines and "attention ours" in ops.report() and torch.equal(result, kernels.attention(q, k, k))
+
+
 def test_every_candidate_of_block_attention_writes_where_it_is_told(monkeypatch):
     """As both attentions of a layer ask for; cuDNN's refused `out`, and so was never used in a run."""
     from torch.nn.attention import SDPBackend, _cur_sdpa_kernel_backends
