@@ -9,7 +9,6 @@ says what the machine code looks like, not how fast it is; AMD's is marked "comp
 
 from __future__ import annotations
 
-import argparse
 import io
 import math
 import os
@@ -32,6 +31,7 @@ from torch import Tensor
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import kernel_choice  # noqa: E402
 import magi  # noqa: E402
+from terminal import Parser, exit_code  # noqa: E402
 
 kernels = magi.load_kernels()
 
@@ -392,25 +392,30 @@ def report(device: str, file: Path) -> bool:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
+    """The command line -> its exit code: 1 if a kernel is wrong or does not compile, 2 for what is wrong."""
     what = "Check and time the kernels on a GPU, or compile them."
-    parser = argparse.ArgumentParser(prog="kernels.py", description=what)
+    parser = Parser(prog="kernels.py", description=what)
     parser.add_argument("--compile", action="store_true", help="for all architectures; needs no GPU")
     parser.add_argument("--quick", action="store_true", help="with --compile: only what the 4.5B runs")
     parser.add_argument("--device", default="cuda")
     parser.add_argument("--out", type=Path, default=Path("kernels.md"), help="where the table of times goes")
     args = parser.parse_args(argv)
+    if args.compile:
+        return exit_code(lambda: 0 if compile_all(args.quick) else 1)
+    return exit_code(lambda: 0 if check_and_time(args.device, args.out) else 1)
+
+
+def check_and_time(device: str, out: Path) -> bool:
+    """On a GPU: whether all kernels are right. What is wrong with the flags or the GPU is a ValueError."""
+    magi.require(out.parent.is_dir(), f"cannot write {str(out)!r}: create its folder first")
+    magi.require(re.fullmatch(r"cpu|cuda(:\d+)?", device),
+                 f"device {device!r} is unknown: try cuda or cuda:1")
     try:
-        if args.compile:
-            return 0 if compile_all(args.quick) else 1
-        magi.require(args.out.parent.is_dir(), f"cannot write {str(args.out)!r}: create its folder first")
-        magi.require(re.fullmatch(r"cpu|cuda(:\d+)?", args.device),
-                     f"device {args.device!r} is unknown: try cuda or cuda:1")
-        kernels.arch_of(torch.device(args.device))
-        with torch.cuda.device(args.device):
-            return 0 if report(args.device, args.out) else 1
+        kernels.arch_of(torch.device(device))
     except ValueError as error:
-        print(f"kernels: {error} (python kernels.py --compile needs no GPU)", file=sys.stderr)
-        return 2
+        raise ValueError(f"{error} (python kernels.py --compile needs no GPU)") from None
+    with torch.cuda.device(device):
+        return report(device, out)
 
 
 if __name__ == "__main__":
