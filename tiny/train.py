@@ -993,7 +993,7 @@ def parser() -> terminal.Parser:
     flag("--workers", type=terminal.number(int, 0), default=0, help="dit, distill: to paint clips")
     flag("--frozen_text", action="store_true", help="dit: text encoder and special tokens stay as in --init")
     flag("--device", default="cpu", help="dit, distill: where to train")
-    flag("--compile", action="store_true", help="vae, dit, distill, decoder: a quarter faster; takes a minute and g++")
+    flag("--compile", action="store_true", help="a quarter faster (not for lora); takes a minute and g++")
     new = [*world.NEW_COLOURS, *world.NEW_SHAPES]
     flag("--teach", choices=new, default=new[0], help="clips, lora: what is new")
     flag("--clips", type=count, default=10000, help="clips, lora: videos of each kind, at most")
