@@ -118,7 +118,7 @@ def standard_output() -> Iterator[BinaryIO]:
         try:
             yield stdout
         finally:
-            sys.stdout.flush()
+            sys.stdout.flush()                           # while 1 is still standard error
             os.dup2(stdout.fileno(), 1)
 
 
