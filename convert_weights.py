@@ -505,7 +505,9 @@ def run_dit(src: Path, out: Path, config: str, special_tokens: Path | None, forc
 
 def run_vae(src: Path, out: Path, force: bool) -> None:
     with new_folder(src, out, force) as folder:
-        cfg = vae_config_from_upstream(read_json(src / "config.json"))
+        official = read_json(src / "config.json")
+        with reading("config", src / "config.json"):
+            cfg = vae_config_from_upstream(official)
         files = weight_files(src, "diffusion_pytorch_model.safetensors")
         convert_files(files, convert_vae, meta_weights(lambda: magi.VAE(cfg)), folder)
         write_json({"vae": asdict(cfg)}, folder / "config.json")

@@ -135,6 +135,9 @@ def test_a_config_that_is_wrong_is_named(tmp_path):
     src = official_folder(tmp_path / "src", official_weights("base"))
     why = f"cannot read config {str(file)!r}: unknown key model_config.what (1)"
     assert_refused(cw.main, ("dit", src, tmp_path / "dit", "--config", file), why, out=tmp_path / "dit")
+    file = written(tmp_path / "vae" / "config.json", {"ddconfig": {}, "what": 1})
+    why = f"cannot read config {str(file)!r}: "
+    assert_refused(cw.main, ("vae", tmp_path / "vae", tmp_path / "v"), why, out=tmp_path / "v")
 
 
 @pytest.mark.parametrize("preset", ["4.5B-base", "4.5B-distill", "24B-distill"])
