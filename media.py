@@ -19,6 +19,7 @@ import io
 import math
 import mimetypes
 import os
+import struct
 import warnings
 from bisect import bisect_right
 from collections import deque
@@ -220,10 +221,19 @@ def read_image(path: str | os.PathLike, size: tuple[int, int] | None = None, fit
     with reading("image", path), open_image(path) as image:
         if image.format not in ("JPEG", "MPO"):                              # these are decoded as needed
             check_pixels(image)
-        orientation = image.getexif().get(0x0112, 1)
-        image = averaged(image, (size if orientation < 5 else size[::-1]) if size else image.size[::-1], fit)
-        image = as_rgb(image, orientation)
-        return fitted(image, size or image.size[::-1], fit)
+            image.load()                                                     # Pillow turns a TIFF itself
+        turned = exif_orientation(image) >= 5                                # rows become columns
+        size = size or (image.size if turned else image.size[::-1])
+        image = averaged(image, size[::-1] if turned else size, fit)
+        return fitted(as_rgb(image), size, fit)
+
+
+def exif_orientation(image: Image.Image) -> int:
+    """How the camera was held, from 1 (upright) to 8; an EXIF that is damaged does not say it."""
+    with contextlib.suppress(SyntaxError, struct.error):                     # what Pillow raises then
+        noted = image.getexif().get(0x0112)
+        return noted if noted in UPRIGHT else 1
+    return 1
 
 
 def check_pixels(image: Image.Image) -> None:
@@ -265,27 +275,32 @@ def open_image(path: str | os.PathLike) -> Image.Image:
         Image.MAX_IMAGE_PIXELS = limit
 
 
-def as_rgb(image: Image.Image, orientation: int | None = None) -> Image.Image:
+def as_rgb(image: Image.Image) -> Image.Image:
     """Any Pillow image as 8-bit sRGB: upright, by its colour profile, grey as RGB, transparency on white."""
-    turn = UPRIGHT.get(orientation or image.getexif().get(0x0112))
-    profile, transparent = image.info.get("icc_profile"), image.has_transparency_data
+    image.load()                                                             # before EXIF is read: see above
+    turn, profile = UPRIGHT.get(exif_orientation(image)), image.info.get("icc_profile")
+    if image.mode == "P":
+        image = image.convert()                                              # to RGB or RGBA
     if image.mode.startswith("I;16") or image.mode == "I" and image.format in ("PPM", "PNG"):
         image = eight_bits(image)
     require(image.mode not in ("I", "F"), f"its pixels are of Pillow's mode {image.mode!r}, which does not "
             f"say what white is: save it with 8 or 16 bits")
     rgb = in_srgb(image, profile)
-    if transparent:
+    if image.has_transparency_data:
         alpha = image.convert("RGBA").getchannel("A")
         rgb = Image.composite(rgb, Image.new("RGB", rgb.size, "white"), alpha)
     return rgb if turn is None else rgb.transpose(turn)
 
 
 def eight_bits(image: Image.Image) -> Image.Image:
-    """16-bit grey, which Pillow would clip, or what a TIFF says has 9 to 15 bits, as 8-bit grey."""
-    tags = getattr(image, "tag_v2", {})
+    """16-bit grey, which Pillow would clip, or what a TIFF says has 9 to 15 bits, in 8 bits."""
+    tags, deep = getattr(image, "tag_v2", {}), np.asarray(image)
     white = 2 ** tags.get(258, (16,))[0] - 1                                 # BitsPerSample
-    grey = np.rint(np.asarray(image) * (255 / white)).clip(0, 255).astype(np.uint8)
-    return Image.fromarray(255 - grey if tags.get(262) == 0 else grey)       # WhiteIsZero
+    grey = np.rint(deep * (255 / white)).clip(0, 255).astype(np.uint8)
+    made = Image.fromarray(255 - grey if tags.get(262) == 0 else grey)       # WhiteIsZero
+    if "transparency" in image.info:                                         # one value of 16 bits
+        made.putalpha(Image.fromarray(deep != image.info["transparency"]).convert("L"))
+    return made
 
 
 def in_srgb(image: Image.Image, profile: bytes | None) -> Image.Image:

@@ -262,6 +262,61 @@ def test_pictures_are_upright_and_on_white_at_any_size(tmp_path):
     assert (media.read_image(tmp_path / "a.jpg", (32, 640), "pad")[:, :200] == 0).all()
 
 
+@pytest.mark.parametrize("compression", [None, "tiff_lzw"])
+def test_tiffs_are_turned_once(compression, tmp_path):
+    """Pillow itself turns a TIFF when it decodes it, and no other kind of file."""
+    turns = [
+        lambda x: x,
+        np.fliplr,
+        lambda x: np.rot90(x, 2),
+        np.flipud,
+        lambda x: x.swapaxes(0, 1),
+        lambda x: np.rot90(x, -1),
+        lambda x: np.rot90(x, 2).swapaxes(0, 1),
+        np.rot90,
+    ]
+    for orientation, turn in enumerate(turns, 1):
+        exif = Image.Exif()
+        exif[0x0112] = orientation
+        Image.fromarray(corners()).save(tmp_path / "a.tif", exif=exif, compression=compression)
+        right = np.ascontiguousarray(turn(corners()))
+        assert (media.read_image(tmp_path / "a.tif") == right).all()
+        small = media.fitted(Image.fromarray(right), (32, 64), "crop")
+        assert close(media.read_image(tmp_path / "a.tif", (32, 64)), small)
+        with Image.open(tmp_path / "a.tif") as image:
+            assert (media.to_image(image) == right).all()
+
+
+@pytest.mark.parametrize("name", ["a.png", "a.webp", "a.jpg"])
+def test_a_damaged_exif_says_nothing(name, tmp_path):
+    """A viewer shows such pictures; so does a browser."""
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    whole, image = exif.tobytes(), Image.fromarray(corners())
+    as_text = whole.replace(b"\x01\x12\0\3\0\0\0\1\0\6", b"\x01\x12\0\2\0\0\0\26\0", 1)
+    assert as_text != whole
+    for damaged in (b"Exif\0\0no exif", whole[:9], whole[:16], as_text):
+        image.save(tmp_path / name, exif=damaged, **({"lossless": True} if name == "a.webp" else {}))
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # Pillow mentions some of them
+            for size in None, (64, 96):
+                assert close(media.read_image(tmp_path / name, size), corners())
+
+
+@pytest.mark.filterwarnings("error")
+def test_one_colour_may_be_transparent(tmp_path):
+    """Of a palette (all of it), of grey, of grey with 16 bits: white, and no reason for a warning."""
+    palette = Image.fromarray(corners(8, 8)).quantize(4)
+    palette.save(tmp_path / "a.png", transparency=bytes(4))
+    Image.new("L", (8, 8), 7).save(tmp_path / "b.png", transparency=7)
+    deep = Image.fromarray(np.full((8, 8), 7 * 257, np.uint16))
+    deep.putpixel((0, 0), 7 * 257 + 1)  # the same in 8 bits, and yet opaque
+    deep.save(tmp_path / "c.png", transparency=7 * 257)
+    for name in "a.png", "b.png", "c.png":
+        assert (media.read_image(tmp_path / name)[4, 4] == 255).all(), name
+    assert (media.read_image(tmp_path / "c.png")[0, 0] == 7).all()
+
+
 def peak(code: str, *arguments) -> int:
     """Bytes by which the peak memory of a Python process grows while it runs the code."""
     before = (
