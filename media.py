@@ -1,7 +1,7 @@
 """Pictures and video, in and out: what sample.py, magi.MAGI, training.py and live.py share.
 
     to_image, to_video      whatever people hold (arrays, tensors, PIL images, paths) to uint8 arrays
-    read_image, read_video  files as a viewer shows them: upright, in sRGB, with square pixels, at one size
+    read_image, read_video  files as a viewer shows them: upright, in sRGB, on white, with square pixels
     Fragments               frames to the bytes of an mp4 that plays while it grows
     WRITERS                 .mp4, .gif and .png files that are whole after every second of video
 
@@ -502,16 +502,18 @@ class Player:
         return np.flip(rgb.swapaxes(0, 1) if turned else rgb, flips)
 
     def rgb(self, frame: av.VideoFrame, width: int, height: int) -> np.ndarray:
-        """In sRGB, uint8 (height, width, 3)."""
+        """In sRGB, on white, uint8 (height, width, 3)."""
         hdr, wide = frame.color_trc in (PQ, HLG), WIDE.get(frame.color_primaries)
         hd = frame.height >= 720 or frame.width >= 1280
         smaller = (width, height) != (frame.width, frame.height)
+        has_alpha = any(component.is_alpha for component in frame.format.components)
+        plain = "rgba" if has_alpha else "rgb24"
         rgb = self.reformatter.reformat(
-            frame, width, height, "rgb48le" if hdr or wide is not None else "rgb24",
+            frame, width, height, "rgb48le" if hdr or wide is not None else plain,
             src_colorspace=BT709 if hd and frame.colorspace == UNSPECIFIED else None,
             interpolation="AREA" if smaller else "BILINEAR",
         ).to_ndarray()
-        return rgb if rgb.dtype == np.uint8 else to_srgb(rgb, frame.color_trc, wide)
+        return flatten(rgb, "video") if rgb.dtype == np.uint8 else to_srgb(rgb, frame.color_trc, wide)
 
 
 def orientation(frame: av.VideoFrame) -> tuple[bool, list[int]]:

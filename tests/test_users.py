@@ -476,6 +476,19 @@ def test_wide_colours_become_srgb(tmp_path):
     assert np.abs(media.read_video(video)[0, 32, 32] - right).max() < 5
 
 
+@pytest.mark.parametrize("name, codec, pix_fmt", [("a.mov", "qtrle", "argb"), ("a.apng", "apng", "rgba")])
+def test_what_is_transparent_in_a_video_is_white(name, codec, pix_fmt, tmp_path):
+    """As in a picture. A sticker's hidden colours are mostly black."""
+    frame = np.zeros((32, 48, 4), np.uint8)
+    frame[:16] = *RED, 255
+    frame[16:24, :, 3] = 51  # a fifth of black
+    video = write_video(tmp_path / name, [frame] * 4, codec=codec, pix_fmt=pix_fmt, source="rgba")
+    right = np.full((32, 48, 3), 255, np.uint8)
+    right[:16], right[16:24] = RED, 204
+    assert np.abs(media.read_video(video)[0] - right.astype(float)).max() <= 1
+    assert np.abs(media.read_video(video, size=(16, 24))[0, 14] - 255.0).max() <= 1
+
+
 def test_the_best_of_several_streams(tmp_path):
     path = tmp_path / "a.mp4"
     with av.open(str(path), "w") as file:
