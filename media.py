@@ -632,7 +632,7 @@ class Mp4Writer:
         try:
             with self.out.open("ab") as file:
                 file.write(data)
-        except OSError:
+        except BaseException:                                                # Ctrl-C is one of them
             os.truncate(self.out, before.st_size)
             raise
         self.stat = self.out.stat()

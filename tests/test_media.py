@@ -1,5 +1,6 @@
 """Pictures and videos: reading, fitting, writing."""
 
+import io
 from pathlib import Path
 
 import av
@@ -64,6 +65,26 @@ def test_sample_loses_nothing_on_a_full_disk(tmp_path, monkeypatch):
                 writer.write(shades(range(24)))
             assert [f.name for f in tmp_path.glob(f"*{ending}*")] == [path.name]
         assert len(read_frames(path)) == 24
+
+
+def test_ctrl_c_within_a_chunk_leaves_the_file_as_it_was(tmp_path, monkeypatch):
+    """In a notebook, say; the next chunk can be written then."""
+
+    class Interrupted(io.FileIO):
+        def write(self, data):
+            super().write(data[: len(data) // 2])
+            raise KeyboardInterrupt
+
+    path = tmp_path / "a.mp4"
+    writer = media.Mp4Writer(path, 24)
+    writer.write(shades(range(24)))
+    before = path.read_bytes()
+    with monkeypatch.context() as m, pytest.raises(KeyboardInterrupt):
+        m.setattr(Path, "open", lambda self, mode: Interrupted(self, mode))
+        writer.write(shades(range(24)))
+    assert path.read_bytes() == before
+    writer.write(shades(range(24)))
+    assert len(read_frames(path)) == 48
 
 
 def test_sample_reads_the_end_of_a_video_at_the_models_rate(tmp_path):
