@@ -1,7 +1,6 @@
 """Model folders: configs, headers, special tokens, weights, and one clear line for whatever is wrong.
 
-Used by magi.py, convert_weights.py, training.py, parallel.py and sample.py. Everything here works on headers
-until `fill` is called, so a wrong file is refused before any weight is read.
+Everything here works on headers until `fill` is called, so a wrong file is refused before any weight is read.
 """
 
 from __future__ import annotations
@@ -118,7 +117,7 @@ def read_config(folder: str | Path, part: str, kind: type) -> Any:
             f"{file} is not a config with a valid {part!r} part: convert the model again")
     try:
         return make_config(kind, values[part])
-    except (ValueError, TypeError, AttributeError, ZeroDivisionError) as error:
+    except (ValueError, TypeError, AttributeError, ArithmeticError) as error:
         raise ValueError(f"{file} is not a config with a valid {part!r} part: {error}") from None
 
 

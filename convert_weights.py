@@ -207,7 +207,7 @@ def _translate(part: str, values: dict) -> dict:
 def _build(kind: type, values: dict) -> DiTConfig | SamplerConfig | VAEConfig:
     try:
         return make_config(kind, values)
-    except (TypeError, ZeroDivisionError) as error:      # a list of numbers may hold text, for example
+    except (TypeError, ArithmeticError) as error:      # a list of numbers may hold text, for example
         raise ValueError(f"bad value in the official config: {error}") from None
 
 

@@ -205,6 +205,11 @@ def test_broken_folders_are_refused(model_folder, tmp_path):
     (work / "base" / "config.json").write_text(json.dumps(config))
     with bad("not a config with a valid 'dit' part"):
         magi.load(work / "base")
+    del config["dit"]["depth"]
+    config["dit"]["norm_eps"] = 10**400
+    (work / "base" / "config.json").write_text(json.dumps(config))
+    with bad("not a config with a valid 'dit' part: int too large to convert to float"):
+        magi.load(work / "base")
     shutil.copy(model_folder / "config.json", work / "base")
     (work / "t5" / "spiece.model").unlink()
     pipe = magi.load(work / "base")  # encoded text would do
