@@ -26,13 +26,16 @@ from collections import deque
 from collections.abc import Callable, Iterator
 from fractions import Fraction
 from functools import partial
+from itertools import pairwise
 from pathlib import Path
+from statistics import median_high
 from typing import Any, BinaryIO
 
 import av
 import av.filter
 import numpy as np
 import torch
+from einops import rearrange
 from PIL import Image, ImageCms, UnidentifiedImageError
 
 from checkpoints import reading, require
@@ -158,9 +161,9 @@ def fitted(image: Image.Image, size: tuple[int, int], fit: str, shown: tuple[flo
     return np.asarray(image)
 
 
-def fit_frames(frames: np.ndarray, height: int, width: int, how: str = "crop") -> torch.Tensor:
+def fit_frames(frames: np.ndarray, height: int, width: int, fit: str = "crop") -> torch.Tensor:
     """uint8 (frames, h, w, 3) -> (1, 3, frames, height, width) in [-1, 1]."""
-    small = np.stack([fitted(Image.fromarray(frame), (height, width), how) for frame in frames])
+    small = np.stack([fitted(Image.fromarray(frame), (height, width), fit) for frame in frames])
     return torch.from_numpy(small).movedim(-1, 0)[None] / 127.5 - 1
 
 
@@ -243,14 +246,13 @@ def check_pixels(image: Image.Image) -> None:
 
 def averaged(image: Image.Image, size: tuple[int, int], fit: str) -> Image.Image:
     """The image at a fraction of its size, still twice what is needed or more, before much memory is used."""
-    for step in "draft", "reduce":
-        down, across = blocks(image.size[::-1], size, fit)
-        if step == "draft":                                                  # decode a JPEG in less detail
-            image.draft(None, (-(-image.width // across), -(-image.height // down)))
-            check_pixels(image)
-        elif image.mode in ("L", "RGB", "CMYK") and not image.has_transparency_data:
-            image = image.reduce((across, down))
-    return image
+    down, across = blocks(image.size[::-1], size, fit)
+    image.draft(None, (-(-image.width // across), -(-image.height // down)))     # a JPEG in less detail
+    check_pixels(image)
+    if image.mode not in ("L", "RGB", "CMYK") or image.has_transparency_data:
+        return image
+    down, across = blocks(image.size[::-1], size, fit)                       # what the draft has left
+    return image.reduce((across, down))
 
 
 def open_image(path: str | os.PathLike) -> Image.Image:
@@ -312,11 +314,9 @@ def in_srgb(image: Image.Image, profile: bytes | None) -> Image.Image:
         try:
             source = ImageCms.ImageCmsProfile(io.BytesIO(profile))
             kind = source.profile.xcolor_space.strip()
-            grey = image.mode in ("1", "L", "LA", "La")
-            wanted = {"GRAY": "L" if grey else "", "CMYK": "CMYK" if image.mode == "CMYK" else "",
-                      "RGB": "RGB" if image.mode != "CMYK" else ""}.get(kind)
-            if wanted:
-                image = image if image.mode == wanted else image.convert(wanted)
+            own = {"1": "GRAY", "L": "GRAY", "LA": "GRAY", "CMYK": "CMYK"}.get(image.mode, "RGB")
+            if kind == own or (kind, own) == ("RGB", "GRAY"):
+                image = image.convert(kind.replace("GRAY", "L"))
                 return ImageCms.profileToProfile(image, source, ImageCms.createProfile("sRGB"),
                                                  outputMode="RGB")
         except (ImageCms.PyCMSError, OSError) as error:
@@ -382,8 +382,8 @@ def chosen(recent: deque, fps: int, begin: Fraction | None, count: int | None) -
     sizes = list(dict.fromkeys(f"{p.shape[1]}x{p.shape[0]}" for p in pictures))
     require(len(sizes) == 1, f"its frames change size, {', then '.join(sizes)}: bring them to one size first")
     tick = Fraction(1, fps)
-    gaps = sorted(b - a for a, b in zip(times, times[1:], strict=False))
-    gap = gaps[len(gaps) // 2] if gaps else tick                             # between frames of the file
+    gaps = [b - a for a, b in pairwise(times)]                               # between frames of the file
+    gap = median_high(gaps) if gaps else tick
     end = times[-1] + max(0, gap - tick)                                     # the last one is shown so long
     noise = min(gap, tick) * Fraction(2, 5)                                  # times may be rounded to 1 ms
     available = max(0, math.floor((end + noise - (times[0] if begin is None else begin)) / tick) + 1)
@@ -451,10 +451,7 @@ def bwdif(frame: av.VideoFrame) -> av.filter.Graph:
     source = graph.add_buffer(width=frame.width, height=frame.height, format=frame.format,
                               time_base=frame.time_base)
     middle = graph.add("bwdif", "mode=send_frame:deint=interlaced")
-    sink = graph.add("buffersink")
-    source.link_to(middle)
-    middle.link_to(sink)
-    graph.configure()
+    graph.link_nodes(source, middle, graph.add("buffersink")).configure()
     return graph
 
 
@@ -694,13 +691,13 @@ def save_sheet(frames: list[np.ndarray], path: Path, fps: int) -> None:
     """A contact sheet: one row per 24 frames, one frame in four, tiles of 128 to 320 pixels."""
     width = frames[0].shape[1]
     shrink, grow, gap = -(-width // 320), max(1, 128 // width), 2
-    tiles = [np.asarray(Image.fromarray(f).reduce(shrink)).repeat(grow, 0).repeat(grow, 1)
-             for f in frames[::4]]
-    h, w = tiles[0].shape[0] + gap, tiles[0].shape[1] + gap
-    sheet = np.full((-(-len(tiles) // 6) * h + gap, min(6, len(tiles)) * w + gap, 3), 255, np.uint8)
-    for i, tile in enumerate(tiles):
-        top, left = i // 6 * h + gap, i % 6 * w + gap
-        sheet[top : top + h - gap, left : left + w - gap] = tile
+    tiles = np.stack([np.asarray(Image.fromarray(frame).reduce(shrink)) for frame in frames[::4]])
+    tiles = tiles.repeat(grow, 1).repeat(grow, 2)
+    columns = min(6, len(tiles))
+    missing = -len(tiles) % columns                                          # in the last row
+    tiles = np.pad(tiles, ((0, missing), (0, gap), (0, gap), (0, 0)), constant_values=255)
+    sheet = rearrange(tiles, "(row column) h w rgb -> (row h) (column w) rgb", column=columns)
+    sheet = np.pad(sheet, ((gap, 0), (gap, 0), (0, 0)), constant_values=255)
     Image.fromarray(sheet).save(path, format="png")
 
 
