@@ -29,9 +29,6 @@ from torch import Tensor
 
 from checkpoints import GUIDANCE, check_text_encoder, reading, require
 
-__all__ = ["MAX_TOLD", "Prompt", "T5", "as_prompt", "check_text", "clean_caption", "each_chunk", "endless",
-           "load_text", "load_tokenizer", "texts_of", "told_by", "tokenize", "unread"]
-
 Encode = Callable[[Sequence[str]], tuple[Tensor, Tensor]]     # captions -> text (n, L, C), mask (n, L)
 MAX_TOLD = 2_000                         # characters of a prompt that is told while the video is made
 
@@ -42,6 +39,9 @@ class Prompt(NamedTuple):
     text: str
     transition: str | None = None        # "cut" or "restyle", at this chunk
     settings: dict = {}                  # only of GUIDANCE, the fields that may change within a run
+
+
+# ------------------------------------------------------------------------------------ what each chunk is told
 
 
 def as_prompt(item: Any) -> Prompt:
@@ -152,6 +152,9 @@ def told_by(stream: BinaryIO, is_endless: bool, say: Callable[[str], None]) -> I
         yield None
 
 
+# ---------------------------------------------------------------------------------- what is done to a caption
+
+
 # The order of the rules is part of the definition:
 #   - Lower case comes first, so most mojibake is already beyond ftfy's repair ("Ã¶" has become "ã¶").
 #   - "+" and "%20" are decoded even in prose, so "a+b" is "a b"; the second pass does it again ("%2520").
@@ -257,6 +260,9 @@ def clean_caption(caption: str) -> str:
         caption = html.unescape(html.unescape(ftfy.fix_text(caption))).strip()
         caption = apply(_FINAL_RULES, caption).strip()
     return caption
+
+
+# --------------------------------------------------------------------------------------------------------- T5
 
 
 def load_tokenizer(t5: Path) -> Any:

@@ -1,4 +1,4 @@
-"""Model folders: configs, headers, special tokens, weights, and one clear line for whatever is wrong.
+"""Model folders, and one clear line for whatever is wrong: faults, configs, special tokens, weights, machine.
 
 Everything here works on headers until `fill` is called, so a wrong file is refused before any weight is read.
 """
@@ -24,16 +24,14 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
+from safetensors import safe_open
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
-__all__ = ["GUIDANCE", "KernelError", "NEGATIVE_TOKENS", "Refused", "SPECIAL_TOKENS", "beside", "build",
-           "check_device", "check_dit_config", "check_own_config", "check_sampler_config",
-           "check_text_encoder", "check_tokens", "check_vae_config", "compare_headers", "fill", "headers_of",
-           "load_installed", "load_module", "make_config", "out_of_memory", "read_config", "read_headers",
-           "read_json", "read_special_tokens", "read_tensors", "reading", "require", "short_warnings",
-           "token_names", "weight_files", "with_settings"]
-
 Module = TypeVar("Module", bound=nn.Module)
+
+
+# ----------------------------------------------------------------------------------------------------- faults
 
 
 class Refused(ValueError):
@@ -102,6 +100,9 @@ def read_json(path: str | Path, what: str = "config") -> Any:
     """A JSON file; json.loads finds a byte-order mark by itself when it is given bytes."""
     with reading(what, path):
         return json.loads(Path(path).read_bytes())
+
+
+# ---------------------------------------------------------------------------------------------------- configs
 
 
 def read_config(folder: str | Path, part: str, kind: type) -> Any:
@@ -254,6 +255,9 @@ def with_settings(cfg: Any, settings: dict[str, Any]) -> Any:
     return dataclasses.replace(cfg, **settings)
 
 
+# --------------------------------------------------------------------------------------------- special tokens
+
+
 # Learned vectors in the width of the text, put in front of it, control what captions cannot: quality, a still
 # or lively start, how much of the video is left. The name in a config -> the name of the tensor in
 # special_tokens.safetensors, in the order of prepending. (No source describes them: the comments give the
@@ -298,6 +302,9 @@ def check_tokens(cfg: Any, table: dict[str, Tensor], width: int, num_chunks: flo
                 f"a special token has shape {shape}, not {(1, width)}: the table is for another model")
 
 
+# ---------------------------------------------------------------------------------------------------- weights
+
+
 def weight_files(folder: str | Path, name: str = "model.safetensors") -> list[Path]:
     """The files of a checkpoint: the one of that name, or all that its index names; where only NAME.zst is
     there (official downloads), that."""
@@ -320,8 +327,6 @@ def weight_files(folder: str | Path, name: str = "model.safetensors") -> list[Pa
 
 def read_headers(files: Iterable[str | Path]) -> dict[str, tuple[tuple[int, ...], bool]]:
     """Name -> shape, whether fp8, of all tensors in safetensors files. ValueError if one is corrupt."""
-    from safetensors import safe_open
-
     found = {}
     for file in files:
         with reading("weights", file), safe_open(file, "pt") as f:
@@ -347,8 +352,6 @@ def check_text_encoder(folder: str | Path, width: int | None = None) -> None:
 
 def read_tensors(file: str | Path, what: str = "weights") -> dict[str, Tensor]:
     """Name -> tensor in float32, of a small safetensors file."""
-    from safetensors.torch import load_file
-
     with reading(what, file):
         return {name: v.float() for name, v in load_file(file).items()}
 
@@ -360,7 +363,7 @@ def read_special_tokens(folder: str | Path) -> dict[str, Tensor]:
 
 
 def headers_of(module: nn.Module) -> dict[str, tuple[tuple[int, ...], bool]]:
-    """The same of a module's state dict."""
+    """Of a module's state dict what read_headers gives of files."""
     return {k: (tuple(v.shape), v.dtype == torch.float8_e4m3fn) for k, v in module.state_dict().items()}
 
 
@@ -393,14 +396,15 @@ def fill(module: Module, folder: str | Path, device: str | torch.device = "cpu",
     """Read a folder's weights, those that the module has and whose names are wanted, straight to the device,
     as `dtype` or in the dtypes the module has: official files hold in bf16 the norms that are computed in
     float32."""
-    from safetensors import safe_open
-
     dtypes = {k: dtype or v.dtype for k, v in module.state_dict().items()}
     for file in weight_files(folder):
         with safe_open(file, "pt", device=str(device)) as f:
             weights = {k: f.get_tensor(k).to(dtypes[k]) for k in f.keys() if k in dtypes and only(k)}
         module.load_state_dict(weights, strict=False, assign=True)
     return module.eval().requires_grad_(False)
+
+
+# ------------------------------------------------------------------------------------------------ the machine
 
 
 def load_module(name: str, path: str | Path) -> Any:
