@@ -792,11 +792,11 @@ def sum_of_all(value: float) -> float:
     return total.item()
 
 
-def finish_gradients(params: Sequence[nn.Parameter]) -> None:
-    """Average the gradients over all processes, and shorten them to a norm of at most 1 together."""
+def finish_gradients(params: Sequence[nn.Parameter]) -> float:
+    """Average the gradients over all processes, and shorten them to a norm of at most 1 together; the norm
+    that they had."""
     if parallel.ranks() == 1:
-        nn.utils.clip_grad_norm_(params, 1.0)
-        return
+        return nn.utils.clip_grad_norm_(params, 1.0).item()
     used = torch.tensor([float(p.grad is not None) for p in params])
     dist.all_reduce(used)                                # what is unused here may have been used elsewhere
     for p, anywhere in zip(params, used.tolist(), strict=True):
@@ -814,6 +814,7 @@ def finish_gradients(params: Sequence[nn.Parameter]) -> None:
     norm = math.sqrt(of_parts + mean.square().sum().item())
     for grad in parts + whole:
         grad.mul_(min(1.0, 1 / (norm + 1e-6)))
+    return norm
 
 
 def gathered(tree: Any) -> Any:
@@ -943,6 +944,43 @@ class Checkpoint:
                               f"kept, and the same command goes on ({error})") from None
         self.step = step
 
+    def check_finite(self, what: str, value: float, step: int) -> None:
+        """FloatingPointError, which says what is left, if this number says that training has failed."""
+        if not math.isfinite(value):
+            end = f", or end with --steps {self.step}: so many are in {self.file}" if self.step else ""
+            raise FloatingPointError(f"the {what} of step {step} is {value}, and will be again: try a lower "
+                                     f"--lr with a new --work{end}")
+
+
+class Log:
+    """A CSV with a row a step, whose first line names the columns. An older version of this project may have
+    begun it, with other columns and no names: these rows stay as they are."""
+
+    def __init__(self, file: Path, before: int):
+        """Go on after the steps before this one: what came later is computed again."""
+        self.file, self.rows = file, read_log(file, before)
+        names = [row for row in read_rows(file) if row[:1] == ["step"]]
+        self.columns = names[0] if names else []
+        self.write("w", names[:1] + self.rows)
+
+    def write(self, mode: str, rows: list[list[str]]) -> None:
+        with self.file.open(mode, newline="") as table:
+            csv.writer(table).writerows(rows)
+
+    def add(self, row: dict[str, float]) -> None:
+        self.rows.append([str(value) for value in row.values()])
+        if self.columns == [*row]:
+            self.write("a", self.rows[-1:])
+        else:
+            self.columns = [*row]
+            self.write("w", [self.columns, *self.rows])
+
+    def recent_means(self) -> dict[str, float]:
+        """The mean of each column but the first over the last 100 rows, of those with these columns."""
+        alike = [row for row in self.rows[-100:] if len(row) == len(self.columns)]
+        means = [sum(map(float, column)) / len(column) for column in zip(*alike, strict=True)]
+        return dict(zip(self.columns[1:], means[1:], strict=True))
+
 
 def fit(name: str, model: nn.Module, loss_of_step: Callable[[int], tuple[Tensor, dict[str, float]]],
         steps: int, optimizers: Sequence[torch.optim.Optimizer], folder: Path, *, every: int = 500,
@@ -961,28 +999,16 @@ def fit(name: str, model: nn.Module, loss_of_step: Callable[[int], tuple[Tensor,
     """
     folder.mkdir(parents=True, exist_ok=True)
     is_first = parallel.rank() == 0                      # it alone writes
-    log = folder / f"{name}.csv" if is_first else Path(os.devnull)
     forwards = range(parallel.rank(), accumulate, parallel.ranks())          # of a step, in this process
     assert accumulate % parallel.ranks() == 0, "an equal share for each process"
     trained = {k: p for k, p in model.named_parameters() if p.requires_grad}
-    rates = [[group["lr"] for group in optimizer.param_groups] for optimizer in optimizers]
+    groups = lambda: [group for optimizer in optimizers for group in optimizer.param_groups]
+    rates = [group["lr"] for group in groups()]          # the highest, which a checkpoint does not hold
     ema = {k: p.detach().clone() for k, p in trained.items()} if ema_decay else {}
     checkpoint = Checkpoint(folder / f"{name}.pt", trained, ema, optimizers)
     checkpoint.read()
     first, ema = checkpoint.step, checkpoint.ema
-
-    def draw() -> None:
-        try:
-            plot_loss(log)
-        except Exception as error:
-            bar.write(f"{name}: the loss cannot be drawn: {error}")
-
-    def write(mode: str, some: list[list[str]]) -> None:
-        with log.open(mode, newline="") as table:
-            csv.writer(table).writerows(some)
-
-    rows = read_log(log, before=first)
-    write("w", rows)                                     # what came later is computed again
+    log = Log(folder / f"{name}.csv" if is_first else Path(os.devnull), before=first)
     bar = tqdm(range(first, steps), initial=first, total=steps, desc=name, mininterval=1, dynamic_ncols=True,
                disable=not sys.stderr.isatty())
     is_time = terminal.now_and_then()
@@ -991,9 +1017,8 @@ def fit(name: str, model: nn.Module, loss_of_step: Callable[[int], tuple[Tensor,
         for step in bar:
             start = time.perf_counter()
             share = min((step + 1) / warmup, 1, 3 * (1 - step / steps))
-            for optimizer, group_rates in zip(optimizers, rates, strict=True):
-                for group, rate in zip(optimizer.param_groups, group_rates, strict=True):
-                    group["lr"] = rate * share
+            for group, rate in zip(groups(), rates, strict=True):
+                group["lr"] = rate * share
             model.zero_grad(set_to_none=True)
             losses = []
             for i in forwards:
@@ -1002,26 +1027,18 @@ def fit(name: str, model: nn.Module, loss_of_step: Callable[[int], tuple[Tensor,
                 (loss / len(forwards)).backward()
                 losses.append(float(loss.detach()))
             mean_loss = sum_of_all(sum(losses)) / accumulate
-            if not math.isfinite(mean_loss):
-                kept = checkpoint.step
-                end = f", or end with --steps {kept}: so many are in {checkpoint.file}" if kept else ""
-                raise FloatingPointError(f"the loss of step {step} is {mean_loss}, and will be again: try a "
-                                         f"lower --lr with a new --work{end}")
-            finish_gradients([*trained.values()])
+            checkpoint.check_finite("loss", mean_loss, step)
+            norm = finish_gradients([*trained.values()])
+            checkpoint.check_finite("gradient norm", norm, step)             # or no weight would be finite
             for optimizer in optimizers:
                 optimizer.step()
             with torch.no_grad():
                 for k in ema:
                     decay = min(ema_decay, (step + 1) / (step + 10))         # the start is soon forgotten
                     ema[k].lerp_(trained[k].to(ema[k]), 1 - decay)
-            seconds = time.perf_counter() - start
-            columns = ["step", "loss", *numbers, "s/step"]
-            rows.append([str(value) for value in (step, mean_loss, *numbers.values(), round(seconds, 3))])
-            if step == first:                                                # now they are known
-                write("w", [columns, *rows[:-1]])
-            write("a", rows[-1:])
-            means = zip(columns[1:], recent_means(rows)[1:], strict=True)
-            shown = {key: f"{value:.3g}" for key, value in means}
+            seconds = round(time.perf_counter() - start, 3)
+            log.add({"step": step, "loss": mean_loss, **numbers, "s/step": seconds})
+            shown = {key: f"{value:.3g}" for key, value in log.recent_means().items()}
             bar.set_postfix(shown, refresh=False)
             is_last, stops = step + 1 == steps, sum_of_all(len(asked)) > 0   # all end at the same step
             if bar.disable and (is_time() or is_last):                       # a log: a line now and then
@@ -1031,7 +1048,10 @@ def fit(name: str, model: nn.Module, loss_of_step: Callable[[int], tuple[Tensor,
             if (step + 1) % every == 0 or is_last or stops or report and is_due:         # a report may fail
                 checkpoint.save(step + 1)
                 if is_first:
-                    draw()
+                    try:
+                        plot_loss(log.file)
+                    except Exception as error:
+                        bar.write(f"{name}: the loss cannot be drawn: {error}")
             if stops:
                 bar.close()
                 raise KeyboardInterrupt(f"stopped after step {step + 1} of {steps}, all of which are saved")
@@ -1055,20 +1075,15 @@ def exchanged(model: nn.Module, weights: dict[str, Tensor]) -> Iterator[None]:
         model.train()
 
 
+def read_rows(log: Path) -> list[list[str]]:
+    """The lines of a CSV, if it is there. One that was cut off is left out."""
+    lines = log.read_text().splitlines(keepends=True) if log.exists() else []
+    return [*csv.reader(line for line in lines if line.endswith("\n"))]
+
+
 def read_log(log: Path, before: int) -> list[list[str]]:
-    """The rows of a CSV for steps before this one: what came later is computed again. One that was cut off
-    is left out."""
-    if not log.exists():
-        return []
-    lines = [line for line in log.read_text().splitlines(keepends=True) if line.endswith("\n")]
-    return [row for row in csv.reader(lines) if len(row) > 1 and row[0].isdecimal() and int(row[0]) < before]
-
-
-def recent_means(rows: list[list[str]]) -> list[float]:
-    """The mean of each column over the last 100 rows. An older version of this project may have begun the
-    log, with other columns: those rows do not count."""
-    alike = [row for row in rows[-100:] if len(row) == len(rows[-1])]
-    return [sum(map(float, column)) / len(column) for column in zip(*alike, strict=True)]
+    """The rows of a CSV for steps before this one."""
+    return [row for row in read_rows(log) if len(row) > 1 and row[0].isdecimal() and int(row[0]) < before]
 
 
 def plot_loss(log: Path) -> None:

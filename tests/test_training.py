@@ -300,6 +300,32 @@ def test_training_goes_on_with_the_log_of_an_older_version(tmp_path, monkeypatch
     assert [values["error"] for values in shown] == ["0", "0.5", "2", "2.5"]
 
 
+def test_a_finished_run_keeps_its_log_as_it_is(tmp_path):
+    """The line that names the columns was lost when a run that was done was started again."""
+    model = torch.nn.Linear(4, 1)
+    loss = lambda step: (model(torch.ones(1, 4)).square().mean(), {"error": step})
+    fit = lambda: training.fit("toy", model, loss, 2, [torch.optim.AdamW(model.parameters())], tmp_path)
+    fit()
+    before = (tmp_path / "toy.csv").read_bytes()
+    fit()
+    assert before.startswith(b"step,loss,error,s/step") and (tmp_path / "toy.csv").read_bytes() == before
+
+
+def test_gradients_that_are_not_finite_reach_no_checkpoint(tmp_path):
+    """A root at zero: its loss is finite, its gradient is not. The weights became nan, and were saved."""
+    model = torch.nn.ParameterDict({"w": torch.ones(2)})
+
+    def loss_of_step(i: int):
+        w = model["w"]
+        return ((w - w.detach()).sum().abs().sqrt() if i == 3 else w.sum()), {}
+
+    optimizer = torch.optim.SGD(model.parameters(), 0.1)
+    with pytest.raises(FloatingPointError, match="the gradient norm of step 3 is .*, or end with --steps 2"):
+        training.fit("toy", model, loss_of_step, 8, [optimizer], tmp_path, every=2)
+    saved = torch.load(tmp_path / "toy.pt", weights_only=True)
+    assert saved["step"] == 2 and saved["model"]["w"].isfinite().all() and model["w"].isfinite().all()
+
+
 def test_the_loss_is_drawn_when_the_state_is_saved_and_may_fail(tmp_path, monkeypatch):
     model, drawn = torch.nn.Linear(4, 1), []
 
