@@ -773,13 +773,14 @@ def export_lora(file: str | Path, out: str | Path, style: str = "peft") -> None:
 # One loop for every stage of tiny/train.py and for fine-tuning. What a step computes depends on its number
 # alone, so a run that was killed goes on from its last checkpoint to the same result.
 #
-# Several processes (torchrun) share the forwards of a step. What they train is of two kinds: weights of which
-# each process has a part (DTensor, made by PyTorch's fully_shard, which averages their gradients too) and
-# weights that each has whole, whose gradients are averaged here. Log and checkpoint are those of one process.
+# Several processes (torchrun) share the forwards of a step. What they train is of two kinds: sharded weights,
+# of which each process has a part (DTensor, made by PyTorch's fully_shard, which averages their gradients
+# too), and weights that each has whole, whose gradients are averaged here. Log and checkpoint are those of
+# one process.
 
 
-def is_part(tensor: Any) -> bool:
-    """Is it a DTensor, of which this process has a part?"""
+def is_sharded(tensor: Any) -> bool:
+    """Is it a DTensor, of which this process has a shard?"""
     return hasattr(tensor, "to_local")
 
 
@@ -803,37 +804,37 @@ def finish_gradients(params: Sequence[nn.Parameter]) -> float:
         if anywhere and p.grad is None:
             p.grad = torch.zeros_like(p)
     grads: list[Any] = [p.grad for p in params if p.grad is not None]
-    parts = [grad.to_local() for grad in grads if is_part(grad)]
-    whole = [grad for grad in grads if not is_part(grad)]
+    shards = [grad.to_local() for grad in grads if is_sharded(grad)]
+    whole = [grad for grad in grads if not is_sharded(grad)]
     mean = torch.cat([grad.flatten().float() for grad in whole])             # one message for all of them
     dist.all_reduce(mean)
     mean /= parallel.ranks()
     for grad, values in zip(whole, mean.split([grad.numel() for grad in whole]), strict=True):
         grad.copy_(values.view_as(grad))
-    of_parts = sum_of_all(float(sum(part.float().square().sum() for part in parts)))
-    norm = math.sqrt(of_parts + mean.square().sum().item())
-    for grad in parts + whole:
+    of_shards = sum_of_all(float(sum(shard.float().square().sum() for shard in shards)))
+    norm = math.sqrt(of_shards + mean.square().sum().item())
+    for grad in shards + whole:
         grad.mul_(min(1.0, 1 / (norm + 1e-6)))
     return norm
 
 
 def gathered(tree: Any) -> Any:
-    """Dicts and lists of tensors, where those of which each process has a part are put together. Only the
-    first process gets them, on its CPU; all must call this."""
+    """Dicts and lists of tensors, where sharded ones are put together. Only the first process gets them, on
+    its CPU; all must call this."""
     if isinstance(tree, dict):
         return {key: gathered(value) for key, value in tree.items()}
     if isinstance(tree, list | tuple):
         return type(tree)(gathered(value) for value in tree)
-    if not is_part(tree):
+    if not is_sharded(tree):
         return tree
     whole = tree.full_tensor()
     return whole.cpu() if parallel.rank() == 0 else None
 
 
 def like(tensor: Tensor, p: Any) -> Tensor:
-    """A tensor on the device of a weight; this process's part of it, if that is what it has of the weight."""
+    """A tensor on the device of a weight; this process's shard of it, if the weight is sharded."""
     tensor = tensor.to(p.device)
-    if not is_part(p) or tensor.shape != p.shape:
+    if not is_sharded(p) or tensor.shape != p.shape:
         return tensor
     from torch.distributed.tensor import distribute_tensor
 
