@@ -897,7 +897,9 @@ def stop_between_steps() -> Iterator[list[str]]:
     if threading.current_thread() is not threading.main_thread():
         yield asked                                      # only the main thread may handle signals
         return
-    before = {number: signal.signal(number, ask) for number in (signal.SIGINT, signal.SIGTERM)}
+    # Where a shell lets a job in the background ignore Ctrl-C, it goes on being ignored.
+    before = {number: signal.signal(number, ask) for number in (signal.SIGINT, signal.SIGTERM)
+              if signal.getsignal(number) is not signal.SIG_IGN}
     try:
         yield asked
     finally:
