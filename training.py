@@ -553,10 +553,15 @@ def save_lora(dit: DiT, file: str | Path, metadata: dict[str, str] | None = None
     base model and prompts. The scale at which a LoRA acts goes into `up`.
     """
     rank = str(max(len(lora.down) for lora in loras(dit)))
-    tensors = {k: v for k, v in dit.state_dict().items() if ".lora." in k}
+    tensors: dict[str, Tensor] = {}
     for name, linear in lora_targets(dit).items():
-        if hasattr(linear, "lora") and linear.lora.scale != 1:
-            tensors[f"{name}.lora.up"] = linear.lora.up.detach() * linear.lora.scale
+        if hasattr(linear, "lora"):
+            lora: Any = linear.lora
+            down, up = lora.down.detach(), lora.up.detach() * lora.scale
+        else:                            # a file of ours has all layers: nothing is added to this one
+            weight: Any = linear.weight
+            down, up = torch.zeros(1, weight.shape[1]), torch.zeros(weight.shape[0], 1)
+        tensors |= {f"{name}.lora.down": down, f"{name}.lora.up": up}
     outputs.save(tensors, file, {"format": "pt", "rank": rank, "alpha": rank} | (metadata or {}))
 
 
@@ -582,7 +587,7 @@ LORA_NAMES = re.compile(
     r"(?P<up>lora\.up|lora_B(?:\.default)?\.weight|(?:lora_|lora\.|lora_linear_layer\.)up\.weight)|"
     r"(?P<alpha>alpha))")
 OTHER_KINDS = {"hada_": "LoHa", "lokr_": "LoKr", "dora_scale": "DoRA", "lora_magnitude_vector": "DoRA",
-               "lora_mid": "LoCon", "oft_": "OFT", "diff": "whole differences of weights"}
+               "lora_mid": "LoCon", "oft_": "OFT", r"\.diff(_b)?$": "whole differences of weights"}
 
 
 def lora_layers(dit: DiT, file: str | Path) -> dict[str, dict[str, str]]:
@@ -595,7 +600,7 @@ def lora_layers(dit: DiT, file: str | Path) -> dict[str, dict[str, str]]:
     found, targets = read_headers([file]), lora_targets(dit)
     matches = {name: LORA_NAMES.fullmatch(name) for name in found}
     for name in sorted(name for name, m in matches.items() if m is None):
-        kind = next((kind for word, kind in OTHER_KINDS.items() if word in name), "unknown")
+        kind = next((kind for part, kind in OTHER_KINDS.items() if re.search(part, name)), "unknown")
         require(kind == "unknown" and not any(matches.values()),
                 f"the LoRA {str(file)!r} has {name!r}, whose kind is {kind}: only pairs of low-rank factors "
                 f"can be loaded (PEFT, diffusers, kohya and Comfy write such files)")
@@ -741,9 +746,7 @@ def export_lora(file: str | Path, out: str | Path, style: str = "peft") -> None:
     config_file = out.with_name("adapter_config.json")                       # for peft alone
     for path in (out, config_file) if style == "peft" else (out,):
         require(not path.exists(), f"{str(path)!r} exists: choose another --out")
-    refuse_folder(file)
-    with reading("LoRA", file):
-        tensors = load_file(file)
+    about, tensors = lora_metadata(file), load_file(file)
     require(tensors and all(name.endswith((".lora.down", ".lora.up")) for name in tensors),
             f"{str(file)!r} is no LoRA in our names, and only those can be exported")
     layers = sorted({name.split(".lora.")[0] for name in tensors})
@@ -756,14 +759,14 @@ def export_lora(file: str | Path, out: str | Path, style: str = "peft") -> None:
         if style == "kohya":
             named[f"lora_unet_{key}.alpha"] = torch.tensor(float(len(down)))
     out.parent.mkdir(parents=True, exist_ok=True)
-    outputs.save(named, out, lora_metadata(file))
+    outputs.save(named, out, about)
     if style == "peft":
         ranks = {layer: len(tensors[f"{layer}.lora.down"]) for layer in layers}
         rank = max(ranks.values())
         others = {layer: r for layer, r in ranks.items() if r != rank}
         config = {"peft_type": "LORA", "r": rank, "lora_alpha": rank, "rank_pattern": others,
                   "alpha_pattern": others, "target_modules": layers, "bias": "none", "inference_mode": True,
-                  "base_model_name_or_path": lora_metadata(file).get("base_model")}
+                  "base_model_name_or_path": about.get("base_model")}
         config_file.write_text(json.dumps(config, indent=1) + "\n")
 
 

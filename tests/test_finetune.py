@@ -1227,6 +1227,8 @@ def test_files_of_other_methods_and_models_are_named(model_folder, tmp_path):
         "other shapes": {"layers.0.attn.q.lora_A.weight": torch.zeros(2, 33),
                          "layers.0.attn.q.lora_B.weight": up},
         "is no LoRA": {"layers.0.attn.q.weight": up},
+        "is no LoRA: it has 1": {"model.diffusion_model.layers.0.attn.q.weight": up},
+        "kind is whole differences": {"diffusion_model.layers.0.attn.q.diff_b": up},
     }  # fmt: skip
     for words, tensors in cases.items():
         save_file(tensors, tmp_path / "a.safetensors")

@@ -58,6 +58,22 @@ def test_loras_add_up(tmp_path):
     assert relative(video_of(halves), video_of(whole)) < 1e-4
 
 
+def test_a_lora_of_some_layers_is_saved_and_loaded(tmp_path):
+    """One of another program may have some. What was saved of it lacked the others, and was refused."""
+    dit, layer = copy.deepcopy(small()[0]), "layers.1.ffn.fc2"
+    n_out, n_in = training.lora_targets(dit)[layer].weight.shape
+    factors = {
+        f"{layer}.lora_A.weight": torch.randn(2, n_in),
+        f"{layer}.lora_B.weight": torch.randn(n_out, 2),
+    }
+    save_file(factors, tmp_path / "a.safetensors")
+    training.load_lora(dit, tmp_path / "a.safetensors", scale=0.5)
+    training.save_lora(dit, tmp_path / "b.safetensors")
+    again = training.load_lora(copy.deepcopy(small()[0]), tmp_path / "b.safetensors")
+    assert training.lora_metadata(tmp_path / "b.safetensors")["rank"] == "2"
+    assert torch.equal(video_of(again), video_of(dit)) and len(training.loras(dit)) == 1
+
+
 def test_a_new_lora_keeps_the_size_of_its_input():
     torch.manual_seed(0)
     lora = training.LoRA(torch.nn.Linear(400, 8), rank=50)
