@@ -2,11 +2,13 @@
 
     python training.py lora --model models/4.5B-base --data clips/ --out my.safetensors    (see finetune.py)
 
-    flow_matching_loss   one objective for text, image and video to video, over chunks at their own times
-    vae_loss             L1 + KL
-    shortcut_loss        shortcut distillation: many steps and three branches into few steps and one branch
-    LoRA                 low-rank weights beside a frozen model: add_lora, save_lora, load_lora, merge_lora
-    fit                  the training loop: rates, checkpoints, log; a killed run goes on to the same result
+Contents
+    1  Clips under noise            draw_prefix, draw_times, corrupt: what both objectives of the DiT share
+    2  Flow matching over chunks    flow_matching_loss: one objective for text, image and video to video
+    3  The VAE                      vae_loss: L1 + KL
+    4  Shortcut distillation        shortcut_loss: many steps, three branches into few steps, one branch
+    5  LoRA                         add_lora, save_lora, load_lora, merge_lora; files of other programs
+    6  The training loop            fit: rates, checkpoints, log; a killed run goes on to the same result
 
 Both objectives for the DiT have the same shape. `draw_prefix` decides how many leading frames of each clip
 are given, then each chunk gets a time, then `corrupt` makes a `Corrupted` batch of them (noise, text, what
@@ -124,7 +126,7 @@ class Corrupted:
     first_seen: Tensor                # (B, n) the oldest chunk that each attends to
     conditional: Tensor               # (B, n) bool: is it shown its caption, or null text?
     captions: tuple[Tensor, Tensor]   # text (B, n, L, C), mask (B, n, L), as given; see text_for
-    is_clean: Tensor                  # (B, n) bool
+    is_clean: Tensor                  # (B, n) bool, on the CPU
     pasted: Tensor                    # (B, 1, T, 1, 1) bool: given frames that stand in a noisy chunk
     v: Tensor                         # (B, 16, T, H, W) data - noise
 
@@ -174,14 +176,6 @@ def timestep_law(*shape: int, generator: torch.Generator | None = None) -> Tenso
     return shift_time(torch.sigmoid(0.5 * torch.randn(*shape, generator=generator)))
 
 
-def law_times(batch: int, n: int, prefix_chunks: Tensor, generator: torch.Generator | None) -> Tensor:
-    """Times (B, n) of the law, 1 for prefix chunks, sorted within each clip: earlier chunks are cleaner.
-    Sorting leaves the distribution of all times unchanged."""
-    t = timestep_law(batch, n, generator=generator)
-    t = t.masked_fill(torch.arange(n) < prefix_chunks[:, None], 1)
-    return t.sort(dim=1, descending=True).values
-
-
 def pipeline_stages(batch: int, n: int, prefix_chunks: Tensor, window: int, entering_share: float = 0.0,
                     generator: torch.Generator | None = None) -> Tensor:
     """A random moment of the pipeline: how many stages (a real number) each chunk has gone through, (B, n).
@@ -214,13 +208,15 @@ def draw_times(batch: int, n: int, prefix_chunks: Tensor, cfg: TrainingConfig, s
         no prefix, 4.5, 3.5 and 2.5 stages done    clean .52   .18
         one prefix chunk, the law                  clean .12   .05
     """
-    law = law_times(batch, n, prefix_chunks, generator)
+    in_prefix = torch.arange(n) < prefix_chunks[:, None]
+    # Earlier chunks are cleaner. Sorting leaves the distribution of all times as it is.
+    law = timestep_law(batch, n, generator=generator).masked_fill(in_prefix, 1)
+    law = law.sort(dim=1, descending=True).values
     stages = pipeline_stages(batch, n, prefix_chunks, sampler.window, cfg.entering_share, generator)
     moment = shift_time((stages / sampler.window).clamp(0, 1) ** 2)
     # A chunk that would not have entered yet still gets some time, or its place in the batch would be wasted.
     moment = torch.where(stages < 0, law, moment).cummin(dim=1).values
     at_moment = torch.rand(batch, 1, generator=generator) < cfg.pipeline_share
-    in_prefix = torch.arange(n) < prefix_chunks[:, None]
     is_clean = in_prefix | at_moment & (stages >= sampler.window)
     t = torch.where(at_moment, moment, law)
     return t.masked_fill(is_clean, sampler.clean_t), is_clean

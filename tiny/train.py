@@ -461,14 +461,12 @@ class Tiny(nn.Module):
         remaining: how many chunks are left at the first chunk of each clip, for its duration token.
         """
         unique = sorted({c for clip in captions for c in clip})
-        hidden, mask = self.encode(unique)
-        rows = []
-        for clip, left in zip(captions, remaining, strict=True):
-            for i, c in enumerate(clip):
-                names = magi.token_names(self.sampler.special_tokens, magi.SPECIAL_TOKENS, left - i)
-                tokens = [self.tokens[name] for name in names]
-                rows.append(magi.prepend_tokens(hidden[unique.index(c)], mask[unique.index(c)], tokens))
-        return tuple(torch.stack(u).unflatten(0, (len(captions), -1)) for u in zip(*rows, strict=True))
+        encoded = dict(zip(unique, zip(*self.encode(unique), strict=True), strict=True))
+        clips = [
+            finetune.chunk_texts([encoded[c] for c in clip], left, self.sampler, self.tokens)
+            for clip, left in zip(captions, remaining, strict=True)
+        ]
+        return tuple(map(torch.stack, zip(*clips, strict=True)))
 
     @torch.no_grad()
     def pipeline(self, vae: magi.VAE) -> magi.MAGI:
