@@ -108,8 +108,9 @@ def read_captions(folder: Path, skip_bad: bool = False) -> dict[Path, tuple[str,
             f"captions")
     jsonl, table = folder / "metadata.jsonl", folder / "metadata.csv"
     if jsonl.is_file():
-        with reading("captions", jsonl):
-            rows = [json.loads(line) for line in jsonl.read_text("utf-8-sig").splitlines() if line.strip()]
+        # A file has other lines than str.splitlines, which ends one at U+2028 and the like, too.
+        with reading("captions", jsonl), jsonl.open(encoding="utf-8-sig") as file:
+            rows = [json.loads(line) for line in file if line.strip()]
         return captions_of_rows(folder, rows, skip_bad)
     if table.is_file():
         with reading("captions", table), table.open(newline="", encoding="utf-8-sig") as file:

@@ -181,6 +181,15 @@ def test_a_bad_row_is_named(tmp_path, capsys, row, words):
     assert capsys.readouterr().err.startswith("skipped: row 2")
 
 
+def test_a_caption_may_have_any_character_that_json_allows(tmp_path):
+    """Python's splitlines ends a line at some of them, where JSON does not."""
+    (tmp_path / "a.mp4").touch()
+    captions = ["a red\u2028ball", "a\u0085\u2029blue one"]
+    row = json.dumps({"file_name": "a.mp4", "text": captions}, ensure_ascii=False)
+    (tmp_path / "metadata.jsonl").write_text(f"\ufeff{row}\r\n\n", encoding="utf-8")
+    assert finetune.read_captions(tmp_path) == {tmp_path / "a.mp4": tuple(captions)}
+
+
 def test_tables_with_a_surplus_column_or_without_rows(tmp_path):
     (tmp_path / "a.mp4").touch()
     (tmp_path / "metadata.csv").write_text("file_name,text\na.mp4,red, and blue\n")
