@@ -182,8 +182,8 @@ def find_videos(folder: Path, cache: Path, skip_bad: bool = False) -> list[Video
                         f"least {CHUNK_FRAMES} (one second) are needed")
                 videos.append(Video(path, text, frames // CHUNK_FRAMES, height, width))
     finally:
-        outputs.replace(seen_file, lambda new: new.write_text(json.dumps(seen)))
-    require(videos, f"no clip of {str(folder)!r} can be used")
+        with outputs.locked(seen_file, wait=True):
+            outputs.replace(seen_file, lambda new: new.write_text(json.dumps(seen)))
     return videos
 
 
@@ -277,6 +277,7 @@ class Cache:
 
     The name of a file holds a hash of the video file (its path, size and time), the piece and the VAE; or of
     the caption and the T5. Models are told apart by the names, sizes and first megabytes of their files.
+    Several runs may fill it at once: the file that another one is writing is waited for.
     """
 
     folder: Path
@@ -303,15 +304,17 @@ class Cache:
     def encode_pieces(self, pieces: Sequence[Piece], device: str, skip_bad: bool,
                       warn: Callable[[str], None] = say) -> list[Piece]:
         """Encode what is missing; the pieces that could be read."""
-        missing = [piece for piece in pieces if not self.latent_file(piece).is_file()]
+        files = [self.latent_file(piece) for piece in pieces]
+        missing = {file: piece for file, piece in zip(files, pieces, strict=True) if not file.is_file()}
         if not missing:
             return list(pieces)
         (self.folder / "latents").mkdir(parents=True, exist_ok=True)
         vae = magi.load_vae(self.vae, device, self.vae_dtype)
-        for piece in tqdm(missing, desc="encode clips", unit="piece", disable=None):
-            with skipping(skip_bad, warn):
-                outputs.save(encode_piece(vae, piece), self.latent_file(piece), {"piece": str(piece)})
-        return [piece for piece in pieces if self.latent_file(piece).is_file()]
+        for file, piece in tqdm(missing.items(), desc="encode clips", unit="piece", disable=None):
+            with outputs.locked(file, wait=True), skipping(skip_bad, warn):
+                if not file.is_file():
+                    outputs.save(encode_piece(vae, piece), file, {"piece": str(piece)})
+        return [piece for file, piece in zip(files, pieces, strict=True) if file.is_file()]
 
     def encode_captions(self, captions: Sequence[str], device: str, length: int) -> None:
         """Encode the captions that are missing."""
@@ -322,7 +325,8 @@ class Cache:
         encoded = magi.T5(self.t5, length, device).each(missing)
         for caption, text, mask in tqdm(encoded, "encode captions", len(missing), disable=None):
             kept = text[: int(mask.sum())].bfloat16()                        # without the padding
-            outputs.save({"text": kept}, self.text_file(caption), {"caption": caption})
+            with outputs.locked(self.text_file(caption), wait=True):
+                outputs.save({"text": kept}, self.text_file(caption), {"caption": caption})
 
     def latents(self, piece: Piece) -> tuple[Tensor, Tensor]:
         """Scaled latents (16, T, H, W), and (16, 1, H, W) of the fourth frame alone, encoded as an image."""
@@ -517,9 +521,9 @@ def look_at_data(args: argparse.Namespace, base: DiT) -> Batches:
     sampler = read_config(args.model, "sampler", SamplerConfig)
     table = checkpoints.read_special_tokens(args.model)
     checkpoints.check_tokens(sampler, table, base.cfg.text_dim, math.inf)
-    folder = args.cache or args.data.absolute().with_name(f"{args.data.absolute().name}.cache")
-    dtype = torch.bfloat16 if "cuda" in args.device else None
-    cache = Cache(folder, args.vae, args.t5, dtype)
+    data = Path(os.path.abspath(args.data))              # which may be given as "..", too
+    folder = args.cache or data.with_name(f"{data.name}.cache")
+    cache = Cache(folder, args.vae, args.t5, torch.bfloat16 if "cuda" in args.device else None)
     height, width = args.size or (sampler.height, sampler.width)
     check = caption_check(args.t5, base.cfg.text_length - len(sampler.special_tokens))
     check(args.sample_prompt or "", "--sample_prompt")

@@ -1,5 +1,6 @@
 """Fine-tuning on a folder of clips (finetune.py), the loop, LoRA files of other programs."""
 
+import concurrent.futures
 import dataclasses
 import importlib
 import json
@@ -264,6 +265,42 @@ def test_a_second_run_encodes_nothing(cached, model_folder, tmp_path, monkeypatc
     monkeypatch.setattr(magi, "load_vae", lambda *_: pytest.fail("the VAE is not needed"))
     monkeypatch.setattr(magi, "T5", lambda *_, **__: pytest.fail("T5 is not needed"))
     assert train(model_folder, cached, tmp_path / "a.safetensors", "--steps", 1)[0] == 0
+
+
+def test_two_runs_fill_a_cache_together(cached, model_folder, tmp_path, monkeypatch):
+    """One met the other's unfinished files, and failed. Now it waits, and encodes what is left."""
+    pieces = finetune.cut(finetune.find_videos(cached, tmp_path), 32 * 48, 1)
+    encode, encoded, runs = finetune.encode_piece, [], []
+
+    def fill() -> list[finetune.Piece]:
+        cache = finetune.Cache(tmp_path, model_folder.parent / "vae", model_folder.parent / "t5")
+        made = cache.encode_pieces(pieces, "cpu", skip_bad=False)
+        cache.encode_captions(["a red"], "cpu", 16)
+        return made
+
+    def encode_while_another_run_begins(vae, piece):
+        encoded.append(piece)
+        if not runs:
+            runs.append(others.submit(fill))
+            concurrent.futures.wait(runs, timeout=0.5)  # it cannot end before this piece is there
+        return encode(vae, piece)
+
+    monkeypatch.setattr(finetune, "encode_piece", encode_while_another_run_begins)
+    with concurrent.futures.ThreadPoolExecutor() as others:
+        assert fill() == pieces == runs[0].result(timeout=60)
+    assert sorted(encoded, key=pieces.index) == pieces and len(pieces) == 3
+    assert not [file for file in tmp_path.rglob(".*") if file.is_file()]
+
+
+def test_the_cache_lies_beside_the_clips_however_they_are_given(cached, model_folder, tmp_path, monkeypatch):
+    (tmp_path / "data" / "sub").mkdir(parents=True)
+    for file in cached.iterdir():
+        (tmp_path / "data" / file.name).symlink_to(file)
+    monkeypatch.chdir(tmp_path / "data" / "sub")
+    flags = ["--model", model_folder, "--data", "..", "--out", tmp_path / "a.safetensors", "--plan"]
+    code, _, err = run_main(finetune.main, "lora", *map(str, flags))
+    assert code == 0 and (tmp_path / "data.cache" / "videos.json").is_file(), err
+    assert not [*(tmp_path / "data" / "sub").iterdir()]
 
 
 def test_a_changed_clip_is_encoded_again(tmp_path):
