@@ -489,6 +489,9 @@ def check_model(args: argparse.Namespace) -> DiT:
     require(not (args.stream and several), "--stream is for one GPU: several share the weights, leave it out")
     require(not (args.stream and args.keep_activations), "--keep_activations would keep what --stream frees: "
             "leave one of them out")
+    least, window, parts = min(training.SHORTCUT_CYCLE), sampler.window, len(sampler.kv_ranges) or 1
+    require(args.command != "distill" or least % math.lcm(window, parts) == 0, f"{args.model} cannot be "
+            f"distilled into {least} steps, no multiple of its window {window} and of its {parts} kv_ranges")
     require(not args.lora or not (args.stream or several), "--lora is merged into weights that one process "
             "holds: make a model of it first (training.py merge)")
     check_output(args.out, args.work, args.rank)

@@ -442,6 +442,10 @@ def test_models_and_outputs_that_cannot_be(cached, model_folder, tmp_path, no_we
     training.save_lora(
         training.add_lora(magi.load_dit(model_folder), 2), tmp_path / "d.safetensors", {"command": "distill"}
     )
+    wide = write_model(tmp_path / "wide", window=16, num_steps=64)  # it failed at the first of 8 steps
+    beside = ("--vae", model_folder.parent / "vae", "--t5", model_folder.parent / "t5")
+    run = train(wide, cached, tmp_path / "e", *beside, command="distill")
+    refused(run, "cannot be distilled into 8 steps, no multiple of its window 16 and of its 4 kv_")
     merged_first = ("--lora", tmp_path / "d.safetensors")
     refused(train(model_folder, cached, tmp_path / "b.safetensors", *merged_first), "--lora) is distilled")
     for part, change, words in (
