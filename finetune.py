@@ -413,9 +413,9 @@ class Batches:
         same = [piece for piece in self.pieces
                 if (piece.height, piece.width) == (first.height, first.width) and piece.chunks >= n]
         count = max(1, self.most_tokens // (n * tokens_of_chunk(first.height, first.width)))
-        chosen = [same[i] for i in rng.choice(len(same), count, replace=len(same) < count)]
         latents, images, texts, masks = [], [], [], []
-        for piece in chosen:
+        for k in rng.choice(len(same), count, replace=len(same) < count):
+            piece = same[k]
             latent, image = self.cache.latents(piece)
             captions = [self.cache.text(caption, self.length) for caption in piece.captions[:n]]
             text, mask = chunk_texts(captions, int(rng.integers(n, max(12, n + 1))), self.sampler, self.table)
@@ -447,11 +447,8 @@ LORA_RATE, FULL_RATE = 2e-4, 1e-5                                            # (
 
 
 def finetune(args: argparse.Namespace) -> None:
-    """From a folder of clips to the file or folder args.out.
-
-    Under torchrun every process runs this. The first one looks at the data, speaks and writes; they share the
-    clips to encode and the forwards of each step.
-    """
+    """From a folder of clips to the file or folder args.out. Under torchrun every process runs this; the
+    first one looks at the data, speaks and writes, and all of them encode and train."""
     args.device = parallel.start(args.device)
     args.accumulate = args.accumulate or parallel.ranks()
     with contextlib.ExitStack() as stack:
@@ -538,8 +535,8 @@ def look_at_data(args: argparse.Namespace, base: DiT) -> Batches:
             videos.append(video)
     require(videos, f"no clip of {str(args.data)!r} can be used")
     pieces = cut(videos, height * width, args.seconds, args.tokens or sys.maxsize)
-    most_tokens = args.seconds * tokens_of_chunk(height, width)
-    most_tokens = args.tokens or max(most_tokens, *(piece.tokens for piece in pieces))   # sizes are rounded
+    asked = args.seconds * tokens_of_chunk(height, width)                    # sizes of pieces are rounded
+    most_tokens = args.tokens or max(asked, *(piece.tokens for piece in pieces))
     return Batches(cache, pieces, sampler, table, base.cfg.text_length, most_tokens, args.seed)
 
 
@@ -641,11 +638,7 @@ class Training:
     def sampler(self) -> SamplerConfig:
         """How the result is sampled."""
         plain = self.batches.sampler
-        return training.distilled(plain) if self.is_distillation else plain
-
-    @property
-    def is_distillation(self) -> bool:
-        return self.args.command == "distill"
+        return training.distilled(plain) if self.args.command == "distill" else plain
 
     @property
     def steps_done(self) -> int:
@@ -677,7 +670,7 @@ class Training:
         mixed = np.random.SeedSequence([self.args.seed, i]).generate_state(1, np.uint64)[0]
         generator = torch.Generator().manual_seed(int(mixed >> 1))
         given = batch | {"sampler": sampler, "generator": generator}
-        if not self.is_distillation:
+        if self.args.command != "distill":
             return training.flow_matching_loss(self.dit, **given), numbers
         steps = training.shortcut_steps(i // self.args.accumulate)
         loss = training.shortcut_loss(self.dit, self.teacher, num_steps=steps, **given)
