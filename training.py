@@ -896,9 +896,7 @@ def stop_between_steps() -> Iterator[list[str]]:
     if threading.current_thread() is not threading.main_thread():
         yield asked                                      # only the main thread may handle signals
         return
-    # Where a shell lets a job in the background ignore Ctrl-C, it goes on being ignored.
-    before = {number: signal.signal(number, ask) for number in (signal.SIGINT, signal.SIGTERM)
-              if signal.getsignal(number) is not signal.SIG_IGN}
+    before = {number: signal.signal(number, ask) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
         yield asked
     finally:

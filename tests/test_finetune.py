@@ -1303,13 +1303,3 @@ def test_signals_wait_for_the_end_of_a_step_and_are_given_back():
             os.kill(os.getpid(), signal.SIGINT)
             types.SimpleNamespace()  # the handler has run by now
     assert signal.getsignal(signal.SIGINT) is before
-
-
-def test_signals_that_a_shell_lets_a_job_ignore_are_ignored():
-    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
-    try:
-        with training.stop_between_steps() as asked:
-            os.kill(os.getpid(), signal.SIGINT)
-        assert not asked and signal.getsignal(signal.SIGINT) is signal.SIG_IGN
-    finally:
-        signal.signal(signal.SIGINT, before)
