@@ -183,11 +183,11 @@ def check_sampler_config(cfg: Any) -> None:
                 f"{name} {value!r} must be a tuple, such as {getattr(type(cfg), name)}")
     _check_schedule(cfg)
     _check_guidance(cfg)
-    require(cfg.num_frames is None or cfg.num_frames >= 1,
-            f"num_frames {cfg.num_frames} must be at least 1")
+    require(cfg.num_frames is None or 1 <= cfg.num_frames < 2**63,
+            f"num_frames {cfg.num_frames} must be at least 1, and below 2**63")
     for name in ("height", "width"):
         value = getattr(cfg, name)
-        nearest = min(max(32, round(value / 16) * 16), 16384)
+        nearest = round(min(max(32, value), 16384) / 16) * 16
         require(value == nearest,
                 f"{name} {value} must be a multiple of 16, 32 to 16384: the nearest is {nearest}")
     require(cfg.fps > 0, f"fps {cfg.fps} must be positive")

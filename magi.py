@@ -1060,7 +1060,7 @@ def round_frames(num_frames: int | None, image: bool = False) -> int | None:
     latent frames, less the image's own, which `sample` yields on top of those asked for."""
     if num_frames is None:
         return None
-    latents = math.ceil(num_frames / FRAMES_PER_LATENT) - int(image)
+    latents = -(-num_frames // FRAMES_PER_LATENT) - int(image)               # rounded up
     return max(1, latents * FRAMES_PER_LATENT)           # a config has at least 1
 
 

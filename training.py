@@ -620,6 +620,10 @@ def lora_layers(dit: DiT, file: str | Path) -> dict[str, dict[str, str]]:
         rank = (found.get(down, ((1,), False))[0] or (1,))[0]
         expected |= {down: ((rank, weight.shape[1]), False), up: ((weight.shape[0], rank), False)}
     factors = {name: header for name, header in found.items() if not matches[name]["alpha"]}
+    for name in found.keys() - factors.keys():
+        shape = found[name][0]
+        require(math.prod(shape) == 1,
+                f"the LoRA {str(file)!r} has {name!r} of shape {shape}, but alpha is one number")
     compare_headers(factors, expected, f"the LoRA {str(file)!r} is for another model")
     return layers
 

@@ -5,7 +5,7 @@ import dataclasses
 
 import torch
 from common import QUICK, SMALL, bad, distillation, relative, small, training_batch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 import magi
 import training
@@ -147,6 +147,9 @@ def test_loras_that_do_not_fit_are_refused(tmp_path):
         training.add_lora(with_lora(), 2)
     with bad("rank 0 must"):
         training.add_lora(deeper, 0)
+    save_file(load_file(file) | {"layers.0.attn.q.alpha": torch.ones(2)}, file)
+    with bad("alpha' of shape .2,., but alpha is one number"):
+        training.check_lora(small()[0], file)
     save_file(small()[0].state_dict(), file)
     with bad("is no LoRA"):
         training.check_lora(deeper, file)
