@@ -620,7 +620,7 @@ def lora_layers(dit: DiT, file: str | Path) -> dict[str, dict[str, str]]:
         rank = (found.get(down, ((1,), False))[0] or (1,))[0]
         expected |= {down: ((rank, weight.shape[1]), False), up: ((weight.shape[0], rank), False)}
     factors = {name: header for name, header in found.items() if not matches[name]["alpha"]}
-    for name in found.keys() - factors.keys():
+    for name in sorted(found.keys() - factors.keys()):
         shape = found[name][0]
         require(math.prod(shape) == 1,
                 f"the LoRA {str(file)!r} has {name!r} of shape {shape}, but alpha is one number")
@@ -962,8 +962,9 @@ class Log:
 
     def __init__(self, file: Path, before: int):
         """Go on after the steps before this one: what came later is computed again."""
-        self.file, self.rows = file, read_log(file, before)
-        names = [row for row in read_rows(file) if row[:1] == ["step"]]
+        rows = read_rows(file)
+        names = [row for row in rows if row[:1] == ["step"]]
+        self.file, self.rows = file, steps_of(rows, before)
         self.columns = names[0] if names else []
         self.write("w", names[:1] + self.rows)
 
@@ -1085,9 +1086,14 @@ def read_rows(log: Path) -> list[list[str]]:
     return [*csv.reader(line for line in lines if line.endswith("\n"))]
 
 
+def steps_of(rows: list[list[str]], before: int) -> list[list[str]]:
+    """Those of the rows that are for steps before this one."""
+    return [row for row in rows if len(row) > 1 and row[0].isdecimal() and int(row[0]) < before]
+
+
 def read_log(log: Path, before: int) -> list[list[str]]:
     """The rows of a CSV for steps before this one."""
-    return [row for row in read_rows(log) if len(row) > 1 and row[0].isdecimal() and int(row[0]) < before]
+    return steps_of(read_rows(log), before)
 
 
 def plot_loss(log: Path) -> None:

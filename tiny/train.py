@@ -461,7 +461,8 @@ class Tiny(nn.Module):
         remaining: how many chunks are left at the first chunk of each clip, for its duration token.
         """
         unique = sorted({c for clip in captions for c in clip})
-        encoded = dict(zip(unique, zip(*self.encode(unique), strict=True), strict=True))
+        texts, masks = self.encode(unique)
+        encoded = {c: (texts[i], masks[i]) for i, c in enumerate(unique)}
         clips = [
             finetune.chunk_texts([encoded[c] for c in clip], left, self.sampler, self.tokens)
             for clip, left in zip(captions, remaining, strict=True)
