@@ -1262,7 +1262,8 @@ def chunk_noise(seed: int, chunk: int, shape: Sequence[int]) -> Tensor:
     so the same seed gives the same video on every device.
     """
     mixed = np.random.SeedSequence([seed, chunk]).generate_state(1, np.uint64)[0]
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(int(mixed >> 1)))
+    generator = torch.Generator().manual_seed(int(mixed >> 1))               # >> 1: an int64 is not negative
+    return torch.randn(*shape, generator=generator)
 
 
 def sample(dit: DiT, text: Tensor | Iterator[tuple], text_mask: Tensor | None, sampler: SamplerConfig, *,
