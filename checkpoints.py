@@ -18,7 +18,7 @@ import os
 import re
 import sys
 import warnings
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from importlib.machinery import PathFinder
 from pathlib import Path
 from typing import Any, TypeVar
@@ -253,6 +253,24 @@ def with_settings(cfg: Any, settings: dict[str, Any]) -> Any:
     unknown = ", ".join(settings.keys() - set(known))
     require(not unknown, f"unknown setting {unknown}: choose from {', '.join(known)}")
     return dataclasses.replace(cfg, **settings)
+
+
+def check_forward(x: Tensor, t: Tensor, text: Tensor, text_mask: Tensor, chunks: Sequence[int] | None,
+                  first_seen: Sequence[int] | Tensor | None, conditional: bool | Tensor) -> None:
+    """ValueError if these arguments of DiT.forward differ in batch or chunks. Attention would then deal out
+    texts and keys to other chunks than their own, and leave some of its result unwritten."""
+    require(text.shape[:2] == t.shape and text_mask.shape == text.shape[:3]
+            and x.dim() == 5 and len(x) == len(t),
+            f"x {tuple(x.shape)}, t {tuple(t.shape)}, text {tuple(text.shape)} and text_mask "
+            f"{tuple(text_mask.shape)} must be (B, 16, T, H, W), (B, n), (B, n, L, C) and (B, n, L)")
+    B, n = t.shape
+    require(chunks is None or len(chunks) == n and all(a < b for a, b in itertools.pairwise(chunks)),
+            f"chunks {chunks} must be {n} rising numbers, one for each chunk")
+    if first_seen is not None:
+        seen = tuple(torch.as_tensor(first_seen).shape)
+        require(seen in ((n,), (1, n), (B, n)), f"first_seen {seen} must be {(n,)} or {(B, n)}")
+    flags = tuple(torch.as_tensor(conditional).shape)
+    require(flags in ((), (B, n)), f"conditional {flags} must be a bool or {(B, n)}")
 
 
 # --------------------------------------------------------------------------------------------- special tokens

@@ -640,7 +640,7 @@ class KVCache:
     @property
     def chunks(self) -> list[int]:
         """What is stored, in the order of the video."""
-        return list(self.kv)
+        return sorted(self.kv)
 
     def read(self, layer: int, chunks: Sequence[int]) -> list[tuple[Tensor, Tensor]]:
         """k and v of these chunks, each (B, tokens of a chunk, Hkv, hd)."""
@@ -953,19 +953,24 @@ class DiT(nn.Module):
               first_seen: Sequence[int] | Tensor | None, conditional: bool | Tensor, d: float | None,
               cache: KVCache | None, store: int) -> tuple[Tensor, Context]:
         """The arguments of `forward` -> tokens (B, N, D), and what all layers share."""
+        checkpoints.check_forward(x, t, text, text_mask, chunks, first_seen, conditional)
         B, n = t.shape
         T, H, W = x.shape[2:]
         p = self.cfg.patch_size
         require(T % n == 0 and H % p == 0 and W % p == 0 and min(H, W) >= 2 * p,
                 f"latent (T, H, W) = {(T, H, W)} does not divide into {n} chunks of {p}x{p} patches, "
                 f"at least 2x2")
-        chunks = list(range(n)) if chunks is None else list(chunks)
+        chunks = list(range(n)) if chunks is None else [int(chunk) for chunk in chunks]
         stored = [] if cache is None else [chunk for chunk in cache.chunks if chunk < chunks[0]]
         if first_seen is None:
             first_seen = [min(stored + chunks)] * n
         first = int(torch.as_tensor(first_seen).min())
         cached = [chunk for chunk in stored if chunk >= first]
         length = T // n                                                      # latent frames of a chunk
+        size = length * (H // p) * (W // p)                                  # tokens of a chunk
+        sizes = {tuple(k.shape[:2]) for k, _ in cache.read(0, cached)} if cached else set()
+        require(sizes <= {(B, size)}, f"the cache holds chunks of (clips, tokens) {sizes}, those of this "
+                f"forward have {(B, size)}: they must be equal")
         frames = [chunk * length + i for chunk in chunks for i in range(length)]         # of the whole video
         packed, text_spans = pack(text, text_mask)
         conditional = torch.as_tensor(conditional, device=x.device).expand(B, n)
@@ -974,7 +979,7 @@ class DiT(nn.Module):
             ops=self.ops,
             cond=self.condition(t, conditional, d).to(dtype),
             angles=rotary_angles(self.rope_bands, torch.tensor(frames, device=x.device), H // p, W // p),
-            spans=key_spans(chunks, first_seen, cached + chunks, length * (H // p) * (W // p)),
+            spans=key_spans(chunks, first_seen, cached + chunks, size),
             text=F.silu(self.text_proj(packed.float())).to(dtype),
             text_spans=text_spans,
             chunks=chunks, cache=cache, cached=cached, store=store,

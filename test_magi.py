@@ -255,6 +255,57 @@ def test_masked_text_does_not_count_wherever_it_stands():
     torch.testing.assert_close(dit(x, t, text.flip(0)[None, None], mask.flip(0)[None, None]), v)
 
 
+def test_arguments_that_do_not_go_together_are_refused():
+    """Texts were dealt out to other chunks than their own, and rows without spans were left unwritten."""
+    dit, text, mask, _ = small()
+    x, t = torch.randn(3, 16, 12, 4, 4), torch.rand(3, 2)
+    texts, masks = text.expand(3, 2, -1, -1), mask.expand(3, 2, -1)
+    for change, message in (
+        (dict(text=texts[:1], text_mask=masks[:1]), r"text \(1, 2, 14, 12\) .* must be .* \(B, n, L, C\)"),
+        (dict(text=texts[:, :1], text_mask=masks[:, :1]), r"text \(3, 1, 14, 12\)"),
+        (dict(text_mask=masks[..., 1:]), r"text_mask \(3, 2, 13\) must be"),
+        (dict(t=t[:1], text=texts[:1], text_mask=masks[:1]), r"x \(3, 16, 12, 4, 4\), t \(1, 2\)"),
+        (dict(t=t[:, 0]), r"t \(3,\)"),
+        (dict(x=x[0]), r"x \(16, 12, 4, 4\)"),
+        (dict(first_seen=torch.zeros(2, 2)), r"first_seen \(2, 2\) must be \(2,\) or \(3, 2\)"),
+        (dict(first_seen=[0]), r"first_seen \(1,\)"),
+        (dict(chunks=[0, 1, 2]), r"chunks \[0, 1, 2\] must be 2 rising numbers"),
+        (dict(chunks=[1, 0]), r"chunks \[1, 0\] must be"),
+        (dict(conditional=torch.tensor([True, False])), r"conditional \(2,\) must be a bool or \(3, 2\)"),
+    ):
+        with bad(message):
+            dit(**dict(x=x, t=t, text=texts, text_mask=masks) | change)
+    assert torch.equal(dit(x, t, texts, masks, chunks=torch.arange(2)), dit(x, t, texts, masks))
+
+
+def test_cached_chunks_are_read_in_the_order_of_the_video():
+    dit, text, mask, _ = small()
+    x, t = torch.randn(1, 16, 18, 4, 4), torch.tensor([[0.9, 0.8, 0.1]])
+    texts, masks = text.expand(1, 3, -1, -1), mask.expand(1, 3, -1)
+    one = lambda i, **more: dit(
+        x[:, :, 6 * i : 6 * i + 6], t[:, i : i + 1], texts[:, :1], masks[:, :1], chunks=[i], **more
+    )
+    cache = magi.KVCache()
+    for i in 1, 0:  # history that is computed anew may come in any order
+        one(i, first_seen=[i], cache=cache, store=1)
+    whole = dit(x, t, texts, masks, first_seen=[0, 1, 0])
+    assert cache.chunks == [0, 1] and same(one(2, cache=cache), whole[:, :, 12:])
+
+
+def test_cached_chunks_of_another_size_are_refused():
+    dit, text, mask, _ = small()
+    forward = lambda x, chunk, **more: dit(
+        x, torch.full((len(x), 1), 0.5), text.expand(len(x), 1, -1, -1), mask.expand(len(x), 1, -1),
+        chunks=[chunk], **more,
+    )  # fmt: skip
+    x, cache = torch.randn(1, 16, 6, 4, 4), magi.KVCache()
+    forward(x[:, :, :1], 0, cache=cache, store=1)  # an image alone
+    with bad(r"chunks of \(clips, tokens\) \{\(1, 4\)\}, those of this forward have \(1, 24\)"):
+        forward(x, 1, cache=cache)
+    with bad(r"those of this forward have \(2, 4\)"):
+        forward(x[:, :, :1].expand(2, -1, -1, -1, -1), 1, cache=cache)
+
+
 def test_missing_history_is_an_error():
     dit, text, mask, _ = small()
     x, t = torch.randn(1, 16, 6, 4, 6), torch.tensor([[0.4]])
