@@ -1015,9 +1015,9 @@ def timestep_grid(num_steps: int, shortcut_mode: str = "8,16,16") -> Tensor:
 
     t = shift_time(s^2), with s evenly spaced but for 12 steps (see `shortcut_d`).
     """
-    s = torch.linspace(0, 1, num_steps + 1)
+    s = torch.linspace(0, 1, num_steps + 1, dtype=torch.float32)
     if num_steps == 12:                  # a step with d covers 1/(2d) of the way
-        steps = 0.5 / torch.tensor(shortcut_d(12, shortcut_mode))
+        steps = 0.5 / torch.tensor(shortcut_d(12, shortcut_mode), dtype=torch.float32)
         s = F.pad(steps.cumsum(0), (1, 0))
     return shift_time(s**2)
 
@@ -1263,12 +1263,12 @@ class Progress:
 def chunk_noise(seed: int, chunk: int, shape: Sequence[int]) -> Tensor:
     """Gaussian noise of one chunk, from (seed, chunk index) alone: a longer video begins like a shorter one.
 
-    SeedSequence mixes the two numbers so that neighbouring seeds and chunks share nothing; drawn on the CPU,
-    so the same seed gives the same video on every device.
+    SeedSequence mixes the two numbers so that neighbouring seeds and chunks share nothing; drawn on the CPU
+    in float32, so the same seed gives the same video on every device, whatever PyTorch's defaults are.
     """
     mixed = np.random.SeedSequence([seed, chunk]).generate_state(1, np.uint64)[0]
     generator = torch.Generator().manual_seed(int(mixed >> 1))               # >> 1: an int64 is not negative
-    return torch.randn(*shape, generator=generator)
+    return torch.randn(*shape, generator=generator, dtype=torch.float32, device="cpu")
 
 
 def sample(dit: DiT, text: Tensor | Iterator[tuple], text_mask: Tensor | None, sampler: SamplerConfig, *,
@@ -1394,7 +1394,7 @@ class _Run:
         text = torch.stack([entry.text for entry in shown])[None]            # (1, n, L, C)
         mask = torch.stack([entry.mask for entry in shown])[None]
         latents = torch.cat([x[chunk] for chunk in chunks], dim=2)           # (1, 16, 6 n, H, W)
-        t = torch.tensor([[c.t for c in inputs]], device=latents.device)     # (1, n)
+        t = latents.new_tensor([[c.t for c in inputs]])                      # (1, n)
         return (latents, t, text, mask), dict(
             chunks=chunks, first_seen=[c.first_seen for c in inputs],
             conditional=branch.conditional, d=d if self.cfg.distilled else None,

@@ -164,7 +164,7 @@ def fitted(image: Image.Image, size: tuple[int, int], fit: str, shown: tuple[flo
 def fit_frames(frames: np.ndarray, height: int, width: int, fit: str = "crop") -> torch.Tensor:
     """uint8 (frames, h, w, 3) -> (1, 3, frames, height, width) in [-1, 1]."""
     small = np.stack([fitted(Image.fromarray(frame), (height, width), fit) for frame in frames])
-    return torch.from_numpy(small).movedim(-1, 0)[None] / 127.5 - 1
+    return torch.from_numpy(small).movedim(-1, 0)[None].float() / 127.5 - 1
 
 
 def prefix_clip(image: np.ndarray | None, video: np.ndarray | None, prefix_frames: int) -> np.ndarray | None:

@@ -680,6 +680,21 @@ def test_noise_depends_on_seed_and_chunk_alone():
     assert not torch.equal(short[0], run_small(dataclasses.replace(cfg, seed=1))[0])
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
+def test_a_run_does_not_depend_on_pytorchs_defaults(dtype):
+    """The noise was another, and in bfloat16 the times were rounded."""
+    cfg = dataclasses.replace(QUICK, num_steps=12)
+    plain = run_small(cfg)
+    torch.set_default_dtype(dtype)
+    try:
+        out = run_small(cfg)
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert all(torch.equal(out[i], plain[i]) for i in plain)
+    with torch.device("meta"):
+        assert torch.equal(magi.chunk_noise(1, 2, (16, 6, 4, 4)), magi.chunk_noise(1, 2, (16, 6, 4, 4)))
+
+
 def test_noise_counts_generated_chunks(monkeypatch):
     seen, noise = [], magi.chunk_noise
     monkeypatch.setattr(magi, "chunk_noise", lambda s, c, shape: seen.append(c) or noise(s, c, shape))

@@ -6,6 +6,7 @@ from pathlib import Path
 import av
 import numpy as np
 import pytest
+import torch
 from common import bad, read_frames, shades
 from PIL import Image
 
@@ -29,6 +30,16 @@ def test_resized_images_neither_overshoot_nor_alias():
     edge[:, :, 64:] = stripes[:, :, ::2] = 255
     assert media.fit_frames(edge, 320, 320).abs().max() <= 1
     assert media.fit_frames(stripes, 48, 48)[..., 4:-4].abs().max() < 0.2  # grey
+
+
+def test_frames_are_float32_whatever_pytorchs_default_is():
+    frames = np.random.default_rng(0).integers(0, 256, (2, 32, 48, 3), dtype=np.uint8)
+    expected = media.fit_frames(frames, 32, 48)
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        assert torch.equal(media.fit_frames(frames, 32, 48), expected)
+    finally:
+        torch.set_default_dtype(torch.float32)
 
 
 def test_sample_loses_nothing_on_a_full_disk(tmp_path, monkeypatch):
