@@ -866,7 +866,8 @@ class DiT(nn.Module):
     """Velocity of the noisy chunks given the clean ones (report section 2.2).
 
     Float32 whatever cfg.dtype is: the embedders, rotary bands, q and k norms, post-norms, final norm and
-    head. All else is cfg.dtype. Built under torch.device("meta"), it has shapes and takes no memory.
+    head. All else is cfg.dtype; choose it there, as dit.to(dtype) would change the former too. Built under
+    torch.device("meta"), it has shapes and takes no memory.
 
     >>> dit = DiT(PRESETS["tiny"].dit)
     >>> x, t = torch.randn(1, 16, 12, 8, 8), torch.tensor([[0.9, 0.2]])      # two chunks, the second noisier
@@ -1056,7 +1057,7 @@ def shot_transition(cfg: SamplerConfig, chunk: int, kind: str = "cut") -> Sample
     require(len(cfg.kv_ranges) >= 2, f"a transition needs at least two kv_ranges, not {cfg.kv_ranges}")
     half = len(cfg.kv_ranges) // 2
     blind = (1,) * half
-    ranges = blind + cfg.kv_ranges[half:] if kind == "cut" else cfg.kv_ranges[:-half] + blind
+    ranges = (*blind, *cfg.kv_ranges[half:]) if kind == "cut" else (*cfg.kv_ranges[:-half], *blind)
     return dataclasses.replace(cfg, kv_ranges_at=(*cfg.kv_ranges_at, (chunk, ranges)))
 
 

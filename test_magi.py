@@ -864,6 +864,8 @@ def test_shot_transition_changes_only_from_its_chunk_on():
         magi.shot_transition(QUICK, 1, "fade")
     with bad("chunk 1 has a transition already"):
         magi.shot_transition(cfg, 1)
+    ranges_in_a_list = dataclasses.replace(QUICK, kv_ranges=[5, 4, 3, 2])
+    assert magi.shot_transition(ranges_in_a_list, 1, kind).kv_ranges_at == cfg.kv_ranges_at
 
 
 def test_nearly_clean_blend_is_a_field():

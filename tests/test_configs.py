@@ -76,6 +76,13 @@ def test_steps_are_accepted_exactly_if_divisible_and_the_advice_is_right(n, wind
     assert ok == (n % window == 0 and (not r or n % r == 0))
 
 
+@pytest.mark.parametrize("dtype", ["float32", "float16"])
+def test_an_fp8_model_computes_in_bfloat16(dtype):
+    """Another dtype was an error within PyTorch at the first forward."""
+    with bad(f"dtype '{dtype}' is not that of an fp8 model, which computes in 'bfloat16'"):
+        magi.DiTConfig(fp8=True, dtype=dtype)
+
+
 def test_parameter_counts_of_the_zoo():
     counts = {
         "4.5B-base": 4_459_898_128,
