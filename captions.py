@@ -11,6 +11,7 @@ import dataclasses
 import functools
 import gc
 import html
+import io
 import itertools
 import math
 import queue
@@ -27,7 +28,7 @@ import torch.nn.functional as F
 from safetensors.torch import load_file
 from torch import Tensor
 
-from checkpoints import GUIDANCE, check_text_encoder, reading, require
+from checkpoints import GUIDANCE, check_text_encoder, reading, require, weight_files
 
 Encode = Callable[[Sequence[str]], tuple[Tensor, Tensor]]     # captions -> text (n, L, C), mask (n, L)
 MAX_TOLD = 2_000                         # characters of a prompt that is told while the video is made
@@ -251,9 +252,9 @@ def clean_caption(caption: str) -> str:
 
     for _ in range(2):
         caption = apply(_MARKUP_RULES, urllib.parse.unquote_plus(caption).strip().lower())
-        with warnings.catch_warnings(), contextlib.suppress(ParserRejectedMarkup):   # "<![a b": no markup
-            warnings.simplefilter("ignore")  # bs4 takes a caption such as "a/b" for a path, and says so
-            caption = BeautifulSoup(caption, features="html.parser").text
+        with contextlib.suppress(ParserRejectedMarkup):                      # "<![a b" is no markup
+            # As a file: of a string such as "a/b" bs4 would warn that it looks like a path.
+            caption = BeautifulSoup(io.StringIO(caption), features="html.parser").text
         caption = apply(_TEXT_RULES, caption)
         if len(_HYPHENATION.findall(caption)) > 3:  # "this-is-my-little-cat", but not "two-word"
             caption = _HYPHENATION.sub(" ", caption)
@@ -333,11 +334,6 @@ def no_garbage_collection() -> Iterator[None]:
             gc.enable()
 
 
-# While transformers makes a model, it changes settings of the whole process (PyTorch's default dtype, what
-# initialises weights) and puts back what it found: two threads at once would leave those of the other.
-_reading_t5 = threading.Lock()
-
-
 class T5:
     """A T5 encoder folder (config.json, weights, spiece.model), read offline, when captions come.
 
@@ -351,19 +347,39 @@ class T5:
         self.device, self.dtype, self.keep = device, dtype, keep
         self.model: Any = None
 
-    def read(self) -> Any:
-        """The model, a transformers.T5EncoderModel."""
+    def make(self) -> Any:
+        """A transformers.T5EncoderModel without its weights. (Its own from_pretrained would change PyTorch's
+        default dtype while it works, for all threads.)"""
         check_text_encoder(self.folder)
         with no_garbage_collection():
-            from transformers import T5EncoderModel  # it takes seconds
-            from transformers.utils import logging
+            from transformers import T5Config, T5EncoderModel  # it takes seconds
+        with torch.device("meta"):
+            model: Any = T5EncoderModel(T5Config.from_pretrained(self.folder, local_files_only=True))
+        model = model.to(self.dtype)
+        if self.dtype == torch.float16:                      # its sums would overflow
+            for block in model.encoder.block:
+                block.layer[-1].DenseReluDense.wo.float()
+        return model
 
-        logging.disable_progress_bar()
-        read: Any = T5EncoderModel.from_pretrained
-        with _reading_t5:
-            model, info = read(self.folder, dtype=self.dtype, local_files_only=True, output_loading_info=True)
-        self.refuse_without(info["missing_keys"])            # transformers would make them random
-        return model.to(self.device).eval()
+    def read(self) -> Any:
+        """The model with its weights, of safetensors or, in an official download, of .bin files."""
+        model = self.make()
+        dtypes = {name: u.dtype for name, u in model.state_dict().items()}
+        name = "model.safetensors"
+        load: Callable[[Path, str], dict[str, Tensor]] = load_file
+        if not any(self.folder.glob("*.safetensors")):
+            from convert_weights import load_pickle
+
+            name, load = "pytorch_model.bin", load_pickle
+        missing = set(dtypes)
+        for file in weight_files(self.folder, name):
+            weights = load(file, "cpu")
+            found = {k: weights[k].to(self.device, dtypes[k]) for k in dtypes.keys() & weights.keys()}
+            model.load_state_dict(found, strict=False, assign=True)
+            missing -= found.keys()
+        self.refuse_without(missing)
+        model.encoder.embed_tokens = model.shared
+        return model.eval()
 
     def refuse_without(self, names: Iterable[str]) -> None:
         """ValueError if the folder lacks tensors that the model needs."""
@@ -373,7 +389,8 @@ class T5:
 
     @torch.no_grad()
     def __call__(self, captions: Sequence[str], clean: bool = True) -> tuple[Tensor, Tensor]:
-        """Captions -> last hidden state (n, L, text_dim) float32 and mask (n, L), on the CPU."""
+        """One caption or several -> last hidden state (n, L, C) float32 and mask (n, L), on the CPU."""
+        captions = [captions] if isinstance(captions, str) else captions
         model = self.model or self.read()
         self.model = model if self.keep else None
         tokenizer = load_tokenizer(self.folder)

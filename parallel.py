@@ -61,7 +61,6 @@ from safetensors import safe_open
 from torch import Tensor, nn
 
 import magi
-from captions import no_garbage_collection
 from checkpoints import build, fill, read_config, read_headers, require, weight_files
 
 # ------------------------------------------------------------------------------------------------------------
@@ -469,12 +468,7 @@ class T5(magi.T5):
     def read(self) -> Any:
         if self.stream is None:
             return super().read()
-        with no_garbage_collection():
-            from transformers import T5Config, T5EncoderModel
-
-        with torch.device("meta"):
-            model: Any = T5EncoderModel(T5Config.from_pretrained(self.folder, local_files_only=True))
-        model = model.to(self.dtype)
+        model = self.make()
         self.refuse_without(model.state_dict().keys() - read_headers(weight_files(self.folder)).keys())
         Streamed(model, "encoder.block", self.folder, str(self.device), "disk")
         model.encoder.embed_tokens = model.shared

@@ -4,8 +4,10 @@ import contextlib
 import gc
 import shutil
 import threading
+import warnings
 from types import SimpleNamespace
 
+import bs4
 import pytest
 import torch
 from common import bad
@@ -74,8 +76,41 @@ def test_a_t5_without_all_its_tensors_is_refused(model_folder, tmp_path):
         magi.T5(tmp_path / "t5")(["a red ball"])
 
 
-def test_threads_read_t5_one_after_another(model_folder):
-    """transformers sets PyTorch's default dtype while it makes a model: two at once would leave T5's."""
+def test_a_t5_of_bin_files_is_read(model_folder, tmp_path):
+    """An official download, which is not converted: tensors of the decoder are passed over."""
+    shutil.copytree(model_folder.parent / "t5", tmp_path / "t5")
+    sd = load_file(tmp_path / "t5" / "model.safetensors")
+    sd |= {"encoder.embed_tokens.weight": sd["shared.weight"].clone(), "decoder.a.weight": torch.zeros(2)}
+    (tmp_path / "t5" / "model.safetensors").unlink()
+    torch.save(sd, tmp_path / "t5" / "pytorch_model.bin")
+    of_bin, plain = (magi.T5(folder / "t5")(["a red ball"])[0] for folder in (tmp_path, model_folder.parent))
+    assert torch.equal(of_bin, plain)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_t5_is_what_transformers_reads(model_folder, dtype):
+    """But for PyTorch's default dtype, which transformers changes meanwhile, for other threads too."""
+    from transformers import T5EncoderModel
+
+    folder, changed = model_folder.parent / "t5", []
+    theirs = T5EncoderModel.from_pretrained(folder, dtype=dtype)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch, "set_default_dtype", changed.append)
+        ours = magi.T5(folder, dtype=dtype).read()
+    assert not changed and not ours.training
+    ours, theirs = ours.state_dict(), theirs.state_dict()
+    assert ours.keys() == theirs.keys()
+    assert all(ours[k].dtype == theirs[k].dtype and torch.equal(ours[k], theirs[k]) for k in ours)
+
+
+def test_one_caption_is_not_taken_for_its_letters(model_folder):
+    t5 = magi.T5(model_folder.parent / "t5", length=14)
+    text, mask = t5("a red ball")
+    assert text.shape == (1, 14, 32) and torch.equal(text, t5(["a red ball"])[0]) and mask.shape == (1, 14)
+
+
+def test_threads_read_t5_at_once(model_folder):
+    """Of a model that is made by transformers' own from_pretrained, two at once would leave its dtype."""
     pipe, start, read = magi.load(model_folder), threading.Barrier(4), []
 
     def encode():
@@ -114,6 +149,17 @@ def test_garbage_is_collected_again_after_an_import_but_not_where_a_user_does_no
         assert not gc.isenabled()
     finally:
         gc.enable()
+
+
+def test_a_caption_is_cleaned_without_a_filter_of_warnings(monkeypatch):
+    """All threads share it: each put back what it found, which may have been the one that hides all."""
+    parse, filters = bs4.BeautifulSoup, []
+    noting = lambda *args, **kwargs: filters.append(list(warnings.filters)) or parse(*args, **kwargs)
+    monkeypatch.setattr(bs4, "BeautifulSoup", noting)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert magi.clean_caption("a/b") == "a b"
+        assert all(filters_then == warnings.filters for filters_then in filters)
 
 
 def test_what_the_html_parser_refuses_is_read_as_it_is():
