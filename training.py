@@ -548,6 +548,7 @@ def save_lora(dit: DiT, file: str | Path, metadata: dict[str, str] | None = None
     The header says the rank and alpha (they are equal: nothing is rescaled) besides `metadata`, such as the
     base model and prompts. The scale at which a LoRA acts goes into `up`.
     """
+    require(loras(dit), "the model has no LoRA to save: save it before it is merged")
     rank = str(max(len(lora.down) for lora in loras(dit)))
     tensors: dict[str, Tensor] = {}
     for name, linear in lora_targets(dit).items():
@@ -692,7 +693,8 @@ def check_lora(dit: DiT, file: str | Path) -> int:
 
 def load_lora(dit: DiT, file: str | Path, scale: float = 1.0) -> DiT:
     """Add a saved LoRA to a model, in place; scale: how strongly it acts. One that is there already stays,
-    and both act. ValueError if it does not fit."""
+    and both act. Nothing of the model has gradients then; `lora.requires_grad_()` of all `loras(dit)` trains
+    on. ValueError if it does not fit."""
     from safetensors.torch import load_file
 
     layers, targets = lora_layers(dit, file), lora_targets(dit)

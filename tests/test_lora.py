@@ -147,6 +147,8 @@ def test_loras_that_do_not_fit_are_refused(tmp_path):
         training.add_lora(with_lora(), 2)
     with bad("rank 0 must"):
         training.add_lora(deeper, 0)
+    with bad("no LoRA to save: save it before it is merged"):
+        training.save_lora(training.merge_lora(with_lora()), tmp_path / "merged.safetensors")
     save_file(load_file(file) | {"layers.0.attn.q.alpha": torch.ones(2)}, file)
     with bad("alpha' of shape .2,., but alpha is one number"):
         training.check_lora(small()[0], file)
