@@ -280,7 +280,7 @@ def tokenize(tokenizer: Any, captions: Sequence[str], length: int) -> tuple[Tens
 
     tokenizer: a SentencePieceProcessor. An empty caption has no token at all: its mask is zero.
     """
-    ids = torch.zeros(len(captions), length, dtype=torch.long)               # T5 pads with 0
+    ids = torch.zeros(len(captions), length, dtype=torch.long, device="cpu")     # T5 pads with 0
     mask = torch.zeros_like(ids)
     for row, caption in enumerate(captions):
         pieces = tokenizer.encode(caption) + [1] if caption else []          # T5 ends with </s> = 1
@@ -288,7 +288,7 @@ def tokenize(tokenizer: Any, captions: Sequence[str], length: int) -> tuple[Tens
             warnings.warn(f"the prompt has {len(pieces)} tokens; only the first {length} are used: "
                           f"{caption[:40]!r}...", stacklevel=2)
             pieces = pieces[: length - 1] + [1]
-        ids[row, : len(pieces)] = torch.tensor(pieces, dtype=torch.long)
+        ids[row, : len(pieces)] = ids.new_tensor(pieces)
         mask[row, : len(pieces)] = 1
     return ids, mask
 

@@ -673,8 +673,9 @@ def key_spans(chunks: Sequence[int], first_seen: Sequence[int] | Tensor, axis: S
                 f"forward or in the cache")
         return axis.index(first) * size, (axis.index(own) + 1) * size
 
-    rows = torch.atleast_2d(torch.as_tensor(first_seen)).tolist()
-    return torch.tensor([[span(first, own) for first, own in zip(row, chunks, strict=True)] for row in rows])
+    rows = torch.atleast_2d(torch.as_tensor(first_seen, device="cpu")).tolist()
+    spans = [[span(first, own) for first, own in zip(row, chunks, strict=True)] for row in rows]
+    return torch.tensor(spans, device="cpu")
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -965,7 +966,7 @@ class DiT(nn.Module):
         stored = [] if cache is None else [chunk for chunk in cache.chunks if chunk < chunks[0]]
         if first_seen is None:
             first_seen = [min(stored + chunks)] * n
-        first = int(torch.as_tensor(first_seen).min())
+        first = int(torch.as_tensor(first_seen, device="cpu").min())
         cached = [chunk for chunk in stored if chunk >= first]
         length = T // n                                                      # latent frames of a chunk
         size = length * (H // p) * (W // p)                                  # tokens of a chunk
@@ -1016,9 +1017,9 @@ def timestep_grid(num_steps: int, shortcut_mode: str = "8,16,16") -> Tensor:
 
     t = shift_time(s^2), with s evenly spaced but for 12 steps (see `shortcut_d`).
     """
-    s = torch.linspace(0, 1, num_steps + 1, dtype=torch.float32)
+    s = torch.linspace(0, 1, num_steps + 1, dtype=torch.float32, device="cpu")
     if num_steps == 12:                  # a step with d covers 1/(2d) of the way
-        steps = 0.5 / torch.tensor(shortcut_d(12, shortcut_mode), dtype=torch.float32)
+        steps = 0.5 / s.new_tensor(shortcut_d(12, shortcut_mode))
         s = F.pad(steps.cumsum(0), (1, 0))
     return shift_time(s**2)
 
@@ -1301,7 +1302,7 @@ def sample(dit: DiT, text: Tensor | Iterator[tuple], text_mask: Tensor | None, s
     if prefix is None:
         # 8: the VAE's patch_size
         H, W = (cfg.height // 8, cfg.width // 8) if noise is None else noise.shape[2:]
-        prefix = torch.zeros(channels, 0, H, W)
+        prefix = torch.zeros(channels, 0, H, W, device="cpu")
     K, P = count_chunks(cfg.num_frames, prefix.shape[1])
     require(K is None or K > P, f"num_frames {cfg.num_frames} leaves nothing to generate: give at least 4")
     if noise is not None:

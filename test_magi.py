@@ -682,7 +682,7 @@ def test_noise_depends_on_seed_and_chunk_alone():
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
 def test_a_run_does_not_depend_on_pytorchs_defaults(dtype):
-    """The noise was another, and in bfloat16 the times were rounded."""
+    """The noise was another, and in bfloat16 the times were rounded. Of devices, a GPU was an error."""
     cfg = dataclasses.replace(QUICK, num_steps=12)
     plain = run_small(cfg)
     torch.set_default_dtype(dtype)
@@ -691,8 +691,9 @@ def test_a_run_does_not_depend_on_pytorchs_defaults(dtype):
     finally:
         torch.set_default_dtype(torch.float32)
     assert all(torch.equal(out[i], plain[i]) for i in plain)
-    with torch.device("meta"):
-        assert torch.equal(magi.chunk_noise(1, 2, (16, 6, 4, 4)), magi.chunk_noise(1, 2, (16, 6, 4, 4)))
+    with torch.device("meta"):  # in the place of a GPU
+        out = run_small(cfg)
+    assert all(torch.equal(out[i], plain[i]) for i in plain)
 
 
 def test_noise_counts_generated_chunks(monkeypatch):

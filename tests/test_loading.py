@@ -95,6 +95,21 @@ def test_the_image_is_the_first_frame(pipe):
     assert first.shape == (24, 32, 48, 3)
 
 
+def test_the_pipeline_does_not_depend_on_pytorchs_defaults(pipe):
+    image = np.random.default_rng(0).integers(0, 255, (40, 50, 3), np.uint8)
+    film = lambda: np.concatenate(list(pipe("a red ball", image=image, num_frames=48)))
+    expected = film()
+    with torch.device("meta"):  # in the place of a GPU
+        found = film()
+    assert same(found, expected)
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        found = film()
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert same(found, expected)
+
+
 def test_text_can_be_encoded_once_and_reused(pipe):
     text = pipe.encode_text(["a red ball"])
     again = np.concatenate(list(pipe(text, num_frames=24)))
