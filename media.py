@@ -20,6 +20,7 @@ import math
 import mimetypes
 import os
 import struct
+import threading
 import warnings
 from bisect import bisect_right
 from collections import deque
@@ -255,9 +256,23 @@ def averaged(image: Image.Image, size: tuple[int, int], fit: str) -> Image.Image
     return image.reduce((across, down))
 
 
+_pillow = threading.Lock()
+
+
+@contextlib.contextmanager
+def without_limit() -> Iterator[None]:
+    """Let Pillow open pictures of any size. Its limit is that of the whole process, so threads take turns."""
+    with _pillow:
+        limit, Image.MAX_IMAGE_PIXELS = Image.MAX_IMAGE_PIXELS, None
+        try:
+            yield
+        finally:
+            Image.MAX_IMAGE_PIXELS = limit
+
+
+@without_limit()
 def open_image(path: str | os.PathLike) -> Image.Image:
     """Image.open, with our own limit of pixels, and HEIC if pillow-heif is there."""
-    limit, Image.MAX_IMAGE_PIXELS = Image.MAX_IMAGE_PIXELS, None
     try:
         return Image.open(path)
     except UnidentifiedImageError:
@@ -273,8 +288,6 @@ def open_image(path: str | os.PathLike) -> Image.Image:
             raise ValueError("it is HEIC: pip install pillow-heif, or save it as JPEG") from None
         register_heif_opener()
         return Image.open(path)
-    finally:
-        Image.MAX_IMAGE_PIXELS = limit
 
 
 def as_rgb(image: Image.Image) -> Image.Image:

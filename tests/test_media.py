@@ -1,6 +1,8 @@
 """Pictures and videos: reading, fitting, writing."""
 
 import io
+import threading
+import time
 from pathlib import Path
 
 import av
@@ -184,3 +186,20 @@ def test_sample_contact_sheet_reads_like_text(tmp_path):
     sheet = np.asarray(Image.open(tmp_path / "a.png"))  # 2 rows of 6 tiles of 96x64, gaps of 2
     tiles = [sheet[2 + 66 * (i // 6) + 30, 2 + 98 * (i % 6) + 50, 0] for i in range(12)]
     assert tiles == [*range(0, 240, 20)]
+
+
+def test_pictures_opened_in_two_threads_leave_pillows_limit(monkeypatch):
+    limit, began = Image.MAX_IMAGE_PIXELS, threading.Event()
+
+    def slow_open(path):
+        began.set()
+        time.sleep(path)
+
+    monkeypatch.setattr(Image, "open", slow_open)
+    first, second = (threading.Thread(target=media.open_image, args=[seconds]) for seconds in (0.1, 0.2))
+    first.start()
+    began.wait()
+    second.start()
+    first.join()
+    second.join()
+    assert Image.MAX_IMAGE_PIXELS == limit
