@@ -173,9 +173,12 @@ def check_dit_config(cfg: Any) -> None:
 
 def check_sampler_config(cfg: Any) -> None:
     for name in ("num_steps", "window", "clean_kv_range", "num_frames", "height", "width", "fps", "seed"):
-        value = getattr(cfg, name)
-        require(hasattr(value, "__index__") or (name, value) == ("num_frames", None),
+        value, number = getattr(cfg, name), None
+        with contextlib.suppress(TypeError):
+            number = operator.index(value)
+        require(number is not None or (name, value) == ("num_frames", None),
                 f"{name} {value!r} must be a whole number")
+        object.__setattr__(cfg, name, number)            # one of NumPy or PyTorch as Python's
     for name in ("clean_t", "nearly_clean_t", "nearly_clean_blend"):
         value = getattr(cfg, name)
         require(hasattr(value, "__float__") and not math.isnan(value), f"{name} {value!r} must be a number")
@@ -193,7 +196,7 @@ def check_sampler_config(cfg: Any) -> None:
         require(value == nearest,
                 f"{name} {value} must be a multiple of 16, 32 to 16384: the nearest is {nearest}")
     require(cfg.fps > 0, f"fps {cfg.fps} must be positive")
-    require(0 <= operator.index(cfg.seed) < 2**63, f"seed {cfg.seed} must be in [0, 2**63)")
+    require(0 <= cfg.seed < 2**63, f"seed {cfg.seed} must be in [0, 2**63)")
     for kind, known in (("special", SPECIAL_TOKENS), ("negative", NEGATIVE_TOKENS)):
         for name in getattr(cfg, f"{kind}_tokens"):
             require(name in known, f"unknown {kind} token {name!r}: choose from {', '.join(known)}")

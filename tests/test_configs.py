@@ -57,9 +57,17 @@ def test_bad_settings_are_refused_when_the_config_is_made(change, message):
         magi.SamplerConfig(**GOOD | change)
 
 
-def test_a_seed_may_be_any_whole_number():
-    for seed in (np.int64(5), torch.tensor(5)):
-        assert magi.SamplerConfig(seed=seed).seed == 5
+@pytest.mark.parametrize("kind", [np.int64, np.array, torch.tensor])
+def test_whole_numbers_of_numpy_and_pytorch_are_pythons(kind):
+    """A run with such a seed failed where the noise was drawn, a config with such num_steps where it was
+    checked."""
+    plain = magi.SamplerConfig(num_steps=16)
+    for name in ("num_steps", "window", "clean_kv_range", "num_frames", "height", "width", "fps", "seed"):
+        cfg = magi.SamplerConfig(**GOOD | {name: kind(getattr(plain, name))})
+        assert cfg == plain and type(getattr(cfg, name)) is int, name
+        with bad(f"{name} .*0.5.* must be a whole number"):
+            magi.SamplerConfig(**GOOD | {name: kind(0.5) if kind is not np.int64 else np.float64(0.5)})
+    magi.chunk_noise(magi.SamplerConfig(seed=kind(5)).seed, 0, (1,))
 
 
 @settings(max_examples=60)
