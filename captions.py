@@ -90,9 +90,11 @@ def late_texts(prompts: Iterable, cfg: Any, encode: Encode, transition: Callable
         yield text, mask, own
 
 
-def each_chunk(text: Tensor, mask: Any, shape: tuple[int, ...]) -> Iterator[tuple]:
+def each_chunk(text: Any, mask: Any, shape: tuple[int, ...]) -> Iterator[tuple]:
     """Text (L, C) or (chunks, L, C), and its mask, checked -> an iterator over chunks."""
-    require(isinstance(mask, Tensor), "text needs its text_mask, which says which rows are not padding")
+    require(isinstance(text, Tensor) and isinstance(mask, Tensor),
+            f"text and text_mask must be tensors, not {type(text).__name__} and {type(mask).__name__}: the "
+            f"mask says which rows of the text are not padding")
     texts, masks = (text[None], mask[None]) if text.dim() == 2 else (text, mask)
     require(texts.shape[1:] == shape and masks.shape == texts.shape[:2] and len(texts) > 0,
             f"text {tuple(text.shape)} and text_mask {tuple(mask.shape)} must be {shape} and ({shape[0]},), "

@@ -1312,7 +1312,7 @@ def sample(dit: DiT, text: Tensor | Iterator[tuple], text_mask: Tensor | None, s
                 f"noise must be {shape} for a run of {K} chunks, not {tuple(noise.shape)}")
     table = special_tokens or {}
     checkpoints.check_tokens(cfg, table, dit.cfg.text_dim, math.inf if K is None else K - P)
-    if isinstance(text, Tensor):
+    if isinstance(text, Tensor) or text_mask is not None:
         text = captions.each_chunk(text, text_mask, tuple(dit.null_text.shape))      # checked, one by one
     return _Run(dit, cfg, K, P, text, table, prefix, noise, skip).stream(progress or (lambda _: None))
 

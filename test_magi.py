@@ -630,6 +630,13 @@ def test_bad_tensors_are_refused_at_the_call():
         magi.sample(dit, text.new_zeros(0, 14, 12), mask.new_zeros(0, 14), QUICK, special_tokens=tokens)
     with bad("text .13, 12. .* must be .14, 12."):
         magi.sample(dit, text[1:], mask[1:], QUICK, special_tokens=tokens)
+    for others, message in (
+        ((text, None), "must be tensors, not Tensor and NoneType: the mask says which rows"),
+        ((text.numpy(), mask.numpy()), "not ndarray and ndarray"),  # "text () of chunk 0" was not the reason
+        (([text] * 3, [mask] * 3), "not list and list"),
+    ):
+        with bad(message):
+            magi.sample(dit, *others, QUICK, special_tokens=tokens)
     with bad("leaves nothing to generate"):
         magi.sample(dit, text, mask, dataclasses.replace(QUICK, num_frames=3), special_tokens=tokens)
 
