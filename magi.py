@@ -529,6 +529,8 @@ class VAE(nn.Module):
 
     def _checked(self, video: Tensor) -> Tensor:
         """The video, if it can be encoded; an image as 4 equal frames, which make one latent frame."""
+        require(video.dim() == 5 and video.shape[1] == self.cfg.in_chans, f"cannot encode "
+                f"{tuple(video.shape)}: give (B, {self.cfg.in_chans}, frames, height, width)")
         (frames, height, width), (pt, p, _) = video.shape[2:], self.patch
         require(frames == 1 or frames % pt == 0,
                 f"cannot encode {frames} frames: give 1 or a multiple of {pt}")
@@ -552,6 +554,8 @@ class VAE(nn.Module):
     def decode(self, latent: Tensor, tile: tuple[int, int, int] | None = (12, 256, 256),
                overlap: float = 0.25) -> Tensor:
         """(B, 16, T, H, W) -> video (B, 3, 4T, 8H, 8W). Of an image the caller keeps the first frame."""
+        require(latent.dim() == 5 and latent.shape[1] == self.cfg.z_chans, f"cannot decode "
+                f"{tuple(latent.shape)}: give (B, {self.cfg.z_chans}, T, H, W)")
         if tile is None:
             return self.decoder(latent, self.ops)
         decode_tile = lambda place: self.decoder(latent[..., *place], self.ops)

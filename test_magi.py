@@ -1055,6 +1055,14 @@ def test_vae_refuses_what_it_cannot_encode():
             vae.encode(torch.zeros(1, 3, *shape))
     with bad("tile"):
         vae.encode(torch.zeros(1, 3, 4, 32, 32), tile=(4, 30, 32))
+    for call, shape, message in (
+        (vae.encode, (3, 4, 32, 32), r"encode \(3, 4, 32, 32\): give \(B, 3, frames, height, width\)"),
+        (vae.encode, (1, 4, 4, 32, 32), r"encode \(1, 4, 4, 32, 32\)"),
+        (vae.decode, (4, 2, 8, 8), r"decode \(4, 2, 8, 8\): give \(B, 4, T, H, W\)"),  # as sample yields them
+        (vae.decode, (1, 16, 2, 8, 8), r"decode \(1, 16, 2, 8, 8\)"),
+    ):
+        with bad(message):
+            call(torch.zeros(*shape))
 
 
 def test_vae_bears_constant_heads():
