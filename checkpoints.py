@@ -155,8 +155,6 @@ def check_vae_config(cfg: Any) -> None:
 def check_dit_config(cfg: Any) -> None:
     require(cfg.dtype in ("float32", "bfloat16", "float16"),
             f"dtype {cfg.dtype!r} is not one of 'float32', 'bfloat16', 'float16'")
-    require(cfg.dtype == "bfloat16" or not cfg.fp8,
-            f"dtype {cfg.dtype!r} is not that of an fp8 model, which computes in 'bfloat16'")
     require(cfg.num_heads % cfg.num_kv_heads == 0,
             f"num_heads {cfg.num_heads} must be a multiple of num_kv_heads {cfg.num_kv_heads}")
     require(cfg.head_dim % 8 == 0, f"head_dim {cfg.head_dim} must be a multiple of 8 (rotary bands)")

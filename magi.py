@@ -1471,6 +1471,8 @@ def load_dit(folder: str | Path, device: Device = "cpu", dtype: str | None = Non
     """A DiT alone; dtype overrides that of its blocks. To train it, ask for gradients: requires_grad_()."""
     cfg = read_config(folder, "dit", DiTConfig)
     cfg = dataclasses.replace(cfg, dtype=dtype or cfg.dtype)
+    require(cfg.dtype == "bfloat16" or not cfg.fp8,
+            f"dtype {cfg.dtype!r} is not that of an fp8 model, which computes in 'bfloat16'")
     dit = fill(build(lambda: DiT(cfg), folder), folder, device)
     dit.ops = get_ops(backend, device)
     return dit

@@ -1,5 +1,6 @@
 """Configs: what is refused when one is made, and the sizes of the presets."""
 
+import json
 import math
 
 import numpy as np
@@ -85,10 +86,11 @@ def test_steps_are_accepted_exactly_if_divisible_and_the_advice_is_right(n, wind
 
 
 @pytest.mark.parametrize("dtype", ["float32", "float16"])
-def test_an_fp8_model_computes_in_bfloat16(dtype):
+def test_an_fp8_model_computes_in_bfloat16(tmp_path, dtype):
     """Another dtype was an error within PyTorch at the first forward."""
+    (tmp_path / "config.json").write_text(json.dumps({"dit": {"fp8": True}}))
     with bad(f"dtype '{dtype}' is not that of an fp8 model, which computes in 'bfloat16'"):
-        magi.DiTConfig(fp8=True, dtype=dtype)
+        magi.load_dit(tmp_path, dtype=dtype)
 
 
 def test_parameter_counts_of_the_zoo():
