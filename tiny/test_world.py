@@ -112,6 +112,14 @@ def test_films_cut_from_one_clip_to_another():
     assert np.abs(half.frames[0, 0, 0] - whole.frames[0, :2, :2].mean((0, 1))).max() <= 0.5
 
 
+def test_late_films_begin_in_the_middle_of_a_clip_of_one_thing():
+    for seed in range(4):
+        late = train.make_late_film(seed, 2, SIZE)
+        clip = world.make_clip(seed + 2 * 10**8, chunks=seed + 3, events=0, kind="alone")
+        assert late.captions == clip.captions[seed + 1 :]
+        assert (late.frames == clip.frames[24 * (seed + 1) :]).all()
+
+
 def test_training_stages_run_and_write_what_load_reads(tmp_path, monkeypatch):
     for name in ("base", "vae", "t5"):
         shutil.copytree(HERE / "tiny" / name, tmp_path / name)

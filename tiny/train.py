@@ -494,6 +494,9 @@ def tokenizer(spiece: Path):
 # ------------------------------------------------------------------------------------- 5 clips as latents
 
 
+LATE = 384  # late films of each process
+
+
 class Film(NamedTuple):
     """What is shown in training."""
 
@@ -508,14 +511,27 @@ def make_film(seed: int, chunks: int, size: int) -> Film:
     clip, n = world.make_clip(seed, kind="alone" if more else ""), chunks
     if chunks > 1 and seed % 6 == 0:
         n = 1 + seed // 6 % (chunks - 1)
-    frames = world.render(clip, 0, 24 * n)
-    if size < SIZE:
-        frames = np.rint(halved(frames)).astype(np.uint8)
-    first = Film(frames, clip.captions[:n])
+    first = filmed(clip, range(n), size)
     if n == chunks:
         return first
     then = make_film(seed + 10**8 + 1, chunks - n, size)
     return Film(np.concatenate([first.frames, then.frames]), first.captions + then.captions)
+
+
+def make_late_film(seed: int, chunks: int, size: int) -> Film:
+    """Chunks 2 to 7 of a clip and later ones: one thing, whose caption stays. In half of these clips it slid
+    or fell, and rests by then, which the first chunks of a clip do not show."""
+    start = 1 + seed % 6
+    clip = world.make_clip(seed + 2 * 10**8, chunks=start + chunks, events=0, kind="alone")
+    return filmed(clip, range(start, start + chunks), size)
+
+
+def filmed(clip: world.Clip, chunks: range, size: int) -> Film:
+    """These chunks of a clip."""
+    frames = world.render(clip, 24 * chunks.start, 24 * chunks.stop)
+    if size < SIZE:
+        frames = np.rint(halved(frames)).astype(np.uint8)
+    return Film(frames, clip.captions[chunks.start : chunks.stop])
 
 
 def halved(images: np.ndarray) -> np.ndarray:
@@ -563,9 +579,11 @@ class Films(Stored):
 
     PER_FILE = {1: 256, 4: 64}  # films, by their chunks
 
-    def __init__(self, vae: magi.VAE, chunks: int, args):
-        super().__init__(args.work / f"films{args.size}_{chunks}", self.PER_FILE[chunks], self.make_all)
-        self.vae, self.paint = vae, functools.partial(make_film, chunks=chunks, size=args.size)
+    def __init__(self, vae: magi.VAE, chunks: int, args, late: bool = False):
+        folder = args.work / f"films{args.size}_{chunks}{'late' if late else ''}"
+        super().__init__(folder, self.PER_FILE[chunks], self.make_all)
+        make = make_late_film if late else make_film
+        self.vae, self.paint = vae, functools.partial(make, chunks=chunks, size=args.size)
         self.pool = ProcessPoolExecutor(args.workers) if args.workers else None
 
     def make_all(self, seeds: range) -> dict:
@@ -613,7 +631,8 @@ def train_dit(args) -> None:
     Chunks alone first: with a history to copy from, captions are learned four times slower. Later more and
     more often two or four in a row, which teach histories, continuations and changes at a boundary. At the
     whole size most of these show the moment at which a chunk enters after clean ones: then it has to read
-    from them where things are and how fast they move, which left to chance it learns but slowly.
+    from them where things are and how fast they move, which left to chance it learns but slowly. Some show
+    late films, without which things that rest lose their shape in long videos.
     """
     torch.manual_seed(1)
     vae = magi.load_vae(args.out / "vae").to(args.device)
@@ -627,6 +646,7 @@ def train_dit(args) -> None:
     if args.compile:
         compile_layers(model.dit)
     singles, films = Films(vae, 1, args), Films(vae, 4, args)
+    late = Films(vae, 4, args, late=True)
     batch_size = args.batch // parallel.ranks()
     # What moves how is decided below t = 0.1, where the report's law puts 1 draw in 70: most clips take the
     # sampler's own times instead.
@@ -643,20 +663,23 @@ def train_dit(args) -> None:
             null_share=0.1,
         ),
     }
+    cfgs["late"] = dataclasses.replace(cfgs["enters"], image_share=0.0, video_share=1.0)
 
     def loss_of_step(i: int):
         step = i // parallel.ranks()
         rng, done = np.random.default_rng([step, 10]), step / args.steps  # alike in all processes
         if args.init:
-            shares = [0.4, 0.2, 0.4]
+            shares = [0.45, 0.2, 0.2, 0.15]
         else:
             several = np.clip(2 * done - 0.2, 0, 0.6)
-            shares = [1 - several, several, 0]
+            shares = [1 - several, several, 0, 0]
         kind = str(rng.choice([*cfgs], p=shares))
-        n = 1 if kind == "alone" else int(rng.choice([2, 4]))
+        n = 1 if kind == "alone" else int(rng.choice([2, 4], p=[0.6, 0.4]))
         rng = np.random.default_rng([i, 11])
         shown = batch_size * step  # chunks so far, each about sixteen times
-        if n > 1:
+        if kind == "late":
+            batch = make_batch(late, rng, n, batch_size // n, LATE, model)
+        elif n > 1:
             batch = make_batch(films, rng, n, batch_size // n, min(args.films, 128 + shown // 64), model)
         else:
             batch = make_batch(singles, rng, 1, batch_size, min(args.singles, 512 + shown // 16), model)
@@ -711,7 +734,7 @@ def distill(args) -> None:
         compile_layers(model.dit)
         compile_layers(student)
     sampler = dataclasses.replace(model.sampler, distilled=True, num_steps=8)
-    films = Films(vae, 4, args)
+    films, late = Films(vae, 4, args), Films(vae, 4, args, late=True)
     cfg = training.TrainingConfig(video_share=0.5, whole_share=0.8)
 
     def loss_of_step(i: int):
@@ -719,7 +742,8 @@ def distill(args) -> None:
         num_steps = training.shortcut_steps(step)
         n = int(np.random.default_rng([step, 12]).choice([1, 2, 3, 4], p=[0.3, 0.15, 0.15, 0.4]))
         rng = np.random.default_rng([i, 13])
-        batch = make_batch(films, rng, n, args.batch // parallel.ranks() // n, args.films, model)
+        some, of = (late, LATE) if rng.random() < 0.25 else (films, args.films)
+        batch = make_batch(some, rng, n, args.batch // parallel.ranks() // n, of, model)
         generator = torch.Generator().manual_seed(i)
         with autocast(args.device):
             loss = training.shortcut_loss(
@@ -950,9 +974,9 @@ class Recipe(NamedTuple):
     The given frames of a clip ended before its last chunk; now they may be all frames but the last. In these
     22,100 steps two batches of three were clips of one chunk, and none was of the kind "enters". That came
     after, with a frozen text encoder: 1,400 steps of 32 chunks at 1.5e-3, of which half the way was kept, and
-    1,780 at 5e-4, half of them of one chunk. The distilled weights moved as the base's did, and then learned
-    640 steps more at 5e-4, five of eight at 1/64. Of both, the mean with the weights before is shipped: it
-    follows captions as those did, and keeps most of what was learned. In the first 300 steps of "decoder" one
+    4,800 at 5e-4, from step 1,780 on at 1e-3, with late films from step 2,785 on. The distilled weights moved
+    as the base's did, and then learned 640 steps more at 5e-4, five of eight at 1/64. Shipped is the mean
+    with those before: without it circles were lost in long videos. In the first 300 steps of "decoder" one
     clip in four kept its latents, and all offsets were as large as they may; RIM came after 750. Until step
     1,800 OFFSET was 0.12 and SEAM 2, in the last 550 steps 0.06 and 0.5. Squares weighed 2 in the first 930
     and 12 in the last 550.
