@@ -520,7 +520,7 @@ def make_film(seed: int, chunks: int, size: int) -> Film:
 
 def make_late_film(seed: int, chunks: int, size: int) -> Film:
     """Chunks of a clip from its second, or a later one up to its seventh, on: one thing, whose caption stays.
-    In half of these clips it slid or fell, and rests by then, which the first chunks of a clip do not show."""
+    In half of these it slid or fell, and rests by then, which the first chunks of a clip do not show."""
     start = 1 + seed % 6
     clip = world.make_clip(seed + 2 * 10**8, chunks=start + chunks, events=0, kind="alone")
     return filmed(clip, range(start, start + chunks), size)
