@@ -28,7 +28,7 @@ import torch.nn.functional as F
 from safetensors.torch import load_file
 from torch import Tensor
 
-from checkpoints import GUIDANCE, check_text_encoder, reading, require, weight_files
+from checkpoints import GUIDANCE, check_text_encoder, reading, require, text_encoder_files
 
 Encode = Callable[[Sequence[str]], tuple[Tensor, Tensor]]     # captions -> text (n, L, C), mask (n, L)
 MAX_TOLD = 2_000                         # characters of a prompt that is told while the video is made
@@ -358,6 +358,7 @@ class T5:
         with torch.device("meta"):
             model: Any = T5EncoderModel(T5Config.from_pretrained(self.folder, local_files_only=True))
         model = model.to(self.dtype)
+        model.encoder.embed_tokens = model.shared
         if self.dtype == torch.float16:                      # its sums would overflow
             for block in model.encoder.block:
                 block.layer[-1].DenseReluDense.wo.float()
@@ -367,20 +368,18 @@ class T5:
         """The model with its weights, of safetensors or, in an official download, of .bin files."""
         model = self.make()
         dtypes = {name: u.dtype for name, u in model.state_dict().items()}
-        name = "model.safetensors"
-        load: Callable[[Path, str], dict[str, Tensor]] = load_file
-        if not any(self.folder.glob("*.safetensors")):
-            from convert_weights import load_pickle
-
-            name, load = "pytorch_model.bin", load_pickle
         missing = set(dtypes)
-        for file in weight_files(self.folder, name):
-            weights = load(file, "cpu")
+        for file in text_encoder_files(self.folder):
+            if file.suffix == ".bin":
+                from convert_weights import load_pickle
+
+                weights = load_pickle(file, "cpu")
+            else:
+                weights = load_file(file, "cpu")
             found = {k: weights[k].to(self.device, dtypes[k]) for k in dtypes.keys() & weights.keys()}
             model.load_state_dict(found, strict=False, assign=True)
             missing -= found.keys()
         self.refuse_without(missing)
-        model.encoder.embed_tokens = model.shared
         return model.eval()
 
     def refuse_without(self, names: Iterable[str]) -> None:

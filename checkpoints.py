@@ -346,6 +346,13 @@ def weight_files(folder: str | Path, name: str = "model.safetensors") -> list[Pa
     return files
 
 
+def text_encoder_files(folder: str | Path) -> list[Path]:
+    """The weights of a T5 folder: safetensors or, in an official download, .bin files."""
+    names = ("model.safetensors", "model.safetensors.index.json")
+    has_safetensors = any((Path(folder) / name).is_file() for name in names)
+    return weight_files(folder, "model.safetensors" if has_safetensors else "pytorch_model.bin")
+
+
 def read_headers(files: Iterable[str | Path]) -> dict[str, tuple[tuple[int, ...], bool]]:
     """Name -> shape, whether fp8, of all tensors in safetensors files. ValueError if one is corrupt."""
     found = {}

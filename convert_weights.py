@@ -56,7 +56,16 @@ from tqdm import tqdm
 
 import magi
 import parallel
-from checkpoints import compare_headers, load_module, make_config, read_json, reading, require, weight_files
+from checkpoints import (
+    compare_headers,
+    load_module,
+    make_config,
+    read_json,
+    reading,
+    require,
+    text_encoder_files,
+    weight_files,
+)
 from magi import DiTConfig, SamplerConfig, VAEConfig
 from outputs import check_room, new_folder, save
 from terminal import Parser, exit_code
@@ -524,9 +533,7 @@ def run_t5(src: Path, out: Path, force: bool) -> None:
         with reading("config", src / "config.json"):
             expected = meta_weights(lambda: T5EncoderModel(T5Config(**config)).to(torch.bfloat16))
         del expected["encoder.embed_tokens.weight"]
-        has_safetensors = any((src / name).is_file() for name in ("model.safetensors", INDEX))
-        files = weight_files(src, "model.safetensors" if has_safetensors else "pytorch_model.bin")
-        convert_files(files, convert_t5, expected, folder)
+        convert_files(text_encoder_files(src), convert_t5, expected, folder)
         write_json(config, folder / "config.json")
         shutil.copyfile(src / "spiece.model", folder / "spiece.model")
 

@@ -471,7 +471,6 @@ class T5(magi.T5):
         model = self.make()
         self.refuse_without(model.state_dict().keys() - read_headers(weight_files(self.folder)).keys())
         Streamed(model, "encoder.block", self.folder, str(self.device), "disk")
-        model.encoder.embed_tokens = model.shared
         return model
 
 
