@@ -267,6 +267,7 @@ def check_forward(x: Tensor, t: Tensor, text: Tensor, text_mask: Tensor, chunks:
             f"x {tuple(x.shape)}, t {tuple(t.shape)}, text {tuple(text.shape)} and text_mask "
             f"{tuple(text_mask.shape)} must be (B, 16, T, H, W), (B, n), (B, n, L, C) and (B, n, L)")
     B, n = t.shape
+    require(B > 0 and n > 0, f"t {(B, n)} is empty: give at least one clip of at least one chunk")
     require(chunks is None or len(chunks) == n and all(a < b for a, b in itertools.pairwise(chunks)),
             f"chunks {chunks} must be {n} rising numbers, one for each chunk")
     if first_seen is not None:

@@ -732,7 +732,7 @@ def describe(args: argparse.Namespace, base: DiT, batches: Batches) -> None:
     lines.append(planner.show_training(needs, planner.memory_of(args.device)))
     for name, folder in (("VAE", args.vae), ("T5", args.t5)):
         size = terminal.weight_bytes(folder)
-        lines.append(f"before it, for what is not cached: {name}, {size / 1e9:.2f} GB")
+        lines.append(f"before it, for what is not cached: {name}, {size / planner.GIB:.2f} GiB")
     print("\n".join(lines), file=sys.stderr)
 
 

@@ -960,6 +960,7 @@ class DiT(nn.Module):
               cache: KVCache | None, store: int) -> tuple[Tensor, Context]:
         """The arguments of `forward` -> tokens (B, N, D), and what all layers share."""
         checkpoints.check_forward(x, t, text, text_mask, chunks, first_seen, conditional)
+        require(cache is not None or not store, f"store {store} needs a cache: give a KVCache")
         B, n = t.shape
         T, H, W = x.shape[2:]
         p = self.cfg.patch_size

@@ -246,13 +246,13 @@ def training_needs(dit: magi.DiT, command: str, rank: int, tokens: int, text_tok
 
 
 def show_training(needed: dict[str, float], here: float | None) -> str:
-    """What training_needs gives in GB (10^9 bytes), the sum, and on which cards that fits."""
+    """What training_needs gives in GiB, the sum, and on which cards that fits."""
     total = sum(needed.values())
     answer = lambda card: "yes" if fits(total, card) else "no"
-    parts = ", ".join(f"{name} {size / 1e9:.2f}" for name, size in needed.items())
+    parts = ", ".join(f"{name} {size / GIB:.2f}" for name, size in needed.items())
     cards = ", ".join(f"{gb} GB: {answer(gb)}" for gb in (12, 24, 48, 80))
-    machine = "" if here is None else f"; this machine, {here / 1e9:.1f} GB: {answer(here / GIB)}"
-    return f"a step needs about {total / 1e9:.2f} GB: {parts}\nfits on a card of {cards}{machine}"
+    machine = "" if here is None else f"; this machine, {here / GIB:.1f} GiB: {answer(here / GIB)}"
+    return f"a step needs about {total / GIB:.2f} GiB: {parts}\nfits on a card of {cards}{machine}"
 
 
 def memory_of(device: str) -> float | None:

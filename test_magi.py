@@ -272,6 +272,8 @@ def test_arguments_that_do_not_go_together_are_refused():
         (dict(chunks=[0, 1, 2]), r"chunks \[0, 1, 2\] must be 2 rising numbers"),
         (dict(chunks=[1, 0]), r"chunks \[1, 0\] must be"),
         (dict(conditional=torch.tensor([True, False])), r"conditional \(2,\) must be a bool or \(3, 2\)"),
+        (dict(x=x[:0], t=t[:0], text=texts[:0], text_mask=masks[:0]), r"t \(0, 2\) is empty"),
+        (dict(store=1), "store 1 needs a cache: give a KVCache"),
     ):
         with bad(message):
             dit(**dict(x=x, t=t, text=texts, text_mask=masks) | change)

@@ -445,9 +445,11 @@ def test_a_prompt_reaches_the_next_chunk_that_enters(film):
     first = kinds.index((BLUE, "cut"))
     assert kinds[:first] == [(RED, None)] * first and kinds[first + 1 :] == [(BLUE, None)] * (end - 1 - first)
     assert end - 3 <= first <= end - 1  # after the chunks that were in flight
-    assert re.fullmatch(
-        r"From your prompt to its first frame: \d+\.\d s. The schedule needs at least 3\.\d s.", film.latency
+    latency = re.fullmatch(
+        r"From your prompt to its first frame: (\d+\.\d) s. The schedule needs at least (\d+\.\d) s.", film.latency
     )
+    shown, least = map(float, latency.groups())
+    assert shown >= least >= 3  # a busy machine is slower than the film plays, and then needs more
 
 
 def test_the_film_is_what_the_command_line_would_make(film):

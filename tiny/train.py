@@ -730,6 +730,8 @@ def distill(args) -> None:
     model.requires_grad_(False).to(args.device)
     model.sampler = checkpoints.read_config(args.out / "base", "sampler", magi.SamplerConfig)
     student = copy.deepcopy(model.dit).requires_grad_()
+    if args.init:
+        student.load_state_dict(magi.load_dit(args.init / "distill").state_dict())
     if args.compile:
         compile_layers(model.dit)
         compile_layers(student)
@@ -1009,7 +1011,7 @@ def parser() -> terminal.Parser:
     flag("--batch", type=count, help="vae: clips, at most 8; else chunks of all processes")
     flag("--every", type=count, default=250, help="steps from checkpoint to checkpoint")
     flag("--size", type=int, choices=[64, 128], default=SIZE, help="dit, distill: of frames, in pixels")
-    flag("--init", type=Path, help="vae, dit: go on from the weights in this folder, such as tiny")
+    flag("--init", type=Path, help="vae, dit, distill: go on from the weights in this folder, as in tiny")
     flag("--singles", type=count, default=40000, help="dit: clips of one chunk, of each process")
     flag("--films", type=count, default=4000, help="dit, distill: clips of four chunks, of each process; "
          "decoder: of one")  # fmt: skip
