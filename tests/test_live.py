@@ -446,7 +446,8 @@ def test_a_prompt_reaches_the_next_chunk_that_enters(film):
     assert kinds[:first] == [(RED, None)] * first and kinds[first + 1 :] == [(BLUE, None)] * (end - 1 - first)
     assert end - 3 <= first <= end - 1  # after the chunks that were in flight
     latency = re.fullmatch(
-        r"From your prompt to its first frame: (\d+\.\d) s. The schedule needs at least (\d+\.\d) s.", film.latency
+        r"From your prompt to its first frame: (\d+\.\d) s. The schedule needs at least (\d+\.\d) s.",
+        film.latency,
     )
     shown, least = map(float, latency.groups())
     assert shown >= least >= 3  # a busy machine is slower than the film plays, and then needs more

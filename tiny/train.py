@@ -5,7 +5,7 @@
            step shows four times as many, then at the whole (--init)        -> tiny/t5/, tiny/base/
     distill  three branches and many steps into one branch and few          -> tiny/distill/
     decoder  the VAE's decoder goes on, on latents as the distilled model leaves them  -> tiny/vae/
-    clips  mp4 files with captions that teach a new colour or shape (--teach cyan, cross)  -> --out
+    clips  mp4 files with captions that teach a new colour or shape (--teach cyan, bar)  -> --out
     lora   the same, by `training.py lora`, and what the judge says         -> tiny/lora/cyan.safetensors
     eval   what the judge says of prompts that were never trained on
     steps  base and distilled at 64 to 4 steps: a table and a plot          -> tiny/examples/steps.*

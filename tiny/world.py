@@ -62,7 +62,7 @@ COLOURS = {
 }
 NEW_COLOURS = {"cyan": (30, 225, 235)}  # never drawn by make_clip: for a LoRA to learn, by `scene`
 SHAPES = ("ball", "square", "triangle", "star", "ring")
-NEW_SHAPES = ("cross",)  # never drawn by make_clip either
+NEW_SHAPES = ("bar", "cross")  # never drawn by make_clip either
 MOTIONS = {
     "bounce":        ("bounces", "bounces on the floor", "keeps bouncing"),
     "left":          ("slides to the left", "slides left", "moves to the left"),
@@ -385,6 +385,7 @@ OUTLINE = {  # signed distance of (x, y) from the centre to the outline, negativ
     "triangle": lambda x, y, r: np.maximum(y - r, (2 * np.abs(x) - y - r) / 5**0.5),
     "star": _star,
     "ring": lambda x, y, r: np.abs(np.hypot(x, y) - 0.7 * r) - 0.3 * r,
+    "bar": lambda x, y, r: np.maximum(np.abs(x) - r, np.abs(y - 0.5 * r) - 0.5 * r),  # on the floor, too
     "cross": lambda x, y, r: np.maximum(
         np.maximum(np.abs(x), np.abs(y)) - r, np.minimum(np.abs(x), np.abs(y)) - 0.35 * r
     ),
