@@ -1468,13 +1468,15 @@ class _Run:
 
 
 def load_dit(folder: str | Path, device: Device = "cpu", dtype: str | None = None,
-             backend: str = "torch") -> DiT:
-    """A DiT alone; dtype overrides that of its blocks. To train it, ask for gradients: requires_grad_()."""
+             backend: str = "torch", read: Callable | None = None) -> DiT:
+    """A DiT alone; dtype overrides that of its blocks. To train it, ask for gradients: requires_grad_().
+    read(dit, folder, device) gives it its weights; None: checkpoints.fill."""
     cfg = read_config(folder, "dit", DiTConfig)
     cfg = dataclasses.replace(cfg, dtype=dtype or cfg.dtype)
     require(cfg.dtype == "bfloat16" or not cfg.fp8,
             f"dtype {cfg.dtype!r} is not that of an fp8 model, which computes in 'bfloat16'")
-    dit = fill(build(lambda: DiT(cfg), folder), folder, device)
+    dit = build(lambda: DiT(cfg), folder)
+    (read or fill)(dit, folder, device)
     dit.ops = get_ops(backend, device)
     return dit
 

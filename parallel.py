@@ -41,7 +41,6 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import gc
-import itertools
 import math
 import os
 import sys
@@ -61,7 +60,7 @@ from safetensors import safe_open
 from torch import Tensor, nn
 
 import magi
-from checkpoints import build, fill, read_config, read_headers, require, weight_files
+from checkpoints import fill, read_headers, require, weight_files
 
 # ------------------------------------------------------------------------------------------------------------
 # 1  Ranks
@@ -176,11 +175,12 @@ def first_to_tell() -> bool:
 # and each chunk is equal work for all. Where the tokens do not divide, the last ranks' shares end in zeros.
 
 
-def exchange(u: Tensor) -> Tensor:
-    """(R, ...), of which part r is for rank r -> (R, ...), of which part r is from rank r."""
-    got = u.new_empty(u.shape)
-    dist.all_to_all_single(got, u.contiguous())
-    return got
+def exchange(u: Tensor, split: int, join: int) -> Tensor:
+    """Split along one axis, a part for each rank; what comes from each of them is joined along another."""
+    parts = torch.stack(u.chunk(ranks(), split))
+    got = torch.empty_like(parts)
+    dist.all_to_all_single(got, parts)
+    return torch.cat(list(got), join)
 
 
 def check_heads(cfg: magi.DiTConfig) -> None:
@@ -191,64 +191,63 @@ def check_heads(cfg: magi.DiTConfig) -> None:
 
 
 class Share:
-    """Shares a DiT's tokens among the ranks. s: tokens of a chunk, of which a forward has n."""
+    """Shares a DiT's tokens among the ranks. s: tokens of a chunk, of which a forward has n; s': these and as
+    many zeros as it takes for R to divide them."""
 
     def __init__(self, dit: magi.DiT):
         check_heads(dit.cfg)
-        self.patchify, self.s = dit.patchify, 0
+        self.patchify, self.patch, self.s = dit.patchify, dit.cfg.patch_size, 0
         dit.patchify = self.first_tokens
         dit.layers[0].register_forward_pre_hook(self.first_angles)
         for layer in dit.layers:
             layer.attn.core.forward = partial(self.attend, layer.attn.core.forward)
         dit.final_linear.register_forward_hook(self.gather)
 
-    def split(self, u: Tensor) -> Tensor:
-        """All tokens (B, n s, ...) -> every rank's share of them (R, B, n s/R, ...)."""
+    def filled(self, u: Tensor) -> Tensor:
+        """All tokens (B, n s, ...) -> (B, n, s', ...)."""
         u = u.unflatten(1, (-1, self.s))
         zeros = u.new_zeros(*u.shape[:2], -self.s % ranks(), *u.shape[3:])
-        return rearrange(torch.cat([u, zeros], dim=2), "b n (r s) ... -> r b (n s) ...", r=ranks())
+        return torch.cat([u, zeros], dim=2)
 
-    def join(self, shares: Tensor) -> Tensor:
+    def whole(self, u: Tensor) -> Tensor:
         """The way back."""
-        chunks = rearrange(shares, "r b (n s) ... -> b n (r s) ...", s=math.ceil(self.s / ranks()))
-        return chunks[:, :, : self.s].flatten(1, 2)
+        return u[:, :, : self.s].flatten(1, 2)
+
+    def mine(self, u: Tensor) -> Tensor:
+        """All tokens (B, n s, ...) -> this rank's (B, n s'/R, ...)."""
+        return self.filled(u).chunk(ranks(), dim=2)[rank()].flatten(1, 2)
 
     def first_tokens(self, x: Tensor) -> Tensor:
-        """In the place of DiT.patchify, chunk by chunk: all tokens, in float32, are never there."""
-        shares = []
-        for chunk in x.split(magi.CHUNK, dim=2):
-            tokens = self.patchify(chunk)
-            self.s = tokens.shape[1]
-            shares.append(self.split(tokens)[rank()])
-        return torch.cat(shares, dim=1)
+        """In the place of DiT.patchify, which is given this rank's patches alone, as frames of one patch."""
+        patches = rearrange(x, "b c t (h p) (w q) -> b (t h w) c p q", p=self.patch, q=self.patch)
+        self.s = patches.shape[1] * magi.CHUNK // x.shape[2]
+        return self.patchify(self.mine(patches).transpose(1, 2))
 
     def first_angles(self, layer: nn.Module, args: tuple) -> None:
         ctx = args[1]
-        ctx.angles = self.split(ctx.angles[None])[rank(), 0]
+        ctx.angles = self.mine(ctx.angles[None])[0]
 
     def attend(self, core: Callable, q: Tensor, k: Tensor, v: Tensor, ctx: magi.Context, out: Tensor) -> None:
         """In the place of CachedAttention.forward, which gets all tokens of this rank's heads."""
-        R = ranks()                                                          # q (B, n s/R, Hq, hd)
-        parts = [rearrange(u, "b n (r h) d -> r b n h d", r=R) for u in (q, k, v)]
-        heads = self.join(exchange(torch.cat(parts, dim=3)))                 # (B, n s, Hq/R + 2 Hkv/R, hd)
-        qkv = heads.split([u.shape[2] // R for u in (q, k, v)], dim=2)
-        result = core(*qkv, ctx)                                             # (B, n s, Hq/R, hd)
-        del heads, qkv
-        result = exchange(self.split(result))                                # (R, B, n s/R, Hq/R, hd)
-        out.unflatten(2, (R, -1)).copy_(rearrange(result, "r b n h d -> b n r h d"))
+        chunks = lambda u: u.unflatten(1, (len(ctx.chunks), -1))             # (B, n, s'/R, heads, hd)
+        q, k, v = (self.whole(exchange(chunks(u), split=3, join=2)) for u in (q, k, v))
+        result = self.filled(core(q, k, v, ctx))                             # (B, n, s', Hq/R, hd)
+        del q, k, v
+        out.copy_(exchange(result, split=2, join=3).flatten(1, 2))
 
     def gather(self, linear: nn.Module, args: tuple, share: Tensor) -> Tensor:
-        """This rank's velocities (B, n s/R, ...) -> all (B, n s, ...)."""
-        return self.join(exchange(share.expand(ranks(), *share.shape)))
+        """This rank's velocities (B, n s'/R, ...) -> all (B, n s, ...)."""
+        share = share.unflatten(1, (-1, math.ceil(self.s / ranks())))
+        return self.whole(exchange(share.repeat(ranks(), 1, 1, 1), split=0, join=2))
 
 
 def deal(device: str, fn: Callable, windows: Sequence) -> Iterator[Tensor]:
     """In the place of `map` for the tiles of a VAE: dealt out in rounds; each rank gets all of them."""
     for first in range(0, len(windows), ranks()):
-        mine = [fn(window).cpu() for window in windows[first : first + ranks()][rank() : rank() + 1]]
+        mine = first + rank()
         tiles: list = [None] * ranks()
-        dist.all_gather_object(tiles, mine)
-        yield from (tile.to(device) for tile in itertools.chain(*tiles))
+        dist.all_gather_object(tiles, fn(windows[mine]).cpu() if mine < len(windows) else None)
+        yield from (tile.to(device) for tile in tiles if tile is not None)
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -375,25 +374,19 @@ def side_by_side(dit: magi.DiT, calls: Sequence[tuple[tuple, dict]]) -> list[Ten
 SLICE = 4096                     # tokens: enough to keep a GPU busy
 
 
-def in_slices(fn: Callable[[slice], Tensor], x: Tensor) -> Tensor:
-    """fn(slice) for all tokens of x (rows, tokens, ...), at most SLICE of them at a time."""
-    rows, tokens = x.shape[:2]
+def in_slices(fn: Callable, *tensors: Tensor) -> Tensor:
+    """fn of tensors (rows, tokens, ...), at most SLICE of their tokens at a time."""
+    rows, tokens = tensors[0].shape[:2]
     size = max(1, SLICE // rows)
     if tokens <= size:
-        return fn(slice(None))
-    out: Any = None
-    for first in range(0, tokens, size):
-        part = slice(first, first + size)
-        result = fn(part)
-        if out is None:
-            out = result.new_empty(rows, tokens, *result.shape[2:])
-        out[:, part] = result
-    return out
+        return fn(*tensors)
+    slices = zip(*(u.split(size, dim=1) for u in tensors), strict=True)
+    return torch.cat([fn(*some) for some in slices], dim=1)
 
 
 def sliced(fn: Callable) -> Callable:
     """A function of tokens, and of more that is the same for all of them."""
-    return lambda x, *rest: in_slices(lambda part: fn(x[:, part], *rest), x)
+    return lambda x, *rest: in_slices(lambda some: fn(some, *rest), x)
 
 
 def slice_widest(dit: magi.DiT) -> magi.DiT:
@@ -401,13 +394,15 @@ def slice_widest(dit: magi.DiT) -> magi.DiT:
     ops = dit.ops
 
     def norm_rotary(x, norm, angles):
-        turns = lambda part: None if angles is None else angles[part]
-        return in_slices(lambda part: ops.norm_rotary(x[:, part], norm, turns(part)), x)
+        if angles is None:
+            return in_slices(lambda x: ops.norm_rotary(x, norm, None), x)
+        return in_slices(lambda x, angles: ops.norm_rotary(x, norm, angles[0]), x, angles[None])
 
     def gated_residual(x, gate, update, norm):
-        chunks = lambda u: u.unflatten(1, (gate.shape[1], -1)).flatten(0, 1)            # (B n, s, D)
-        a, g, b = chunks(x), chunks(gate), chunks(update)
-        return in_slices(lambda part: ops.gated_residual(a[:, part], g, b[:, part], norm), a).view_as(x)
+        chunks = lambda u: u.unflatten(1, (gate.shape[1], -1)).flatten(0, 1)             # (B n, s, D)
+        gates = chunks(gate)                                                             # (B n, 1, D)
+        add = lambda x, update: ops.gated_residual(x, gates, update, norm)
+        return in_slices(add, chunks(x), chunks(update)).view_as(x)
 
     if ops.name == "torch":
         dit.ops = dataclasses.replace(
@@ -428,19 +423,18 @@ def load_dit(folder: str | Path, device: str = "cpu", dtype: str | None = None, 
     """magi.load_dit with this rank's share of the weights, or with none of the layers' (stream). What is not
     in a layer is small, and every rank has all of it. Unless the model is to be trained, the rank has a share
     of the tokens, too, and takes them in slices."""
-    cfg = read_config(folder, "dit", magi.DiTConfig)
-    cfg = dataclasses.replace(cfg, dtype=dtype or cfg.dtype)
-    dit = build(lambda: magi.DiT(cfg), folder)
-    if ranks() > 1 and not to_train:
-        Share(dit)
-    if stream:
-        dit.streamed = Streamed(dit, "layers", folder, device, stream)
-        dit.forward_all = partial(side_by_side, dit)
-    elif ranks() > 1:
-        shard_layers(dit, folder, device)
-    else:
-        fill(dit, folder, device)
-    dit.ops = magi.get_ops(backend, device)
+    def read(dit: magi.DiT, *where: Any) -> None:
+        if ranks() > 1 and not to_train:
+            Share(dit)
+        if stream:
+            dit.streamed = Streamed(dit, "layers", *where, stream)
+            dit.forward_all = partial(side_by_side, dit)
+        elif ranks() > 1:
+            shard_layers(dit, *where)
+        else:
+            fill(dit, *where)
+
+    dit = magi.load_dit(folder, device, dtype, backend, read)
     return dit if to_train else slice_widest(dit)
 
 

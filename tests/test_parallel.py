@@ -147,6 +147,12 @@ def test_unknown_ways_of_streaming_are_refused(models):
         parallel.load_dit(models / "base", stream="tape")
 
 
+def test_an_fp8_model_computes_in_bfloat16_here_too(models):
+    """Another dtype was an error within PyTorch at the first forward."""
+    with bad("dtype 'float32' is not that of an fp8 model, which computes in 'bfloat16'"):
+        parallel.load_dit(models / "fp8", dtype="float32")
+
+
 def test_slices_change_nothing(models, alone, monkeypatch):
     monkeypatch.setattr(parallel, "SLICE", 7)
     for name in ("t2v", "v2v", "fp8"):
