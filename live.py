@@ -44,12 +44,8 @@ from typing import Any
 
 import av
 import numpy as np
+from aiohttp import web
 from PIL import Image
-
-try:
-    from aiohttp import web
-except ImportError:                                                          # `show` says what to do about it
-    web = None  # type: ignore[assignment]
 
 import magi
 import media
@@ -209,7 +205,7 @@ class Live:
                         # Late, since a prompt may come; but the next second may take half as long again.
                         self.wait(lambda: self.made - self.position < 0.6 + 1.5 * self.pace)
             except Exception as error:                   # the page lives on; what was given may be at fault
-                print(f"error: {one_line(error)}", file=sys.stderr)
+                say(f"error: {one_line(error)}")
                 self.update(running=False, error=one_line(error), given={})
 
     def prompts(self) -> Iterator[magi.Prompt]:
@@ -319,27 +315,27 @@ class Server:
     """Three addresses: the page, its WebSocket, and the film so far."""
 
     def __init__(self, live: Live, token: str = ""):
-        @web.middleware
-        async def guarded(request: web.Request, handler: Callable) -> web.StreamResponse:
-            """Without a token, only pages of this machine may ask: another site's name that was made to lead
-            here (DNS rebinding) shows in Host, another site's page that talks to us in Origin."""
-            allowed = False
-            if token:
-                allowed = secrets.compare_digest(request.query.get("token", "").encode(), token.encode())
-            else:
-                with contextlib.suppress(ValueError):                        # a Host that is no address
-                    allowed = request.url.host in LOCAL
-            ours = (None, f"http://{request.host}", f"https://{request.host}")
-            if not allowed or request.headers.get("Origin") not in ours:
-                raise web.HTTPForbidden(text="open the address that live.py printed")
-            return await handler(request)
-
-        self.live = live
+        self.live, self.token = live, token
         self.visitors: dict[str, web.WebSocketResponse] = {}                 # by name, the speaker first
         self.reading = asyncio.Lock()                                        # one upload at a time
-        self.app = web.Application(middlewares=[guarded])
+        self.app = web.Application(middlewares=[self.guarded])
         self.app.add_routes([web.get("/", self.page), web.get("/live", self.talk),
                              web.get("/film.mp4", self.film)])
+
+    @web.middleware
+    async def guarded(self, request: web.Request, handler: Callable) -> web.StreamResponse:
+        """Without a token, only pages of this machine may ask: another site's name that was made to lead here
+        (DNS rebinding) shows in Host, another site's page that talks to us in Origin."""
+        allowed = False
+        if self.token:
+            allowed = secrets.compare_digest(request.query.get("token", "").encode(), self.token.encode())
+        else:
+            with contextlib.suppress(ValueError):                            # a Host that is no address
+                allowed = request.url.host in LOCAL
+        ours = (None, f"http://{request.host}", f"https://{request.host}")
+        if not allowed or request.headers.get("Origin") not in ours:
+            raise web.HTTPForbidden(text="open the address that live.py printed")
+        return await handler(request)
 
     async def page(self, request: web.Request) -> web.Response:
         headers = {"Cache-Control": "no-store", "Content-Security-Policy": POLICY}
@@ -494,7 +490,7 @@ function connect() {                        // with a new player: the server may
   queue = [];
   URL.revokeObjectURL(video.src);
   video.src = URL.createObjectURL(source);
-  socket = new WebSocket(location.origin.replace("http", "ws") + "/live?" + query);
+  socket = new WebSocket("live?" + query);
   socket.binaryType = "arraybuffer";
   socket.onmessage = ({data}) => {
     if (typeof data != "string") return queue.push(data);                    // a fragment
@@ -603,8 +599,8 @@ if (window.MediaSource) {
 # 5  Command line
 # ------------------------------------------------------------------------------------------------------------
 
-ON_PAGE = ("mode", "prompt", "prompt_file", "text", "save_text", "image", "video", "fit", "prefix_frames",
-           "transition", "num_frames")                 # flags of sample.py that are not for the page
+ON_PAGE = ("mode", "prompt", "prompt_file", "text", "save_text", "image", "video", "out", "fit",
+           "prefix_frames", "transition", "num_frames")                      # flags that are not for the page
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -616,17 +612,14 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--port", type=whole_number, default=8765, help="default: 8765")
     page, others = parser.parse_known_args(argv)
     args = sample.parse_arguments(others)
-    return exit_code(lambda: show(page.host, page.port, args, others))
+    return exit_code(lambda: show(page.host, page.port, args))
 
 
-def show(host: str, port: int, args: argparse.Namespace, given: list[str]) -> int:
+def show(host: str, port: int, args: argparse.Namespace) -> int:
     """Check all, load the model and serve the page until Ctrl-C; or print what --plan asks for."""
-    require(web, "the page needs aiohttp: pip install aiohttp")
     unwanted = " and ".join(f"--{name}" for name in ON_PAGE if getattr(args, name))
-    require(not unwanted, f"prompts, pictures, clips and cuts are given on the page, whose video has no end: "
-            f"leave {unwanted} out")
-    require(not any(word.startswith("--out") for word in given), "the film is downloaded from the page: "
-            "leave --out out")
+    require(not unwanted, f"prompts, pictures, clips and cuts are given on the page, whose film has no end "
+            f"and is downloaded from the page: leave {unwanted} out")
     args.prompt, args.num_frames, args.out = ["-"], "inf", Path("-")
     if args.plan:
         print(sample.memory_table(args))
@@ -662,8 +655,10 @@ def serve(live: Live, door: socket.socket, asked: str) -> None:
     """Until Ctrl-C."""
     token = "" if asked in LOCAL else secrets.token_urlsafe(16)
     host, port = door.getsockname()[:2]
-    host = socket.gethostname() if host in ("0.0.0.0", "::") else host      # which no browser could open
-    host = f"[{host}]" if ":" in host else host
+    if host in ("0.0.0.0", "::"):                                            # which no browser could open
+        host = socket.gethostname()
+    elif ":" in host:
+        host = f"[{host}]"
     print(f"http://{host}:{port}/" + (f"?token={token}" if token else ""), flush=True)
     web.run_app(Server(live, token).app, sock=door, print=None, access_log=None, shutdown_timeout=1)
     live.close()

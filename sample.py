@@ -103,7 +103,7 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     flag("--save_text", type=Path, metavar="FILE", help="save the encoded prompts (.safetensors)")
     one_input("--image", metavar="FILE", help="i2v: the first frame")
     one_input("--video", metavar="FILE", help="v2v: the result goes on where this ends")
-    flag("--out", type=Path, default=Path("out.mp4"), metavar="FILE",
+    flag("--out", type=Path, metavar="FILE",
          help=".mp4, .gif, or .png for a contact sheet; default: out.mp4; an old file is replaced. -: an mp4 "
               "on standard output")
     flag("--fit", choices=["crop", "stretch", "pad"], help="how the input is brought to size; default: crop")
@@ -202,6 +202,7 @@ def check_flags(args: argparse.Namespace) -> None:
             "--fit is for --image and --video: leave it out, or add one of them")
     args.prefix_frames = 32 if args.prefix_frames is None else args.prefix_frames
     args.fit = args.fit or "crop"
+    args.out = args.out or Path("out" if args.prompt_file else "out.mp4")
     check_prompts(args)
     out, ending = str(args.out), args.out.suffix.lower()
     require(args.num_frames != "inf" or ending == ".mp4" or out == "-",
@@ -254,10 +255,9 @@ def claim_outputs(args: argparse.Namespace, locks: contextlib.ExitStack) -> list
     if args.save_text:
         args.save_text = locks.enter_context(outputs.claimed(args.save_text, inputs))
     if args.prompt_file:
-        folder = Path("out") if args.out == Path("out.mp4") else args.out
         names = [re.sub(r"[^a-z0-9]+", "-", prompts[0].lower())[:40].strip("-") for prompts in args.videos]
         names = [f"{i:03d}{'-' * bool(name)}{name}.mp4" for i, name in enumerate(names)]
-        return locks.enter_context(outputs.claimed_folder(folder, names, inputs))
+        return locks.enter_context(outputs.claimed_folder(args.out, names, inputs))
     if str(args.out) == "-":
         return [locks.enter_context(outputs.standard_output())]
     out = locks.enter_context(outputs.claimed(args.out, inputs))
