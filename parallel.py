@@ -180,6 +180,7 @@ def exchange(u: Tensor, split: int, join: int) -> Tensor:
     parts = torch.stack(u.chunk(ranks(), split))
     got = torch.empty_like(parts)
     dist.all_to_all_single(got, parts)
+    del parts                                                # here a layer holds the most
     return torch.cat(list(got), join)
 
 
