@@ -490,7 +490,7 @@ function connect() {                        // with a new player: the server may
   queue = [];
   URL.revokeObjectURL(video.src);
   video.src = URL.createObjectURL(source);
-  socket = new WebSocket("live?" + query);
+  socket = new WebSocket(location.origin.replace("http", "ws") + "/live?" + query);
   socket.binaryType = "arraybuffer";
   socket.onmessage = ({data}) => {
     if (typeof data != "string") return queue.push(data);                    // a fragment

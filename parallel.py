@@ -230,10 +230,14 @@ class Share:
 
     def attend(self, core: Callable, q: Tensor, k: Tensor, v: Tensor, ctx: magi.Context, out: Tensor) -> None:
         """In the place of CachedAttention.forward, which gets all tokens of this rank's heads."""
-        chunks = lambda u: u.unflatten(1, (len(ctx.chunks), -1))             # (B, n, s'/R, heads, hd)
-        q, k, v = (self.whole(exchange(chunks(u), split=3, join=2)) for u in (q, k, v))
-        result = self.filled(core(q, k, v, ctx))                             # (B, n, s', Hq/R, hd)
-        del q, k, v
+        n, R = len(ctx.chunks), ranks()
+        # What goes to one rank lies side by side, so that q, k and v take one exchange.
+        parts = [u.unflatten(1, (n, -1)).unflatten(3, (R, -1)) for u in (q, k, v)]
+        heads = torch.cat(parts, dim=4).flatten(3, 4)                        # (B, n, s'/R, Hq + 2 Hkv, hd)
+        heads = self.whole(exchange(heads, split=3, join=2))                 # (B, n s, Hq/R + 2 Hkv/R, hd)
+        qkv = heads.split([u.shape[2] // R for u in (q, k, v)], dim=2)
+        result = self.filled(core(*qkv, ctx))                                # (B, n, s', Hq/R, hd)
+        del heads, qkv
         out.copy_(exchange(result, split=2, join=3).flatten(1, 2))
 
     def gather(self, linear: nn.Module, args: tuple, share: Tensor) -> Tensor:
@@ -376,13 +380,20 @@ SLICE = 4096                     # tokens: enough to keep a GPU busy
 
 
 def in_slices(fn: Callable, *tensors: Tensor) -> Tensor:
-    """fn of tensors (rows, tokens, ...), at most SLICE of their tokens at a time."""
+    """fn of tensors (rows, tokens, ...), at most SLICE of their tokens at a time. Each result goes to its
+    place at once: joined in the end, all would be there twice."""
     rows, tokens = tensors[0].shape[:2]
     size = max(1, SLICE // rows)
     if tokens <= size:
         return fn(*tensors)
-    slices = zip(*(u.split(size, dim=1) for u in tensors), strict=True)
-    return torch.cat([fn(*some) for some in slices], dim=1)
+    out: Any = None
+    for first in range(0, tokens, size):
+        part = slice(first, first + size)
+        result = fn(*(u[:, part] for u in tensors))
+        if out is None:
+            out = result.new_empty(rows, tokens, *result.shape[2:])
+        out[:, part] = result
+    return out
 
 
 def sliced(fn: Callable) -> Callable:
