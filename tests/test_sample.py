@@ -27,6 +27,7 @@ from common import (
     HERE,
     assert_refused,
     environment,
+    fork_python,
     official_config,
     read_frames,
     run_python,
@@ -397,14 +398,7 @@ def started(model_folder: Path, out: Path, chunk: int) -> tuple[subprocess.Popen
     flags = ["--model", model_folder, "--text", model_folder.parent / "text.safetensors"]  # starts sooner
     flags += ["--num_frames", "inf", "--dtype", "float32", "--out", out]  # bf16 differs with the threads
     with log.open("w") as stderr:
-        process = subprocess.Popen(  # a test run in the background may ignore SIGINT
-            [sys.executable, sample.__file__, *map(str, flags)],
-            stdout=subprocess.PIPE,
-            stderr=stderr,
-            text=True,
-            env=environment(),
-            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
-        )
+        process = fork_python(sample.__file__, *flags, stdout=subprocess.PIPE, stderr=stderr, text=True)
     deadline = time.time() + 60
     while max([0, *map(int, re.findall(r"chunk (\d+):", log.read_text()))]) < chunk:
         assert process.poll() is None and time.time() < deadline, log.read_text()

@@ -28,7 +28,7 @@ import av
 import numpy as np
 import pytest
 import torch
-from common import HERE, assert_refused, bad, environment, run_main, run_python, same, small
+from common import HERE, assert_refused, bad, environment, fork_python, run_main, run_python, same, small
 from PIL import Image, ImageCms
 from safetensors.torch import load_file, save_file
 
@@ -1030,16 +1030,9 @@ def test_two_runs_on_one_output(ending, model_folder, tmp_path):
     assert out.read_bytes() == b"old"
     if ending != ".mp4":
         return  # they differ in how they are written, not in who may write
-    runs = [
-        subprocess.Popen(
-            command(model_folder, "--num_frames", 96, "--seed", i, "--out", out),
-            text=True,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            env=environment(),
-        )
-        for i in range(2)
-    ]
+    flags = ("--num_frames", 96, "--out", out)
+    pipes = dict(text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    runs = [fork_python(*command(model_folder, *flags, "--seed", i)[1:], **pipes) for i in range(2)]
     said = [run.communicate() for run in runs]
     codes = sorted(run.returncode for run in runs)
     assert codes in ([0, 2], [0, 0])  # [0, 0]: one after the other
