@@ -17,7 +17,7 @@ import argparse
 import math
 from collections import Counter
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import lru_cache, reduce
 from itertools import product
 from typing import NamedTuple
 
@@ -67,14 +67,16 @@ class Verdict:
 
 def _soften(images: np.ndarray) -> np.ndarray:
     """3 x 3 mean over axes 1 and 2, where edge pixels are repeated."""
-    pad = [(0, 0), (1, 1), (1, 1)] + [(0, 0)] * (images.ndim - 3)
-    wide = np.pad(images, pad, mode="edge")
-    rows = wide[:, :-2] + wide[:, 1:-1]
-    rows += wide[:, 2:]  # in place: new memory for each sum takes longer than the sum
-    mean = rows[:, :, :-2] + rows[:, :, 1:-1]
-    mean += rows[:, :, 2:]
-    mean /= 9
-    return mean
+    for axis in (1, 2):
+        images = np.moveaxis(images, axis, 0)
+        total = images.copy(order="K")  # in place: new memory for each sum takes longer than the sum
+        total[1:] += images[:-1]
+        total[0] += images[0]
+        total[:-1] += images[1:]
+        total[-1] += images[-1]
+        images = np.moveaxis(total, 0, axis)
+    images /= 9
+    return images
 
 
 def _chroma(rgb: np.ndarray) -> np.ndarray:
@@ -89,18 +91,29 @@ def _paints(frames: np.ndarray, colours: dict) -> dict[str, np.ndarray]:
     A paint in light and shadow keeps its direction in the plane of chroma, near which it must lie; white is
     what is bright without chroma.
     """
-    flat, out = np.moveaxis(_chroma(frames), -1, 0).copy(), {}
+    red, green, blue = np.moveaxis(frames, -1, 0).copy()
+    x, y = np.moveaxis(_chroma(frames), -1, 0).copy()
+    out = {}
     pure = {name: _chroma(np.array(c, float)) for name, c in colours.items() if name != "white"}
-    full = {name: math.hypot(x, y) for name, (x, y) in pure.items()}
-    along = {name: (flat[0] * float(x) + flat[1] * float(y)) / full[name] for name, (x, y) in pure.items()}
+    full = {name: math.hypot(*chroma) for name, chroma in pure.items()}
+    # in place, as in _soften
+    for name, chroma in pure.items():
+        out[name] = x * float(chroma[0])
+        out[name] += y * float(chroma[1])
+        out[name] /= full[name]
     # neighbours such as red and orange meet halfway between their hues
-    nearest = np.maximum.reduce([*along.values()])
-    for name, part in along.items():
-        out[name] = np.where(part == nearest, np.clip((part / full[name] - 0.22) / 0.46, 0, 1), 0)
+    nearest = reduce(np.maximum, out.values())
+    for name, part in out.items():
+        is_nearest = part == nearest
+        part /= full[name]
+        part -= 0.22
+        part /= 0.46
+        np.clip(part, 0, 1, out=part)
+        part *= is_nearest
     if "white" in colours:
-        darkest = np.minimum.reduce([*np.moveaxis(frames, -1, 0)])
-        out["white"] = np.clip((darkest - 140) / 60, 0, 1) * np.clip((60 - np.hypot(*flat)) / 25, 0, 1)
-    return {name: part.astype(np.float32) for name, part in out.items()}
+        darkest = np.minimum(np.minimum(red, green), blue)
+        out["white"] = np.clip((darkest - 140) / 60, 0, 1) * np.clip((60 - np.hypot(x, y)) / 25, 0, 1)
+    return out
 
 
 WIN = 64  # side of the window in which silhouettes are compared
@@ -124,21 +137,32 @@ def _cut(alpha: np.ndarray, centre: np.ndarray) -> np.ndarray:
     return np.stack([a[y : y + WIN, x : x + WIN] for a, (x, y) in zip(padded, corner, strict=True)])
 
 
+SIZES = np.arange(24, 52.1, 1)
+
+
 @lru_cache
-def _silhouettes(shapes: tuple[str, ...]):
-    """Each shape at each size as `_place` and `_cut` find it: name, size, (64, 64), centre less centre of
-    mass (2). Averaged over fractions of a pixel."""
+def _silhouettes_of(shape: str) -> tuple[np.ndarray, np.ndarray]:
+    """A shape at each of SIZES as `_place` and `_cut` find it: (64, 64), and centre less centre of mass (2).
+    Averaged over fractions of a pixel."""
     path = np.random.default_rng(0).uniform(60, 68, (12, 2))
-    table = []
-    for shape, size in product(shapes, np.arange(24, 52.1, 1)):
+    images, offsets = [], []
+    for size in SIZES:
         full = np.zeros((12, SIZE, SIZE), np.float32)
         alpha, where = coverage(shape, size, path)
         full[where] = alpha
         full = _soften(full)
         centre, _ = _place(full)
-        table.append((shape, size, _cut(full, centre).mean(0), (path - centre).mean(0)))
-    names, sizes, images, offsets = zip(*table, strict=True)
-    return names, np.array(sizes), np.array(images), np.array(offsets)
+        images.append(_cut(full, centre).mean(0))
+        offsets.append((path - centre).mean(0))
+    return np.array(images), np.array(offsets)
+
+
+@lru_cache
+def _silhouettes(shapes: tuple[str, ...]):
+    """Of all shapes at all sizes: name, size, (64, 64), centre less centre of mass (2)."""
+    names = [shape for shape in shapes for _ in SIZES]
+    images, offsets = (np.concatenate(part) for part in zip(*map(_silhouettes_of, shapes), strict=True))
+    return names, np.tile(SIZES, len(shapes)), images, offsets
 
 
 HIDDEN = 0.85  # share of a thing's largest area below which part of it is taken to be hidden
@@ -187,20 +211,17 @@ def _camera(frames: np.ndarray, tracks: list[Track]) -> float:
                 wide = 0.2 * (high - low) + 4  # its shadow
                 clear[i] &= (grid < low - wide) | (grid > high + wide)
     rows = rows - np.median(rows, 2, keepdims=True)
-    time, scores = pick - pick.mean(), {}
+    rows = rows.transpose(0, 2, 1).copy()  # (n, 128, 7), so that a column lies together
+    time, frame, scores = pick - pick.mean(), np.arange(len(pick))[:, None], {}
     for speed in np.arange(-2, 2.01, 0.05).round(2):
         at = grid - speed * time[:, None]  # where the ground's column `grid` is seen in each frame
         low = np.clip(np.floor(at).astype(int), 0, SIZE - 2)
-        part = (at - low)[:, None]
-        valid = (at >= 0) & (at <= SIZE - 1)
-        valid &= np.take_along_axis(clear, low, 1) & np.take_along_axis(clear, low + 1, 1)
-        index = np.broadcast_to(low[:, None], (len(pick), 7, SIZE))
-        moved = np.take_along_axis(rows, index, 2)
-        moved = moved + part * (np.take_along_axis(rows, index + 1, 2) - moved)
-        both = (valid[1:] & valid[:-1])[:, None] & np.ones((1, 7, 1), bool)  # neighbours in time,
-        far = (valid[4:] & valid[:-4])[:, None] & np.ones((1, 7, 1), bool)  # and further apart
-        apart = [np.abs(np.diff(moved, axis=0))[both], np.abs(moved[4:] - moved[:-4])[far]]
-        if min(map(len, apart)) > 7 * 60:
+        valid = (at >= 0) & (at <= SIZE - 1) & clear[frame, low] & clear[frame, low + 1]
+        left, right = rows[frame, low], rows[frame, low + 1]
+        moved = left + (at - low)[..., None] * (right - left)
+        # neighbours in time, and frames further apart
+        apart = [np.abs(moved[k:] - moved[:-k])[valid[k:] & valid[:-k]] for k in (1, 4)]
+        if min(map(len, apart)) > 60:
             scores[speed] = sum(np.minimum(a, 8).mean() for a in apart)
     if not scores:
         return 0.0
@@ -387,8 +408,10 @@ def burn(frames: np.ndarray, colours: dict = COLOURS) -> tuple[float, float]:
     paints = _paints(soft, colours)
     away = _soften(_soften(np.max([*paints.values()], 0))) < 0.05
     for name, alpha in paints.items():
+        if name == "white" or (alpha > 0.8).sum() <= 100 * len(frames):  # most colours are not there
+            continue
         solid = _soften(alpha) > 0.98  # rims are softer
-        if name != "white" and solid.sum() > 100 * len(frames):
+        if solid.sum() > 100 * len(frames):
             full = np.hypot(*_chroma(np.array(colours[name], float)))
             ratios.append(np.hypot(*_chroma(soft[solid]).T).mean() / full)
     saturation = float(np.mean(ratios)) if ratios else float("nan")
