@@ -934,7 +934,7 @@ def test_every_operations_small_input_and_candidates(monkeypatch, tmp_path):
 @pytest.mark.parametrize("dtype", kernel_choice.BARS)
 def test_what_rounds_as_its_type_does_is_right_at_the_sizes_of_the_run_too(choosing, dtype):
     """The copies of results that are compared there were float32, so bf16 was held to the bar of float32."""
-    q, k = tensors((1, 80, 2, 32), (1, 120, 1, 32), dtype=dtype)
+    q, k = tensors((1, 50, 2, 16), (1, 60, 1, 16), dtype=dtype)
     ops, _ = choosing(Stand(ours=0.1), operation="attention", ours=kernels.attention)
     result, lines = quiet(lambda: ops.attention(q, k, k))
     assert not lines and "attention ours" in ops.report() and torch.equal(result, kernels.attention(q, k, k))
@@ -1232,9 +1232,8 @@ import sys
 sys.path.append("tools")
 import bench_kernels
 
-needy = "forward", "dq", "dkv", "fp8"
 others = "gated_residual", "norm_rotary", "norm", "swiglu", "quantise"
-for arch, kinds in (90, needy + others), (120, needy):
+for arch, kinds in (90, ("forward", "dkv", "fp8", *others)), (120, ("dq", "fp8")):
     for kind in kinds:
         names = [name for name in bench_kernels.shipped(arch) if name.startswith(kind + " ")]
         name = next(name for name in names if name.endswith(("bfloat16 128", "bfloat16", "matmul")))
@@ -1243,8 +1242,9 @@ for arch, kinds in (90, needy + others), (120, needy):
 
 
 def test_kernels_compile():
-    """Every kernel for a card with much shared memory and wgmma, those that need it also for one without."""
-    assert_compiled(run_python("-c", ROWS), 9 + 4)
+    """Every kernel, for a card with much shared memory and wgmma or for one without: products in bf16 and in
+    fp8 for both. (.ci/run compiles all of them for these two cards and two more.)"""
+    assert_compiled(run_python("-c", ROWS), 8 + 2)
 
 
 @pytest.mark.slow
