@@ -304,9 +304,9 @@ def run_python(*arguments) -> subprocess.CompletedProcess:
     return subprocess.run(command, capture_output=True, text=True, env=environment(), cwd=HERE)
 
 
-def fork_python(script: Path, *arguments, **streams) -> subprocess.Popen:
+def fork_python(script: Path, *arguments, more: dict[str, str] | None = None, **streams) -> subprocess.Popen:
     """As Popen([python, script, ...]): a process with streams, signals and memory of its own. It is a fork of
-    this one, which has imported what takes seconds, so it begins at once."""
+    this one, which has imported what takes seconds, so it begins at once. more: for its environment."""
 
     def run() -> None:
         gc.freeze()  # what the parent has left may not be closed here, when its number is another file's
@@ -314,6 +314,7 @@ def fork_python(script: Path, *arguments, **streams) -> subprocess.Popen:
         sys.stdin, sys.stdout, sys.stderr = open(0), open(1, "w"), open(2, "w", errors="backslashreplace")
         signal.signal(signal.SIGINT, signal.default_int_handler)  # a run in the background may ignore it
         os.environ.pop("TRITON_INTERPRET", None)
+        os.environ.update(more or {})
         sys.argv = [str(script), *map(str, arguments)]
         code = 1
         try:

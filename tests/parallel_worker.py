@@ -36,7 +36,7 @@ MIDDLE = dataclasses.replace(
 MODELS = {
     "base": SMALL,
     "three": dataclasses.replace(SMALL, num_heads=3, num_kv_heads=3),
-    "wide": dataclasses.replace(SMALL, **WIDE),
+    "wide": dataclasses.replace(SMALL, num_layers=3, **WIDE),
     "fp8": dataclasses.replace(SMALL, dtype="bfloat16", fp8=True),
     "middle": MIDDLE,
     "middle_fp8": dataclasses.replace(MIDDLE, dtype="bfloat16", fp8=True, gated_ffn=True),
@@ -49,7 +49,7 @@ RUN = magi.SamplerConfig(num_steps=4, num_frames=48, height=32, width=32, specia
 UNEVEN = dict(height=48, width=80)  # 15 patches a frame, 90 tokens a chunk: 22.5 a rank of 4
 CASES = {                                     # name: model, frames of prefix in the latents, settings
     "t2v": ("base", 0, {}),
-    "t2v, window 1, uneven": ("base", 0, dict(window=1, num_frames=72) | UNEVEN),
+    "t2v, window 1, uneven": ("base", 0, dict(window=1) | UNEVEN),
     "i2v": ("base", 1, {}),
     "v2v": ("wide", 9, UNEVEN),
     "v2v, window 1": ("base", 13, dict(window=1)),

@@ -5,12 +5,13 @@ The processes talk over gloo, and each group is started once for all cases: see 
 
 import contextlib
 import dataclasses
+import subprocess
 import time
 
 import parallel_worker as worker
 import pytest
 import torch
-from common import HERE, assert_refused, bad, relative, run_main, run_python, write_t5
+from common import HERE, assert_refused, bad, fork_python, relative, run_main, write_t5
 
 import live
 import magi
@@ -331,7 +332,16 @@ def test_a_killed_process_takes_the_others_with_it(models, rank):
 
 
 def test_torchrun_with_a_count_that_does_not_divide_says_which_do(tmp_path):
+    """Forks with the environment that torchrun gives, where it keeps what they share."""
     flags = ["--prompt", "a red ball", "--num_frames", "24", "--out", tmp_path / "a.mp4"]
-    run = run_python("-m", "torch.distributed.run", "--nproc_per_node", 3, HERE / "sample.py", *flags)
-    ours = [line for line in run.stderr.splitlines() if line.startswith("error:")]
+    store = torch.distributed.TCPStore("localhost", 0, is_master=True, wait_for_workers=False)
+    given = {"WORLD_SIZE": "3", "MASTER_ADDR": "localhost", "MASTER_PORT": str(store.port)}
+    given["TORCHELASTIC_USE_AGENT_STORE"] = "True"
+    processes = []
+    for rank in map(str, range(3)):
+        streams = dict(more=given | {"RANK": rank, "LOCAL_RANK": rank}, stderr=subprocess.PIPE, text=True)
+        processes.append(fork_python(HERE / "sample.py", *flags, **streams))
+    said = "".join(process.communicate()[1] for process in processes)
+    assert [process.returncode for process in processes] == [2, 2, 2]
+    ours = [line for line in said.splitlines() if line.startswith("error:")]
     assert ours == ["error: 3 processes cannot share 2 key/value heads: start 1 or 2"]
