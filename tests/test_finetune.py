@@ -51,10 +51,15 @@ def write_clip(file, frames: int, first: int = 0) -> None:
     writer.close()
 
 
-@pytest.fixture(autouse=True)
-def no_drawing(monkeypatch):
-    """It takes longer than these runs. That of `finished`, which is set up before, has drawn its loss."""
-    monkeypatch.setattr(training, "plot_loss", lambda log: None)
+plot_loss = training.plot_loss
+
+
+@pytest.fixture(scope="module", autouse=True)
+def no_drawing():
+    """It takes longer than these runs. That of `finished` draws its loss."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(training, "plot_loss", lambda log: None)
+        yield
 
 
 @pytest.fixture(scope="module")
@@ -483,7 +488,9 @@ def test_ways_to_save_memory_that_do_not_go_together(
 def finished(cached, model_folder):
     """A run of four steps."""
     out = cached.parent / "whole.safetensors"
-    code, _, err = train(model_folder, cached, out, "--sample_every", 3, "--sample_seconds", 1)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(training, "plot_loss", plot_loss)
+        code, _, err = train(model_folder, cached, out, "--sample_every", 3, "--sample_seconds", 1)
     assert code == 0, err
     return out
 
