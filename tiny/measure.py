@@ -225,8 +225,8 @@ COLUMNS = """\
 Colour, shape and motion are the shares of videos in which the judge finds what the caption asks for, and "all
 three" is the share in which it finds all of that. "Rigid IoU" says how well the outline of a thing fits that
 of the next frame (1: exactly), "area variation" how much its size changes, "saturation" how strong its paint
-is (0.9 in true clips), and "burnt" which share of the pixels beside things is at a limit, 0 or 255. "Seams",
-in newer tables, says how much steeper frames are where the DiT's tokens meet (1.02 in true clips).
+is (0.9 in true clips), and "burnt" which share of the pixels beside things is at a limit, 0 or 255. "Seams"
+says how much steeper frames are where the DiT's tokens meet (1.02 in true clips).
 """
 
 
