@@ -3,6 +3,7 @@
 import dataclasses
 import hashlib
 import math
+import re
 import shutil
 from functools import cache
 from types import SimpleNamespace
@@ -16,6 +17,7 @@ import train
 import world
 from common import HERE, relative
 from judge import burn, emergence, judge, layout_change, rigidity, spoilt
+from PIL import Image, ImageSequence
 from world import CHUNK, COLOURS, SIZE
 
 import magi
@@ -408,6 +410,24 @@ def test_the_judge_sees_changes_in_their_chunk():
     plan = ["red", "red", "blue"], ["ball", "square", "square"], ["left", "right", "right"]
     verdict = judge(world.scene(*plan, chunks=3, seed=1).frames)
     assert verdict.chunks == tuple(zip(*plan, strict=True))
+
+
+def test_the_readmes_picture_shows_what_its_command_asks_for():
+    """It is what visitors see first. (In its first second a ball that bounces may only rise.)"""
+    (command,) = re.findall(
+        r"^python sample.py .*\n.* --out sheet.png$", (HERE / "README.md").read_text(), re.M
+    )
+    asked = [
+        re.search(r"a (\w+) (\w+) (bounces|slides to the \w+)", prompt).groups()
+        for prompt in re.findall(r'--prompt "(.*?)"', command)
+    ]
+    with Image.open(HERE / "tiny" / "examples" / "readme.gif") as gif:
+        frames = np.stack([np.asarray(frame.convert("RGB")) for frame in ImageSequence.Iterator(gif)])
+    assert len(frames) == CHUNK * len(asked)
+    for second, (colour, shape, motion) in zip(frames.reshape(-1, CHUNK, SIZE, SIZE, 3), asked, strict=True):
+        verdict = judge(second)
+        assert (verdict.colour, verdict.shape) == (colour, shape)
+        assert verdict.motion in (("bounce", "up") if motion == "bounces" else motion.split()[-1:])
 
 
 def test_the_judge_knows_a_new_shape_and_colour_if_asked():
