@@ -5,6 +5,7 @@ The processes talk over gloo, and each group is started once for all cases: see 
 
 import contextlib
 import dataclasses
+import re
 import subprocess
 import time
 
@@ -203,6 +204,28 @@ def test_the_goals_fit():
     assert ways("24B-base", 24) == "--stream cpu"
     one = dataclasses.replace(presets["4.5B-distill-fp8"].sampler, window=1, kv_ranges=(2,))
     assert planner.fits(planner.needs(presets["4.5B-distill-fp8"].dit, one).total, 12)
+
+
+def test_the_readmes_table_is_the_planners():
+    """For each model and machine the first way that fits, and what it takes; one cell has a second way."""
+    readme = (HERE / "README.md").read_text()
+    titles, rows = re.search(r"^\| model \|(.*) \|\n\|[-|]*\n((?:\|.*\n)*)", readme, re.M).groups()
+    rows = [[cell.strip() for cell in row.strip("| ").split("|")] for row in rows.splitlines()]
+    names = {
+        name: name.replace("-", " ").replace("distill", "distilled")
+        for name in (n for n in magi.PRESETS if n != "tiny")
+    }
+    assert [row[0] for row in rows] == [*names.values()]
+    for name, (_, *cells) in zip(names, rows, strict=True):
+        dit, run = magi.PRESETS[name]
+        for title, cell in zip(titles.split("|"), cells, strict=True):
+            R, card = map(int, re.findall(r"\d+", title))
+            way = planner.smallest_change(dit, run, card, R)
+            stream, settings = planner.CHANGES[way]
+            memory = planner.needs(dit, dataclasses.replace(run, **settings), R=R, stream=stream)
+            flags = way.removesuffix(" --height 480 --width 832")
+            flags = f" `{flags}`" * (way != "as it is") + ", 480x832" * (flags != way)
+            assert cell.partition(", or")[0] == f"{memory.total / planner.GIB:.1f}{flags}", (name, title)
 
 
 def test_the_flag_prints_the_plan(capsys):
