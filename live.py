@@ -30,6 +30,7 @@ import dataclasses
 import io
 import itertools
 import json
+import os
 import re
 import secrets
 import socket
@@ -620,6 +621,8 @@ def show(host: str, port: int, args: argparse.Namespace) -> int:
     unwanted = " and ".join(f"--{name}" for name in ON_PAGE if getattr(args, name))
     require(not unwanted, f"prompts, pictures, clips and cuts are given on the page, whose film has no end "
             f"and is downloaded from the page: leave {unwanted} out")
+    require(os.environ.get("WORLD_SIZE", "1") in ("", "1"),
+            "the page is served by one process: leave torchrun out (--stream cpu is for a model too large)")
     args.prompt, args.num_frames, args.out = ["-"], "inf", Path("-")
     if args.plan:
         print(sample.memory_table(args))
