@@ -1021,6 +1021,30 @@ def test_a_bad_flag_is_one_line_and_code_2(flags, message):
     assert_refused(live.main, flags, message)
 
 
+def test_the_page_is_not_for_torchrun(monkeypatch):
+    """The second process was told that the port is in use."""
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setattr(live, "serve", lambda *_: None)
+    assert_refused(live.main, ["--port", "0"], "the page is served by one process: leave torchrun out")
+
+
+@pytest.mark.parametrize("there", [[], ["chromedriver"], ["chromium", "chromedriver"]])
+def test_ci_says_that_it_has_no_browser(tmp_path, there):
+    """Whoever may not install one: only root was told before."""
+    begin = (ROOT / ".ci" / "run").read_text().partition("python3 -m venv")[0]
+    (tmp_path / "run").write_text(begin)
+    (tmp_path / "id").write_text("#!/bin/sh\necho 1000\n")
+    for name in there:
+        (tmp_path / name).write_text("#!/bin/sh\n")
+    for file in tmp_path.iterdir():
+        file.chmod(0o755)
+    for name in ("dirname", "mktemp", "rm"):
+        (tmp_path / name).symlink_to(shutil.which(name))
+    command, environment = [shutil.which("bash"), tmp_path / "run"], {"PATH": str(tmp_path)}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
+    assert ("tests in a browser are skipped" in done.stdout) == (len(there) < 2) and not done.stderr
+
+
 def test_the_flags_and_notes_of_the_command_line_reach_the_film(monkeypatch):
     takes = []
 
