@@ -211,6 +211,9 @@ def compile_all(quick: bool = False) -> bool:
 #     keys and values joined with the cache, r2 w2 on 2/3 or 1/3 D of 5/4      3.3     1.7
 #     sum                                                                     50.7    48.3
 #     in GB                                                                    7.6    25.7
+#
+# Before, 16 bytes more went into joining both attentions' results and putting them in the order of Wo's
+# columns, and swiglu moved r6 w4, 26.7 on 8/3 D: 66.7 and 75.0 in all, 10.0 and 39.8 GB.
 
 # fmt: off
 PEAKS = {                                       # TFLOP/s in bf16 and fp8 (float32 sums), memory in GB/s
