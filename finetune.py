@@ -804,7 +804,8 @@ def parser() -> Parser:
         flag("--seed", **natural, default=0, help="of data, noise and samples" + default)
         flag("--device", default="cuda" if torch.cuda.is_available() else "cpu",
              help="cpu, cuda:1, mps" + default)
-        flag("--backend", choices=["torch", "triton", "auto"], default="torch", help="of the DiT" + default)
+        flag("--backend", choices=["auto", "torch", "triton"], default="auto", help="which kernels; auto: on "
+             "a GPU the fastest correct one for each operation, forward and backward" + default)
         flag("--every", **positive, default=100, help="steps from checkpoint to checkpoint" + default)
         flag("--sample_every", **natural, default=250, help="steps; 0: no samples" + default)
         flag("--sample_prompt", metavar="TEXT", help="default: the first caption")

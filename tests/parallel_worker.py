@@ -59,7 +59,8 @@ CASES = {                                     # name: model, frames of prefix in
     "LoRA": ("base", 0, {}),
     "fp8, LoRA": ("fp8", 0, {}),
 }  # fmt: skip
-OF_FOUR = [name for name, (_, _, settings) in CASES.items() if "height" in settings]  # enough for 4 ranks
+# enough for 4 ranks: each kind of model, prefix and LoRA
+OF_FOUR = ["i2v", "LoRA"] + [name for name, (_, _, settings) in CASES.items() if "height" in settings]
 BIG = magi.SamplerConfig(
     num_steps=2, window=2, kv_ranges=(3,), num_frames=96, height=96, width=128, special_tokens=(),
     distilled=True,

@@ -1092,7 +1092,7 @@ def test_ctrl_c_ends_the_page_quietly(capfd):
 # ---------------------------------------------------------------------------------------------- browser
 
 
-CHROMIUM, DRIVER = shutil.which("chromium"), shutil.which("chromedriver")
+CHROMIUM, DRIVER = shutil.which("chromium") or shutil.which("chromium-browser"), shutil.which("chromedriver")
 FLAGS = """--headless --no-sandbox --disable-gpu --disable-quic --no-first-run --disable-background-networking
     --disable-component-update --disable-sync --disable-dev-shm-usage --window-size=940,960""".split()
 browser_test = pytest.mark.skipif(
