@@ -324,8 +324,10 @@ def fork_python(script: Path, *arguments, more: dict[str, str] | None = None, **
             code = stop.code or 0
         except BaseException:
             sys.excepthook(*sys.exc_info())
-        with contextlib.suppress(OSError):
+        try:
             sys.stdout.flush()
+        except OSError:
+            code = 120  # as Python ends whose last words nobody can read
         os._exit(code)
 
     # Popen resets SIGPIPE, which Python ignores

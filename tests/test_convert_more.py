@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from common import HERE, assert_refused, assert_same, environment, read_folder, run_main
+from common import HERE, assert_refused, assert_same, fork_python, read_folder, run_main
 from test_convert import (
     EDGE,
     MODEL,
@@ -213,10 +213,11 @@ def test_all_on_nothing_but_magi_1_1_says_why(tmp_path):
 
 def test_all_goes_on_when_nobody_can_read_what_it_says(tmp_path):
     vae_folder(tmp_path / "ckpt" / "vae")
-    command = [sys.executable, cw.__file__, "all", tmp_path / "ckpt", tmp_path / "out"]
+    command = cw.__file__, "all", tmp_path / "ckpt", tmp_path / "out"
     with open("/dev/full", "w") as full:
-        done = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, env=environment())
-    assert done.returncode == 0 and bias(tmp_path / "out" / "vae").abs().max() == 0, done.stderr
+        process = fork_python(*command, stdout=full, stderr=subprocess.PIPE)
+    _, said = process.communicate()
+    assert process.returncode == 0 and bias(tmp_path / "out" / "vae").abs().max() == 0, said
 
 
 # ---------------------------------------------------------------------------------------------------- modes
@@ -426,12 +427,15 @@ def test_a_full_disk_is_not_blamed_on_the_download(tmp_path, monkeypatch):
 # ------------------------------------------------------------------------------------------ the quantise tool
 
 
-def test_quantize_is_found_beside_the_program_not_in_the_folder_where_it_runs(tmp_path):
+def test_quantize_is_found_beside_the_program_not_in_the_folder_where_it_runs(tmp_path, monkeypatch):
     written(tmp_path / "tools" / "__init__.py", b"")
     written(tmp_path / "tools" / "quantize.py", b"raise SystemExit('the wrong one')")
-    command = [sys.executable, str(HERE / "convert_weights.py"), "quantize", "--help"]
-    done = subprocess.run(command, cwd=tmp_path, env=environment(), capture_output=True, text=True)
-    assert done.returncode == 0 and "--alpha" in done.stdout, done.stderr
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(tmp_path)  # as `python -m` and `python -c` have it
+    for name in "magi_quantize", "tools", "tools.quantize":
+        monkeypatch.delitem(sys.modules, name, raising=False)
+    code, said, err = run_main(cw.main, "quantize", "--help")
+    assert code == 0 and "--alpha" in said, err
 
 
 def test_quantize_looks_at_out_and_the_device_first(tmp_path, monkeypatch):
