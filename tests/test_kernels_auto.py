@@ -1056,11 +1056,16 @@ def test_without_that_package_import_kernels_is_our_file(namesake, left):
     assert Path(module.__file__) == ROOT / "kernels.py" and module.TRITON_OPS.name == "triton"
 
 
-def test_python_in_our_folder_finds_both(namesake):
-    script = "from kernels import CUDAProperties as a; import magi; print(a, magi.load_kernels().__name__)"
-    env = os.environ | dict(PYTHONPATH=str(namesake))
-    done = subprocess.run([sys.executable, "-c", script], cwd=ROOT, env=env, capture_output=True, text=True)
-    assert done.stdout == "theirs magi_kernels\n", done.stderr
+def test_python_in_our_folder_finds_both(namesake, monkeypatch):
+    """As `python -c` has it: what is first in its path is "", the folder where it was started."""
+    monkeypatch.chdir(ROOT)
+    others = [place for place in sys.path if place not in (str(ROOT), str(namesake))]
+    monkeypatch.setattr(sys, "path", ["", str(namesake), *others])  # and then PYTHONPATH
+    monkeypatch.delitem(sys.modules, "magi_kernels")
+    from kernels import CUDAProperties
+
+    ours = magi.load_kernels()
+    assert CUDAProperties == "theirs" and ours.__name__ == "magi_kernels" and ours is not kernels
 
 
 # ------------------------------------------------------------------------------------------------ the reports

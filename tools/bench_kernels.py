@@ -67,9 +67,10 @@ def launches(arch: int, call: Callable[[], object]) -> list[Launch]:
     return found
 
 
-def machine_code(launch: Launch, arch: int) -> tuple[int, int, int, set[str]]:
+def machine_code(launch: Launch, arch: int, multiplies: bool) -> tuple[int, int, int, set[str]]:
     """Compile a launch for an architecture, without a GPU: registers of a thread, bytes that spill, bytes of
-    shared memory, instructions of the tensor core. Its tensors are best on the meta device."""
+    shared memory, instructions of the tensor core. Its tensors are best on the meta device. A kernel that
+    multiplies no matrices has no such instructions: the disassembler, which takes a second, is left out."""
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
     from triton.runtime.jit import mangle_type
@@ -97,6 +98,8 @@ def machine_code(launch: Launch, arch: int) -> tuple[int, int, int, set[str]]:
             name.upper() for name in re.findall(r"v_(mfma)_", code))
     registers = int(re.findall(r"Used (\d+) registers", log.getvalue())[0])
     spills = sum(map(int, re.findall(r"(\d+) bytes spill", log.getvalue())))
+    if not multiplies:
+        return registers, spills, shared, set()
     with tempfile.TemporaryDirectory() as folder:
         (file := Path(folder) / "kernel.cubin").write_bytes(compiled.asm["cubin"])
         nvdisasm = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "nvdisasm"
@@ -154,12 +157,13 @@ def compile_row(job: tuple[int, str]) -> tuple[bool, str]:
     launch = shipped(arch)[name]
     kernel, tiles = name.split()[0], launch.tiles
     wanted, broken = None, ""
+    multiplies = kernel in ("forward", "dq", "dkv", "fp8")
     try:
-        registers, spills, shared, instructions = machine_code(launch, arch)
+        registers, spills, shared, instructions = machine_code(launch, arch, multiplies)
     except Exception as error:                  # the other rows are still wanted
         registers, spills, shared, instructions = 0, 0, 0, set()
         broken = f"does not compile: {str(error).strip().splitlines()[-1][:80]}"
-    if kernel in ("forward", "dq", "dkv", "fp8"):
+    if multiplies:
         # wgmma and tcgen05 work on 64 rows; smaller tiles (float32) are multiplied by mma everywhere
         wanted = TENSOR_CORE[89 if tiles.m < 64 and arch < 900 else arch][kernel == "fp8"]
     checks = ((broken, broken), (shared > SHARED_KIB[arch] * 1024, "does not fit"), (spills, "spills"),
