@@ -95,8 +95,8 @@ def test_at_most_two_layers_are_held(models, monkeypatch):
     with torch.no_grad():
         for _ in range(3):
             dit(x, t, torch.randn(1, 1, 14, 12), torch.ones(1, 1, 14))
-    assert len(seen) >= 12 and {count for _, count in seen} <= {1, 2}  # the next one's first may be coming
-    assert all(u.untyped_storage().nbytes() <= 4 for u in dit.layers[2].state_dict().values())
+    assert len(seen) >= 9 and {count for _, count in seen} <= {1, 2}  # the next one's first may be coming
+    assert all(u.untyped_storage().nbytes() <= 4 for u in dit.layers[1].state_dict().values())
 
 
 def test_a_read_that_fails_spoils_no_later_forward(models):
@@ -125,7 +125,7 @@ def test_the_branches_of_a_step_read_each_layer_once(models, monkeypatch):
         pass
     dit.streamed.thread.shutdown()  # what is on its way arrives
     layers = [i for i, _ in seen]
-    assert layers == list(range(4)) * len(steps) + [0]
+    assert layers == list(range(3)) * len(steps) + [0]
 
 
 def test_streamed_t5_is_t5():
