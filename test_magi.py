@@ -1081,6 +1081,18 @@ def test_final_projection_gives_narrow_models_spare_channels():
     assert vae.decode(vae.encode(torch.randn(1, 3, 4, 16, 16))).shape == (1, 3, 4, 16, 16)
 
 
+def test_the_last_convolution_is_pytorchs_with_its_gradients():
+    conv = magi.PixelConv(4, 3)
+    video = torch.randn(1, 4, 5, 16, 24, requires_grad=True)
+    results = []
+    for op in (conv, lambda x: torch.nn.functional.conv3d(x, conv.weight, conv.bias, padding=1)):
+        out = op(video)
+        grads = torch.autograd.grad(out.square().sum(), (video, conv.weight, conv.bias))
+        results.append([out, *grads])
+    for ours, expected in zip(*results, strict=True):
+        assert relative(ours, expected) < 1e-5
+
+
 # ---------------------------------------------------------------------------------------------------- kernels
 
 
