@@ -57,6 +57,7 @@ from terminal import Parser, exit_code, say, whole_number
 
 MAX_WAITING = 8                                        # prompts that no chunk has asked for yet
 MAX_UPLOAD, MAX_CLIP, MAX_VISITORS = 32 * 2**20, 180, 20                     # bytes, seconds
+RELOAD = 3                                             # seconds in which who reloads keeps the place
 SHOWN = 4                                              # seconds of film on the strip, before those in flight
 
 # ------------------------------------------------------------------------------------------------------------
@@ -374,7 +375,7 @@ class Server:
         except* ConnectionError:
             pass                                                             # the visitor has left
         finally:
-            asyncio.get_running_loop().call_later(3, self.forget, name, visitor)   # unless it is a reload
+            asyncio.get_running_loop().call_later(RELOAD, self.forget, name, visitor)
         return visitor
 
     def forget(self, name: str, visitor: web.WebSocketResponse) -> None:

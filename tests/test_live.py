@@ -29,7 +29,7 @@ from pathlib import Path
 import av
 import numpy as np
 import pytest
-from common import assert_refused, fork_python, run_main
+from common import FOLDER_DIT, assert_refused, fork_python, run_main, write_model
 from PIL import Image
 from safetensors.torch import save_file
 
@@ -55,12 +55,35 @@ def small() -> magi.MAGI:
     return pipe
 
 
-@pytest.fixture
-def film():
-    made = live.Live(small(), live.load_preview(TINY / "vae" / "preview.json"))
+@pytest.fixture(scope="module")
+def random(model_folder, tmp_path_factory) -> magi.MAGI:
+    """A model of random weights, which is faster: for what happens whatever the film shows."""
+    cfg = dataclasses.replace(FOLDER_DIT, text_dim=small().dit.cfg.text_dim, text_length=64)
+    folder = write_model(tmp_path_factory.mktemp("random") / "model", cfg)
+    pipe = magi.load(folder, vae=model_folder.parent / "vae", t5=TINY / "t5", keep_t5=True)
+    pipe.sampler = small().sampler
+    return pipe
+
+
+@contextlib.contextmanager
+def filming(pipe: magi.MAGI):
+    made = live.Live(pipe, live.load_preview(TINY / "vae" / "preview.json"))
     yield made
     made.close()
     assert not made.thread.is_alive()
+
+
+@pytest.fixture
+def film(random):
+    with filming(random) as made:
+        yield made
+
+
+@pytest.fixture
+def shown():
+    """The film of a model that shows what it is told."""
+    with filming(small()) as made:
+        yield made
 
 
 def until(condition, seconds: float = 90, pause: float = 0.01) -> None:
@@ -83,11 +106,11 @@ def play(film: live.Live, seconds: float) -> set[float]:
     return starts
 
 
-def still(film: live.Live, seconds: float = 0.3) -> bool:
-    """Nothing is computed for so long: the film's thread waits to be told of a change. (That nothing changes
+def still(film: live.Live) -> bool:
+    """Nothing is computed for a moment: the film's thread waits to be told of a change. (That nothing changes
     is not enough: on a busy machine a step takes longer.)"""
     before = json.dumps(film.state())
-    time.sleep(seconds)
+    time.sleep(0.1)
     return bool(film.changed._waiters) and json.dumps(film.state()) == before
 
 
@@ -456,10 +479,10 @@ def test_a_prompt_reaches_the_next_chunk_that_enters(film, monkeypatch):
     assert shown >= least >= 3  # three seconds were in flight; who computes more slowly needs more
 
 
-def test_the_film_is_what_the_command_line_would_make(film):
-    film.say(RED)
-    play(film, 3)
-    made = whole(film)
+def test_the_film_is_what_the_command_line_would_make(shown):
+    shown.say(RED)
+    play(shown, 3)
+    made = whole(shown)
     expected = np.concatenate(list(itertools.islice(small()(RED), 3)))
     assert len(made) >= 72 and np.abs(made[:72].astype(int) - expected).mean() < 4  # H.264 is not exact
 
@@ -476,31 +499,31 @@ def test_pause_stops_computing(film):
     until(lambda: film.made > made)
 
 
-def test_a_new_seed_goes_on_in_the_same_film_with_other_frames(film):
-    film.say(RED)
-    play(film, 2)
-    film.begin(seed=99)
-    play(film, film.made + 3)
-    starts = [card.start for card in film.find("made")]
-    assert starts == list(range(round(film.made) - len(starts), round(film.made)))
-    frames = whole(film)
+def test_a_new_seed_goes_on_in_the_same_film_with_other_frames(shown):
+    shown.say(RED)
+    play(shown, 2)
+    shown.begin(seed=99)
+    play(shown, shown.made + 3)
+    starts = [card.start for card in shown.find("made")]
+    assert starts == list(range(round(shown.made) - len(starts), round(shown.made)))
+    frames = whole(shown)
     chunk = [frames[i : i + 24] for i in range(0, len(frames) - 23, 24)]
     expected = next(small()(RED, seed=99))
     assert any(np.abs(c.astype(int) - expected).mean() < 4 for c in chunk[1:])
 
 
 @pytest.mark.parametrize("name, frames", [("image", None), ("video", 40), ("video", 8)])
-def test_a_film_goes_on_from_a_picture_or_a_clip(film, name, frames):
-    film.say(RED)
-    play(film, 1)
+def test_a_film_goes_on_from_a_picture_or_a_clip(shown, name, frames):
+    shown.say(RED)
+    play(shown, 1)
     picture = np.zeros((40, 60, 3), np.uint8)
     picture[:, ::2, 1] = 200
     given = {name: picture if frames is None else np.stack([np.roll(picture, i, 0) for i in range(frames)])}
-    begins = round(24 * film.made)
-    film.begin(**given)
+    begins = round(24 * shown.made)
+    shown.begin(**given)
     expected = next(small()(RED, **given))
-    starts = play(film, film.made + 3)
-    made = whole(film).astype(int)
+    starts = play(shown, shown.made + 3)
+    made = whole(shown).astype(int)
     # A second more may have been made before the new take began.
     off = {i: np.abs(made[i : i + len(expected)] - expected).mean() for i in (begins, begins + 24)}
     first = min(off, key=off.get)
@@ -517,7 +540,7 @@ def test_a_crash_leaves_the_page_alive_and_the_film_whole(film, monkeypatch, cap
         raise RuntimeError("CUDA error:\nthe device fell off")
 
     with monkeypatch.context() as patch:
-        patch.setattr(small(), "decode", crash)
+        patch.setattr(film.pipe, "decode", crash)
         film.played(film.made)
         until(lambda: film.error)
     assert film.error == "RuntimeError: CUDA error: the device fell off" and not film.running
@@ -567,13 +590,13 @@ def test_a_full_disk_leaves_the_film_as_it_was(film, seconds):
 
 def takes_of(film: live.Live) -> list[dict]:
     """What each take of the film is begun with."""
-    takes = []
+    takes, pipe = [], film.pipe
 
-    def pipe(prompts, progress, **start):
+    def begin(prompts, progress, **start):
         takes.append(start)
-        return small()(prompts, progress=progress, **start)
+        return pipe(prompts, progress=progress, **start)
 
-    film.pipe = pipe
+    film.pipe = begin
     return takes
 
 
@@ -648,7 +671,7 @@ def test_memory_does_not_grow_with_the_film(film):
     try:
         for seconds in (8, 24):
             play(film, seconds)
-            until(lambda: still(film, 0.1))
+            until(lambda: still(film))
             sizes.append(tracemalloc.get_traced_memory()[0])
             assert len(film.find("made")) == live.SHOWN and len(film.find("flying")) <= 4
     finally:
@@ -691,13 +714,13 @@ def encoded(kind: str) -> bytes:
 
 
 @pytest.mark.parametrize("kind", ["png", "jpeg", "gif", "webp", "mp4", "matroska", "webm", "avi", "mov"])
-def test_uploads_are_read_as_the_command_line_reads_files(kind):
-    given = live.read_upload(encoded(kind), small().sampler)
+def test_uploads_are_read_as_the_command_line_reads_files(kind, random):
+    given = live.read_upload(encoded(kind), random.sampler)
     ((name, pixels),) = given.items()
     assert name == ("image" if kind in ("png", "jpeg", "gif", "webp") else "video")
     assert pixels.shape[-3:] == (64, 64, 3) and pixels.ndim == (3 if name == "image" else 4)
     assert np.abs(pixels.reshape(-1, 3).mean(0) - (200, 30, 40)).max() < 12
-    next(small()(RED, **given))
+    next(random(RED, **given))
 
 
 @pytest.mark.parametrize(
@@ -842,7 +865,9 @@ def test_the_page_is_one_file_that_asks_for_nothing_from_outside(film):
     serving(film, talk)
 
 
-def test_one_speaks_and_another_watches(film):
+def test_one_speaks_and_another_watches(film, monkeypatch):
+    monkeypatch.setattr(live, "RELOAD", 0.3)
+
     async def talk(client):
         async with client.ws_connect("/live?visitor=a") as first:
             assert (await heard(first, lambda m: True))["speaks"]
@@ -1388,13 +1413,13 @@ def test_browser_a_minute_of_film_plays_to_its_end(page):
 
 
 @browser_test
-def test_browser_a_server_that_is_killed_and_started_again_is_found(page, server):
+def test_browser_a_server_that_is_killed_and_started_again_is_found(page, server, random):
     """The next one has a slow model: the page says so, with its pace, and the film plays in pieces."""
     page.plays()
     server.kill()
     look(lambda: "no server" in page.text("status"))
-    slow = copy.copy(small())
-    slow.decode = lambda latent: time.sleep(1.5) or small().decode(latent)
+    slow = copy.copy(random)
+    slow.decode = lambda latent: time.sleep(1.2) or random.decode(latent)
     film = live.Live(slow)
     with serving_in_a_thread(film, int(server.url.split(":")[2].strip("/"))):
         look(lambda: page.text("status") == "say what to show")
