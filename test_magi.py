@@ -1067,6 +1067,16 @@ def test_vae_refuses_what_it_cannot_encode():
             call(torch.zeros(*shape))
 
 
+def test_heads_are_normalised_by_their_deviation():
+    heads = 3 + 2 * torch.randn(2, 5, 4, 16, dtype=torch.float64, requires_grad=True)
+    deviation, mean = torch.std_mean(heads, dim=-1, correction=0, keepdim=True)
+    expected, made = (heads - mean) / (deviation + 1e-5), magi.VAEBlock.normalise(heads)
+    assert relative(made, expected) < 1e-12
+    weight = torch.randn_like(heads)
+    grads = [torch.autograd.grad((out * weight).sum(), heads)[0] for out in (made, expected)]
+    assert relative(*grads) < 1e-12
+
+
 def test_vae_bears_constant_heads():
     vae = magi.VAE(magi.VAEConfig(video_size=16, embed_dim=32, depth=1, num_heads=2, use_final_proj=True))
     torch.nn.init.zeros_(vae.encoder.blocks[0].qkv.weight)  # the deviation within every head is 0
