@@ -485,19 +485,13 @@ class VAEEncoder(VAETransformer):
         return mean, logvar.clamp(-30, 20)
 
 
-class PixelConv(nn.Conv3d):
-    """A 3x3x3 convolution. Of one video in float32, a CPU would run PyTorch's own loop, on one core and ten
-    times as long as oneDNN's."""
-
-    def __init__(self, in_channels: int, out_channels: int):
-        super().__init__(in_channels, out_channels, 3, padding=1)
-
-    def forward(self, x: Tensor) -> Tensor:                                  # (B, C, frames, height, width)
-        if x.device.type != "cpu" or x.dtype != torch.float32 or not torch.backends.mkldnn.is_available():
-            return super().forward(x)
-        one = (1, 1, 1)
-        return torch.mkldnn_convolution(x, self.weight, self.bias, padding=one, stride=one, dilation=one,
-                                        groups=1)
+def pixel_conv(x: Tensor, conv: nn.Conv3d) -> Tensor:
+    """conv(x), of 3x3x3. Of one video in float32 PyTorch would run a loop on one core of a CPU, which takes
+    ten times as long as oneDNN's convolution."""
+    if x.device.type != "cpu" or x.dtype != torch.float32 or not torch.backends.mkldnn.is_available():
+        return conv(x)
+    one = (1, 1, 1)
+    return torch.mkldnn_convolution(x, conv.weight, conv.bias, one, one, one, groups=1)
 
 
 class VAEDecoder(VAETransformer):
@@ -510,14 +504,14 @@ class VAEDecoder(VAETransformer):
         if cfg.use_final_proj:
             self.final = nn.Sequential(nn.Linear(cfg.embed_dim, width), nn.LayerNorm(width))
         # The shuffle leaves each pixel a few channels; a convolution over them hides the patches' seams.
-        self.last_layer = PixelConv(width // math.prod(cfg.patch), cfg.in_chans)
+        self.last_layer = nn.Conv3d(width // math.prod(cfg.patch), cfg.in_chans, 3, padding=1)
 
     def forward(self, latent: Tensor, ops: Ops = TORCH_OPS) -> Tensor:       # (B, 16, T, H, W)
         T, H, W = latent.shape[2:]
         x = self.proj_in(latent.movedim(1, -1)).movedim(-1, 1)               # (B, D, T, H, W)
         x = self.final(self.transform(x, ops))                               # (B, T*H*W, 4*4*8*8)
         x = rearrange(x, "b (t h w) (pt ph pw c) -> b c (t pt) (h ph) (w pw)", t=T, h=H, w=W, **self.patch)
-        return self.last_layer(x)                                            # (B, 3, frames, height, width)
+        return pixel_conv(x, self.last_layer)                                # (B, 3, frames, height, width)
 
 
 class VAE(nn.Module):

@@ -620,8 +620,20 @@ BAD_FLAGS = {
 }
 
 
+@pytest.fixture
+def no_interpreter(monkeypatch):
+    """Where other tests run in this process, kernels.py is in Triton's interpreter, and works on a CPU."""
+    with contextlib.suppress(ImportError):
+        kernels = magi.load_kernels()
+        import kernel_choice
+
+        monkeypatch.setattr(kernels, "INTERPRETED", False)
+        monkeypatch.setattr(kernels, "arch_of", kernels.arch_of.__wrapped__)  # it remembers what it found
+        kernel_choice.get_ops.cache_clear()
+
+
 @pytest.mark.parametrize("case", BAD_FLAGS)
-def test_sample_refuses(case, model_folder, tmp_path, monkeypatch, no_weights):
+def test_sample_refuses(case, model_folder, tmp_path, monkeypatch, no_weights, no_interpreter):
     for name in ("image.png", "clip.mp4"):
         shutil.copy(model_folder.parent / name, tmp_path)
     (tmp_path / "broken.mp4").write_bytes(b"not a video" * 100)
