@@ -1,5 +1,6 @@
 """Settings and fixtures of test_magi.py, tests/ and tiny/test_world.py; helpers are in tests/common.py."""
 
+import contextlib
 import functools
 import gc
 import os
@@ -68,3 +69,18 @@ def kernels():
     module = magi.load_kernels()
     assert module.INTERPRETED, "Triton was imported before TRITON_INTERPRET was set"
     return module
+
+
+@pytest.fixture
+def no_interpreter(monkeypatch):
+    """Without a GPU kernels.py works in Triton's interpreter alone, which other tests in this process may
+    have asked for. Here it is as a user finds it."""
+    import magi
+
+    with contextlib.suppress(ImportError):
+        kernels = magi.load_kernels()
+        import kernel_choice
+
+        monkeypatch.setattr(kernels, "INTERPRETED", False)
+        monkeypatch.setattr(kernels, "arch_of", kernels.arch_of.__wrapped__)  # it remembers what it found
+        kernel_choice.get_ops.cache_clear()

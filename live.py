@@ -30,7 +30,6 @@ import dataclasses
 import io
 import itertools
 import json
-import os
 import re
 import secrets
 import socket
@@ -50,6 +49,7 @@ from PIL import Image
 
 import magi
 import media
+import parallel
 import sample
 from captions import MAX_TOLD, check_text
 from checkpoints import KernelError, reading, require, short_warnings
@@ -622,7 +622,7 @@ def show(host: str, port: int, args: argparse.Namespace) -> int:
     unwanted = " and ".join(f"--{name}" for name in ON_PAGE if getattr(args, name))
     require(not unwanted, f"prompts, pictures, clips and cuts are given on the page, whose film has no end "
             f"and is downloaded from the page: leave {unwanted} out")
-    require(os.environ.get("WORLD_SIZE", "1") in ("", "1"),
+    require(not parallel.has_company(),
             "the page is served by one process: leave torchrun out (--stream cpu is for a model too large)")
     args.prompt, args.num_frames, args.out = ["-"], "inf", Path("-")
     if args.plan:

@@ -67,16 +67,20 @@ from checkpoints import fill, read_headers, require, weight_files
 # ------------------------------------------------------------------------------------------------------------
 
 
+def has_company() -> bool:
+    """Has torchrun started this process beside others? Its environment tells."""
+    return os.environ.get("WORLD_SIZE", "1") not in ("", "1")
+
+
 def start(device: str | None = None) -> str | None:
-    """Join the other processes if torchrun started this one, which its environment tells. device: what was
-    asked for, or None; returns this process's own. ValueError if it has none."""
-    size = os.environ.get("WORLD_SIZE", "1")
-    if size in ("", "1") or dist.is_initialized():
+    """Join the other processes, if torchrun has started some. device: what was asked for, or None; returns
+    this process's own. ValueError if it has none."""
+    if not has_company() or dist.is_initialized():
         return device
     names = ("RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
     missing = ", ".join(name for name in names if name not in os.environ)
-    require(not missing, f"WORLD_SIZE is {size}, but not set: {missing}; start with torchrun, or unset "
-            f"WORLD_SIZE to run one process")
+    require(not missing, f"WORLD_SIZE is {os.environ['WORLD_SIZE']}, but not set: {missing}; start with "
+            f"torchrun, or unset WORLD_SIZE to run one process")
     require(device in (None, "cpu", "cuda"), f"device {device!r}: each process takes a GPU of its own, "
             f"so say cuda")
     if device == "cuda" or device is None and torch.cuda.is_available():

@@ -1460,9 +1460,7 @@ def test_an_fp8_model_and_a_vae_through_the_kernels_equal_the_torch_path(kernels
         assert relative(fast.encode(video), plain.encode(video)) < 1e-5
 
 
-def test_triton_backend_says_what_is_missing(kernels, monkeypatch):
-    monkeypatch.setattr(kernels, "arch_of", kernels.arch_of.__wrapped__)  # it remembers what it found
-    monkeypatch.setattr(kernels, "INTERPRETED", False)
+def test_triton_backend_says_what_is_missing(kernels, no_interpreter, monkeypatch):
     q = torch.randn(1, 4, 1, 16)
     for call in (lambda: kernels.attention(q, q, q), lambda: kernels.arch_of("cpu")):
         with bad("needs an NVIDIA GPU.*use 'torch'"):

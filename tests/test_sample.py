@@ -620,20 +620,8 @@ BAD_FLAGS = {
 }
 
 
-@pytest.fixture
-def no_interpreter(monkeypatch):
-    """Where other tests run in this process, kernels.py is in Triton's interpreter, and works on a CPU."""
-    with contextlib.suppress(ImportError):
-        kernels = magi.load_kernels()
-        import kernel_choice
-
-        monkeypatch.setattr(kernels, "INTERPRETED", False)
-        monkeypatch.setattr(kernels, "arch_of", kernels.arch_of.__wrapped__)  # it remembers what it found
-        kernel_choice.get_ops.cache_clear()
-
-
 @pytest.mark.parametrize("case", BAD_FLAGS)
-def test_sample_refuses(case, model_folder, tmp_path, monkeypatch, no_weights, no_interpreter):
+def test_sample_refuses(case, model_folder, tmp_path, monkeypatch, no_weights, request):
     for name in ("image.png", "clip.mp4"):
         shutil.copy(model_folder.parent / name, tmp_path)
     (tmp_path / "broken.mp4").write_bytes(b"not a video" * 100)
@@ -643,6 +631,8 @@ def test_sample_refuses(case, model_folder, tmp_path, monkeypatch, no_weights, n
     (tmp_path / "link.safetensors").symlink_to(model_folder / "special_tokens.safetensors")
     monkeypatch.chdir(tmp_path)
     flags, *words = BAD_FLAGS[case]
+    if "triton" in flags:
+        request.getfixturevalue("no_interpreter")
     model = [] if "--model" in flags else ["--model", model_folder]
     assert_refused(sample.main, [*model, *flags], *words)
     assert not (tmp_path / "out.mp4").exists()
